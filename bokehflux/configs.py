@@ -1,0 +1,183 @@
+"""Shapes of every network, as frozen dataclasses: what a checkpoint must state, and nothing a run decides.
+
+Each class is validated when it is built, so a wrong combination never reaches a network. The presets at the
+end are the official models; `weights/load.py` reads the same classes out of a snapshot's `config.json` files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMDiTConfig:
+    """Shape of a FLUX.1 multimodal diffusion transformer (BFL `FluxParams`)."""
+
+    in_channels: int
+    """Channels of a packed image token: latent channels x 2 x 2. Also the output width."""
+    txt_dim: int
+    """Width of the T5 states."""
+    pooled_dim: int
+    """Width of the CLIP pooled vector."""
+    hidden_size: int
+    """Width of both streams, num_heads x head_dim."""
+    num_heads: int
+    num_double: int
+    """Blocks in which image and text keep their own weights."""
+    num_single: int
+    """Blocks on the concatenated sequence."""
+    axes_dim: tuple[int, ...]
+    """Channels of each head that rotate with position axis 0, 1 and 2; each even, sum = head_dim."""
+    guidance_embed: bool
+    """True for guidance-distilled checkpoints (dev), False for schnell."""
+    mlp_ratio: float = 4.0
+    theta: int = 10_000
+    """Base of the rotary frequencies."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+        if sum(self.axes_dim) != self.head_dim or any(d % 2 for d in self.axes_dim):
+            raise ValueError(
+                f"axes_dim must be even and sum to the head dim {self.head_dim}, got {self.axes_dim} "
+                f"(sum {sum(self.axes_dim)})"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_double + self.num_single
+
+
+@dataclass(frozen=True, kw_only=True)
+class BokehConfig:
+    """Shape and strength of a bokeh adapter (adapter `config.json`)."""
+
+    blocks: tuple[int, ...]
+    """Adapted blocks, counted over double then single blocks (0 ... num_blocks - 1), ascending."""
+    rank: int
+    hidden_dim: int = 64
+    """Width of the hidden layer that embeds the level."""
+    context_dim: int = 768
+    """Width of the embedded level."""
+    alpha: float | None = None
+    """Low-rank outputs are multiplied by alpha / rank; None means by one."""
+    adapt_q: bool = True
+    adapt_k: bool = True
+    """Whether queries and keys carry a low-rank update (published: unfreeze_q, unfreeze_k)."""
+    lora_scale: float = 1.0
+    """Default strength of the query and key updates."""
+    bokeh_scale: float = 1.0
+    """Default strength of the level's value vector."""
+
+    def __post_init__(self) -> None:
+        if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
+            raise ValueError(f"blocks must be ascending, distinct and non-negative, got {self.blocks}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+
+    @property
+    def low_rank_scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """Shape of a T5 v1.1 encoder (gated GELU, relative position bias in the first block)."""
+
+    vocab_size: int
+    width: int
+    head_dim: int
+    mlp_size: int
+    num_layers: int
+    num_heads: int
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """Shape of a CLIP text encoder (pre-norm, causal, quick GELU)."""
+
+    vocab_size: int
+    width: int
+    mlp_size: int
+    num_layers: int
+    num_heads: int
+    max_length: int = 77
+    eos_token_id: int = 2
+    """Where to pool: the first such id; 2 is the historical value that means "the largest id" instead."""
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Shape of the convolutional autoencoder, and the affine map between its latents and the model's."""
+
+    channels: tuple[int, ...]
+    """Width at each resolution, finest first; each further entry halves the resolution."""
+    layers_per_block: int
+    """Residual blocks per resolution in the encoder; the decoder has one more."""
+    latent_channels: int
+    norm_groups: int
+    scale: float
+    shift: float
+    """Model latents are (z - shift) * scale."""
+
+    def __post_init__(self) -> None:
+        bad = [c for c in self.channels if c % self.norm_groups]
+        if bad:
+            raise ValueError(f"channels {bad} are not divisible by norm_groups {self.norm_groups}")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent along each side."""
+        return int(2 ** (len(self.channels) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How sigmas are shifted towards noise (scheduler `config.json`)."""
+
+    dynamic: bool
+    """True: the shift grows with the number of image tokens (dev). False: `shift` alone (schnell: 1)."""
+    shift: float = 1.0
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a model does when the caller does not say (its card)."""
+
+    num_inference_steps: int
+    height_px: int
+    width_px: int
+    txt_length: int
+    """T5 tokens a prompt is padded to."""
+
+
+FLUX_DEV = MMDiTConfig(
+    in_channels=64, txt_dim=4096, pooled_dim=768, hidden_size=3072, num_heads=24,
+    num_double=19, num_single=38, axes_dim=(16, 56, 56), guidance_embed=True,
+)  # fmt: skip
+FLUX_SCHNELL = dataclasses.replace(FLUX_DEV, guidance_embed=False)
+FLUX_BOKEH = BokehConfig(blocks=tuple(range(57)), rank=128)
+T5_XXL = T5Config(vocab_size=32128, width=4096, head_dim=64, mlp_size=10240, num_layers=24, num_heads=64)
+CLIP_L = CLIPConfig(vocab_size=49408, width=768, mlp_size=3072, num_layers=12, num_heads=12)
+FLUX_VAE = VAEConfig(
+    channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, norm_groups=32, scale=0.3611, shift=0.1159
+)
+FLUX_SCHEDULE = ScheduleConfig(dynamic=True, shift=3.0)
+SCHNELL_SCHEDULE = ScheduleConfig(dynamic=False, shift=1.0)

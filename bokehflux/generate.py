@@ -1,0 +1,237 @@
+"""Load a model, make pictures: the whole pipeline, stage by stage, in two functions.
+
+`load` builds a `Pipeline`; `Pipeline.generate` walks through the stages, each of which stands on its own:
+tokenise and encode (`text.encode`), noise and pack (`sampling.latents`), schedule (`sampling.schedule`),
+velocity (`sampling.denoise`), sampler (`sampling.samplers`), unpack and decode (`models.vae`), colour
+transfer (`color`). To change one, call the others yourself; there is no other state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bokehflux import __version__
+from bokehflux.color import match_lab_means
+from bokehflux.configs import Defaults, ScheduleConfig
+from bokehflux.models.bokeh import BokehCondition, check_level
+from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.vae import AutoencoderKL, to_uint8
+from bokehflux.sampling.denoise import Grounding, denoiser
+from bokehflux.sampling.latents import LatentGrid, noise, pack, unpack
+from bokehflux.sampling.samplers import OnStep, euler
+from bokehflux.sampling.schedule import sigmas
+from bokehflux.text.encode import TextEncoders
+
+NEGATIVE_PROMPT = "bad quality, low resolution"
+GROUNDED_SHARE = 0.8
+"""Share of the steps that are grounded when a pivot is given and nothing is said (published: 24 of 30)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What `generate` made."""
+
+    images: list[Image.Image]
+    """One RGB picture per target, in order; grounded ones colour-matched to the pivot."""
+    pivot_image: Image.Image | None
+    """The pivot, when the run was grounded."""
+    latents: Tensor
+    """[N, L, 64] final packed latents of the targets."""
+    pivot_latents: Tensor | None
+    """[L, 64], when the run was grounded."""
+    settings: dict[str, Any]
+    """Every setting of the run after defaults were filled in; JSON-able."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """The loaded networks and what the model's files say about running them. Built by `load`."""
+
+    mmdit: MMDiT
+    text: TextEncoders
+    vae: AutoencoderKL
+    schedule: ScheduleConfig
+    defaults: Defaults
+    name: str
+    """Folder or bundled name the model came from."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.mmdit.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mmdit.dtype
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: str,
+        bokeh_targets: Sequence[float] | None = None,
+        *,
+        bokeh_pivot: float | None = None,
+        num_inference_steps: int | None = None,
+        num_grounding_steps: int | None = None,
+        guidance_scale: float = 3.0,
+        true_cfg: float = 1.0,
+        negative_prompt: str = NEGATIVE_PROMPT,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 65578,
+        on_step: OnStep | None = None,
+    ) -> Result:
+        """One picture of the prompt per bokeh level, all from the same noise, in one batch.
+
+        bokeh_targets: levels 0 (all sharp) to 30; None makes one picture without the adapter (plain FLUX).
+        bokeh_pivot: level of a further picture that anchors the scene; with it the first num_grounding_steps
+            steps (default: 80 %) are grounded on it, and every target takes its mean Lab colour.
+        num_inference_steps, height, width [pixels, floored to multiples of 16]: default to the model's own.
+        guidance_scale: distilled guidance; true_cfg above 1 adds a pass with negative_prompt per step.
+        seed: of the CPU generator; one seed, dtype and size give one picture. on_step: called with a
+            `StepInfo` after every step; its latents have the pivot, if any, in row 0.
+        Raises ValueError for arguments that contradict each other or the model.
+        """
+        num_steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        num_grounded = self._check(prompt, bokeh_targets, bokeh_pivot, num_steps, num_grounding_steps)
+        grid = LatentGrid.floored(
+            self.defaults.height_px if height is None else height, self.defaults.width_px if width is None else width
+        )
+        grounded = num_grounded > 0 and bokeh_pivot is not None
+        levels = None if bokeh_targets is None else ([bokeh_pivot] if grounded else []) + list(bokeh_targets)
+        rows = 1 if levels is None else len(levels)
+
+        conditioning = self.text.encode([prompt])
+        velocity = denoiser(
+            self.mmdit,
+            conditioning,
+            grid,
+            guidance=guidance_scale,
+            bokeh=None if levels is None else BokehCondition.of(levels),
+            grounding=Grounding(pivot_row=0, num_steps=num_grounded) if grounded else None,
+            true_cfg=true_cfg,
+            negative=self.text.encode([negative_prompt]) if true_cfg > 1 else None,
+        )
+        x = pack(noise(grid, seed, self.dtype)).to(self.device).expand(rows, -1, -1)
+        x = euler(velocity, x, sigmas(self.schedule, num_steps, grid.num_tokens), on_step)
+        pixels = [to_uint8(self.vae.decode(row)).numpy()[0] for row in unpack(x, grid).split(1)]
+
+        pivot = pixels.pop(0) if grounded else None
+        if pivot is not None:
+            pixels = [match_lab_means(image, pivot) for image in pixels]
+        return Result(
+            images=[Image.fromarray(image) for image in pixels],
+            pivot_image=None if pivot is None else Image.fromarray(pivot),
+            latents=x[1:] if grounded else x,
+            pivot_latents=x[0] if grounded else None,
+            settings={
+                "prompt": prompt,
+                "bokeh_targets": None if bokeh_targets is None else [float(level) for level in bokeh_targets],
+                "bokeh_pivot": None if bokeh_pivot is None else float(bokeh_pivot),
+                "num_inference_steps": num_steps,
+                "num_grounding_steps": num_grounded,
+                "guidance_scale": guidance_scale,
+                "true_cfg": true_cfg,
+                "negative_prompt": negative_prompt,
+                "height": grid.height_px,
+                "width": grid.width_px,
+                "seed": seed,
+                "model": self.name,
+                "device": self.device.type,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "version": __version__,
+            },
+        )
+
+    def _check(
+        self,
+        prompt: str,
+        targets: Sequence[float] | None,
+        pivot: float | None,
+        num_steps: int,
+        num_grounded: int | None,
+    ) -> int:
+        """Raise ValueError for arguments that make no run; returns the number of grounded steps."""
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        if targets is not None and len(targets) == 0:
+            raise ValueError("bokeh_targets is empty: give at least one level, or None for plain FLUX")
+        for level in [*(targets or []), pivot]:
+            check_level(level)
+        if targets is None and pivot is not None:
+            raise ValueError("bokeh_pivot needs bokeh_targets: a pivot anchors pictures at other levels")
+        if targets is not None and self.mmdit.bokeh is None:
+            raise ValueError("bokeh_targets need an adapter: load the model with adapter='path/to/BokehDiffusion'")
+        if num_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}")
+        if num_grounded is None:
+            return 0 if pivot is None else round(GROUNDED_SHARE * num_steps)
+        if not 0 <= num_grounded <= num_steps:
+            raise ValueError(f"num_grounding_steps must be between 0 and the {num_steps} steps, got {num_grounded}")
+        if num_grounded > 0 and pivot is None:
+            raise ValueError("num_grounding_steps needs bokeh_pivot: grounding anchors the targets on a pivot")
+        return num_grounded
+
+
+def load(
+    model: str | Path = "nano",
+    *,
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Pipeline:
+    """Load a model with its text encoders, autoencoder and, if given, a bokeh adapter.
+
+    model: a folder in the official FLUX snapshot layout, or the name of a bundled model ("nano", which
+        brings its adapter). adapter: an adapter folder or file; None loads plain FLUX.
+    device: None takes CUDA, then MPS, then the CPU. dtype: "bfloat16", "float32" or "float16"; None takes
+        bfloat16 on a GPU and float32 on a CPU.
+    Raises ValueError (`CheckpointError` for files) with everything that is wrong in one message.
+    """
+    # The only place where the networks and the checkpoint code meet.
+    from bokehflux.weights.load import load_components
+
+    where = _device(device)
+    kind = _dtype(dtype, where)
+    parts = load_components(model, adapter=adapter, device=where, dtype=kind)
+    return Pipeline(
+        mmdit=parts.mmdit,
+        text=parts.text,
+        vae=parts.vae,
+        schedule=parts.schedule,
+        defaults=parts.defaults,
+        name=str(model),
+    )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: expected cpu, cuda, cuda:N or mps") from error
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} is not there: this machine shows {torch.cuda.device_count()} CUDA device(s)")
+    if where.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps is not there: this PyTorch has no Metal support")
+    return where
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if isinstance(dtype, torch.dtype) and dtype in known.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in known:
+        return known[dtype]
+    raise ValueError(f"unknown dtype {dtype!r}: expected one of {sorted(known)}")

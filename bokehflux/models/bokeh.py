@@ -1,0 +1,132 @@
+"""The bokeh adapter: a level becomes one value vector per block, and queries and keys get low-rank updates.
+
+Parameter names are those of the published adapter file. The published cross-attention has a single key, so
+its softmax is one and its output is the value vector itself, whatever the query: `to_k_bokeh` is loaded,
+kept for the file's sake, and never computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bokehflux.configs import BokehConfig, MMDiTConfig
+
+MAX_LEVEL = 30.0
+NULL_INPUT = -1.0
+"""Model input that means "no level": the negative pass, and dropped levels in training."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BokehCondition:
+    """What the adapter is asked for: one level per row, and how strongly it acts."""
+
+    levels: Tensor
+    """[B] floating point: blur of each row, 0 (all sharp) to 30; NaN is the null level."""
+    lora_scale: float | None = None
+    """Strength of the query and key updates; None takes the adapter's own."""
+    bokeh_scale: float | None = None
+    """Strength of the level's value vector; None takes the adapter's own."""
+
+    @classmethod
+    def of(cls, levels: Sequence[float | None]) -> BokehCondition:
+        """From plain numbers, None for the null level. Raises ValueError outside 0-30."""
+        for level in levels:
+            check_level(level)
+        values = [math.nan if level is None else level for level in levels]
+        return cls(levels=torch.tensor(values, dtype=torch.float64))
+
+    def model_input(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[B]: level / 30, or -1 for the null level. The only place that divides by 30."""
+        scaled = torch.where(self.levels.isnan(), NULL_INPUT, self.levels / MAX_LEVEL)
+        return scaled.to(dtype).to(device)
+
+    def null(self) -> BokehCondition:
+        """The same strengths with every level dropped."""
+        return dataclasses.replace(self, levels=torch.full_like(self.levels, math.nan))
+
+
+def check_level(level: float | None) -> None:
+    """Raise ValueError unless the level is None or lies in 0-30."""
+    if level is not None and not 0 <= level <= MAX_LEVEL:
+        raise ValueError(f"a bokeh level lies between 0 (all sharp) and {MAX_LEVEL:g}, got {level}")
+
+
+class LowRank(nn.Module):
+    """x -> scale * up(down(x)); starts as zero."""
+
+    def __init__(self, in_dim: int, out_dim: int, rank: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.down = nn.Linear(in_dim, rank, bias=False)
+        self.up = nn.Linear(rank, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.up(self.down(x.to(self.down.weight.dtype)))
+        return (out if self.scale == 1 else out * self.scale).to(x.dtype)
+
+
+class BlockAdapter(nn.Module):
+    """What the adapter adds to one block."""
+
+    def __init__(self, config: BokehConfig, hidden_size: int) -> None:
+        super().__init__()
+        scale = config.low_rank_scale
+        self.to_k_bokeh = LowRank(config.context_dim, hidden_size, config.rank, scale)
+        self.to_v_bokeh = LowRank(config.context_dim, hidden_size, config.rank, scale)
+        self.to_q_adp = LowRank(hidden_size, hidden_size, config.rank, scale) if config.adapt_q else None
+        self.to_k_adp = LowRank(hidden_size, hidden_size, config.rank, scale) if config.adapt_k else None
+
+    def update(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Projected q, k [B, L, E], before their norms -> q + scale * lowrank(q), k + scale * lowrank(k)."""
+        if self.to_q_adp is not None:
+            q = q + scale * self.to_q_adp(q)
+        if self.to_k_adp is not None:
+            k = k + scale * self.to_k_adp(k)
+        return q, k
+
+
+class BokehAdapter(nn.Module):
+    """Level embedding and the adapted blocks, keyed by their number over double then single blocks."""
+
+    def __init__(self, config: BokehConfig, mmdit: MMDiTConfig) -> None:
+        super().__init__()
+        if config.blocks[-1] >= mmdit.num_blocks:
+            raise ValueError(f"adapter block {config.blocks[-1]} does not exist: the model has {mmdit.num_blocks}")
+        self.config = config
+        self.num_heads = mmdit.num_heads
+        self.embedding_layer = nn.Sequential(
+            nn.Linear(1, config.hidden_dim), nn.ReLU(), nn.Linear(config.hidden_dim, config.context_dim)
+        )
+        self.adapter_modules = nn.ModuleDict({str(i): BlockAdapter(config, mmdit.hidden_size) for i in config.blocks})
+
+    def block(self, index: int) -> BlockAdapter | None:
+        """The adapter of one block, None where the block is not adapted."""
+        name = str(index)
+        return self.adapter_modules[name] if name in self.adapter_modules else None  # type: ignore[return-value]
+
+    def values(self, model_input: Tensor, scale: float) -> dict[int, Tensor]:
+        """[B] (level / 30 or -1) -> the value vector of each adapted block, [B, H, D]."""
+        context = self.embedding_layer(model_input.to(self.embedding_layer[0].weight.dtype)[:, None])
+        return {
+            int(name): scale * module.to_v_bokeh(context).unflatten(-1, (self.num_heads, -1))
+            for name, module in self.adapter_modules.items()
+        }
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Every parameter that can change an output: all but `to_k_bokeh`."""
+        return [(n, p) for n, p in self.named_parameters() if "to_k_bokeh" not in n]
+
+
+def init_adapter(adapter: BokehAdapter, generator: torch.Generator | None = None) -> None:
+    """Start of training: down-projections N(0, 1/rank), up-projections zero, so the adapter does nothing yet."""
+    modules: Sequence[nn.Module] = list(adapter.modules())
+    for module in modules:
+        if isinstance(module, LowRank):
+            nn.init.normal_(module.down.weight, std=1 / adapter.config.rank, generator=generator)
+            nn.init.zeros_(module.up.weight)

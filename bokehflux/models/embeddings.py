@@ -1,0 +1,65 @@
+"""Scalars and positions as vectors: sinusoids of noise level and guidance, their MLPs, rotary tables."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SINUSOID_DIM = 256
+
+
+def sinusoid(value: Tensor, dim: int = SINUSOID_DIM) -> Tensor:
+    """[B] -> [B, dim] float32: cosines then sines of 1000 x value, at periods from 2 pi to 20,000 pi.
+
+    The factor 1000 is applied in the dtype of value, as the published code does (in bfloat16 the rounding
+    shows).
+    """
+    freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=value.device) / (dim // 2))
+    angles = (value * 1000).float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class MLPEmbedder(nn.Module):
+    """Linear, SiLU, Linear."""
+
+    def __init__(self, in_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_dim)
+        self.out_layer = nn.Linear(hidden_dim, hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RopeTable(NamedTuple):
+    """Cosine and sine of every token's rotation, each [L, head_dim / 2] float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> RopeTable:
+    """Position ids [L, axes] -> rotations; axis a rotates axes_dim[a] channels. Angles in float64.
+
+    float64 matters: at bfloat16 or even float32 the angles of far positions are wrong enough to see. Devices
+    without float64 (MPS) get the table computed on the CPU.
+    """
+    device = ids.device
+    ids = ids.double() if device.type != "mps" else ids.cpu().double()
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        freqs = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        angles.append(ids[:, axis, None] * freqs)
+    angle = torch.cat(angles, dim=-1)
+    return RopeTable(angle.cos().float().to(device), angle.sin().float().to(device))
+
+
+def apply_rope(x: Tensor, rope: RopeTable) -> Tensor:
+    """Rotate neighbouring channel pairs of x [B, L, H, D]; computed in float32, returned in x's dtype."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope.cos[:, None], rope.sin[:, None]  # [L, 1, D/2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,35 @@
+"""Prompts to `Conditioning`: both tokenizers and both text encoders, as FLUX uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.models.t5 import T5Encoder
+from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
+from bokehflux.types import Conditioning
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoders:
+    """The text half of a model. Both encoders read the same prompts."""
+
+    t5: T5Encoder
+    clip: CLIPTextEncoder
+    t5_tokenizer: T5Tokenizer
+    clip_tokenizer: CLIPTokenizer
+    txt_length: int
+    """T5 tokens a prompt is padded or cut to. CLIP's number comes from its tokenizer's files."""
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """`txt` [B, txt_length, t5 width] and `pooled` [B, clip width], where and in the dtype the encoders are."""
+        t5_ids = self.t5_tokenizer(prompts, self.txt_length)
+        clip_ids = self.clip_tokenizer(prompts)
+        return Conditioning(
+            txt=self.t5(t5_ids.to(self.t5.shared.weight.device)),
+            pooled=self.clip(clip_ids.to(self.clip.text_model.final_layer_norm.weight.device)),
+        )

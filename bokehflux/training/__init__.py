@@ -1,0 +1,1 @@
+"""Data and training: the procedural renderer, and the stages that make a bundled model."""

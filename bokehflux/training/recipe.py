@@ -1,0 +1,103 @@
+"""The recipe of nano: every shape and hyper-parameter of its training, as data. Seeds included.
+
+Steps are fixed numbers, so a run can be repeated; each stage stays under ten minutes on one H200.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bokehflux.configs import (
+    BokehConfig,
+    CLIPConfig,
+    Defaults,
+    MMDiTConfig,
+    ScheduleConfig,
+    T5Config,
+    VAEConfig,
+)
+
+TXT_LENGTH = 48
+SIZE_PX = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderStage:
+    seed: int = 1
+    scenes: int = 12_288
+    """Rendered images held in memory, one random level each."""
+    steps: int = 3600
+    batch: int = 96
+    """Crops of half the side; the last fifth of the steps takes a quarter as many whole images."""
+    lr: float = 1.2e-3
+    kl_weight: float = 5e-4
+    edge_weight: float = 0.6
+    """Weight of the Laplacian-pyramid L1 beside the plain L1."""
+    half_scale_weight: float = 0.25
+    """Weight of decoding half-size latents to half-size images, which keeps latents smooth enough to learn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseStage:
+    seed: int = 2
+    scenes: int = 65_536
+    levels_per_scene: int = 2
+    """Renders of every scene, at random levels that the base model is never told."""
+    steps: int = 6000
+    distill_steps: int = 500
+    batch: int = 512
+    lr: float = 1.5e-3
+    caption_dropout: float = 0.1
+    max_guidance: float = 6.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterStage:
+    seed: int = 3
+    scenes: int = 16_384
+    levels_per_scene: int = 5
+    """One level from each fifth of 0-30, the first exactly 0 in a share of the scenes."""
+    steps: int = 2000
+    batch: int = 512
+    group: int = 4
+    """Rows of one scene that share noise and noise level under grounded attention, in every other step."""
+    lr: float = 1e-3
+    level_dropout: float = 0.1
+    caption_dropout: float = 0.1
+    max_guidance: float = 5.0
+    level_guidance: float = 0.0
+    """Share of rows whose unconditional half drops the level too: 0 keeps the renderer's own strength."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    mmdit: MMDiTConfig
+    bokeh: BokehConfig
+    t5: T5Config
+    clip: CLIPConfig
+    vae: VAEConfig
+    schedule: ScheduleConfig
+    defaults: Defaults
+    autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
+    base: BaseStage = field(default_factory=BaseStage)
+    adapter: AdapterStage = field(default_factory=AdapterStage)
+
+
+NANO = Recipe(
+    mmdit=MMDiTConfig(
+        in_channels=64, txt_dim=192, pooled_dim=128, hidden_size=256, num_heads=4, num_double=3, num_single=9,
+        axes_dim=(16, 24, 24), guidance_embed=True,
+    ),
+    bokeh=BokehConfig(blocks=tuple(range(12)), rank=32, hidden_dim=64, context_dim=128),
+    # Vocabulary sizes are upper bounds: the tokenizers decide, and the trainer writes what they decided.
+    t5=T5Config(vocab_size=512, width=192, head_dim=48, mlp_size=384, num_layers=2, num_heads=4),
+    clip=CLIPConfig(
+        vocab_size=1024, width=128, mlp_size=256, num_layers=2, num_heads=4, max_length=TXT_LENGTH, eos_token_id=1
+    ),
+    # Scale and shift are measured after training.
+    vae=VAEConfig(
+        channels=(32, 64, 128, 160), layers_per_block=2, latent_channels=16, norm_groups=8, scale=1.0, shift=0.0
+    ),
+    schedule=ScheduleConfig(dynamic=True, shift=3.0),
+    defaults=Defaults(num_inference_steps=20, height_px=SIZE_PX, width_px=SIZE_PX, txt_length=TXT_LENGTH),
+)  # fmt: skip

@@ -1,0 +1,81 @@
+"""The same attention through `scaled_dot_product_attention`: what runs where no Triton kernel does.
+
+A target row of grounded attention has two sets of keys and one set of values. Without gradients it is two
+calls merged by their log-sum-exp, so neither keys nor values are ever concatenated; with gradients it is one
+call on concatenated keys, because PyTorch does not differentiate through the log-sum-exp. Pivot rows are
+plain attention: a doubled, identical set of keys leaves a softmax unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = None) -> Tensor:
+    """Shapes as `reference.attention`; accumulation as PyTorch's kernel for this device and dtype."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    return _add_bias(out, value_bias)
+
+
+def grounded_attention(
+    q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int], *, value_bias: Tensor | None = None
+) -> Tensor:
+    """Shapes and meaning as `reference.grounded_attention`."""
+    targets = [row for row, pivot in enumerate(pivot_of) if row != pivot]
+    pivots = [row for row, pivot in enumerate(pivot_of) if row == pivot]
+    if not targets:
+        return attention(q, k, v, value_bias=value_bias)
+    plain = attention(take_rows(q, pivots), take_rows(k, pivots), take_rows(v, pivots))
+
+    of_target = [pivot_of[row] for row in targets]
+    q_pivot, k_pivot = take_rows(q, of_target), take_rows(k, of_target)
+    k_target, v_target = take_rows(k, targets), take_rows(v, targets)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        # cuDNN's backward fails where keys and queries differ in length (torch 2.11, H200).
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            grounded = attention(
+                q_pivot, torch.cat([k_target, k_pivot], dim=1), torch.cat([v_target, v_target], dim=1)
+            )
+    else:
+        own, own_lse = attention_with_lse(q_pivot, k_target, v_target)
+        other, other_lse = attention_with_lse(q_pivot, k_pivot, v_target)
+        grounded = torch.lerp(own.float(), other.float(), torch.sigmoid(other_lse - own_lse)[..., None]).to(q.dtype)
+
+    order = pivots + targets
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return _add_bias(take_rows(torch.cat([plain, grounded]), inverse), value_bias)
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention [B, L, H, D] and the log-sum-exp of its scaled scores [B, L, H] in float32. No gradients."""
+    args = [t.transpose(1, 2) for t in (q, k, v)]
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)
+    elif q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*args)
+    elif q.device.type == "cuda":
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)
+    else:
+        scores = args[0] @ args[1].mT * q.shape[-1] ** -0.5
+        out, lse = scores.softmax(dim=-1) @ args[2], scores.float().logsumexp(dim=-1)
+    # Some kernels pad the log-sum-exp to a multiple of their tile.
+    return out.transpose(1, 2), lse.reshape(*args[0].shape[:2], -1)[..., : q.shape[1]].transpose(1, 2).float()
+
+
+def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """x[rows], as a view where the rows are one row repeated or a contiguous run (every inference batch)."""
+    first, count = rows[0], len(rows)
+    if all(row == first for row in rows):
+        return x[first : first + 1].expand(count, *x.shape[1:])
+    if list(rows) == list(range(first, first + count)):
+        return x[first : first + count]
+    return x[list(rows)]
+
+
+def _add_bias(out: Tensor, value_bias: Tensor | None) -> Tensor:
+    return out if value_bias is None else out + value_bias[:, None].to(out.dtype)

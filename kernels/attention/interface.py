@@ -1,0 +1,90 @@
+"""The one public attention interface: checks its arguments, picks a backend by name, runs it.
+
+Backends: `reference` (float32 definition) and `sdpa` (PyTorch's kernels). `auto` takes the fastest one that
+can run the call and logs its choice once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import eager, reference
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": eager}
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v + value_bias.
+
+    q, k, v: [B, L, H, D], one dtype. value_bias: [B, H, D] or None, added to every token of its row.
+    backend: a name in `BACKENDS`, or "auto". Returns [B, L, H, D].
+    Raises ValueError for shapes that disagree or an unknown backend.
+    """
+    _check(q, k, v, value_bias)
+    return _module(backend, q.device.type).attention(q, k, v, value_bias=value_bias)
+
+
+def grounded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pivot_of: Sequence[int],
+    *,
+    value_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Pivot-grounded attention: row i uses the query and the further keys of row pivot_of[i].
+
+    pivot_of: B row numbers; a pivot names itself. Other arguments and errors as `attention`; the mathematics
+    is `reference.grounded_attention`.
+    """
+    _check(q, k, v, value_bias)
+    check_pivots(pivot_of)
+    if len(pivot_of) != q.shape[0]:
+        raise ValueError(f"pivot_of names {len(pivot_of)} rows, but q has {q.shape[0]}")
+    return _module(backend, q.device.type).grounded_attention(q, k, v, pivot_of, value_bias=value_bias)
+
+
+def check_pivots(pivot_of: Sequence[int]) -> None:
+    """Raise ValueError unless every row names a row that is its own pivot."""
+    for row, pivot in enumerate(pivot_of):
+        if not 0 <= pivot < len(pivot_of) or pivot_of[pivot] != pivot:
+            raise ValueError(
+                f"row {row} is grounded on row {pivot}, which is not a pivot "
+                f"(a row that names itself) of a batch of {len(pivot_of)}: {tuple(pivot_of)}"
+            )
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, value_bias: Tensor | None) -> None:
+    if q.ndim != 4 or k.shape != v.shape or k.shape[:1] + k.shape[2:] != q.shape[:1] + q.shape[2:]:
+        raise ValueError(
+            "expected q, k, v in [B, L, H, D] with equal B, H, D; "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if value_bias is not None and value_bias.shape != (q.shape[0], *q.shape[2:]):
+        raise ValueError(f"expected value_bias [B, H, D] for q {tuple(q.shape)}, got {tuple(value_bias.shape)}")
+
+
+def _module(backend: str, device_type: str) -> ModuleType:
+    if backend == "auto":
+        _log_choice(device_type)
+        return eager
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}: expected 'auto' or one of {sorted(BACKENDS)}")
+    return BACKENDS[backend]
+
+
+@torch.compiler.disable  # a cache that logs once is no part of a traced graph
+@functools.cache
+def _log_choice(device_type: str) -> None:
+    logger.info("attention backend for %s: sdpa", device_type)

@@ -1,0 +1,1 @@
+"""Checkpoints: reading files, mapping names, building networks. Also holds the bundled model (`nano/`)."""

@@ -1,0 +1,1 @@
+"""Name tables, one module per checkpoint layout: data only."""
