@@ -55,6 +55,23 @@ class Grounded:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PivotQuery:
+    """Row i attends with the query of its pivot, to its own keys only (adapters that leave keys alone)."""
+
+    pivot_of: tuple[int, ...]
+    value_bias: Tensor | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        interface.check_pivots(self.pivot_of)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return interface.attention(
+            q[list(self.pivot_of)], k, v, value_bias=self.value_bias, backend=self.backend
+        )
+
+
 Spec = TypeVar("Spec", bound=AttentionSpec)
 
 

@@ -120,7 +120,7 @@ class Pipeline:
         )
         x = pack(noise(grid, seed, self.dtype)).to(self.device).expand(rows, -1, -1)
         x = euler(velocity, x, sigmas(self.schedule, num_steps, grid.num_tokens), on_step)
-        pixels = [to_uint8(self.vae.decode(row)).numpy()[0] for row in unpack(x, grid).split(1)]
+        pixels = [to_uint8(self.vae.decode(row)).cpu().numpy()[0] for row in unpack(x, grid).split(1)]
 
         pivot = pixels.pop(0) if grounded else None
         if pivot is not None:

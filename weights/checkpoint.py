@@ -1,4 +1,4 @@
-"""Read and write .safetensors checkpoints: one file, shards behind an index, or a component folder.
+"""Read .safetensors checkpoints: one file, shards behind an index, or a component folder.
 
 Opening parses headers only; tensors are views of the memory-mapped file, read one at a time. Knows names,
 shapes and bytes, and no network. Format: https://huggingface.co/docs/safetensors#format
@@ -6,12 +6,10 @@ shapes and bytes, and no network. Format: https://huggingface.co/docs/safetensor
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,20 +22,19 @@ SUFFIXES = (".safetensors", ".sft")
 INDEX_SUFFIX = ".safetensors.index.json"
 _SHOWN_PROBLEMS = 40
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 # What people hand over in place of a .safetensors file, by its first bytes.
 _LOOKALIKES = (
     (b"<", "it is a web page: the download was redirected, probably because it needs a login"),
     (b"version ", "it is a Git LFS pointer: fetch the real file with `git lfs pull`"),
-    (b"PK\x03\x04", "it is a zip or PyTorch pickle file: convert it to .safetensors first, pickles are never read"),
-    (b"\x80", "it is a Python pickle: convert it to .safetensors first, pickles are never read"),
+    (b"PK\x03\x04", "it is a PyTorch pickle file: convert it to .safetensors, pickles are never read"),
+    (b"\x80", "it is a Python pickle: convert it to .safetensors, pickles are never read"),
     (b"GGUF", "it is a GGUF file, which is not supported: use the .safetensors file"),
     (b"{", "it is a JSON file: pass the .safetensors file, the shard index or the folder"),
 )
@@ -49,9 +46,9 @@ class CheckpointError(ValueError):
     `where` names the file, `problems` holds one line each.
     """
 
-    def __init__(self, where: str | Path, problems: Sequence[str]) -> None:
+    def __init__(self, where: object, *problems: str) -> None:
         self.where = str(where)
-        self.problems = tuple(problems)
+        self.problems = problems
         if len(self.problems) == 1:
             message = f"{where}: {self.problems[0]}"
         else:
@@ -86,6 +83,18 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self.tensors.items()}
 
+    @property
+    def config_path(self) -> Path:
+        return self.path.parent / "config.json"
+
+    def config(self) -> dict[str, Any] | None:
+        """The `config.json` beside the checkpoint, None without one."""
+        return read_json(self.config_path) if self.config_path.is_file() else None
+
+    def position(self, name: str) -> tuple[str, int]:
+        """Sorts tensors in the order in which they lie on disk."""
+        return str(self.tensors[name].file), self.tensors[name].start
+
     def read(self, name: str) -> Tensor:
         """The tensor as a CPU view of the mapped file: copy it to keep it beyond the checkpoint's life."""
         info = self.tensors[name]
@@ -104,13 +113,15 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a .safetensors file, a `*.safetensors.index.json`, or a folder that holds one of the two.
 
-    Raises CheckpointError with every problem of every file: missing, truncated, not safetensors, inconsistent.
+    Raises CheckpointError with every problem of every file: missing, truncated, malformed, inconsistent.
     """
     path = Path(path)
     if path.is_dir():
         path = _inside(path)
     if not path.is_file():
-        raise CheckpointError(path, ["no such file; expected a .safetensors file, its index, or a folder with one"])
+        raise CheckpointError(
+            path, "no such file or folder; expected a .safetensors file, its index, or a folder with one"
+        )
     if path.suffix == ".json":
         return _open_index(path)
     tensors, metadata = read_header(path)
@@ -118,12 +129,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds any .safetensors file, as a partial download or a config-only folder does not."""
+    """Whether a folder holds any .safetensors file (a config-only folder does not)."""
     return folder.is_dir() and any(p.suffix in SUFFIXES for p in folder.iterdir())
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors and metadata of one .safetensors file. Allocates no more than the header, and that is bounded."""
+    """Tensors and metadata of one .safetensors file. Allocates the header only, and that is bounded."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header, data_start = _parse_header(path, file, size)
@@ -140,7 +151,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not problems:
         problems = _layout_problems(tensors, data_start, size)
     if problems:
-        raise CheckpointError(path, problems)
+        raise CheckpointError(path, *problems)
     return tensors, metadata
 
 
@@ -148,22 +159,24 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any]
     head = file.read(9)
     if len(head) < 9:
         what = "it is empty" if not head else f"it holds {size} bytes"
-        raise CheckpointError(path, [f"not a .safetensors file: {what}; the download is incomplete"])
+        raise CheckpointError(path, f"not a .safetensors file: {what}; the download is incomplete")
     length = int.from_bytes(head[:8], "little")
     if head[8:] != b"{":
         hint = next((text for start, text in _LOOKALIKES if head.startswith(start)), "its header is not JSON")
-        raise CheckpointError(path, [f"not a .safetensors file: {hint}"])
+        raise CheckpointError(path, f"not a .safetensors file: {hint}")
     if length > MAX_HEADER_BYTES:
         hint = next((f"; {text}" for start, text in _LOOKALIKES if head.startswith(start)), "")
-        problem = f"not a .safetensors file: a header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}{hint}"
-        raise CheckpointError(path, [problem])
+        limit = f"a header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}"
+        raise CheckpointError(path, f"not a .safetensors file: {limit}{hint}")
     if 8 + length > size:
-        raise CheckpointError(path, [f"truncated: the header alone needs {8 + length} bytes, the file holds {size}"])
+        raise CheckpointError(
+            path, f"truncated: the header alone needs {8 + length} bytes, the file holds {size}"
+        )
     file.seek(8)
     try:
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, [f"not a .safetensors file: its header is not JSON ({error})"]) from None
+        raise CheckpointError(path, f"not a .safetensors file: its header is not JSON ({error})") from None
     return header, 8 + length
 
 
@@ -176,7 +189,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor_info(path: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
-    dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise ValueError("negative or non-integer number")
     if end - start != math.prod(shape) * dtype.itemsize:
@@ -189,44 +202,52 @@ def _layout_problems(tensors: Mapping[str, TensorInfo], data_start: int, size: i
     at = data_start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != at:
-            return [f"{'gap' if info.start > at else 'overlap'} in front of tensor {name!r}: the header is corrupt"]
+            kind = "gap" if info.start > at else "overlap"
+            return [f"{kind} in front of tensor {name!r}: the header is corrupt"]
         at = info.end
     if at > size:
         cut = [name for name, info in tensors.items() if info.end > size]
         return [
-            f"truncated: {at} bytes expected, the file holds {size}; {len(cut)} of {len(tensors)} tensors are "
-            "incomplete. Download it again"
+            f"truncated: {at} bytes expected, the file holds {size}; {len(cut)} of {len(tensors)} tensors "
+            "are incomplete. Download it again"
         ]
     return [f"{size - at} bytes behind the last tensor: the header is corrupt"] if at < size else []
 
 
 def _inside(folder: Path) -> Path:
-    """The one checkpoint of a component folder; variants such as `model.fp16.safetensors` yield to the plain name."""
+    """The one checkpoint of a folder; variants such as `model.fp16.safetensors` yield to the plain name."""
     files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES or p.name.endswith(INDEX_SUFFIX))
     indexes = [p for p in files if p.name.endswith(INDEX_SUFFIX)]
-    candidates = indexes + [p for p in files if p not in indexes and not re.search(r"-\d{5}-of-\d{5}\.", p.name)]
+    candidates = indexes + [
+        p for p in files if p not in indexes and not re.search(r"-\d{5}-of-\d{5}\.", p.name)
+    ]
     plain = [p for p in candidates if "." not in p.name.split(".safetensors")[0]]
     for group in (plain, candidates):
         if len(group) == 1:
             return group[0]
     if candidates:
         names = ", ".join(p.name for p in candidates)
-        raise CheckpointError(folder, [f"holds several checkpoints ({names}): pass the path of one of them"])
+        raise CheckpointError(folder, f"holds several checkpoints ({names}): pass the path of one of them")
     if files:
-        raise CheckpointError(folder, [f"holds shards but no *{INDEX_SUFFIX}: the download is incomplete"])
+        raise CheckpointError(folder, f"holds shards but no *{INDEX_SUFFIX}: the download is incomplete")
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     note = f"; {', '.join(pickles)} cannot be used, because pickles are never read" if pickles else ""
-    raise CheckpointError(folder, [f"holds no .safetensors file and no *{INDEX_SUFFIX}{note}"])
+    raise CheckpointError(folder, f"holds no .safetensors file and no *{INDEX_SUFFIX}{note}")
 
 
 def _open_index(path: Path) -> Checkpoint:
     index = read_json(path)
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(path, ["not a shard index: it must hold a weight_map of tensor name -> file name"])
+    if not isinstance(weight_map, dict):
+        weight_map = {}
+    files = weight_map.values()
+    if not files or not all(isinstance(file, str) for file in files):
+        raise CheckpointError(
+            path, "not a shard index: a weight_map of tensor name -> file name was expected"
+        )
     problems: list[str] = []
     tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(weight_map.values())):
+    for file in sorted(set(files)):
         expected = {name for name, shard in weight_map.items() if shard == file}
         if file != Path(file).name or file in ("", ".", ".."):
             problems.append(f"{file!r} is not a plain file name beside the index")
@@ -238,21 +259,28 @@ def _open_index(path: Path) -> Checkpoint:
             except CheckpointError as error:
                 problems += [f"shard {file}: {problem}" for problem in error.problems]
                 continue
-            problems += [f"shard {file} lacks {name}" for name in fold((n, "") for n in expected - set(found))]
-            problems += [f"shard {file} also holds {name}" for name in fold((n, "") for n in set(found) - expected)]
+            problems += [
+                f"shard {file} lacks {name}" for name in fold((n, "") for n in expected - set(found))
+            ]
+            problems += [
+                f"shard {file} also holds {name}" for name in fold((n, "") for n in set(found) - expected)
+            ]
             tensors.update(found)
     if problems:
-        raise CheckpointError(path, problems)
+        raise CheckpointError(path, *problems)
     return Checkpoint(path, tensors, {})
 
 
 def fold(names: Iterable[tuple[str, str]]) -> list[str]:
-    """Shorten (name, note) pairs that differ in their first number: `a.{0-2}.x note`. Sorted by first number."""
+    """Shorten (name, note) pairs that differ only in their first number, to `a.{0-2}.x note`, sorted."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, note in names:
         match = re.search(r"\.(\d+)\.", name)
-        head, number, tail = (name[: match.start(1)], int(match[1]), name[match.end(1) :]) if match else (name, -1, "")
-        groups.setdefault((head, tail, note), []).append(number)
+        if match:
+            key, number = (name[: match.start(1)], name[match.end(1) :], note), int(match[1])
+        else:
+            key, number = (name, "", note), -1
+        groups.setdefault(key, []).append(number)
     lines = []
     for (head, tail, note), numbers in sorted(groups.items()):
         label = "" if numbers == [-1] else _ranges(sorted(numbers))
@@ -278,111 +306,15 @@ def _brief(value: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file. Raises CheckpointError when it is missing, too large or something else."""
+    """A JSON object from a small file. Raises CheckpointError when there is none."""
     if not path.is_file():
-        raise CheckpointError(path, ["no such file"])
+        raise CheckpointError(path, "no such file")
     if path.stat().st_size > MAX_HEADER_BYTES:
-        raise CheckpointError(path, [f"larger than {MAX_HEADER_BYTES} bytes: not a config or an index"])
+        raise CheckpointError(path, f"larger than {MAX_HEADER_BYTES} bytes: not a config or an index")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, [f"not JSON ({error})"]) from None
+        raise CheckpointError(path, f"not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise CheckpointError(path, [f"a JSON object was expected, found {type(value).__name__}"])
+        raise CheckpointError(path, f"a JSON object was expected, found {type(value).__name__}")
     return value
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: takes its place when the block succeeds, vanishes when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object as the official tools do (sorted, two spaces), whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one .safetensors file, whole or not at all. Only one tensor at a time is copied to the CPU.
-
-    `metadata` is free text; `format: pt`, which transformers insists on, is always there.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        _write(temporary, tensors, metadata or {})
-
-
-def save_sharded(
-    folder: str | Path, tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int = 5 * 10**9
-) -> Path:
-    """Write a component folder: `{stem}.safetensors`, or shards and their index when it is larger than that.
-
-    Files of an earlier save under the same stem are removed. Returns the path to open.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = _shards(tensors, max_shard_bytes)
-    single = len(shards) == 1
-    names = [f"{stem}.safetensors"] if single else [
-        f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-    ]  # fmt: skip
-    # Contexts close in reverse, so the index is replaced last, once every shard is complete.
-    with contextlib.ExitStack() as stack:
-        index_path = folder / f"{stem}{INDEX_SUFFIX}"
-        temporary_index = None if single else stack.enter_context(replacing(index_path))
-        for name, shard in zip(names, shards, strict=True):
-            _write(stack.enter_context(replacing(folder / name)), {n: tensors[n] for n in shard}, {})
-        if temporary_index is not None:
-            index = {
-                "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-                "weight_map": {n: name for name, shard in zip(names, shards, strict=True) for n in shard},
-            }
-            temporary_index.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    ours = {*names} if single else {*names, index_path.name}
-    pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-    for stale in [p for p in folder.iterdir() if pattern.fullmatch(p.name) and p.name not in ours]:
-        stale.unlink()
-    return folder / names[0] if single else index_path
-
-
-def _shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in sorted(tensors):
-        if shards[-1] and size + tensors[name].nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensors[name].nbytes
-    return shards
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    # Wide types first keeps every tensor aligned to its own item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    at = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPE_NAMES or name == "__metadata__" or tensor.is_meta:
-            raise ValueError(f"cannot save tensor {name!r} of {tensor.dtype} on {tensor.device}")
-        offsets = [at, at + tensor.nbytes]
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        at = offsets[1]
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            data = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
-            file.write(data.numpy().data)
-        file.flush()
-        os.fsync(file.fileno())

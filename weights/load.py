@@ -8,36 +8,94 @@ Layouts are recognised by tensor names, never by file names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bokehflux.configs import BokehConfig, CLIPConfig, MMDiTConfig, T5Config, VAEConfig
+from bokehflux.configs import CLIPConfig, Defaults, MMDiTConfig, ScheduleConfig, T5Config, VAEConfig
 from bokehflux.models.bokeh import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.text.encode import TextEncoders
+from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 
-from .checkpoint import Checkpoint, CheckpointError, open_checkpoint, read_json
+from .bokeh_config import read_bokeh_config
+from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .mapping import Entry, Shape, plan, recognise
-from .official import (
-    Json,
-    bokeh_config,
-    clip_config,
-    mmdit_config,
-    mmdit_config_from_shapes,
-    t5_config,
-    vae_config,
-    vae_config_from_shapes,
-)
+from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
+from .snapshot import open_snapshot
 from .tables import bokeh, flux, text, vae
 
+BUNDLED = ("nano",)
+"""Models that come with the package, as folders beside this file."""
 ADAPTER_PREFIX = "bokeh."
 """Where MMDiT keeps its adapter."""
 Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """A whole model, loaded."""
+
+    mmdit: MMDiT
+    text: TextEncoders
+    vae: AutoencoderKL
+    schedule: ScheduleConfig
+    defaults: Defaults
+
+
+def load_components(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Components:
+    """Every part of a model folder (`snapshot.py` says of which layouts) or of a bundled model, by its name.
+
+    `adapter`: folder or file; None takes the one that the model's card names, if any.
+    Raises CheckpointError or TokenizerError before the transformer, the largest part, is read.
+    """
+    snapshot = open_snapshot(Path(__file__).parent / model if model in BUNDLED else model)
+    clip_tokenizer = CLIPTokenizer.from_folder(snapshot.clip_tokenizer)
+    t5_tokenizer = T5Tokenizer.from_folder(snapshot.t5_tokenizer)
+    autoencoder = load_vae(snapshot.vae, device=device, dtype=dtype)
+    clip = load_clip(snapshot.clip, device=device, dtype=dtype)
+    t5 = load_t5(snapshot.t5, device=device, dtype=dtype)
+    facts = (
+        (
+            "the autoencoder's packed latents have",
+            4 * autoencoder.config.latent_channels,
+            snapshot.mmdit.in_channels,
+        ),
+        ("T5 states have", t5.config.width, snapshot.mmdit.txt_dim),
+        ("CLIP vectors have", clip.config.width, snapshot.mmdit.pooled_dim),
+    )
+    problems = [
+        f"{what} {ours} channels, the transformer expects {its}" for what, ours, its in facts if ours != its
+    ]
+    if problems:
+        raise CheckpointError(f"{snapshot.root}: components of different models", *problems)
+    text_encoders = TextEncoders(
+        t5=t5,
+        clip=clip,
+        t5_tokenizer=t5_tokenizer,
+        clip_tokenizer=clip_tokenizer,
+        txt_length=snapshot.defaults.txt_length,
+    )
+    chosen = snapshot.adapter if adapter is None else adapter
+    return Components(
+        mmdit=load_mmdit(snapshot.transformer, snapshot.mmdit, chosen, device=device, dtype=dtype),
+        text=text_encoders,
+        vae=autoencoder,
+        schedule=snapshot.schedule,
+        defaults=snapshot.defaults,
+    )
 
 
 def load_mmdit(
@@ -98,16 +156,8 @@ def load_vae(
     """The autoencoder from a diffusers folder or a BFL `ae.safetensors`. As `load_mmdit`."""
     checkpoint = open_checkpoint(path)
     table = recognise(vae.TABLES, checkpoint.tensors, checkpoint.path)
-    if config is None:
-        found = config_beside(checkpoint)
-        if found is not None:
-            config = vae_config(found)
-        elif table is vae.BFL:
-            config = vae_config_from_shapes(checkpoint.shapes, checkpoint.path)
-        else:
-            raise _needs_config(checkpoint)
     with torch.device("meta"):
-        network = AutoencoderKL(config)
+        network = AutoencoderKL(config or read_vae_config(checkpoint))
     entries = plan(table, _shapes(network), checkpoint.shapes, checkpoint.path)
     return _filled(network, _tensors(entries, checkpoint, device, dtype))
 
@@ -122,7 +172,7 @@ def load_t5(
     """The T5 encoder from a transformers folder (`text_encoder_2/`), or from a file and its config."""
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
-        network = T5Encoder(config or t5_config(_required_config(checkpoint)))
+        network = T5Encoder(config or read_t5_config(checkpoint))
     entries = plan(text.T5, _shapes(network), checkpoint.shapes, checkpoint.path)
     return _filled(network, _tensors(entries, checkpoint, device, dtype))
 
@@ -137,41 +187,9 @@ def load_clip(
     """The CLIP text encoder from a transformers folder (`text_encoder/`), or from a file and its config."""
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
-        network = CLIPTextEncoder(config or clip_config(_required_config(checkpoint)))
+        network = CLIPTextEncoder(config or read_clip_config(checkpoint))
     entries = plan(text.CLIP, _shapes(network), checkpoint.shapes, checkpoint.path)
     return _filled(network, _tensors(entries, checkpoint, device, dtype))
-
-
-def read_mmdit_config(checkpoint: Checkpoint) -> MMDiTConfig:
-    """The transformer's config: from the `config.json` beside it or, in the BFL layout, from its shapes."""
-    found = config_beside(checkpoint)
-    if found is not None:
-        return mmdit_config(found)
-    if recognise(flux.TABLES, checkpoint.tensors, checkpoint.path) is flux.BFL:
-        return mmdit_config_from_shapes(checkpoint.shapes, checkpoint.path)
-    raise _needs_config(checkpoint)
-
-
-def read_bokeh_config(checkpoint: Checkpoint, mmdit: MMDiTConfig) -> BokehConfig:
-    """The adapter's config, from its tensors and the `config.json` beside them."""
-    return bokeh_config(config_beside(checkpoint), checkpoint.shapes, mmdit, checkpoint.path)
-
-
-def config_beside(checkpoint: Checkpoint) -> Json | None:
-    """The `config.json` in the checkpoint's folder."""
-    path = checkpoint.path.parent / "config.json"
-    return read_json(path) if path.is_file() else None
-
-
-def _required_config(checkpoint: Checkpoint) -> Json:
-    config = config_beside(checkpoint)
-    if config is None:
-        raise _needs_config(checkpoint)
-    return config
-
-
-def _needs_config(checkpoint: Checkpoint) -> CheckpointError:
-    return CheckpointError(checkpoint.path, ["no config.json beside it: add the official one, or pass a config"])
 
 
 def _shapes(network: nn.Module) -> dict[str, Shape]:
@@ -183,12 +201,12 @@ def _tensors(
 ) -> dict[str, Tensor]:
     """Every planned tensor on its device, in file order so that a cold disk is read in one sweep."""
     tensors: dict[str, Tensor] = {}
-    for entry in sorted(entries, key=lambda e: checkpoint.tensors[e.src[0]][::-1][:2] + (e.dst,)):
+    for entry in sorted(entries, key=lambda entry: checkpoint.position(entry.src[0])):
         for name in entry.tied:
             if not torch.equal(checkpoint.read(name), checkpoint.read(entry.src[0])):
                 problem = f"{name} and {entry.src[0]} must be the same tensor, but their values differ"
-                raise CheckpointError(checkpoint.path, [problem])
-        # A lone source is copied, so that no parameter aliases the mapped file; joining several copies anyway.
+                raise CheckpointError(checkpoint.path, problem)
+        # A lone source is copied, so that no parameter aliases the mapped file; joining copies anyway.
         lone = len(entry.src) == 1
         sources = [checkpoint.read(name).to(device, dtype, copy=lone) for name in entry.src]
         tensors[entry.dst] = entry.transform.join(sources)

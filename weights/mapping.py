@@ -1,6 +1,6 @@
 """Name tables between a checkpoint layout and our networks, and the proof that one covers the other exactly.
 
-A rule is written from our name to theirs, `Rule("txt_in.{p}", "context_embedder.{p}")`, and is read both ways:
+A rule is written from our name to theirs, `Rule("txt_in.{p}", "context_embedder.{p}")`, and read both ways:
 `plan` resolves it against a file to load, `to_official` against our tensors to save. A name without a rule is
 the same on both sides, so the tables of layouts whose names we share are empty.
 
@@ -43,10 +43,10 @@ def concat(*parts: int) -> Transform:
     def split(ours: Tensor) -> list[Tensor]:
         unit, rest = divmod(ours.shape[0], sum(parts))
         if rest:
-            raise ValueError(f"{ours.shape[0]} rows cannot be divided in the proportion {':'.join(map(str, parts))}")
+            raise ValueError(f"{ours.shape[0]} rows cannot be divided as {':'.join(map(str, parts))}")
         return list(ours.split([part * unit for part in parts]))
 
-    return Transform(join=torch.cat, split=split)
+    return Transform(join=lambda theirs: torch.cat(list(theirs)), split=split)
 
 
 def _swapped(x: Tensor) -> Tensor:
@@ -107,13 +107,15 @@ def recognise(tables: Sequence[Table], names: Mapping[str, object], where: str |
     prefix = next((n[: -len(t.marker)] for n in names for t in tables if n.endswith("." + t.marker)), "")
     hint = f". Every name carries the prefix {prefix!r}: save it without" if prefix else ""
     problem = f"layout not recognised: expected {wanted}, found {len(names)} tensors such as {some}{hint}"
-    raise CheckpointError(where, [problem])
+    raise CheckpointError(where, problem)
 
 
-def plan(table: Table, ours: Mapping[str, Shape], theirs: Mapping[str, Shape], where: str | Path) -> list[Entry]:
+def plan(
+    table: Table, ours: Mapping[str, Shape], theirs: Mapping[str, Shape], where: str | Path
+) -> list[Entry]:
     """Prove that a file of shapes `theirs` covers the parameters `ours` exactly, and say how.
 
-    Every parameter is made once, every tensor of the file is used once or is listed as ignored, all shapes fit.
+    Every parameter is made once, every tensor of the file is used once or listed as ignored, shapes fit.
     Raises CheckpointError with all missing, unexpected and wrong-shaped tensors, in the file's own names.
     """
     entries: list[Entry] = []
@@ -139,7 +141,7 @@ def plan(table: Table, ours: Mapping[str, Shape], theirs: Mapping[str, Shape], w
     problems += [f"unexpected: {line}" for line in fold(unexpected)]
     problems += [f"wrong shape: {line}" for line in fold(misshaped)]
     if problems:
-        raise CheckpointError(f"{where} ({table.name})", problems)
+        raise CheckpointError(f"{where} ({table.name})", *problems)
     return entries
 
 

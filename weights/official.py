@@ -11,40 +11,78 @@ from collections.abc import Mapping
 from typing import Any
 
 from bokehflux.configs import (
-    BokehConfig,
     CLIPConfig,
-    Defaults,
     MMDiTConfig,
     ScheduleConfig,
     T5Config,
     VAEConfig,
 )
 
-from .checkpoint import CheckpointError
-from .mapping import Shape
+from .checkpoint import Checkpoint, CheckpointError
+from .mapping import Shape, recognise
+from .tables import flux, vae
 
 Json = Mapping[str, Any]
 
 
-def _check(config: Json, what: str, required: tuple[str, ...], fixed: Json) -> None:
-    """Raise CheckpointError unless all `required` keys are there and each `fixed` key, if there, has its value."""
+def read_mmdit_config(checkpoint: Checkpoint) -> MMDiTConfig:
+    """From the `config.json` beside the transformer or, in the BFL layout, from its shapes."""
+    if (
+        checkpoint.config() is None
+        and recognise(flux.TABLES, checkpoint.tensors, checkpoint.path) is flux.BFL
+    ):
+        return mmdit_config_from_shapes(checkpoint.shapes, checkpoint.path)
+    return mmdit_config(_beside(checkpoint), checkpoint.config_path)
+
+
+def read_vae_config(checkpoint: Checkpoint) -> VAEConfig:
+    """From the `config.json` beside the autoencoder or, in the BFL layout, from its shapes."""
+    if checkpoint.config() is None and recognise(vae.TABLES, checkpoint.tensors, checkpoint.path) is vae.BFL:
+        return vae_config_from_shapes(checkpoint.shapes, checkpoint.path)
+    return vae_config(_beside(checkpoint), checkpoint.config_path)
+
+
+def read_t5_config(checkpoint: Checkpoint) -> T5Config:
+    return t5_config(_beside(checkpoint), checkpoint.config_path)
+
+
+def read_clip_config(checkpoint: Checkpoint) -> CLIPConfig:
+    return clip_config(_beside(checkpoint), checkpoint.config_path)
+
+
+def _beside(checkpoint: Checkpoint) -> Json:
+    config = checkpoint.config()
+    if config is None:
+        raise CheckpointError(
+            checkpoint.path, "no config.json beside it: add the official one, or pass a config"
+        )
+    return config
+
+
+def _check(config: Json, where: object, required: tuple[str, ...], fixed: Json) -> None:
+    """Raise CheckpointError unless `required` keys are there and `fixed` keys, if there, have their value."""
     problems = [f"key {key!r} is missing" for key in required if key not in config]
+    problems += [
+        f"{key} = {config[key]!r} is not a number or a list of numbers"
+        for key in required
+        if key in config and not isinstance(config[key], (int, float, list))
+    ]
     for key, value in fixed.items():
         allowed = value if isinstance(value, tuple) else (value,)
         if key in config and config[key] not in allowed:
             wanted = " or ".join(repr(v) for v in allowed)
             problems.append(f"{key} = {config[key]!r} is not supported, expected {wanted}")
     if problems:
-        raise CheckpointError(f"{what} config", problems)
+        raise CheckpointError(where, *problems)
 
 
-def mmdit_config(config: Json) -> MMDiTConfig:
+def mmdit_config(config: Json, where: object = "transformer config") -> MMDiTConfig:
     """From the config of a diffusers `FluxTransformer2DModel`."""
     required = ("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads",
                 "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")  # fmt: skip
     fixed = {"_class_name": "FluxTransformer2DModel", "patch_size": 1}
-    _check(config, "transformer", required, fixed)
-    _check(config, "transformer", (), {"out_channels": (None, config["in_channels"])})
+    _check(config, where, required, fixed)
+    _check(config, where, (), {"out_channels": (None, config["in_channels"])})
     return MMDiTConfig(
         in_channels=config["in_channels"],
         txt_dim=config["joint_attention_dim"],
@@ -89,10 +127,12 @@ def mmdit_config_from_shapes(shapes: Mapping[str, Shape], where: object) -> MMDi
         head_dim = next(s for n, s in shapes.items() if n.endswith("norm.query_norm.scale"))[0]
         mlp_size = _mlp_size(shapes, hidden)
     except (KeyError, StopIteration, ValueError) as error:
-        raise CheckpointError(str(where), [f"not a complete FLUX transformer: {error!r} not found"]) from None
+        raise CheckpointError(where, f"not a complete FLUX transformer: {error!r} not found") from None
     if head_dim != 128:
-        problem = f"head dim {head_dim} does not imply the rotary axes (128 does): pass a config or add a config.json"
-        raise CheckpointError(str(where), [problem])
+        problem = (
+            f"head dim {head_dim} does not imply rotary axes (128 does): pass a config or add config.json"
+        )
+        raise CheckpointError(where, problem)
     return MMDiTConfig(
         in_channels=in_channels,
         txt_dim=txt_dim,
@@ -114,27 +154,27 @@ def _mlp_size(shapes: Mapping[str, Shape], hidden: int) -> int:
 
 
 def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
-    """How many numbers follow a prefix (at least the largest plus one, so that a gap shows as missing tensors)."""
+    """The largest number that follows a prefix, plus one: a gap then shows as missing tensors."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return max((int(m[1]) + 1 for name in shapes if (m := pattern.match(name))), default=0)
 
 
-def vae_config(config: Json) -> VAEConfig:
+def vae_config(config: Json, where: object = "vae config") -> VAEConfig:
     """From the config of a diffusers `AutoencoderKL`."""
     required = ("block_out_channels", "latent_channels", "scaling_factor", "shift_factor")
     fixed = {
         "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
         "mid_block_add_attention": True, "latents_mean": None, "latents_std": None,
     }  # fmt: skip
-    _check(config, "vae", required, fixed)
+    _check(config, where, required, fixed)
     # Absent means true here: the older autoencoders have these two convolutions.
     quant = {key: config.get(key, True) for key in ("use_quant_conv", "use_post_quant_conv")}
-    _check(quant, "vae", (), dict.fromkeys(quant, False))
+    _check(quant, where, (), dict.fromkeys(quant, False))
     depth = len(config["block_out_channels"])
     for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if list(config.get(key, [kind] * depth)) != [kind] * depth:
             problem = f"{key} = {config[key]!r} is not supported, expected {depth} x {kind}"
-            raise CheckpointError("vae config", [problem])
+            raise CheckpointError(where, problem)
     return VAEConfig(
         channels=tuple(config["block_out_channels"]),
         layers_per_block=config.get("layers_per_block", 1),
@@ -170,16 +210,16 @@ def vae_config_dict(config: VAEConfig) -> dict[str, Any]:
 
 
 def vae_config_from_shapes(shapes: Mapping[str, Shape], where: object) -> VAEConfig:
-    """What a BFL `ae.safetensors` says about itself; 16 latent channels imply FLUX's groups, scale and shift."""
+    """What a BFL `ae.safetensors` says of itself; 16 latent channels imply FLUX's groups, scale and shift."""
     depth = _count(shapes, "encoder.down")
     try:
         channels = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(depth))
         latent_channels = shapes["decoder.conv_in.weight"][1]
     except (KeyError, IndexError) as error:
-        raise CheckpointError(str(where), [f"not a complete FLUX autoencoder: {error} not found"]) from None
+        raise CheckpointError(where, f"not a complete FLUX autoencoder: {error} not found") from None
     if latent_channels != 16:
-        problem = f"{latent_channels} latent channels do not imply their scale (16 do): pass a config or add config.json"
-        raise CheckpointError(str(where), [problem])
+        problem = f"{latent_channels} latent channels do not imply a scale (16 do)"
+        raise CheckpointError(where, f"{problem}: pass a config or add config.json")
     return VAEConfig(
         channels=channels,
         layers_per_block=_count(shapes, "encoder.down.0.block"),
@@ -190,17 +230,17 @@ def vae_config_from_shapes(shapes: Mapping[str, Shape], where: object) -> VAECon
     )
 
 
-def t5_config(config: Json) -> T5Config:
+def t5_config(config: Json, where: object = "T5 config") -> T5Config:
     """From the config of a transformers `T5EncoderModel` with v1.1 (gated GELU) blocks."""
     required = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
     fixed = {
         "model_type": "t5", "feed_forward_proj": "gated-gelu", "is_gated_act": True,
         "dense_act_fn": ("gelu_new", "gelu_pytorch_tanh"),
     }  # fmt: skip
-    _check(config, "T5", required, fixed)
+    _check(config, where, required, fixed)
     if "feed_forward_proj" not in config and "is_gated_act" not in config:
         problem = "neither feed_forward_proj nor is_gated_act is there: T5 v1.1 with gated GELU is expected"
-        raise CheckpointError("T5 config", [problem])
+        raise CheckpointError(where, problem)
     return T5Config(
         vocab_size=config["vocab_size"],
         width=config["d_model"],
@@ -239,11 +279,11 @@ def t5_config_dict(config: T5Config) -> dict[str, Any]:
     }
 
 
-def clip_config(config: Json) -> CLIPConfig:
+def clip_config(config: Json, where: object = "CLIP config") -> CLIPConfig:
     """From the config of a transformers `CLIPTextModel`."""
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "eos_token_id")  # fmt: skip
-    _check(config, "CLIP", required, {"model_type": "clip_text_model", "hidden_act": "quick_gelu"})
+    _check(config, where, required, {"model_type": "clip_text_model", "hidden_act": "quick_gelu"})
     return CLIPConfig(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
@@ -276,14 +316,15 @@ def clip_config_dict(config: CLIPConfig) -> dict[str, Any]:
     }
 
 
-def schedule_config(config: Json) -> ScheduleConfig:
+def schedule_config(config: Json, where: object = "scheduler config") -> ScheduleConfig:
     """From the config of a diffusers `FlowMatchEulerDiscreteScheduler`."""
-    off = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
+    off = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas",
+           "stochastic_sampling")  # fmt: skip
     fixed = {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift_terminal": None,
         "time_shift_type": "exponential", **dict.fromkeys(off, (False, None)),
     }  # fmt: skip
-    _check(config, "scheduler", (), fixed)
+    _check(config, where, (), fixed)
     return ScheduleConfig(
         dynamic=config.get("use_dynamic_shifting", False),
         shift=config.get("shift", 1.0),
@@ -305,142 +346,3 @@ def schedule_config_dict(config: ScheduleConfig) -> dict[str, Any]:
         "shift": config.shift,
         "use_dynamic_shifting": config.dynamic,
     }
-
-
-def bokeh_config(
-    config: Json | None, shapes: Mapping[str, Shape], mmdit: MMDiTConfig, where: object = "adapter"
-) -> BokehConfig:
-    """The adapter's shape as its tensors tell it, with the strengths of its `config.json`, if it has one.
-
-    Every disagreement between the two, or with the transformer, is reported in one CheckpointError.
-    """
-    found, problems = _bokeh_shape(shapes, mmdit)
-    if found and config is not None:
-        problems += _bokeh_conflicts(config, found, mmdit)
-    if problems or not found:
-        raise CheckpointError(str(where), problems)
-    settings = config or {}
-    return BokehConfig(
-        **found,
-        alpha=settings.get("lora_alpha"),
-        lora_scale=settings.get("lora_scale", 1.0),
-        bokeh_scale=settings.get("bokeh_scale", 1.0),
-    )
-
-
-def _bokeh_shape(shapes: Mapping[str, Shape], mmdit: MMDiTConfig) -> tuple[dict[str, Any], list[str]]:
-    needed = ("embedding_layer.0.weight", "embedding_layer.2.weight")
-    pattern = re.compile(r"adapter_modules\.(\d+)\.(\w+)\.down\.weight")
-    downs = {(int(m[1]), m[2]): shape for name, shape in shapes.items() if (m := pattern.fullmatch(name))}
-    if any(name not in shapes for name in needed) or not downs:
-        some = ", ".join(sorted(shapes)[:3]) or "nothing"
-        return {}, [f"not a bokeh adapter: expected {needed[0]!r} and 'adapter_modules.*', found {some}"]
-    blocks = tuple(sorted({i for i, _ in downs}))
-    problems = []
-    if blocks[-1] >= mmdit.num_blocks:
-        problems.append(f"made for a larger model: it adapts block {blocks[-1]}, this one has {mmdit.num_blocks}")
-    widths = {shape[1] for (_, kind), shape in downs.items() if kind in ("to_q_adp", "to_k_adp")}
-    if widths - {mmdit.hidden_size}:
-        problems.append(f"made for a model of width {max(widths - {mmdit.hidden_size})}, this one has {mmdit.hidden_size}")
-    found = {
-        "blocks": blocks,
-        "rank": next(iter(downs.values()))[0],
-        "hidden_dim": shapes[needed[0]][0],
-        "context_dim": shapes[needed[1]][0],
-        "adapt_q": any(kind == "to_q_adp" for _, kind in downs),
-        "adapt_k": any(kind == "to_k_adp" for _, kind in downs),
-    }
-    return found, problems
-
-
-def _bokeh_conflicts(config: Json, found: Json, mmdit: MMDiTConfig) -> list[str]:
-    facts = {
-        "lora_rank": found["rank"],
-        "unfreeze_q": found["adapt_q"],
-        "unfreeze_k": found["adapt_k"],
-        "bokeh_hidden_dim": found["hidden_dim"],
-        "bokeh_context_dim": found["context_dim"],
-        "bokeh_input_dim": 1,
-        "attn_hidden_dim": mmdit.hidden_size,
-    }
-    problems = [
-        f"config.json says {key} = {config[key]!r}, the tensors say {value!r}"
-        for key, value in facts.items()
-        if key in config and config[key] != value
-    ]
-    if config.get("blocks") is not None:
-        try:
-            blocks = {_block_index(name, mmdit) for name in config["blocks"]}
-        except ValueError as error:
-            return [*problems, str(error)]
-        if blocks != set(found["blocks"]):
-            without, extra = sorted(blocks - set(found["blocks"])), sorted(set(found["blocks"]) - blocks)
-            problems.append(
-                f"config.json and tensors adapt different blocks: named without tensors {without}, "
-                f"tensors without name {extra}"
-            )
-    return problems
-
-
-_BLOCK_NAME = re.compile(r"(single_)?transformer_blocks\.(\d+)(\.attn.*)?")
-
-
-def _block_index(name: str, mmdit: MMDiTConfig) -> int:
-    """`transformer_blocks.3` -> 3, `single_transformer_blocks.7` -> num_double + 7."""
-    match = _BLOCK_NAME.fullmatch(name)
-    if not match:
-        raise ValueError(f"config.json names block {name!r}, expected [single_]transformer_blocks.N")
-    limit = mmdit.num_single if match[1] else mmdit.num_double
-    if int(match[2]) >= limit:
-        raise ValueError(f"config.json names block {name!r}, this model has only {limit} of that kind")
-    return int(match[2]) + (mmdit.num_double if match[1] else 0)
-
-
-def bokeh_config_dict(config: BokehConfig, mmdit: MMDiTConfig) -> dict[str, Any]:
-    """The published adapter's `config.json`."""
-    double = mmdit.num_double
-    return {
-        "attn_hidden_dim": mmdit.hidden_size,
-        "blocks": [
-            f"transformer_blocks.{i}" if i < double else f"single_transformer_blocks.{i - double}"
-            for i in config.blocks
-        ],
-        "bokeh_context_dim": config.context_dim,
-        "bokeh_hidden_dim": config.hidden_dim,
-        "bokeh_input_dim": 1,
-        "bokeh_scale": config.bokeh_scale,
-        "lora_alpha": config.alpha,
-        "lora_rank": config.rank,
-        "lora_scale": config.lora_scale,
-        "unfreeze_k": config.adapt_k,
-        "unfreeze_q": config.adapt_q,
-    }
-
-
-def default_card(guidance_embed: bool) -> Defaults:
-    """The publishers' settings: 30 steps for guidance-distilled models, 4 for schnell; both at 512x512."""
-    if guidance_embed:
-        return Defaults(num_inference_steps=30, height_px=512, width_px=512, txt_length=512)
-    return Defaults(num_inference_steps=4, height_px=512, width_px=512, txt_length=256)
-
-
-def card(config: Json, guidance_embed: bool) -> Defaults:
-    """From a `bokehflux.json`: any of num_inference_steps, height, width, txt_length; the rest by default."""
-    known = {"num_inference_steps", "height", "width", "txt_length", "adapter"}
-    problems = [f"unknown key {key!r}, expected some of {sorted(known)}" for key in config if key not in known]
-    problems += [
-        f"{key} must be a positive whole number, got {config[key]!r}"
-        for key in sorted(known - {"adapter"})
-        if key in config and not (type(config[key]) is int and config[key] > 0)
-    ]
-    if "adapter" in config and not isinstance(config["adapter"], str):
-        problems.append(f"adapter must name a folder, got {config['adapter']!r}")
-    if problems:
-        raise CheckpointError("bokehflux.json", problems)
-    default = default_card(guidance_embed)
-    return Defaults(
-        num_inference_steps=config.get("num_inference_steps", default.num_inference_steps),
-        height_px=config.get("height", default.height_px),
-        width_px=config.get("width", default.width_px),
-        txt_length=config.get("txt_length", default.txt_length),
-    )

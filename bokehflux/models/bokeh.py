@@ -105,10 +105,9 @@ class BokehAdapter(nn.Module):
         )
         self.adapter_modules = nn.ModuleDict({str(i): BlockAdapter(config, mmdit.hidden_size) for i in config.blocks})
 
-    def block(self, index: int) -> BlockAdapter | None:
-        """The adapter of one block, None where the block is not adapted."""
-        name = str(index)
-        return self.adapter_modules[name] if name in self.adapter_modules else None  # type: ignore[return-value]
+    def block(self, index: int) -> BlockAdapter:
+        """The adapter of one adapted block."""
+        return self.adapter_modules[str(index)]  # type: ignore[return-value]
 
     def values(self, model_input: Tensor, scale: float) -> dict[int, Tensor]:
         """[B] (level / 30 or -1) -> the value vector of each adapted block, [B, H, D]."""

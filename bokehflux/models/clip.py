@@ -1,7 +1,7 @@
 """CLIP text encoder: token ids to one pooled vector. The text half of CLIP without its final projection.
 
-Parameter names are those of the published files (`text_encoder/`). Attention is causal and there is no padding
-mask: tokens after the end-of-text token cannot reach it, and the pooled vector is the state at that token.
+Parameter names are those of the published files (`text_encoder/`). Attention is causal and there is no
+padding mask: tokens after the end-of-text token cannot reach it, and the pooled vector is its state.
 
 Shapes: B batch, T tokens, H heads, D head dim, W width.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bokehflux.configs import CLIPConfig
 
 _LARGEST_ID = 2
-"""`eos_token_id` of the first CLIP configs, wrong but in wide use: it stands for the largest id of the row."""
+"""`eos_token_id` of the first CLIP configs, wrong but in wide use: stands for the largest id of the row."""
 
 
 class CLIPTextEncoder(nn.Module):
@@ -88,7 +88,9 @@ class CLIPEmbeddings(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         num_tokens, max_length = ids.shape[1], self.position_embedding.num_embeddings
         if num_tokens > max_length:
-            raise ValueError(f"CLIP takes at most {max_length} tokens per prompt, got {num_tokens}; truncate them")
+            raise ValueError(
+                f"CLIP takes at most {max_length} tokens per prompt, got {num_tokens}; truncate them"
+            )
         return self.token_embedding(ids) + self.position_embedding.weight[:num_tokens]
 
 

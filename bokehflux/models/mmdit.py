@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from bokehflux.attention import AttentionSpec, Plain, with_value_bias
 from bokehflux.configs import BokehConfig, MMDiTConfig
 from bokehflux.models.blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
-from bokehflux.models.bokeh import BokehAdapter, BokehCondition
+from bokehflux.models.bokeh import BlockAdapter, BokehAdapter, BokehCondition
 from bokehflux.models.embeddings import SINUSOID_DIM, MLPEmbedder, RopeTable, sinusoid
 
 
@@ -64,32 +64,36 @@ class MMDiT(nn.Module):
 
         img [B, N, 64] packed latents; txt [B, T, W] T5 states; pooled [B, P]; sigma [B] noise level in 0-1;
         guidance [B] (ignored by models without guidance embedding); rope: table of T text then N image
-        tokens; attention: specification of every joint attention, plain by default; bokeh: levels of the
-        B rows, None for the base model alone. Returns [B, N, 64].
+        tokens; attention: specification of the joint attentions, plain by default; bokeh: levels of the
+        B rows, None for the base model alone. With levels, blocks that the adapter leaves alone attend
+        plainly whatever the specification (as published). Returns [B, N, 64].
         Raises ValueError for levels without an adapter or a missing guidance.
         """
-        spec = attention if attention is not None else Plain()
         if bokeh is not None and self.bokeh is None:
             raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
-        adapter = self.bokeh if bokeh is not None else None
-        values, lora_scale = self._bokeh_terms(bokeh)
+        spec = attention if attention is not None else Plain()
+        parts = self._block_terms(spec, bokeh)
 
         vec = self.condition(pooled, sigma, guidance)
         img, txt = self.img_in(img), self.txt_in(txt)
-        for i, block in enumerate(self.double_blocks):
-            part = adapter.block(i) if adapter else None
-            img, txt = block(img, txt, vec, rope, with_value_bias(spec, values.get(i)), part, lora_scale)
+        for block, part in zip(self.double_blocks, parts[: len(self.double_blocks)], strict=True):
+            img, txt = block(img, txt, vec, rope, *part)
         x = torch.cat([txt, img], dim=1)
-        for i, block in enumerate(self.single_blocks, start=len(self.double_blocks)):
-            part = adapter.block(i) if adapter else None
-            x = block(x, vec, rope, with_value_bias(spec, values.get(i)), part, lora_scale)
+        for block, part in zip(self.single_blocks, parts[len(self.double_blocks) :], strict=True):
+            x = block(x, vec, rope, *part)
         return self.final_layer(x[:, txt.shape[1] :], vec)
 
-    def _bokeh_terms(self, bokeh: BokehCondition | None) -> tuple[dict[int, Tensor], float]:
-        """Per-block value vectors and the low-rank strength; nothing and one without a condition."""
+    def _block_terms(
+        self, spec: AttentionSpec, bokeh: BokehCondition | None
+    ) -> list[tuple[AttentionSpec, BlockAdapter | None, float]]:
+        """For every block: its attention specification, its adapter, and the strength of the latter."""
         if bokeh is None or self.bokeh is None:
-            return {}, 1.0
+            return [(spec, None, 1.0)] * self.config.num_blocks
         config = self.bokeh.config
         bokeh_scale = config.bokeh_scale if bokeh.bokeh_scale is None else bokeh.bokeh_scale
         lora_scale = config.lora_scale if bokeh.lora_scale is None else bokeh.lora_scale
-        return self.bokeh.values(bokeh.model_input(self.device, self.dtype), bokeh_scale), lora_scale
+        values = self.bokeh.values(bokeh.model_input(self.device, self.dtype), bokeh_scale)
+        terms: list[tuple[AttentionSpec, BlockAdapter | None, float]] = [(Plain(), None, 1.0)] * self.config.num_blocks
+        for i, value in values.items():
+            terms[i] = (with_value_bias(spec, value), self.bokeh.block(i), lora_scale)
+        return terms

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bokehflux.attention import Grounded, Plain
+from bokehflux.attention import AttentionSpec, Grounded, PivotQuery, Plain
 from bokehflux.models.bokeh import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT
@@ -42,14 +42,19 @@ class Denoiser:
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: Tensor, step: int) -> Tensor:
         """x [B, N, 64] -> velocity [B, N, 64]. The negative pass has no level, guidance 1 and no grounding."""
-        grounded = self.grounding is not None and step < self.grounding.num_steps
-        spec = Grounded(pivot_of=(self.grounding.pivot_row,) * len(x)) if grounded and self.grounding else Plain()
-        v = self._predict(x, sigma, self.conditioning, self.guidance, self.bokeh, spec)
+        v = self._predict(x, sigma, self.conditioning, self.guidance, self.bokeh, self._attention(len(x), step))
         if self.true_cfg > 1 and self.negative is not None:
             null = self.bokeh.null() if self.bokeh is not None else None
             v_neg = self._predict(x, sigma, self.negative, 1.0, null, Plain())
             v = v_neg + self.true_cfg * (v - v_neg)
         return v
+
+    def _attention(self, rows: int, step: int) -> AttentionSpec:
+        if self.grounding is None or step >= self.grounding.num_steps:
+            return Plain()
+        pivot_of = (self.grounding.pivot_row,) * rows
+        shares_keys = self.mmdit.bokeh is None or self.mmdit.bokeh.config.adapt_k
+        return Grounded(pivot_of=pivot_of) if shares_keys else PivotQuery(pivot_of=pivot_of)
 
     def _predict(
         self,
@@ -58,7 +63,7 @@ class Denoiser:
         conditioning: Conditioning,
         guidance: float,
         bokeh: BokehCondition | None,
-        spec: Plain | Grounded,
+        spec: AttentionSpec,
     ) -> Tensor:
         rows = len(x)
         return self.mmdit(

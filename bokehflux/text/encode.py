@@ -26,7 +26,7 @@ class TextEncoders:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """`txt` [B, txt_length, t5 width] and `pooled` [B, clip width], where and in the dtype the encoders are."""
+        """`txt` [B, txt_length, t5 width] and `pooled` [B, clip width], in the dtype of the encoders."""
         t5_ids = self.t5_tokenizer(prompts, self.txt_length)
         clip_ids = self.clip_tokenizer(prompts)
         return Conditioning(

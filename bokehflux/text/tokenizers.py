@@ -1,8 +1,8 @@
 """Prompts to token ids, for CLIP and T5, from the tokenizer folders of a model snapshot.
 
-Ids equal those of transformers 4.53 `CLIPTokenizer` (its Python one, without `ftfy`) and `T5TokenizerFast`, the
-classes that the published FLUX pipeline uses. `ftfy`, where installed, makes transformers repair mis-decoded
-text before CLIP sees it; ids then depend on the machine, so this module never does it.
+Ids equal those of transformers 4.53 `CLIPTokenizer` (its Python one, without `ftfy`) and `T5TokenizerFast`,
+the classes that the published FLUX pipeline uses. With `ftfy` installed transformers repairs mis-decoded text
+before CLIP sees it, so that ids depend on the machine; this module never does.
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
-from bokehflux.text.sentencepiece import unigram_tokenizer
+from bokehflux.text.spiece import unigram_tokenizer
+from bokehflux.text.words import END, START, words
 
 log = logging.getLogger(__name__)
 
@@ -31,39 +30,243 @@ class TokenizerError(ValueError):
 
 
 class CLIPTokenizer:
-    """Lower-case byte-level BPE: `<|startoftext|>`, the prompt, `<|endoftext|>`, padding."""
+    """Lower-case byte-level BPE: start token, prompt, end token, padding."""
+
+    length: int
+    """Tokens per prompt unless the caller says otherwise."""
+    vocab_size: int
+    """Rows that an embedding of these ids needs."""
+    eos_id: int
+    pad_id: int
 
     def __init__(
-        self, vocab: dict[str, int], merges: list[tuple[str, str]], special: SpecialTokens, length: int
+        self,
+        *,
+        vocab: dict[str, int],
+        merges: list[tuple[str, str]],
+        special: dict[str, str],
+        added: dict[str, int],
+        length: int,
     ) -> None:
+        """`special` names the tokens used as bos, eos, unk and pad; `added` are ids that `vocab` may lack."""
         self.length = length
-        self._vocab = vocab | special.added
-        self._unk_id = self._vocab[special.unk]
-        self._bos_id = self._vocab[special.bos]
-        self.eos_id = self._vocab[special.eos]
-        self.pad_id = self._vocab[special.pad]
-        # Longest first: of two tokens that start at the same character the longer one wins.
-        literal = sorted({special.bos, special.eos, special.unk, special.pad, *special.added}, key=len, reverse=True)
-        self._special = frozenset(literal)
-        self._split_special = re.compile("(" + "|".join(map(re.escape, literal)) + ")")
-        self._bpe = BPE(vocab=vocab, merges=merges, unk_token=special.unk, end_of_word_suffix="</w>")
+        self._ids = vocab | added
+        self._bos_id, self.eos_id, self._unk_id, self.pad_id = (
+            self._ids[special[role]] for role in ("bos_token", "eos_token", "unk_token", "pad_token")
+        )
+        # These are found in the prompt as written, before anything is cleaned; the longest comes first.
+        literal = sorted({*special.values(), *added}, key=len, reverse=True)
+        self._literal = re.compile("(" + "|".join(map(re.escape, literal)) + ")")
+        self.vocab_size = 1 + max(self._ids.values())
+        self._bpe = BPE(vocab=vocab, merges=merges, unk_token=special["unk_token"], end_of_word_suffix="</w>")
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> CLIPTokenizer:
-        """Read `vocab.json`, `merges.txt`, `tokenizer_config.json` and, if present, `special_tokens_map.json`.
+    def from_folder(cls, folder: str | Path) -> CLIPTokenizer:
+        """Read `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json` if present.
 
-        Raises TokenizerError when one is missing or does not make sense.
+        Raises TokenizerError when one is missing or damaged.
         """
-        folder = Path(path)
+        folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
         vocab = _read_json(folder / "vocab.json")
-        # The first line is a version comment; the bound is the number of merges of the published vocabulary.
-        lines = _read(folder / "merges.txt").decode("utf-8", errors="replace").strip().split("\n")[1:48895]
+        special = _special_tokens(
+            folder, config, bos_token=START, eos_token=END, unk_token=END, pad_token=END
+        )
+        added = _added_tokens(folder, config)
+        merges = _read_merges(folder / "merges.txt")
+        length = _length(folder, config)
+        unknown = [token for token in special.values() if token not in vocab and token not in added]
+        if unknown:
+            raise TokenizerError(
+                f"{folder}: special tokens {unknown} have no id in vocab.json; fetch it again"
+            )
         try:
-            merges = [(left, right) for left, right in (line.split() for line in lines)]
-            return cls(vocab, merges, SpecialTokens.read(folder, config), int(config["model_max_length"]))
-        except (KeyError, TypeError, ValueError, AttributeError, Exception) as error:
-            raise TokenizerError(f"{error}") from error
+            return cls(vocab=vocab, merges=merges, special=special, added=added, length=length)
+        except Exception as error:  # what `tokenizers` raises has no class of its own
+            raise TokenizerError(
+                f"{folder}: vocab.json and merges.txt do not fit together: {error}"
+            ) from error
 
     def __call__(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
-        raise NotImplementedError
+        """Ids [B, length], int64. A prompt that is too long is cut, with a warning; the end token stays."""
+        rows = [[self._bos_id, *self._content(prompt), self.eos_id] for prompt in _checked(prompts)]
+        return _fit(
+            rows, prompts, self.length if length is None else length, self.eos_id, self.pad_id, reader="CLIP"
+        )
+
+    def _content(self, prompt: str) -> list[int]:
+        ids: list[int] = []
+        # re.split with a group: even places are text, odd ones the literal tokens between.
+        for i, part in enumerate(self._literal.split(prompt)):
+            if i % 2:
+                ids.append(self._ids[part])
+                continue
+            for word in words(part):
+                if word in (START, END):
+                    ids.append(self._ids.get(word, self._unk_id))
+                else:
+                    ids.extend(token.id for token in self._bpe.tokenize(word))
+        return ids
+
+
+class T5Tokenizer:
+    """Unigram pieces, end token, padding."""
+
+    length: int
+    """Tokens per prompt unless the caller says otherwise."""
+    vocab_size: int
+    """Rows that an embedding of these ids needs."""
+    eos_id: int
+    pad_id: int
+
+    def __init__(self, *, tokenizer: Tokenizer, eos: str, pad: str, length: int) -> None:
+        self.length = length
+        self.eos_id, self.pad_id = tokenizer.token_to_id(eos), tokenizer.token_to_id(pad)
+        # Cutting and padding are done here, where a warning can be given.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.vocab_size = tokenizer.get_vocab_size()
+        if self.pad_id is None or tokenizer.encode("").ids != [self.eos_id]:
+            raise ValueError(
+                f"a T5 tokenizer must know {pad!r} and end every prompt in {eos!r}; this one does not"
+            )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> T5Tokenizer:
+        """Read `tokenizer_config.json` and `tokenizer.json`, or else `spiece.model`.
+
+        Raises TokenizerError when one is missing or damaged.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        special = _special_tokens(folder, config, eos_token="</s>", pad_token="<pad>")
+        eos, pad = special["eos_token"], special["pad_token"]
+        fast, spiece = folder / "tokenizer.json", folder / "spiece.model"
+        if not fast.is_file() and not spiece.is_file():
+            raise TokenizerError(f"{folder}: expected tokenizer.json or spiece.model, found neither")
+        source = fast if fast.is_file() else spiece
+        length = _length(folder, config)
+        text = _read_text(fast) if source == fast else ""
+        try:
+            if source == fast:
+                tokenizer = Tokenizer.from_str(text)
+            else:
+                tokenizer = unigram_tokenizer(
+                    spiece.read_bytes(),
+                    eos=eos,
+                    num_extra_ids=int(config.get("extra_ids", 100)),
+                    legacy=config.get("legacy") is not False,
+                )
+            t5 = cls(tokenizer=tokenizer, eos=eos, pad=pad, length=length)
+        except Exception as error:  # what `tokenizers` raises has no class of its own
+            raise TokenizerError(f"{source} cannot be used, fetch it again: {error}") from error
+        for token, token_id in _added_tokens(folder, config).items():
+            if tokenizer.token_to_id(token) != token_id:
+                raise TokenizerError(
+                    f"{folder}: tokenizer_config.json gives {token!r} the id {token_id}, {source.name} gives "
+                    f"{tokenizer.token_to_id(token)}; they belong to different models"
+                )
+        return t5
+
+    def __call__(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
+        """Ids [B, length], int64. A prompt that is too long is cut, with a warning; the end token stays.
+
+        Raises ValueError for a prompt with half a surrogate pair, which is not text.
+        """
+        rows = []
+        for prompt in _checked(prompts):
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(f"a prompt must be valid Unicode, got {prompt!r}: {error}") from error
+            rows.append(self._tokenizer.encode(prompt).ids)
+        return _fit(
+            rows, prompts, self.length if length is None else length, self.eos_id, self.pad_id, reader="T5"
+        )
+
+
+def _checked(prompts: Sequence[str]) -> Sequence[str]:
+    if isinstance(prompts, str):
+        raise TypeError(f"expected a list of prompts, got one string {prompts!r}; put it into a list")
+    return prompts
+
+
+def _fit(
+    rows: list[list[int]], prompts: Sequence[str], length: int, eos_id: int, pad_id: int, *, reader: str
+) -> Tensor:
+    """Cut or pad every row to `length` ids, [B, length]; a cut row still ends in `eos_id`."""
+    if length < 2:
+        raise ValueError(
+            f"length must be at least 2, a start or content token and the end token, got {length}"
+        )
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        if len(row) > length:
+            log.warning("%s reads %d of the %d tokens of the prompt %.80r", reader, length, len(row), prompt)
+            row = [*row[: length - 1], eos_id]
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids
+
+
+def _special_tokens(folder: Path, config: dict[str, Any], **defaults: str) -> dict[str, str]:
+    """The token of each role in `defaults`, as the files name it.
+
+    As in transformers, `special_tokens_map.json` counts only for folders from before `added_tokens_decoder`.
+    """
+    stated = dict(config)
+    table = folder / "special_tokens_map.json"
+    if "added_tokens_decoder" not in config and table.is_file():
+        stated |= _read_json(table)
+    tokens = {role: stated.get(role) or default for role, default in defaults.items()}
+    return {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, int]:
+    """Ids of the tokens that `tokenizer_config.json` lists beside the vocabulary."""
+    try:
+        return {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'}: bad added_tokens_decoder: {error!r}"
+        ) from error
+
+
+def _length(folder: Path, config: dict[str, Any]) -> int:
+    length = config.get("model_max_length")
+    # "No limit" is written as 1e30.
+    if not isinstance(length, int) or not 2 <= length <= 1_000_000:
+        path = folder / "tokenizer_config.json"
+        raise TokenizerError(f"{path}: model_max_length must be a number of tokens, found {length!r}")
+    return length
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    merges = []
+    for line in _read_text(path).strip().split("\n")[1:]:  # the first line is a version
+        parts = line.split()
+        if len(parts) != 2:
+            raise TokenizerError(f"{path}: expected two parts on every line, found {line!r}; fetch it again")
+        merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise TokenizerError(
+            f"{path} is missing; a tokenizer folder needs it, fetch the snapshot again"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not UTF-8 text, fetch it again: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise TokenizerError(f"{path} is not JSON, fetch it again: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

@@ -8,6 +8,7 @@ layers make occlusion right at defocused edges; HDR points in the background bec
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,7 +26,7 @@ __all__ = ["MAX_LEVEL", "RADIUS_AT_30", "Scene", "SceneSpec", "build_scenes", "r
 MAX_LEVEL = 30.0
 RADIUS_AT_30 = 15.0
 """Radius in pixels of the disc that a point at infinity becomes at level 30, in a picture of 256 pixels."""
-EDGE_SOFTNESS = 0.06
+EDGE_SOFTNESS = 0.10
 """A real lens's discs end softly; this keeps large discs from being sharper than what they replace."""
 
 
@@ -72,9 +73,11 @@ def build_scenes(
 
     far_edge, stand = dice.scalar(0.24, 0.40), dice.scalar(0.64, 0.80)
     azimuth, rise = dice.uniform(math.pi * 0.2, math.pi * 0.8), dice.uniform(0.5, 0.9)
-    towards_light = F.normalize(torch.stack([0.8 * azimuth.cos(), -0.55 - 0.4 * azimuth.sin(), rise], 1), dim=1)
+    towards_light = F.normalize(
+        torch.stack([0.8 * azimuth.cos(), -0.55 - 0.4 * azimuth.sin(), rise], 1), dim=1
+    )
 
-    subject_at = Placement(dice.scalar(-0.12, 0.12), stand, dice.scalar(0.82, 1.02))
+    subject_at = Placement(dice.scalar(-0.09, 0.09), stand, dice.scalar(0.82, 1.02))
     table = paint_tables(canvas, dice, spec.table, far_edge) * light
     table = table * (0.62 + 0.50 * smooth(-0.2, 1.0, canvas.y))[:, None]
     table = _sheen(canvas, table, background, far_edge)
@@ -136,7 +139,9 @@ def render(scene: Scene, levels: torch.Tensor) -> torch.Tensor:
     return _develop(out[:, :, pad : pad + scene.size_px, pad : pad + scene.size_px] * scene.exposure)
 
 
-def _defocused_plane(scene: Scene, radius: torch.Tensor, blurred) -> torch.Tensor:
+def _defocused_plane(
+    scene: Scene, radius: torch.Tensor, blurred: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """The table, its blur growing with distance from the subject: blends of neighbours in a stack of blurs."""
     spectrum = torch.fft.rfft2(scene.table)
     defocus = scene.table_defocus[:, None]
@@ -153,7 +158,7 @@ def _over(layer: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
 
 
 def _develop(light: torch.Tensor) -> torch.Tensor:
-    """Linear light to display: a little black point, straight to 0.7, then a shoulder that never quite clips."""
+    """Linear light to display: a small black point, straight to 0.7, then a shoulder."""
     x = (light - 0.003).clamp(min=0)
     knee = 0.7
     x = torch.where(x < knee, x, 1 - (1 - knee) * torch.exp(-(x - knee) / (1 - knee)))

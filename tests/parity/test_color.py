@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -34,7 +35,7 @@ def published(target: np.ndarray, pivot: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("ours", "code"), CONVERSIONS)
-def test_every_colour_is_opencvs(ours, code) -> None:  # noqa: ANN001
+def test_every_colour_is_opencvs(ours: Callable[[np.ndarray], np.ndarray], code: int) -> None:
     rest = np.stack(np.meshgrid(np.arange(256), np.arange(256), indexing="ij"), axis=-1).astype(np.uint8)
     colours = np.empty((256, 256, 3), np.uint8)
     for first in range(256):
@@ -71,10 +72,8 @@ def test_an_image_is_its_own_pivot(seed: int) -> None:
 
 def test_means_meet() -> None:
     rng = np.random.default_rng(0)
-    target, pivot = (
-        rng.integers(90, 130, (64, 64, 3), np.uint8),
-        rng.integers(110, 170, (64, 64, 3), np.uint8),
-    )
+    target = rng.integers(90, 130, (64, 64, 3), np.uint8)
+    pivot = rng.integers(110, 170, (64, 64, 3), np.uint8)
     gap = rgb_to_lab8(match_lab_means(target, pivot)).mean((0, 1)) - rgb_to_lab8(pivot).mean((0, 1))
     assert np.abs(gap).max() < 1.5  # truncation takes half a level on average
     assert np.abs(rgb_to_lab8(target).mean((0, 1)) - rgb_to_lab8(pivot).mean((0, 1))).max() > 10
@@ -94,9 +93,9 @@ def test_speed() -> None:
     match_lab_means(target, pivot)
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         match_lab_means(target, pivot)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.1
 
 

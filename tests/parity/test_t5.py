@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention as OracleAttention
 
 from bokehflux.configs import T5_XXL, T5Config
 from bokehflux.models.t5 import T5Encoder, relative_position_bucket
-
-SHARED = Path(__file__).resolve().parents[3] / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"shared data not found at {SHARED}")
+from tests.helpers import assert_within_2x, needs_shared, shared
 
 configs = st.builds(
     T5Config,
@@ -65,7 +61,7 @@ def pair(config: T5Config, seed: int) -> tuple[T5Encoder, T5EncoderModel]:
     return ours, theirs
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(configs, st.integers(1, 3), st.sampled_from([1, 2, 7, 31, 150]), st.integers(0, 2**31))
 def test_states_equal_transformers(config: T5Config, batch: int, length: int, seed: int) -> None:
     ours, theirs = pair(config, seed)
@@ -73,7 +69,7 @@ def test_states_equal_transformers(config: T5Config, batch: int, length: int, se
     torch.testing.assert_close(ours(ids), theirs(ids)[0], atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(configs, st.sampled_from([1, 5, 63]), st.integers(0, 2**31))
 def test_bfloat16_is_as_accurate_as_transformers(config: T5Config, length: int, seed: int) -> None:
     ours, theirs = pair(config, seed)
@@ -83,11 +79,10 @@ def test_bfloat16_is_as_accurate_as_transformers(config: T5Config, length: int, 
     low_ours, low_theirs = ours(ids), theirs(ids)[0]
     exact = theirs.float()(ids)[0]
     assert low_ours.dtype == torch.bfloat16
-    error_ours, error_theirs = ((low.float() - exact).square().mean().sqrt() for low in (low_ours, low_theirs))
-    assert error_ours <= 2 * error_theirs + 1e-6
+    assert_within_2x(low_ours, low_theirs, exact)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(configs, st.integers(0, 2**31))
 def test_gradients_equal_transformers(config: T5Config, seed: int) -> None:
     ours, theirs = pair(config, seed)
@@ -106,7 +101,8 @@ def test_buckets_equal_transformers(num_buckets: int, max_distance: int) -> None
     expected = OracleAttention._relative_position_bucket(relative, True, num_buckets, max_distance)
     bucket = relative_position_bucket(relative, num_buckets, max_distance)
     assert torch.equal(bucket, expected)
-    assert bucket.unique().tolist() == list(range(num_buckets))
+    # Distance zero counts as backwards, so the first bucket of the other direction stays empty.
+    assert bucket.unique().tolist() == [i for i in range(num_buckets) if i != num_buckets // 2]
 
 
 def test_untrained_weights_are_drawn_as_transformers_does() -> None:
@@ -120,25 +116,8 @@ def test_untrained_weights_are_drawn_as_transformers_does() -> None:
 
 @needs_shared
 def test_names_and_shapes_are_those_of_the_xxl_file() -> None:
-    published = json.loads((SHARED / "manifests/t5xxl.hf.json").read_text())["tensors"]
+    published = json.loads(shared("manifests/t5xxl.hf.json").read_text())["tensors"]
     del published["encoder.embed_tokens.weight"]
     with torch.device("meta"):
         ours = {name: list(tensor.shape) for name, tensor in T5Encoder(T5_XXL).state_dict().items()}
     assert ours == {name: entry["shape"] for name, entry in published.items()}
-
-
-@needs_shared
-def test_golden_states() -> None:
-    from transformers import T5TokenizerFast
-
-    golden = SHARED / "golden"
-    config = T5Config(vocab_size=32128, width=32, head_dim=8, mlp_size=128, num_layers=2, num_heads=4)
-    weights = load_file(golden / "snapshot/text_encoder_2/model.safetensors")
-    weights.pop("encoder.embed_tokens.weight", None)
-    with torch.device("meta"):
-        encoder = T5Encoder(config)
-    encoder.load_state_dict(weights, strict=True, assign=True)
-    cases = json.loads((golden / "cases.json").read_text())
-    print(cases)
-    tokenizer = T5TokenizerFast.from_pretrained(golden / "snapshot/tokenizer_2")
-    assert tokenizer

@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' AutoencoderKL with the same random weights, and against golden outputs."""
+"""The autoencoder against diffusers' AutoencoderKL with equal random weights, and against golden outputs."""
 
 from __future__ import annotations
 
@@ -74,15 +74,22 @@ def oracle_decode(oracle: Oracle, latents: Tensor) -> Tensor:
 
 
 CONFIG = VAEConfig(
-    channels=(16, 32, 32, 64), layers_per_block=2, latent_channels=16, norm_groups=16, scale=0.3611, shift=0.1159
-)  # fmt: skip
+    channels=(16, 32, 32, 64),
+    layers_per_block=2,
+    latent_channels=16,
+    norm_groups=16,
+    scale=0.3611,
+    shift=0.1159,
+)
 
+# At least eight values in every group: the deviation of fewer is at times near zero, and dividing by it makes
+# any two implementations differ.
 configs = st.builds(
     VAEConfig,
     channels=st.lists(st.sampled_from((8, 16, 24)), min_size=1, max_size=4).map(tuple),
     layers_per_block=st.integers(1, 2),
     latent_channels=st.integers(2, 6),
-    norm_groups=st.sampled_from((2, 4, 8)),
+    norm_groups=st.sampled_from((1, 2, 4)),
     scale=st.floats(0.2, 2.0),
     shift=st.floats(-1.0, 1.0),
 )
@@ -92,8 +99,8 @@ def assert_same(ours: Tensor, oracle: Tensor) -> None:
     torch.testing.assert_close(ours, oracle, atol=1e-5 * max(1.0, oracle.abs().max().item()), rtol=0)
 
 
-@settings(max_examples=12)
-@given(config=configs, rows=st.integers(1, 3), columns=st.integers(1, 3), seed=st.integers(0, 999))
+@settings(max_examples=10)
+@given(config=configs, rows=st.integers(2, 3), columns=st.integers(2, 4), seed=st.integers(0, 999))
 @torch.no_grad()
 def test_float32_of_random_configs(config: VAEConfig, rows: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -130,7 +137,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_to_uint8_is_the_image_processor(dtype: torch.dtype) -> None:
-    x = (torch.randn(2, 3, 32, 40)).to(dtype)
+    x = torch.randn(2, 3, 32, 40).to(dtype)
     expected = VaeImageProcessor().postprocess(x, output_type="pil")
     assert np.array_equal(to_uint8(x).numpy(), np.stack([np.asarray(image) for image in expected]))
 

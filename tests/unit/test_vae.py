@@ -1,11 +1,13 @@
-"""The autoencoder by itself: names, shapes, the affine map of its latents, sampling, training, 8-bit output."""
+"""The autoencoder by itself: names, shapes, the affine map of latents, sampling, training, 8-bit output."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import needs_shared, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,10 +107,18 @@ def test_every_parameter_learns_under_autocast() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in vae.parameters())
 
 
-def test_group_norm_keeps_bf16_under_autocast() -> None:
+def test_group_norm_keeps_bf16_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, x = GroupNorm(8, 2), (3 + torch.randn(2, 8, 5, 5)).bfloat16()
+    autocast_at_kernel, kernel = [], F.group_norm
+
+    def watched(*args: Any) -> torch.Tensor:
+        autocast_at_kernel.append(torch.is_autocast_enabled("cpu"))
+        return kernel(*args)
+
+    monkeypatch.setattr(F, "group_norm", watched)
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x).dtype == torch.bfloat16
+    assert autocast_at_kernel == [False]  # on CUDA it would ask for float32 here
     assert (norm(x).float() - norm(x.float())).abs().max() < 0.02
 
 

@@ -8,7 +8,8 @@ BFL = Table("FLUX autoencoder, BFL layout", marker="decoder.mid.block_1.conv1.we
 
 
 def _residual(ours: str, theirs: str) -> tuple[Rule, ...]:
-    same = (Rule(f"{ours}.{layer}.{{p}}", f"{theirs}.{layer}.{{p}}") for layer in ("norm1", "conv1", "norm2", "conv2"))
+    layers = ("norm1", "conv1", "norm2", "conv2")
+    same = (Rule(f"{ours}.{layer}.{{p}}", f"{theirs}.{layer}.{{p}}") for layer in layers)
     return (*same, Rule(f"{ours}.nin_shortcut.{{p}}", f"{theirs}.conv_shortcut.{{p}}"))
 
 

@@ -10,7 +10,21 @@ from collections.abc import Callable
 
 import torch
 
-from .canvas import Canvas, Color, Dice, inside, mix, noise, per_cell, point_lights, ridge, scattered, smooth, splat
+from .canvas import (
+    POINT_PX,
+    Canvas,
+    Color,
+    Dice,
+    inside,
+    mix,
+    noise,
+    per_cell,
+    point_lights,
+    ridge,
+    scattered,
+    smooth,
+    splat,
+)
 from .spec import BACKGROUNDS
 
 Backdrop = tuple[torch.Tensor, torch.Tensor]
@@ -36,7 +50,9 @@ def _row(t: torch.Tensor) -> torch.Tensor:
     return t[:, None]
 
 
-def _gradient(canvas: Canvas, top: torch.Tensor, bottom: torch.Tensor, low: torch.Tensor | float) -> torch.Tensor:
+def _gradient(
+    canvas: Canvas, top: torch.Tensor, bottom: torch.Tensor, low: torch.Tensor | float
+) -> torch.Tensor:
     """Vertical gradient [B, 3, N, N] from the top of the picture down to height `low`."""
     t = ((canvas.y + 1.1) / (torch.as_tensor(low, device=canvas.device) + 1.1)).clamp(0, 1)
     return mix(top, bottom, _row(t)).expand(-1, -1, -1, canvas.n)
@@ -58,11 +74,13 @@ def _stamps(
     return du * angle.cos() - dv * angle.sin(), du * angle.sin() + dv * angle.cos(), tone, luck
 
 
-def _leaves(canvas: Canvas, dice: Dice, back: list[Color], front: list[Color], lights: list[Color]) -> torch.Tensor:
+def _leaves(
+    canvas: Canvas, dice: Dice, back: list[Color], front: list[Color], lights: list[Color]
+) -> torch.Tensor:
     """Layers of leaves from dark to sunlit, with sun sparkling through the upper half."""
     dark, bright = dice.color(back), dice.color(front)
     clump = noise(canvas, dice, 3, 3, 2)
-    picture = dark.expand(-1, -1, canvas.n, canvas.n) * 0.35
+    picture = dark.expand(-1, -1, canvas.n, canvas.n) * 0.5
     layers = 5
     for k in range(layers):
         scale = dice.scalar(5.2, 6.5) - 0.35 * k
@@ -74,7 +92,7 @@ def _leaves(canvas: Canvas, dice: Dice, back: list[Color], front: list[Color], l
         cover = inside(canvas, distance) * (luck < 0.9 - 0.09 * k)
         picture = mix(picture, leaf, _row(cover))
     px, py = scattered(dice, 18, -1.05, 0.25)
-    return picture + point_lights(canvas, dice, px, py, lights, 20, 65)
+    return picture + point_lights(canvas, dice, px, py, lights, 11, 32)
 
 
 def _city(canvas: Canvas, dice: Dice) -> Backdrop:
@@ -100,21 +118,21 @@ def _city(canvas: Canvas, dice: Dice) -> Backdrop:
         pane = pane * (lit < 0.38) * wall * (wy > 0.2)
         warm = dice.color([(1.0, 0.55, 0.18), (1.0, 0.70, 0.35), (0.75, 0.85, 1.0)])
         picture = picture + warm * _row(pane * (0.25 + 1.3 * dim**2))
-    px, py = scattered(dice, 26, -0.35, 0.50)
-    picture = picture + point_lights(canvas, dice, px, py, WARM + WARM + NEON, 20, 85)
+    px, py = scattered(dice, 22, -0.35, 0.50)
+    picture = picture + point_lights(canvas, dice, px, py, WARM + WARM + NEON, 9, 36)
     return picture, dice.color([(0.80, 0.78, 0.84), (0.88, 0.80, 0.74), (0.76, 0.80, 0.88)], 0.04)
 
 
 def _foliage(canvas: Canvas, dice: Dice) -> Backdrop:
-    back: list[Color] = [(0.006, 0.035, 0.008), (0.012, 0.045, 0.014)]
-    front: list[Color] = [(0.20, 0.50, 0.03), (0.30, 0.55, 0.05), (0.10, 0.42, 0.06)]
+    back: list[Color] = [(0.012, 0.075, 0.016), (0.022, 0.085, 0.022)]
+    front: list[Color] = [(0.19, 0.46, 0.03), (0.28, 0.50, 0.05), (0.10, 0.40, 0.06)]
     sparkle: list[Color] = [(1, 1, 0.70), (0.85, 1, 0.55), (1, 0.97, 0.85)]
     return _leaves(canvas, dice, back, front, sparkle), dice.color([(0.98, 1.0, 0.92)], 0.04)
 
 
 def _autumn(canvas: Canvas, dice: Dice) -> Backdrop:
-    back: list[Color] = [(0.06, 0.014, 0.006), (0.08, 0.025, 0.006)]
-    front: list[Color] = [(0.90, 0.26, 0.015), (0.85, 0.40, 0.02), (0.75, 0.13, 0.015)]
+    back: list[Color] = [(0.13, 0.028, 0.008), (0.15, 0.045, 0.008)]
+    front: list[Color] = [(0.92, 0.27, 0.012), (0.88, 0.42, 0.02), (0.80, 0.14, 0.012)]
     sparkle: list[Color] = [(1, 0.80, 0.40), (1, 0.90, 0.60), (1, 0.65, 0.25)]
     return _leaves(canvas, dice, back, front, sparkle), dice.color([(1.02, 0.96, 0.88)], 0.04)
 
@@ -130,7 +148,8 @@ def _brick(canvas: Canvas, dice: Dice) -> Backdrop:
     brick = inside(canvas, torch.minimum(across, down) - 0.011)
     color = dice.color([(0.38, 0.085, 0.04), (0.46, 0.15, 0.07), (0.30, 0.06, 0.035), (0.44, 0.22, 0.12)])
     mortar = dice.color([(0.46, 0.42, 0.36), (0.60, 0.56, 0.50), (0.10, 0.085, 0.08)])
-    lit = color * _row(0.45 + 1.0 * tone) * torch.cat([torch.ones_like(_row(hue)), _row(0.8 + 0.5 * hue).expand(-1, 2, -1, -1)], 1)
+    warmth = torch.tensor((0.0, 1.0, 1.0), device=canvas.device).view(1, 3, 1, 1)
+    lit = color * _row(0.45 + 1.0 * tone) * (1 + warmth * _row(0.5 * hue - 0.2))
     upper = smooth(0.25, 0.12, v % 1) - smooth(0.75, 0.88, v % 1)  # light from above catches the upper edges
     lit = lit * _row(1 + 0.22 * upper)
     picture = mix(mortar, lit, _row(brick))
@@ -138,7 +157,7 @@ def _brick(canvas: Canvas, dice: Dice) -> Backdrop:
     picture = picture * _row(0.45 + 0.95 * smooth(1.9, 0.1, sun))
     # Beads of light on the wall, as a shop or a cafe hangs them out.
     px, py = scattered(dice, 9, -1.0, 0.2)
-    picture = picture + point_lights(canvas, dice, px, py, WARM, 25, 70)
+    picture = picture + point_lights(canvas, dice, px, py, WARM, 12, 32)
     return picture, dice.color([(1.0, 0.97, 0.92), (1.02, 0.95, 0.85)], 0.04)
 
 
@@ -185,7 +204,7 @@ def _bookshelf(canvas: Canvas, dice: Dice) -> Backdrop:
     lamp = ((x - dice.scalar(-0.9, 0.9)) ** 2 + (y + dice.scalar(0.1, 0.9)) ** 2).sqrt()
     picture = picture * _row(0.65 + 0.75 * smooth(1.6, 0.0, lamp)) * dice.color([(1.12, 0.98, 0.82)], 0.04)
     px, py = scattered(dice, 8, -0.95, 0.3)
-    picture = picture + point_lights(canvas, dice, px, py, [(1, 0.78, 0.42), (1, 0.66, 0.28)], 20, 55)
+    picture = picture + point_lights(canvas, dice, px, py, [(1, 0.78, 0.42), (1, 0.66, 0.28)], 10, 26)
     return picture, dice.color([(1.03, 0.95, 0.84)], 0.04)
 
 
@@ -208,12 +227,17 @@ def _meadow(canvas: Canvas, dice: Dice) -> Backdrop:
     )
     cloud = inside(canvas, (noise(canvas, dice, 3, 4, 3) - 0.56) * 0.22, 2.0)
     sky = mix(sky, torch.full_like(sky, 0.93), _row(cloud * 0.85))
-    # A far row of round trees along the horizon.
-    tops = horizon - 0.05 - 0.16 * ridge(canvas, dice, 22, 1)
-    trees = dice.color([(0.03, 0.11, 0.03), (0.05, 0.14, 0.05)])
-    sky = mix(sky, trees, _row(inside(canvas, y - tops)))
+    # Round trees stand along the horizon.
+    for rate in (4.5, 7.0):
+        u = x * rate + 30 + dice.scalar(0, 1)
+        tall, tone = per_cell(dice, u.floor(), torch.zeros_like(u), 2)
+        dome = (1 - ((u % 1 - 0.5) / 0.56) ** 2).clamp(min=0).sqrt()
+        tree = dice.color([(0.025, 0.10, 0.03), (0.045, 0.13, 0.04)]) * _row(0.7 + 0.8 * tone)
+        sky = mix(sky, tree, _row(inside(canvas, y - horizon + (0.06 + 0.14 * tall) * dome)))
     depth = ((y - horizon) / 1.1).clamp(0, 1)
-    grass = mix(dice.color([(0.16, 0.38, 0.05), (0.22, 0.42, 0.06)]), dice.color([(0.03, 0.16, 0.02)]), _row(depth))
+    grass = mix(
+        dice.color([(0.16, 0.38, 0.05), (0.22, 0.42, 0.06)]), dice.color([(0.03, 0.16, 0.02)]), _row(depth)
+    )
     # Blades: slanted triangles in rows that grow towards the viewer.
     perspective = 1 / (0.16 + depth)
     v = 9 * torch.log(0.16 + depth) + 40
@@ -221,23 +245,23 @@ def _meadow(canvas: Canvas, dice: Dice) -> Backdrop:
     u = x * (3.6 + 2.4 * perspective) + 30
     u = torch.where(row % 2 == 0, u, u + 0.5)
     tone, lean = per_cell(dice, u.floor(), row, 2)
-    blade = (u % 1 - 0.5 - (lean - 0.5) * 0.6 * (1 - v % 1)).abs() < 0.32 * (v % 1)
-    grass = grass * _row(torch.where(blade, 0.8 + 0.9 * tone, 0.62))
+    blade = smooth(-0.08, 0.08, 0.32 * (v % 1) - (u % 1 - 0.5 - (lean - 0.5) * 0.6 * (1 - v % 1)).abs())
+    grass = grass * _row(mix(torch.full_like(blade, 0.72), 0.85 + 0.6 * tone, blade))
     picture = mix(sky, grass, _row(inside(canvas, y - horizon)))
-    n = 46
-    t = dice.uniform(0, 1, n).sort(1).values
-    py = horizon[:, 0] + 0.05 + 1.25 * t**1.5
+    n = 64
+    t = (torch.arange(n, device=canvas.device) + dice.uniform(0, 1, n)) / n
+    py = horizon[:, 0] + 0.05 + 0.85 * t**1.3
     px = dice.uniform(-1.1, 1.1, n)
     kinds = torch.tensor(MEADOWS, device=canvas.device)[dice.index(len(MEADOWS))]
     color = kinds.gather(1, dice.index(3, n)[..., None].expand(-1, -1, 3))
-    size = 1.5 + 2.7 * t
+    size = 1.6 + 2.6 * t
     weight = splat(canvas, px, py, torch.cat([color, torch.ones_like(color[..., :1])], 2), size)
-    petals = inside(canvas, (weight[:, 3] - 0.40) * 0.022)
+    petals = inside(canvas, (weight[:, 3] - 0.40) * 0.024)
     picture = mix(picture, weight[:, :3] / weight[:, 3:].clamp(min=1e-3), _row(petals))
-    heart = splat(canvas, px, py, torch.ones_like(color[..., :1]), size * 0.42)[:, 0]
-    picture = mix(picture, picture * 0.25 + 0.05 * kinds[:, :1, :, None].expand(-1, -1, 3, -1).transpose(1, 2)[..., :1], _row(inside(canvas, (heart - 0.5) * 0.012)))
+    eye = splat(canvas, px, py, torch.ones_like(color[..., :1]), size * 0.4)[:, 0]
+    picture = picture * (1 - 0.75 * _row(inside(canvas, (eye - 0.5) * 0.014)))
     px, py = scattered(dice, 12, -0.2, 0.4)
-    picture = picture + point_lights(canvas, dice, px, py, [(1, 1, 0.85), (1, 0.96, 0.75)], 22, 60)
+    picture = picture + point_lights(canvas, dice, px, py, [(1, 1, 0.85), (1, 0.96, 0.75)], 14, 30)
     return picture, dice.color([(1.04, 1.02, 0.96)], 0.04)
 
 
@@ -257,16 +281,20 @@ def _sunset(canvas: Canvas, dice: Dice) -> Backdrop:
     sun = torch.tensor((1.0, 0.60, 0.20), device=canvas.device).view(1, 3, 1, 1)
     picture = picture + sun * _row(6 * inside(canvas, 0.10 - r) + 0.9 * torch.exp(-8 * r * r))
     for layer in range(3):
-        crest = horizon - 0.16 + 0.16 * layer - (0.30 - 0.06 * layer) * (ridge(canvas, dice, 2 + layer, 3) - 0.5)
+        crest = (
+            horizon - 0.16 + 0.16 * layer - (0.30 - 0.06 * layer) * (ridge(canvas, dice, 2 + layer, 3) - 0.5)
+        )
         if layer:  # pointed trees along the nearer crests
             teeth = x * dice.scalar(7, 9) * (2 - layer * 0.5) + 30
             (grow,) = per_cell(dice, teeth.floor(), torch.zeros_like(teeth), 1)
             crest = crest - (0.03 + 0.16 * grow) * (1 - 2 * (teeth % 1 - 0.5).abs()).clamp(min=0)
         far = (2 - layer) / 2
-        ground = mix(dice.color([(0.022, 0.016, 0.035), (0.03, 0.022, 0.03)]), middle * 0.38, torch.as_tensor(far))
+        ground = mix(
+            dice.color([(0.022, 0.016, 0.035), (0.03, 0.022, 0.03)]), middle * 0.38, torch.as_tensor(far)
+        )
         picture = mix(picture, ground, _row(inside(canvas, y - crest)))
     px, py = scattered(dice, 18, 0.02, 0.48)
-    picture = picture + point_lights(canvas, dice, px, py, WARM, 18, 60)
+    picture = picture + point_lights(canvas, dice, px, py, WARM, 9, 30)
     return picture, dice.color([(1.05, 0.90, 0.80), (1.02, 0.88, 0.84)], 0.03)
 
 
@@ -299,13 +327,16 @@ def _sea(canvas: Canvas, dice: Dice) -> Backdrop:
         sail = torch.minimum(torch.minimum(up, (1 - up) * 0.42 - (x - sx) / size), (x - sx) / size + 0.02)
         jib = torch.minimum(torch.minimum(up, (0.8 - up) * 0.35 + (x - sx) / size), -(x - sx) / size - 0.05)
         hull = torch.minimum(0.09 - (up + 0.09).abs(), 0.42 - (x - sx).abs() / size - 0.6 * (up + 0.09).abs())
-        picture = mix(picture, torch.full_like(picture, 0.92), _row(inside(canvas, torch.maximum(sail, jib) * size)))
+        picture = mix(
+            picture, torch.full_like(picture, 0.92), _row(inside(canvas, torch.maximum(sail, jib) * size))
+        )
         picture = mix(picture, torch.full_like(picture, 0.06), _row(inside(canvas, hull * size)))
-    n = 24
-    near = (torch.arange(n, device=canvas.device) + dice.uniform(0, 1, n)) / n
-    px = dice.uniform(-0.6, 0.6, 1) + (dice.uniform(-1, 1, n)) * (0.18 + 0.6 * near)
-    py = horizon[:, 0] + 0.04 + 0.7 * near**1.2
-    picture = picture + point_lights(canvas, dice, px, py, [(1, 0.96, 0.82), (1, 0.9, 0.66), (1, 1, 1)], 22, 70)
+    # The sun's path: glitter that widens towards the viewer.
+    px, py = scattered(dice, 18, 0.0, 1.0, -1.0, 1.0)
+    px, py = dice.uniform(-0.5, 0.5, 1) + px * (0.30 + 0.55 * py), horizon[:, 0] + 0.05 + 0.70 * py
+    picture = picture + point_lights(
+        canvas, dice, px, py, [(1, 0.96, 0.82), (1, 0.9, 0.66), (1, 1, 1)], 14, 34
+    )
     return picture, dice.color([(1.02, 1.01, 0.98)], 0.03)
 
 
@@ -333,7 +364,7 @@ def _string_lights(canvas: Canvas, dice: Dice) -> Backdrop:
         px = -1.1 + 2.2 * step + dice.uniform(-0.05, 0.05, n)
         py = height[:, 0] + swing[:, 0] * torch.cos(rate[:, 0] * px + phase[:, 0]) + 0.03
         color = tint.gather(1, dice.index(3, n)[..., None].expand(-1, -1, 3))
-        picture = picture + splat(canvas, px, py, color * dice.uniform(30, 62, n, 1), 0.9)
+        picture = picture + splat(canvas, px, py, color * dice.uniform(15, 30, n, 1), POINT_PX)
         picture = picture + splat(canvas, px, py, color * 0.10, 14.0) * wall * 8
     return picture, dice.color([(0.96, 0.86, 0.74), (0.92, 0.86, 0.82)], 0.04)
 
@@ -354,7 +385,9 @@ def _forest(canvas: Canvas, dice: Dice) -> Backdrop:
         crown = -1.25 + 0.95 * tall + 0.18 * (2 - layer)
         down = y - crown
         tiers = (down * (5.5 - 0.9 * layer)) % 1
-        spread = (0.28 + 0.12 * wide) / rate * (0.35 + 0.65 * (down / 1.5).clamp(0, 1)) * (0.35 + 0.85 * tiers)
+        spread = (
+            (0.28 + 0.12 * wide) / rate * (0.35 + 0.65 * (down / 1.5).clamp(0, 1)) * (0.35 + 0.85 * tiers)
+        )
         foot = 0.10 + 0.10 * layer
         crown_part = torch.minimum(torch.minimum(spread - across, down), foot - y)
         trunk = torch.minimum(0.012 + 0.010 * layer - across, down)
@@ -364,10 +397,12 @@ def _forest(canvas: Canvas, dice: Dice) -> Backdrop:
         teeth = x * (9 - 2.5 * layer) + 30 + dice.scalar(0, 1)
         (grow,) = per_cell(dice, teeth.floor(), torch.zeros_like(teeth), 1)
         crest = 0.24 + 0.16 * layer - (0.08 + 0.14 * grow) * (1 - 2 * (teeth % 1 - 0.5).abs())
-        fern = mix(mist, dice.color([(0.07, 0.14, 0.03), (0.12, 0.10, 0.03)]), torch.as_tensor(0.6 + 0.35 * layer))
+        fern = mix(
+            mist, dice.color([(0.07, 0.14, 0.03), (0.12, 0.10, 0.03)]), torch.as_tensor(0.6 + 0.35 * layer)
+        )
         picture = mix(picture, fern * (0.6 + 0.5 * _row(grow)), _row(inside(canvas, y - crest)))
     px, py = scattered(dice, 14, -1.0, 0.2)
-    picture = picture + point_lights(canvas, dice, px, py, [(1, 0.97, 0.82), (1, 1, 0.95)], 24, 65)
+    picture = picture + point_lights(canvas, dice, px, py, [(1, 0.97, 0.82), (1, 1, 0.95)], 14, 30)
     return picture, dice.color([(0.97, 1.0, 0.98), (1.0, 0.98, 0.90)], 0.03)
 
 

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 
 Color = tuple[float, float, float]
 
+POINT_PX = 1.2
+"""Standard deviation of a point of light, in pixels at 256: small, yet more than a spike to an autoencoder."""
+
 
 class Canvas:
     """Pixel grid of one batch: `x` [1, 1, N], `y` [1, N, 1] in picture units, `px` the size of a pixel."""
@@ -69,7 +72,7 @@ def smooth(low: float, high: float, x: torch.Tensor) -> torch.Tensor:
     return t * t * (3 - 2 * t)
 
 
-def inside(canvas: Canvas, distance: torch.Tensor, soft_px: float = 0.75) -> torch.Tensor:
+def inside(canvas: Canvas, distance: torch.Tensor, soft_px: float = 1.0) -> torch.Tensor:
     """Antialiased coverage of a region, given the distance to its border in picture units (positive inside)."""
     w = soft_px * canvas.px
     return smooth(-w, w, distance)
@@ -123,18 +126,23 @@ def splat(
     return (rows @ gx).view(px.shape[0], color.shape[-1], canvas.n, canvas.n)
 
 
-
 def point_lights(
-    canvas: Canvas, dice: Dice, px: torch.Tensor, py: torch.Tensor, colors: list[Color], low: float, high: float
+    canvas: Canvas,
+    dice: Dice,
+    px: torch.Tensor,
+    py: torch.Tensor,
+    colors: list[Color],
+    low: float,
+    high: float,
 ) -> torch.Tensor:
     """HDR points [B, 3, N, N] at px, py [B, n], log-uniform in `low` ... `high` at their peak.
 
-    A point of peak p is a disc of brightness about p / 75 at the largest blur: 25 ... 90 reads as bokeh.
+    A point of peak p is a disc of brightness about p / 40 at the largest blur: 10 ... 40 reads as bokeh.
     """
     n = px.shape[1]
     tint = torch.tensor(colors, device=canvas.device)[dice.index(len(colors), n)]
     peak = low * (high / low) ** dice.uniform(0, 1, n, 1)
-    return splat(canvas, px, py, tint * peak, 0.85)
+    return splat(canvas, px, py, tint * peak, POINT_PX)
 
 
 def scattered(

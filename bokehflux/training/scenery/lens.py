@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def disc_spectrum(
-    radius_px: torch.Tensor, height: int, width: int, softness: float = 0.0
-) -> torch.Tensor:
+def disc_spectrum(radius_px: torch.Tensor, height: int, width: int, softness: float = 0.0) -> torch.Tensor:
     """Transfer function [B, height, width // 2 + 1] of a disc of unit sum and radius `radius_px` [B] >= 0.
 
     Radius 0 is the identity and the blur grows continuously from there: the kernel's edge lies at

@@ -32,20 +32,37 @@ ALBEDO = {
 # What stripes and dots are painted with: far in lightness from the base, yet not another of the ten colours' hues.
 PAINT = {name: (0.88, 0.88, 0.86) for name in COLORS} | {
     "yellow": (0.30, 0.17, 0.004),
-    "white": (0.22, 0.22, 0.23),
-    "black": (0.27, 0.27, 0.28),
+    "white": (0.30, 0.30, 0.31),
+    "black": (0.16, 0.16, 0.17),
 }
 STEM = (0.10, 0.05, 0.02)
 
 # Profiles: (Y, half width) control points from the top to the base.
 PROFILES = {
     "cone": ((0, 0.015), (0.97, 0.46), (1, 0.455)),
-    "vase": ((0, 0.19), (0.04, 0.18), (0.2, 0.095), (0.32, 0.13), (0.5, 0.29), (0.62, 0.335), (0.78, 0.29), (1, 0.15)),
-    "bottle": ((0, 0.095), (0.07, 0.095), (0.08, 0.075), (0.28, 0.08), (0.36, 0.11), (0.47, 0.205), (1, 0.205)),
+    "vase": (
+        (0, 0.19),
+        (0.04, 0.18),
+        (0.2, 0.095),
+        (0.32, 0.13),
+        (0.5, 0.29),
+        (0.62, 0.335),
+        (0.78, 0.29),
+        (1, 0.15),
+    ),
+    "bottle": (
+        (0, 0.095),
+        (0.07, 0.095),
+        (0.08, 0.075),
+        (0.28, 0.08),
+        (0.36, 0.11),
+        (0.47, 0.205),
+        (1, 0.205),
+    ),
     "mug": ((0, 0.35), (0.95, 0.34), (1, 0.32)),
 }
 # Softer than the backgrounds' edges: a subject with hard edges would drown the level in its own sharpness.
-EDGE_PX = 1.25
+EDGE_PX = 1.6
 
 
 class Surface(NamedTuple):
@@ -99,22 +116,28 @@ def paint_objects(
     sky = 0.20 - 0.10 * s.ny
     ground = 0.55 + 0.45 * smooth(1.05, 0.72, s.v)  # occlusion near the table
     diffuse = (0.82 * key + sky) * ground * (1 - 0.75 * s.inner)
-    shine = (0.55 * gloss**40 + 0.03 * gloss**6 + 0.10 * (1 - s.nz.clamp(0, 1)) ** 3) * (1 - s.inner) * (1 - s.stem)
+    shine = (
+        (0.42 * gloss**40 + 0.03 * gloss**6 + 0.10 * (1 - s.nz.clamp(0, 1)) ** 3)
+        * (1 - s.inner)
+        * (1 - s.stem)
+    )
     rgb = (albedo * diffuse[:, None] + shine[:, None]) * light
     return torch.cat([rgb * s.alpha[:, None], s.alpha[:, None]], 1)
 
 
-def _albedo(canvas: Canvas, dice: Dice, s: Surface, color: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+def _albedo(
+    canvas: Canvas, dice: Dice, s: Surface, color: torch.Tensor, pattern: torch.Tensor
+) -> torch.Tensor:
     def table(colors: dict[str, tuple[float, float, float]]) -> torch.Tensor:
         return torch.tensor([colors[name] for name in COLORS], device=canvas.device)[color].view(-1, 3, 1, 1)
 
     base = table(ALBEDO) * dice.uniform(0.92, 1.06, 1, 1, 1)
     rows = dice.scalar(4.6, 5.6)
-    stripes = smooth(0.20, 0.30, ((s.v * rows) % 1 - 0.5).abs())
+    stripes = smooth(0.17, 0.33, ((s.v * rows) % 1 - 0.5).abs())
     cells = dice.scalar(4.4, 5.2)
     row = s.v * cells
     col = s.u * cells + 0.5 * (row.floor() % 2)
-    dots = smooth(0.34, 0.22, ((col % 1 - 0.5) ** 2 + (row % 1 - 0.5) ** 2).sqrt())
+    dots = smooth(0.36, 0.20, ((col % 1 - 0.5) ** 2 + (row % 1 - 0.5) ** 2).sqrt())
     which = pattern.view(-1, 1, 1)
     painted = torch.where(which == 1, stripes, torch.where(which == 2, dots, torch.zeros_like(dots)))
     albedo = mix(base, table(PAINT), painted[:, None])
@@ -155,8 +178,8 @@ def _profile_table() -> torch.Tensor:
     rows = []
     for points in PROFILES.values():
         width = np.interp(v, *np.array(points).T)
-        padded = np.pad(width, 8, mode="edge")
-        rows.append(np.convolve(padded, np.hanning(19)[1:-1] / np.hanning(19).sum(), mode="valid"))
+        padded = np.pad(width, 14, mode="edge")
+        rows.append(np.convolve(padded, np.hanning(31)[1:-1] / np.hanning(31).sum(), mode="valid"))
     return torch.tensor(np.stack(rows), dtype=torch.float32)
 
 
@@ -177,8 +200,10 @@ def _revolved(x: torch.Tensor, y: torch.Tensor, pixel: torch.Tensor, which: torc
     bulge = 0.09 * w * round_z  # the rims are ellipses seen from slightly above
     alpha = _edge((w - x.abs()) * torch.rsqrt(1 + slope**2), pixel) * _edge(1 + bulge - y, pixel)
     is_cup = which.view(-1, 1, 1) != tuple(PROFILES).index("cone")
-    rim = ((x / w) ** 2 + (y / (0.16 * w)) ** 2).sqrt()  # ellipse of the opening
-    mouth = _edge((1 - rim) * 0.16 * w, pixel) * is_cup
+    flat = 0.16 * w  # half height of the opening, an ellipse; its value over its gradient is a distance
+    rim = ((x / w) ** 2 + (y / flat) ** 2).sqrt().clamp(min=1e-3)
+    steepness = ((x / w**2) ** 2 + (y / flat**2) ** 2).sqrt().clamp(min=1e-3) / rim
+    mouth = _edge((1 - rim) / steepness, pixel) * is_cup
     alpha = torch.maximum(alpha * _edge(y, pixel), mouth)
     inner = smooth(0.86, 0.74, rim) * is_cup
 
@@ -276,8 +301,8 @@ def _donut(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 _OUTLINES = {
     "ball": (_ball, 0.5, 1.0),
     "pear": (_pear, 0.32, 1.0),
-    "star": (_star, 0.2, 0.75),
-    "heart": (_heart, 0.3, 0.85),
+    "star": (_star, 0.2, 0.8),
+    "heart": (_heart, 0.2, 0.9),
     "donut": (_donut, 0.19, 1.0),
 }
 
@@ -292,6 +317,10 @@ def _inflated(x: torch.Tensor, y: torch.Tensor, pixel: torch.Tensor, which: torc
         depth, swell = torch.where(mine, d, depth), torch.where(mine, s, swell)
     t = 1 - (-distance / depth).clamp(0, 1)
     height = (1 - t * t).clamp(min=1e-4).sqrt() * depth * swell
+    # Distance has creases where two sides are equally near; averaging twice rounds them off.
+    width = 2 * round(x.shape[-1] / 60) + 1
+    for _ in range(2):
+        height = F.avg_pool2d(height[:, None], width, stride=1, padding=width // 2)[:, 0]
     gx = F.pad(height[:, :, 2:] - height[:, :, :-2], (1, 1)) / (2 * pixel)
     gy = F.pad(height[:, 2:] - height[:, :-2], (0, 0, 1, 1)) / (2 * pixel)
     gx, gy = gx.clamp(-2.5, 2.5), gy.clamp(-2.5, 2.5)

@@ -59,7 +59,9 @@ class SceneSpec:
 
     @staticmethod
     def cat(specs: list[SceneSpec]) -> SceneSpec:
-        return SceneSpec(**{f.name: torch.cat([getattr(s, f.name) for s in specs]) for f in fields(SceneSpec)})
+        return SceneSpec(
+            **{f.name: torch.cat([getattr(s, f.name) for s in specs]) for f in fields(SceneSpec)}
+        )
 
 
 def held_out_spec(n: int = NUM_HELD_OUT) -> SceneSpec:

@@ -34,11 +34,19 @@ def _wood(canvas: Canvas, dice: Dice, across: torch.Tensor, along: torch.Tensor)
 def _marble(canvas: Canvas, dice: Dice, across: torch.Tensor, along: torch.Tensor) -> torch.Tensor:
     """Pale stone with crisp veins along the contour lines of smooth noise."""
     color = dice.color([(0.72, 0.72, 0.72), (0.74, 0.68, 0.60), (0.60, 0.66, 0.66)], 0.05)
-    thick = smooth(0.035, 0.015, (noise(canvas, dice, 4, 3) - 0.5).abs())
-    thin = smooth(0.022, 0.008, (noise(canvas, dice, 6, 5) - 0.5).abs())
+    thick = _vein(canvas, noise(canvas, dice, 4, 3), 2.2)
+    thin = _vein(canvas, noise(canvas, dice, 6, 4), 1.3)
     cloud = noise(canvas, dice, 3, 3, 1)
-    shade = (0.85 + 0.3 * cloud) * (1 - 0.55 * thick) * (1 - 0.35 * thin)
+    shade = (0.85 + 0.3 * cloud) * (1 - 0.42 * thick) * (1 - 0.30 * thin)
     return color * shade[:, None]
+
+
+def _vein(canvas: Canvas, field: torch.Tensor, half_px: float) -> torch.Tensor:
+    """Coverage of the line field = 1/2, of even width: the field over its gradient is a distance."""
+    gy, gx = torch.gradient(field, dim=(1, 2))
+    distance = (field - 0.5).abs() / (gx**2 + gy**2).sqrt().clamp(min=2e-3)
+    half = half_px * canvas.size_px / 256
+    return smooth(half + 0.8, half - 0.8, distance)
 
 
 def _slate(canvas: Canvas, dice: Dice, across: torch.Tensor, along: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,55 @@
+# Everything runs in .venv, made on first use. `make` alone lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INPUTS := setup.py pyproject.toml constraints.txt
+# Two stages, so that the demo need not wait for the test oracles. constraints.txt is not optional: an unpinned
+# torch may bring gigabytes. setuptools is installed first because the editable install must not need a network.
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: $(INPUTS) | $(BIN)/python
+	@echo "installing bokehflux into .venv"
+	@$(INSTALL) setuptools wheel
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+.venv/installed-dev: $(INPUTS) | $(BIN)/python
+	@echo "installing bokehflux and its test tools into .venv"
+	@$(INSTALL) setuptools wheel
+	@$(INSTALL) --no-build-isolation --editable '.[test,oracle,dev]'
+	@touch .venv/installed $@
+
+demo: .venv/installed ## bokeh sweep with the bundled model on this machine's CPU, into outputs/demo
+	$(BIN)/bokehflux generate --device cpu --prompt "$(DEMO_PROMPT)" \
+	  --bokeh-targets 0 4 8 12 18 28 --bokeh-pivot 15 --output outputs/demo
+	@echo "look at the last file: all levels on one sheet"
+
+test: .venv/installed-dev ## all tests that this machine can run
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# mypy cannot follow the package mapping of setup.py, so it reads a copy that is laid out as installed.
+lint: .venv/installed-dev ## ruff, its formatter, and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/types && mkdir -p build/types && cp -R bokehflux build/types/ && cp -R kernels weights build/types/bokehflux/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p bokehflux
+
+format: .venv/installed-dev ## let ruff mend and format every file
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/installed ## speed of this machine; BENCH=attention etc. picks a file of benchmarks/
+	$(BIN)/python -m benchmarks.bench_$(or $(BENCH),generate) $(BENCH_ARGS)
+
+clean: ## remove build products, not the environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+DEMO_PROMPT ?= a red ball on a wooden table, city lights at night

@@ -1,0 +1,140 @@
+"""What is measured on pictures: sharpness, its relation to the level, content kept across levels, subject colour.
+
+Pictures are [B, 3, H, W] in 0 ... 1, display-referred; every function is batched, deterministic and weight-free.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .training.scenery.lens import blur_spectrum, disc_spectrum
+from .training.scenery.spec import COLORS
+
+# Hue in degrees, as displayed, of the chromatic colours under the renderer's and roughly any white light.
+HUES = {
+    "red": 357.0,
+    "orange": 30.0,
+    "yellow": 53.0,
+    "green": 129.0,
+    "teal": 178.0,
+    "blue": 229.0,
+    "purple": 283.0,
+    "pink": 339.0,
+}
+CHROMATIC = 0.22
+"""Saturation (max - min) / max above which a pixel has a hue."""
+LIGHT = 0.53
+"""Value that separates white from black among pixels without one."""
+
+
+def luma(img: torch.Tensor) -> torch.Tensor:
+    """BT.601 luma [B, H, W] on the scale of the input, from [B, 3, H, W]."""
+    _check(img)
+    r, g, b = img.unbind(1)
+    return 0.299 * r + 0.587 * g + 0.114 * b
+
+
+def sharpness(img: torch.Tensor) -> torch.Tensor:
+    """Log of the population variance of the 4-neighbour Laplacian of luma on the 0-255 scale: [B]."""
+    y = luma(img.float()) * 255
+    inner = y[:, 1:-1, 1:-1]
+    laplacian = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:] - 4 * inner
+    return laplacian.flatten(1).var(1, correction=0).clamp(min=1e-8).log()
+
+
+def pearson(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Linear correlation along the last axis, shape [...]; 0 where either side is constant."""
+    a, b = a.double() - a.double().mean(-1, keepdim=True), b.double() - b.double().mean(-1, keepdim=True)
+    scale = a.norm(dim=-1) * b.norm(dim=-1)
+    return torch.where(scale > 1e-12, (a * b).sum(-1) / scale.clamp(min=1e-12), 0.0)
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Rank correlation along the last axis, ties given their average rank; 0 where either side is constant."""
+    return pearson(_ranks(a), _ranks(b))
+
+
+def lvcorr(levels: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Level-to-blur correlation of one scene: Pearson of `levels` [K] with -`sharpness(images)` [K, 3, H, W].
+
+    1 is a blur that grows linearly (in log variance) with the level asked for. Bokeh Diffusion's LVCorr.
+    """
+    return pearson(levels.to(images.device), -sharpness(images))
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB for a peak of 1: [B]; capped at 100 dB."""
+    if a.shape != b.shape:
+        raise ValueError(f"psnr: expected two pictures of one shape, got {list(a.shape)} and {list(b.shape)}")
+    return -10 * (a.float() - b.float()).square().flatten(1).mean(1).clamp(min=1e-10).log10()
+
+
+def disc_blur(img: torch.Tensor, radius_px: float) -> torch.Tensor:
+    """The picture blurred by a disc of `radius_px` >= 0, mirrored at its borders."""
+    _check(img)
+    if radius_px < 0:
+        raise ValueError(f"radius_px: expected >= 0, got {radius_px:g}")
+    pad = min(int(radius_px) + 2, img.shape[-1] - 1, img.shape[-2] - 1)
+    wide = F.pad(img.float(), (pad, pad, pad, pad), mode="reflect")
+    height, width = wide.shape[-2:]
+    transfer = disc_spectrum(torch.tensor([float(radius_px)], device=img.device), height, width)
+    blurred = blur_spectrum(torch.fft.rfft2(wide), transfer, height, width)
+    return blurred[:, :, pad : height - pad, pad : width - pad]
+
+
+def blur_matched_psnr(a: torch.Tensor, b: torch.Tensor, radius_px: float = 20.0) -> torch.Tensor:
+    """PSNR [B] after the same strong blur of both: whether two levels show one scene.
+
+    `radius_px` is for pictures 256 high and scales with the height.
+    """
+    radius = radius_px * a.shape[-2] / 256
+    return psnr(disc_blur(a, radius), disc_blur(b, radius))
+
+
+def dominant_color(img: torch.Tensor) -> torch.Tensor:
+    """Index into COLORS of what fills the middle of the picture, where the subject stands: long [B].
+
+    Every pixel of a window below the centre votes, weighted by a Gaussian: for the nearest hue if it is saturated,
+    else for white or black by its value. Hues outweigh grey, which also paints stripes, dots and highlights.
+    """
+    _check(img)
+    height, width = img.shape[-2:]
+    rgb = img.float().clamp(0, 1)
+    y = (torch.arange(height, device=img.device) + 0.5) / height * 2 - 1
+    x = (torch.arange(width, device=img.device) + 0.5) / width * 2 - 1
+    weight = torch.exp(-((y[:, None] - 0.40) ** 2) / (2 * 0.14**2) - x[None] ** 2 / (2 * 0.09**2))
+    value, low = rgb.amax(1), rgb.amin(1)
+    saturation = (value - low) / value.clamp(min=1e-4)
+    colored = torch.sigmoid((saturation - CHROMATIC) / 0.02) * torch.sigmoid((value - 0.14) / 0.02)
+    hue = _hue(rgb, value, low)
+    anchors = torch.tensor(list(HUES.values()), device=img.device).view(1, -1, 1, 1)
+    nearest = ((hue[:, None] - anchors + 180) % 360 - 180).abs().argmin(1)  # [B, H, W]
+    scores = torch.zeros(img.shape[0], len(COLORS), device=img.device)
+    for k, name in enumerate(HUES):
+        scores[:, COLORS.index(name)] = (3.0 * colored * (nearest == k) * weight).sum((1, 2))
+    grey = (1 - colored) * weight
+    scores[:, COLORS.index("white")] = (grey * (value >= LIGHT)).sum((1, 2))
+    scores[:, COLORS.index("black")] = (grey * (value < LIGHT)).sum((1, 2))
+    return scores.argmax(1)
+
+
+def _hue(rgb: torch.Tensor, value: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """Degrees [B, H, W] on the HSV circle."""
+    r, g, b = rgb.unbind(1)
+    spread = (value - low).clamp(min=1e-6)
+    sector = torch.where(
+        value == r, (g - b) / spread, torch.where(value == g, 2 + (b - r) / spread, 4 + (r - g) / spread)
+    )
+    return sector * 60 % 360
+
+
+def _ranks(t: torch.Tensor) -> torch.Tensor:
+    less = (t[..., None, :] < t[..., :, None]).sum(-1)
+    equal = (t[..., None, :] == t[..., :, None]).sum(-1)
+    return less + (equal - 1) / 2
+
+
+def _check(img: torch.Tensor) -> None:
+    if img.dim() != 4 or img.shape[1] != 3:
+        raise ValueError(f"picture: expected [B, 3, H, W], got {list(img.shape)}")

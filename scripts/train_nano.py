@@ -1,0 +1,193 @@
+"""Train the bundled model, one command a stage, each under ten minutes on one H200:
+
+    python scripts/train_nano.py vae     --out weights/nano
+    python scripts/train_nano.py base    --out weights/nano
+    python scripts/train_nano.py adapter --out weights/nano
+
+Every stage reads what the earlier ones wrote to --out and adds its own files in the official layout, with a
+log of its curve under training/. Hyper-parameters and seeds are `bokehflux.training.recipe.NANO`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from pathlib import Path
+
+import torch
+
+from bokehflux.metrics import psnr
+from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.models.embeddings import RopeTable, rope_table
+from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.t5 import T5Encoder
+from bokehflux.models.vae import AutoencoderKL
+from bokehflux.sampling.latents import LatentGrid, position_ids
+from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
+from bokehflux.training import captions
+from bokehflux.training.adapter import stratified_levels, train_adapter
+from bokehflux.training.autoencoder import train_autoencoder
+from bokehflux.training.base import Sampler, TextToVelocity, distill_guidance, init_mmdit, train_base
+from bokehflux.training.data import Tokenize, latent_pool, rendered
+from bokehflux.training.log import Log
+from bokehflux.training.recipe import NANO, SIZE_PX, Recipe
+from bokehflux.training.tokenizers import train_tokenizers
+from bokehflux.weights.load import ADAPTER_PREFIX, load_clip, load_mmdit, load_t5, load_vae
+from bokehflux.weights.save import (
+    save_adapter,
+    save_clip,
+    save_index,
+    save_mmdit,
+    save_schedule,
+    save_t5,
+    save_vae,
+    split_adapter,
+)
+
+CAPTIONS_FOR_TOKENIZERS = 20_000
+SHARD_BYTES = 15 * 10**6
+"""The repository keeps every file below 16 MB."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["vae", "base", "adapter"])
+    parser.add_argument("--out", type=Path, required=True, help="snapshot folder to read from and add to")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="change a hyper-parameter of the stage"
+    )
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.cache_size_limit = 64
+    (args.out / "training").mkdir(parents=True, exist_ok=True)
+    name = {"vae": "autoencoder"}.get(args.stage, args.stage)
+    recipe = dataclasses.replace(NANO, **{name: override(getattr(NANO, name), args.set)})
+    log = Log(args.out / "training" / f"{name}.json")
+    log.note("recipe", dataclasses.asdict(getattr(recipe, name)))
+    log.note("device", torch.cuda.get_device_name() if args.device == "cuda" else args.device)
+    log.note("torch", torch.__version__)
+    {"vae": vae_stage, "base": base_stage, "adapter": adapter_stage}[args.stage](
+        recipe, args.out, torch.device(args.device), log
+    )
+    log.save()
+
+
+def override(stage: object, settings: list[str]) -> object:
+    changes = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if not hasattr(stage, key) or not value:
+            raise SystemExit(f"--set {setting}: expected NAME=VALUE with NAME of {type(stage).__name__}")
+        changes[key] = type(getattr(stage, key))(float(value))
+    return dataclasses.replace(stage, **changes)  # type: ignore[type-var]
+
+
+def vae_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> None:
+    vae = train_autoencoder(recipe.vae, recipe.autoencoder, SIZE_PX, device, log)
+    generator = torch.Generator(device).manual_seed(10_000 + recipe.autoencoder.seed)
+    for label, level in (("random levels", None), ("level 0", 0.0), ("level 28", 28.0)):
+        def draw(n: int, _: int, level: float | None = level) -> torch.Tensor:
+            uniform = torch.rand(n, generator=generator, device=device) * 30
+            return uniform if level is None else torch.full_like(uniform, level)
+
+        figures = []
+        for *_, images in rendered(128, 1, draw, generator, SIZE_PX, chunk=64):
+            figures.append(psnr((vae.decode(vae.encode(images * 2 - 1)) / 2 + 0.5).clamp(0, 1), images))
+        log.note(f"PSNR of 128 unseen renders, {label} [dB]", round(float(torch.cat(figures).mean()), 2))
+    log.note("latent scale and shift", (vae.config.scale, vae.config.shift))
+    save_vae(out / "vae", vae.config, half(vae))
+
+
+def base_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> None:
+    stage = recipe.base
+    torch.manual_seed(stage.seed)
+    # Captions fix the tokenizers, the tokenizers fix the vocabulary sizes.
+    clip_tokenizer, t5_tokenizer = train_tokenizers(
+        captions.corpus(CAPTIONS_FOR_TOKENIZERS, seed=0), out, length=recipe.defaults.txt_length
+    )
+    t5_config = dataclasses.replace(recipe.t5, vocab_size=t5_tokenizer.vocab_size)
+    clip_config = dataclasses.replace(
+        recipe.clip, vocab_size=clip_tokenizer.vocab_size, eos_token_id=clip_tokenizer.eos_id
+    )
+    tokenize = tokenizer_of(recipe, out)
+    vae = load_vae(out / "vae", device=device, dtype=torch.float32)
+    generator = torch.Generator(device).manual_seed(stage.seed)
+
+    def draw(n: int, _: int) -> torch.Tensor:
+        return torch.rand(n, generator=generator, device=device) * 30
+
+    pool = latent_pool(vae, tokenize, stage.scenes, stage.levels_per_scene, draw, generator, SIZE_PX)
+    log.note("latents", list(pool.latents.shape))
+    mmdit = MMDiT(recipe.mmdit).to(device)
+    init_mmdit(mmdit)
+    model = TextToVelocity(mmdit, T5Encoder(t5_config).to(device), CLIPTextEncoder(clip_config).to(device))
+    log.note("parameters", sum(p.numel() for p in model.parameters()))
+    if device.type == "cuda":
+        model.compile_blocks()
+    null_t5, null_clip = (ids[0].to(device) for ids in tokenize([""]))
+    sampler = Sampler(pool=pool, null_t5=null_t5, null_clip=null_clip, generator=generator)
+    rope = nano_rope(recipe, device)
+    train_base(model, rope, sampler, stage, log)
+    distill_guidance(model, rope, sampler, stage, log)
+    save_mmdit(out / "transformer", recipe.mmdit, half(mmdit), max_shard_bytes=SHARD_BYTES)
+    save_t5(out / "text_encoder_2", t5_config, half(model.t5))
+    save_clip(out / "text_encoder", clip_config, half(model.clip))
+    save_schedule(out / "scheduler", recipe.schedule)
+    save_index(out, recipe.defaults, adapter="adapter")
+
+
+def adapter_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> None:
+    stage = recipe.adapter
+    torch.manual_seed(stage.seed)
+    kind = {"device": device, "dtype": torch.float32}
+    tokenize = tokenizer_of(recipe, out)
+    vae = load_vae(out / "vae", **kind)
+    t5, clip = load_t5(out / "text_encoder_2", **kind), load_clip(out / "text_encoder", **kind)
+    generator = torch.Generator(device).manual_seed(stage.seed)
+    draw = stratified_levels(generator, stage.levels_per_scene)
+    pool = latent_pool(vae, tokenize, stage.scenes, stage.levels_per_scene, draw, generator, SIZE_PX)
+    log.note("latents", list(pool.latents.shape))
+    with torch.no_grad():
+        text = tuple(
+            torch.cat([encoder(part) for part in ids.split(1024)])
+            for encoder, ids in ((t5, pool.t5_ids), (clip, pool.clip_ids))
+        )
+        null_text = tuple(encoder(ids.to(device)) for encoder, ids in zip((t5, clip), tokenize([""]), strict=True))
+    mmdit = MMDiT(recipe.mmdit, recipe.bokeh).to(device)
+    base = load_mmdit(out / "transformer", **kind)
+    mmdit.load_state_dict(base.state_dict() | adapter_state(mmdit))
+    if device.type == "cuda":
+        for block in [*mmdit.double_blocks, *mmdit.single_blocks]:
+            block.compile(dynamic=False)
+    adapter = train_adapter(mmdit, pool, text, null_text, nano_rope(recipe, device), stage, generator, log)
+    log.note("parameters", sum(p.numel() for _, p in adapter.trainable()))
+    _, tensors = split_adapter(half(mmdit))
+    save_adapter(out / "adapter", recipe.bokeh, recipe.mmdit, tensors)
+
+
+def adapter_state(mmdit: MMDiT) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in mmdit.state_dict().items() if name.startswith(ADAPTER_PREFIX)}
+
+
+def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in module.state_dict().items()}
+
+
+def nano_rope(recipe: Recipe, device: torch.device) -> RopeTable:
+    grid = LatentGrid(height_px=SIZE_PX, width_px=SIZE_PX)
+    ids = position_ids(grid, recipe.defaults.txt_length, device)
+    return rope_table(ids, recipe.mmdit.axes_dim, recipe.mmdit.theta)
+
+
+def tokenizer_of(recipe: Recipe, out: Path) -> Tokenize:
+    t5 = T5Tokenizer.from_folder(out / "tokenizer_2")
+    clip = CLIPTokenizer.from_folder(out / "tokenizer")
+    return lambda texts: (t5(texts, recipe.defaults.txt_length), clip(texts))
+
+
+if __name__ == "__main__":
+    main()

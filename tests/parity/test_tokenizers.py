@@ -1,0 +1,164 @@
+"""Token ids against transformers' tokenizers: the real folders, a small trained pair, and any text at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer as OracleCLIP
+from transformers import T5TokenizerFast as OracleT5
+from transformers.models.clip.tokenization_clip import BasicTokenizer
+
+from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
+from bokehflux.training.tokenizers import train_tokenizers
+from tests.helpers import needs_shared, shared
+
+SNAPSHOT = "flux1-dev-snapshot"
+
+# What tokenizers stumble over: literal special tokens (whole, odd case, cut by a control character), English
+# endings, spaces of all kinds, marks that combine, expand or vanish in lower case, several scripts, emoji.
+FRAGMENTS = [
+    "<|endoftext|>", "<|startoftext|>", "<|EndOfText|>", "<|endof\x00text|>", "<|start", "</s>",
+    "<pad>", "<unk>", "<extra_id_0>", "<extra_id_99>", "<extra_id_100>", "▁", "'s", "'LL", "'ſ", "'",
+    " ", "   ", "\n", "\t", "\u00a0", "\u2028", "\u3000", "\u200b", "\ufeff", "\u200d", "\ufffd", "é",
+    "e\u0301", "\u0345", "α\u0345", "İ", "ΑΣ", "ß", "ﬁ", "①", "½", "Ⅷ", "x²", "日本語", "漢字", "\uf900",
+    "한국어", "ก็ตาม", "हिन्दी", "עברית", "العربية", "👩‍👩‍👧", "🏳️‍🌈", "a photo of a cat", "f/1.4", "don't",
+    "1234", "!!!", "...", "\U0010ffff", "\U000e0001",
+]  # fmt: skip
+
+prompts = st.one_of(
+    st.text(max_size=60),
+    st.lists(st.sampled_from(FRAGMENTS) | st.characters(exclude_categories=["Cs"]), max_size=25).map("".join),
+    st.lists(st.sampled_from(FRAGMENTS), max_size=25).map(" ".join),
+)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    colors, things = ("red", "blue", "pale green"), ("cat", "vase", "wooden table", "dog's bone")
+    corpus = [f"a photo of a {c} {t}, the {d} behind it" for c in colors for t in things for d in things]
+    train_tokenizers(corpus, folder, length=48, clip_vocab_size=600, t5_vocab_size=120)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["official", "trained"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    if request.param == "trained":
+        return request.getfixturevalue("trained")
+    if needs_shared.args[0]:
+        pytest.skip(needs_shared.kwargs["reason"])
+    return shared(SNAPSHOT)
+
+
+def oracle_clip(folder: Path) -> OracleCLIP:
+    """transformers' tokenizer as it is where `ftfy` is not installed, even where it is."""
+    oracle = OracleCLIP.from_pretrained(folder)
+    oracle.fix_text, oracle.nlp = None, BasicTokenizer(strip_accents=False, do_split_on_punc=False)
+    return oracle
+
+
+@pytest.fixture(scope="session")
+def clip(folder: Path) -> tuple[CLIPTokenizer, OracleCLIP]:
+    return CLIPTokenizer.from_folder(folder / "tokenizer"), oracle_clip(folder / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def t5(folder: Path) -> tuple[T5Tokenizer, OracleT5]:
+    return T5Tokenizer.from_folder(folder / "tokenizer_2"), OracleT5.from_pretrained(folder / "tokenizer_2")
+
+
+def assert_same_ids(ours, oracle, prompt: str, length: int | None = None) -> None:
+    length_given = oracle.model_max_length if length is None else length
+    expected = oracle(
+        [prompt], padding="max_length", max_length=length_given, truncation=True, return_tensors="pt"
+    ).input_ids
+    assert ours([prompt], length).tolist() == expected.tolist(), f"{prompt[:200]!r}"
+
+
+@settings(max_examples=300)
+@given(prompt=prompts)
+@example("")
+@example(" ".join(FRAGMENTS))
+@example("".join(FRAGMENTS))
+def test_clip(clip, prompt: str) -> None:
+    assert_same_ids(*clip, prompt)
+
+
+@settings(max_examples=300)
+@given(prompt=prompts)
+@example("")
+@example(" ".join(FRAGMENTS))
+@example("".join(FRAGMENTS))
+def test_t5(t5, prompt: str) -> None:
+    assert_same_ids(*t5, prompt)
+
+
+# From 3 on: with no room for content transformers logs an error and does not cut at all.
+@pytest.mark.parametrize("length", [3, 16, 75, 76, 77, 78, 512])
+@pytest.mark.parametrize(
+    "prompt", ["", "cat " * 74, "cat " * 75, "cat " * 76, "a wooden vase, " * 600, "x" * 5000]
+)
+def test_lengths(clip, t5, prompt: str, length: int) -> None:
+    assert_same_ids(*clip, prompt, length)
+    assert_same_ids(*t5, prompt, length)
+
+
+def test_every_character_below_u3000(clip, t5) -> None:
+    for start in range(0, 0x3000, 0x80):
+        # Between letters and a digit, so that a wrong class of character shows.
+        prompt = " ".join(f"a{chr(i)}b{chr(i)}1" for i in range(start, start + 0x80))
+        assert_same_ids(*clip, prompt, 1500)
+        assert_same_ids(*t5, prompt, 1500)
+
+
+def test_lone_surrogates_vanish_in_clip(clip) -> None:
+    assert_same_ids(*clip, "a\ud800b")
+
+
+def test_special_tokens_of_old_folders(trained: Path, tmp_path: Path) -> None:
+    """Without `added_tokens_decoder` the special tokens come from `special_tokens_map.json`."""
+    folder = shutil.copytree(trained / "tokenizer", tmp_path / "tokenizer")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for key in ("added_tokens_decoder", "pad_token"):
+        del config[key]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    special = json.loads((folder / "special_tokens_map.json").read_text())
+    special["pad_token"] = "!"
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    ours, oracle = CLIPTokenizer.from_folder(folder), oracle_clip(folder)
+    assert ours.pad_id == oracle.pad_token_id != ours.eos_id
+    for prompt in ("", "a cat!", "! a", "!!"):
+        assert_same_ids(ours, oracle, prompt)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["flux1-dev-snapshot", "golden/snapshot"])
+def test_special_ids(name: str) -> None:
+    clip, t5 = (
+        CLIPTokenizer.from_folder(shared(name) / "tokenizer"),
+        T5Tokenizer.from_folder(shared(name) / "tokenizer_2"),
+    )
+    assert (clip.length, clip.eos_id, clip.pad_id, clip.vocab_size) == (77, 49407, 49407, 49408)
+    assert (t5.length, t5.eos_id, t5.pad_id, t5.vocab_size) == (512, 1, 0, 32100)
+
+
+@pytest.fixture(scope="module")
+def from_spiece(tmp_path_factory: pytest.TempPathFactory) -> tuple[T5Tokenizer, OracleT5]:
+    """Ours without tokenizer.json, against the one that transformers made from the same spiece.model."""
+    official, folder = shared(SNAPSHOT) / "tokenizer_2", tmp_path_factory.mktemp("spiece")
+    for name in ("spiece.model", "tokenizer_config.json"):
+        shutil.copy(official / name, folder / name)
+    return T5Tokenizer.from_folder(folder), OracleT5.from_pretrained(official)
+
+
+@needs_shared
+@settings(max_examples=200)
+@given(prompt=prompts)
+@example("".join(FRAGMENTS))
+def test_spiece_model_alone(from_spiece, prompt: str) -> None:
+    assert_same_ids(*from_spiece, prompt)

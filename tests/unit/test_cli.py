@@ -1,0 +1,300 @@
+"""The command line, with a stand-in for the pipeline: flags, files, messages and exit codes."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import bokehflux
+from bokehflux import cli
+from bokehflux.generate import Pipeline, Result, load
+from bokehflux.images import read_settings
+from bokehflux.sampling.samplers import StepInfo
+
+ROOT = Path(__file__).resolve().parents[2]
+SWEEP = ["generate", "--prompt", "a dog", "--bokeh-targets", "0", "4.2", "4.4", "--bokeh-pivot", "15"]
+
+
+class FakePipeline:
+    """Answers with solid pictures; refuses arguments that the real `generate` does not have."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Any] = {}
+        self.called: dict[str, Any] = {}
+        self.during: Callable[[], None] = lambda: None
+
+    def load(self, *args: Any, **kwargs: Any) -> FakePipeline:
+        self.loaded = inspect.signature(load).bind(*args, **kwargs).arguments
+        return self
+
+    def generate(self, *args: Any, **kwargs: Any) -> Result:
+        call = inspect.signature(Pipeline.generate).bind(self, *args, **kwargs).arguments
+        self.called = {name: value for name, value in call.items() if name != "self"}
+        self.during()
+        targets, pivot = self.called["bokeh_targets"], self.called["bokeh_pivot"]
+        on_step = self.called["on_step"]
+        for step in range(3 if on_step else 0):
+            on_step(StepInfo(step=step, num_steps=3, sigma=1 - (step + 1) / 3, latents=torch.zeros(1, 1, 64)))
+        settings = {name: value for name, value in self.called.items() if name != "on_step"}
+        settings |= {"num_inference_steps": 20, "num_grounding_steps": 16, "model": self.loaded["model"]}
+        return Result(
+            images=[Image.new("RGB", (32, 32), (0, int(8 * level), 0)) for level in targets or [0]],
+            pivot_image=None if pivot is None else Image.new("RGB", (32, 32), "blue"),
+            latents=torch.zeros(1, 4, 64),
+            pivot_latents=None,
+            settings=settings,
+        )
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
+    pipeline = FakePipeline()
+    monkeypatch.setattr("bokehflux.generate.load", pipeline.load)
+    monkeypatch.chdir(tmp_path)
+    return pipeline
+
+
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a run that must fail with code 2, one line and nothing on stdout."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("bokehflux: error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_a_sweep_writes_every_picture_and_reports_it(
+    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*SWEEP, "--output", "out"]) == 0
+    printed = capsys.readouterr().out.split()
+    names = ["bokeh-00.0", "bokeh-04.2", "bokeh-04.4", "pivot-bokeh-15.0", "sheet"]
+    assert printed == [str(Path("out", f"{name}.png")) for name in names]
+    assert sorted(printed) == sorted(str(path) for path in Path("out").iterdir())
+    with Image.open(printed[1]) as image:
+        assert image.getpixel((0, 0)) == (0, 33, 0)
+
+
+def test_every_file_holds_the_settings_of_the_run(
+    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*SWEEP, "--adapter", "ada"]) == 0
+    found = [read_settings(path) for path in capsys.readouterr().out.split()]
+    assert [(s["role"], s.get("bokeh_level")) for s in found] == [
+        ("target", 0.0), ("target", 4.2), ("target", 4.4), ("pivot", 15.0), ("sheet", None),
+    ]  # fmt: skip
+    for settings in found:
+        assert settings["bokeh_targets"] == [0.0, 4.2, 4.4] and settings["prompt"] == "a dog"
+        assert (
+            settings["seed"] == 65578
+            and settings["adapter"] == "ada"
+            and settings["num_inference_steps"] == 20
+        )
+
+
+def test_published_defaults(fake: FakePipeline) -> None:
+    assert cli.main(["generate", "--prompt", "p", "--bokeh_targets", "15.0"]) == 0
+    del fake.called["on_step"]
+    assert fake.called == {
+        "prompt": "p", "bokeh_targets": [15.0], "bokeh_pivot": None, "num_inference_steps": None,
+        "num_grounding_steps": None, "guidance_scale": 3.0, "true_cfg": 1.0, "height": None, "width": None,
+        "negative_prompt": "bad quality, low resolution", "seed": 65578,
+    }  # fmt: skip
+    assert fake.loaded == {"model": "nano", "adapter": None, "device": None, "dtype": None}
+    assert Path("results/bokeh-15.0.png").is_file()
+
+
+FLAGS = {
+    "bokeh_pivot": ("10", 10.0), "num_grounding_steps": ("3", 3), "num_inference_steps": ("7", 7),
+    "guidance_scale": ("4.5", 4.5), "true_cfg": ("2.5", 2.5), "negative_prompt": ("a_b", "a_b"),
+    "height": ("48", 48), "width": ("64", 64), "seed": ("-1", -1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", ["hyphens", "underscores", "equals"])
+def test_every_flag_reaches_the_pipeline(fake: FakePipeline, spelling: str) -> None:
+    argv = ["generate", "--prompt=--not_a_flag", "--bokeh_target", "0.0", "28"]
+    for name, (text, _) in FLAGS.items():
+        flag = f"--{name}" if spelling == "underscores" else "--" + name.replace("_", "-")
+        argv += [f"{flag}={text}"] if spelling == "equals" else [flag, text]
+    assert cli.main(argv) == 0
+    assert {name: fake.called[name] for name in FLAGS} == {name: value for name, (_, value) in FLAGS.items()}
+    assert fake.called["prompt"] == "--not_a_flag" and fake.called["bokeh_targets"] == [0.0, 28.0]
+
+
+def test_model_flags_reach_load(fake: FakePipeline) -> None:
+    assert (
+        cli.main([*SWEEP, "--model", "m_1", "--adapter", "a", "--device", "cpu", "--dtype", "float32"]) == 0
+    )
+    assert fake.loaded == {"model": "m_1", "adapter": "a", "device": "cpu", "dtype": "float32"}
+
+
+@pytest.mark.parametrize("flag", ["--output", "--output_dir", "--output-dir", "--results_dir"])
+def test_output_flag_has_the_names_people_know(fake: FakePipeline, flag: str) -> None:
+    assert cli.main([*SWEEP, flag, "here_it_is"]) == 0
+    assert Path("here_it_is/sheet.png").is_file()
+
+
+def test_without_levels_one_plain_picture(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--prompt", "p"]) == 0
+    assert fake.called["bokeh_targets"] is None
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == ["plain.png", "sheet.png"]
+
+
+def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: FakePipeline) -> None:
+    argv = ["generate", "--prompt", "p", "--bokeh-targets", "4", "4", "--output", "out"]
+    assert cli.main(argv) == cli.main(argv) == 0
+    assert {path.name for path in Path("out").iterdir()} == {
+        "bokeh-04.0.png", "bokeh-04.0-2.png", "sheet.png",
+        "bokeh-04.0-run2.png", "bokeh-04.0-2-run2.png", "sheet-run2.png",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "COMMAND"),
+        (["generate"], "--prompt"),
+        (["generate", "--prompt"], "--prompt"),
+        (["generate", "--prompt", "  "], "prompt is empty"),
+        (["generate", "--prompt", "p", "--bokeh-targets"], "--bokeh-targets"),
+        (["generate", "--prompt", "p", "--bokeh-targets", "blurry"], "blurry"),
+        (["generate", "--prompt", "p", "--bokeh-targets", "4", "31"], "31"),
+        (["generate", "--prompt", "p", "--bokeh-targets", "-1"], "-1"),
+        (["generate", "--prompt", "p", "--bokeh-targets", "nan"], "nan"),
+        (["generate", "--prompt", "p", "--bokeh-targets", "4", "--bokeh-pivot", "30.1"], "30.1"),
+        (
+            ["generate", "--prompt", "p", "--bokeh-targets", "4", "--num_grounding_steps", "24"],
+            "--bokeh-pivot",
+        ),
+        (["generate", "--prompt", "p", "--height", "15"], "16"),
+        (["generate", "--prompt", "p", "--width", "-512"], "16"),
+        (["generate", "--prompt", "p", "--dtype", "int8"], "int8"),
+        (["generate", "--prompt", "p", "--seed", str(2**64)], "--seed"),
+        (["generate", "--prompt", "p", "--unknown", "1"], "--unknown"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_loaded(
+    fake: FakePipeline, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+) -> None:
+    assert says in error_of(argv, capsys)
+    assert fake.loaded == {} and list(Path().iterdir()) == []
+
+
+def test_an_unwritable_output_is_found_before_the_model_is_loaded(
+    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("file").write_text("")
+    assert "cannot write to output folder file" in error_of([*SWEEP, "--output", "file"], capsys)
+    assert fake.loaded == {}
+
+
+def test_what_the_pipeline_refuses_is_one_line(
+    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise ValueError("first line\n  second line")
+
+    fake.during = refuse
+    assert "first line second line" in error_of(SWEEP, capsys)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--device", "cuda:99"], ["--device", "toaster"], ["--model", "."], ["--model", "no"]]
+)
+def test_devices_and_models_that_are_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, argv: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert argv[1] in error_of([*SWEEP, *argv], capsys)
+
+
+def test_a_full_disk_is_one_line(
+    fake: FakePipeline, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bokehflux.images.os.replace", full)
+    assert cli.main([*SWEEP, "--output", "out"]) == 1
+    assert capsys.readouterr().err == "bokehflux: error: [Errno 28] No space left on device\n"
+    assert list(Path("out").iterdir()) == []
+
+
+def test_ctrl_c_ends_in_one_line(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    fake.during = interrupt
+    assert cli.main([*SWEEP, "--output", "out"]) == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "bokehflux: interrupted\n") and list(Path("out").iterdir()) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_only_when_somebody_watches(
+    fake: FakePipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(SWEEP) == 0
+    assert capsys.readouterr().err == ""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert cli.main(SWEEP) == 0
+    lines = terminal.getvalue().split("\r")[1:]
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert all("left" in line for line in lines) and terminal.getvalue().endswith("\n")
+
+
+def test_version_and_help_do_not_load_torch() -> None:
+    for flag, expected in (("--version", f"bokehflux {bokehflux.__version__}"), ("--help", "generate")):
+        code = (
+            "import sys; from bokehflux.cli import main\n"
+            f"try: main(['{flag}'])\n"
+            "except SystemExit as stop: assert stop.code == 0\n"
+            "assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "targets", "grounded"),
+    [
+        (["--bokeh_target", "15.0"], [15.0], None),
+        (
+            ["--bokeh_target", "0.0", "4.0", "8.0", "--bokeh_pivot", "15.0", "--num_grounding_steps", "24"],
+            [0.0, 4.0, 8.0],
+            24,
+        ),
+    ],
+)
+def test_published_commands_run_unchanged(
+    fake: FakePipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    targets: list[float],
+    grounded: int | None,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["inference_flux.py", "--prompt", "a well-loved book", *argv])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts" / "inference_flux.py"), run_name="__main__")
+    assert stop.value.code == 0
+    assert fake.called["bokeh_targets"] == targets and fake.called["num_grounding_steps"] == grounded
+    assert fake.called["num_inference_steps"] == 30

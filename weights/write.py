@@ -1,0 +1,118 @@
+"""Write .safetensors checkpoints and JSON files, each whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import DTYPES, INDEX_SUFFIX
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`: takes its place when the block succeeds, vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object as the official tools do (sorted, two spaces), whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one .safetensors file, whole or not at all. Only one tensor at a time is copied to the CPU.
+
+    `metadata` is free text; `format: pt`, which transformers insists on, is always there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        _write(temporary, tensors, metadata or {})
+
+
+def save_sharded(
+    folder: str | Path, tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int = 5 * 10**9
+) -> Path:
+    """Write a component folder: `{stem}.safetensors`, or shards and their index when it is larger than that.
+
+    Files of an earlier save under the same stem are removed. Returns the path to open.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(tensors, max_shard_bytes)
+    single = len(shards) == 1
+    names = [f"{stem}.safetensors"] if single else [
+        f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]  # fmt: skip
+    # Contexts close in reverse, so the index is replaced last, once every shard is complete.
+    with contextlib.ExitStack() as stack:
+        index_path = folder / f"{stem}{INDEX_SUFFIX}"
+        temporary_index = None if single else stack.enter_context(replacing(index_path))
+        for name, shard in zip(names, shards, strict=True):
+            _write(stack.enter_context(replacing(folder / name)), {n: tensors[n] for n in shard}, {})
+        if temporary_index is not None:
+            index = {
+                "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+                "weight_map": {n: name for name, shard in zip(names, shards, strict=True) for n in shard},
+            }
+            temporary_index.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    ours = {*names} if single else {*names, index_path.name}
+    pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    for stale in [p for p in folder.iterdir() if pattern.fullmatch(p.name) and p.name not in ours]:
+        stale.unlink()
+    return folder / names[0] if single else index_path
+
+
+def _shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(tensors):
+        if shards[-1] and size + tensors[name].nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensors[name].nbytes
+    return shards
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    # Wide types first keeps every tensor aligned to its own item size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    at = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES or name == "__metadata__" or tensor.is_meta:
+            raise ValueError(f"cannot save tensor {name!r} of {tensor.dtype} on {tensor.device}")
+        offsets = [at, at + tensor.nbytes]
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
+        at = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            data = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
+            file.write(data.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
