@@ -1,6 +1,6 @@
-"""What is measured on pictures: sharpness, its relation to the level, content kept across levels, subject colour.
+"""What is measured on pictures: sharpness, its relation to the level, content kept, subject colour.
 
-Pictures are [B, 3, H, W] in 0 ... 1, display-referred; every function is batched, deterministic and weight-free.
+Pictures are [B, 3, H, W] in 0 ... 1, display-referred; functions are batched, deterministic, weight-free.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def pearson(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Rank correlation along the last axis, ties given their average rank; 0 where either side is constant."""
+    """Rank correlation along the last axis, ties at their mean rank; 0 where either side is constant."""
     return pearson(_ranks(a), _ranks(b))
 
 
@@ -95,15 +95,16 @@ def blur_matched_psnr(a: torch.Tensor, b: torch.Tensor, radius_px: float = 20.0)
 def dominant_color(img: torch.Tensor) -> torch.Tensor:
     """Index into COLORS of what fills the middle of the picture, where the subject stands: long [B].
 
-    Every pixel of a window below the centre votes, weighted by a Gaussian: for the nearest hue if it is saturated,
-    else for white or black by its value. Hues outweigh grey, which also paints stripes, dots and highlights.
+    Every pixel of a window below the centre votes, weighted by a Gaussian: for the nearest hue if
+    it is saturated, else for white or black by its value. Hues outweigh
+    grey, which also paints stripes, dots and highlights.
     """
     _check(img)
     height, width = img.shape[-2:]
     rgb = img.float().clamp(0, 1)
     y = (torch.arange(height, device=img.device) + 0.5) / height * 2 - 1
     x = (torch.arange(width, device=img.device) + 0.5) / width * 2 - 1
-    weight = torch.exp(-((y[:, None] - 0.40) ** 2) / (2 * 0.14**2) - x[None] ** 2 / (2 * 0.09**2))
+    weight = torch.exp(-((y[:, None] - 0.36) ** 2) / (2 * 0.14**2) - x[None] ** 2 / (2 * 0.11**2))
     value, low = rgb.amax(1), rgb.amin(1)
     saturation = (value - low) / value.clamp(min=1e-4)
     colored = torch.sigmoid((saturation - CHROMATIC) / 0.02) * torch.sigmoid((value - 0.14) / 0.02)
@@ -112,7 +113,7 @@ def dominant_color(img: torch.Tensor) -> torch.Tensor:
     nearest = ((hue[:, None] - anchors + 180) % 360 - 180).abs().argmin(1)  # [B, H, W]
     scores = torch.zeros(img.shape[0], len(COLORS), device=img.device)
     for k, name in enumerate(HUES):
-        scores[:, COLORS.index(name)] = (3.0 * colored * (nearest == k) * weight).sum((1, 2))
+        scores[:, COLORS.index(name)] = (2.0 * colored * (nearest == k) * weight).sum((1, 2))
     grey = (1 - colored) * weight
     scores[:, COLORS.index("white")] = (grey * (value >= LIGHT)).sum((1, 2))
     scores[:, COLORS.index("black")] = (grey * (value < LIGHT)).sum((1, 2))

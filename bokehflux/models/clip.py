@@ -32,7 +32,9 @@ class CLIPTextEncoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights of an untrained model (as OpenAI's code: residual branches shrink with depth)."""
-        self.text_model.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, CLIPEmbeddings | CLIPLayer | nn.LayerNorm):
+                module.reset_parameters()
 
     def states(self, ids: Tensor) -> Tensor:
         """States `[B, T, width]` after the final norm, of the token `ids` `[B, T]` (int64).
@@ -62,12 +64,6 @@ class CLIPTextTransformer(nn.Module):
         self.embeddings = CLIPEmbeddings(config)
         self.encoder = CLIPLayers(config)
         self.final_layer_norm = nn.LayerNorm(config.width, eps=config.eps)
-
-    def reset_parameters(self) -> None:
-        self.embeddings.reset_parameters()
-        for layer in self.encoder.layers:
-            layer.reset_parameters()
-        self.final_layer_norm.reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))
@@ -131,8 +127,6 @@ class CLIPLayer(nn.Module):
         ):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
-        self.layer_norm1.reset_parameters()
-        self.layer_norm2.reset_parameters()
 
     def forward(self, x_BTW: Tensor) -> Tensor:
         x_BTW = x_BTW + self.self_attn(self.layer_norm1(x_BTW))

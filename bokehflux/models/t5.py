@@ -33,7 +33,9 @@ class T5Encoder(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weights of an untrained model (scaled normals, as in the T5 paper's code)."""
         nn.init.normal_(self.shared.weight)
-        self.encoder.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, T5Attention | T5GatedMLP | T5RMSNorm):
+                module.reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
         """States `[B, T, width]` of the token `ids` `[B, T]` (int64), any T, in the dtype of the weights."""
@@ -48,14 +50,10 @@ class T5Stack(nn.Module):
         self.block = nn.ModuleList(T5Block(config, owns_bias=i == 0) for i in range(config.num_layers))
         self.final_layer_norm = T5RMSNorm(config.width, config.eps)
 
-    def reset_parameters(self) -> None:
-        for block in self.block:
-            for layer in block.layer:
-                layer.reset_parameters()
-        self.final_layer_norm.reset_parameters()
-
     def forward(self, x_BTW: Tensor) -> Tensor:
-        bias_HTT = self.block[0].layer[0].SelfAttention.position_bias(x_BTW.shape[1])
+        first = self.get_submodule("block.0.layer.0.SelfAttention")
+        assert isinstance(first, T5Attention)
+        bias_HTT = first.position_bias(x_BTW.shape[1])
         for block in self.block:
             x_BTW = block(x_BTW, bias_HTT)
         return self.final_layer_norm(x_BTW)
@@ -83,10 +81,6 @@ class T5AttentionLayer(nn.Module):
         self.SelfAttention = T5Attention(config, owns_bias=owns_bias)
         self.layer_norm = T5RMSNorm(config.width, config.eps)
 
-    def reset_parameters(self) -> None:
-        self.SelfAttention.reset_parameters()
-        self.layer_norm.reset_parameters()
-
     def forward(self, x_BTW: Tensor, bias_HTT: Tensor) -> Tensor:
         return x_BTW + self.SelfAttention(self.layer_norm(x_BTW), bias_HTT)
 
@@ -98,10 +92,6 @@ class T5FeedForwardLayer(nn.Module):
         super().__init__()
         self.DenseReluDense = T5GatedMLP(config)
         self.layer_norm = T5RMSNorm(config.width, config.eps)
-
-    def reset_parameters(self) -> None:
-        self.DenseReluDense.reset_parameters()
-        self.layer_norm.reset_parameters()
 
     def forward(self, x_BTW: Tensor) -> Tensor:
         return x_BTW + self.DenseReluDense(self.layer_norm(x_BTW))

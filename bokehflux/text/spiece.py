@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
@@ -33,9 +34,8 @@ def unigram_tokenizer(model: bytes, *, eos: str, num_extra_ids: int, legacy: boo
             if field == _PIECES:
                 piece = dict(_fields(value))
                 score = struct.unpack("<f", piece.get(_PIECE_SCORE, bytes(4)))[0]
-                pieces.append(
-                    (piece[_PIECE_TEXT].decode("utf-8"), score, piece.get(_PIECE_TYPE, _TYPE_NORMAL))
-                )
+                kind = piece.get(_PIECE_TYPE, _TYPE_NORMAL)
+                pieces.append((piece[_PIECE_TEXT].decode("utf-8"), score, kind))
             elif field == _TRAINER:
                 model_type = dict(_fields(value)).get(_TRAINER_MODEL_TYPE, _MODEL_UNIGRAM)
             elif field == _NORMALIZER:
@@ -45,7 +45,8 @@ def unigram_tokenizer(model: bytes, *, eos: str, num_extra_ids: int, legacy: boo
     unknown = [i for i, (_, _, kind) in enumerate(pieces) if kind == _TYPE_UNKNOWN]
     if model_type != _MODEL_UNIGRAM or len(unknown) != 1:
         raise ValueError(
-            f"expected a unigram model with one unknown piece, found type {model_type}, {len(unknown)}"
+            f"expected a unigram model (type {_MODEL_UNIGRAM}) with one unknown piece, "
+            f"found type {model_type} with {len(unknown)}"
         )
 
     sentinels = [f"<extra_id_{i}>" for i in reversed(range(num_extra_ids))]
@@ -53,16 +54,13 @@ def unigram_tokenizer(model: bytes, *, eos: str, num_extra_ids: int, legacy: boo
     tokenizer = Tokenizer(Unigram(scores, unk_id=unknown[0], byte_fallback=False))
     special = [text for text, _, kind in pieces if kind in (_TYPE_UNKNOWN, _TYPE_CONTROL)] + sentinels
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    tokenizer.normalizer = t5_normalizer(charsmap)
+    # T5's own: its character map, no spaces at the end, runs of spaces to one.
+    steps = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
+    charmap_steps = [normalizers.Precompiled(charsmap)] if charsmap else []
+    tokenizer.normalizer = normalizers.Sequence([*charmap_steps, *steps])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if legacy else "first")
     tokenizer.post_processor = append_token(eos, tokenizer.token_to_id(eos))
     return tokenizer
-
-
-def t5_normalizer(charsmap: bytes = b"") -> normalizers.Normalizer:
-    """The model's own character map (empty: none), no spaces at the end, runs of spaces to one."""
-    steps = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
-    return normalizers.Sequence([normalizers.Precompiled(charsmap), *steps] if charsmap else steps)
 
 
 def append_token(token: str, token_id: int) -> processors.PostProcessor:
@@ -70,7 +68,7 @@ def append_token(token: str, token_id: int) -> processors.PostProcessor:
     return processors.TemplateProcessing(single=["$A", token], special_tokens=[(token, token_id)])
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """(number, value) of each field of a serialised message; varints as int, anything else as bytes."""
     position = 0
 

@@ -77,22 +77,18 @@ class CLIPTokenizer:
         length = _length(folder, config)
         unknown = [token for token in special.values() if token not in vocab and token not in added]
         if unknown:
-            raise TokenizerError(
-                f"{folder}: special tokens {unknown} have no id in vocab.json; fetch it again"
-            )
+            raise TokenizerError(f"{folder}: special tokens {unknown} have no id in vocab.json")
         try:
             return cls(vocab=vocab, merges=merges, special=special, added=added, length=length)
         except Exception as error:  # what `tokenizers` raises has no class of its own
-            raise TokenizerError(
-                f"{folder}: vocab.json and merges.txt do not fit together: {error}"
-            ) from error
+            problem = f"vocab.json and merges.txt do not fit together: {error}"
+            raise TokenizerError(f"{folder}: {problem}; fetch them again") from error
 
     def __call__(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         """Ids [B, length], int64. A prompt that is too long is cut, with a warning; the end token stays."""
         rows = [[self._bos_id, *self._content(prompt), self.eos_id] for prompt in _checked(prompts)]
-        return _fit(
-            rows, prompts, self.length if length is None else length, self.eos_id, self.pad_id, reader="CLIP"
-        )
+        length = self.length if length is None else length
+        return _fit(rows, prompts, length, self.eos_id, self.pad_id, reader="CLIP")
 
     def _content(self, prompt: str) -> list[int]:
         ids: list[int] = []
@@ -128,9 +124,7 @@ class T5Tokenizer:
         self._tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
         if self.pad_id is None or tokenizer.encode("").ids != [self.eos_id]:
-            raise ValueError(
-                f"a T5 tokenizer must know {pad!r} and end every prompt in {eos!r}; this one does not"
-            )
+            raise ValueError(f"expected a tokenizer that knows {pad!r} and ends every prompt in {eos!r}")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> T5Tokenizer:
@@ -181,9 +175,8 @@ class T5Tokenizer:
             except UnicodeEncodeError as error:
                 raise ValueError(f"a prompt must be valid Unicode, got {prompt!r}: {error}") from error
             rows.append(self._tokenizer.encode(prompt).ids)
-        return _fit(
-            rows, prompts, self.length if length is None else length, self.eos_id, self.pad_id, reader="T5"
-        )
+        length = self.length if length is None else length
+        return _fit(rows, prompts, length, self.eos_id, self.pad_id, reader="T5")
 
 
 def _checked(prompts: Sequence[str]) -> Sequence[str]:
@@ -197,9 +190,7 @@ def _fit(
 ) -> Tensor:
     """Cut or pad every row to `length` ids, [B, length]; a cut row still ends in `eos_id`."""
     if length < 2:
-        raise ValueError(
-            f"length must be at least 2, a start or content token and the end token, got {length}"
-        )
+        raise ValueError(f"length must be at least 2 tokens, the end token and one more, got {length}")
     ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
     for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         if len(row) > length:
@@ -227,9 +218,8 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, int]:
     try:
         return {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TokenizerError(
-            f"{folder / 'tokenizer_config.json'}: bad added_tokens_decoder: {error!r}"
-        ) from error
+        path = folder / "tokenizer_config.json"
+        raise TokenizerError(f"{path}: bad added_tokens_decoder, fetch it again: {error!r}") from error
 
 
 def _length(folder: Path, config: dict[str, Any]) -> int:
@@ -255,9 +245,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise TokenizerError(
-            f"{path} is missing; a tokenizer folder needs it, fetch the snapshot again"
-        ) from error
+        raise TokenizerError(f"{path} is missing; fetch the snapshot again") from error
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} is not UTF-8 text, fetch it again: {error}") from error
 

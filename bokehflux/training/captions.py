@@ -1,4 +1,4 @@
-"""What a person would say of a scene: the captions that `nano` trains on, and the fixed 32 it is judged by."""
+"""What a person would say of a scene: the captions that `nano` trains on, and the 32 it is judged by."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Procedural scenes with lens-true defocus: what `nano` learns from.
 
-A scene is four layers in linear light, background, table, objects behind and subject, built once and rendered at
-any level: each layer is blurred by the disc its depth asks for and laid over the one behind. Premultiplied
+A scene is four layers in linear light, background, table, objects behind and subject, built once and rendered
+at any level: each layer is blurred by the disc its depth asks for and laid over the one behind. Premultiplied
 layers make occlusion right at defocused edges; HDR points in the background become discs of conserved energy.
 """
 
@@ -32,7 +32,7 @@ EDGE_SOFTNESS = 0.10
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """B layered scenes, N = size + 2 pad pixels a side; colours linear, layers with coverage premultiplied."""
+    """B layered scenes, N = size + 2 pad pixels a side; linear colours, premultiplied where covered."""
 
     background: torch.Tensor
     """[B, 3, N, N] HDR."""
@@ -65,7 +65,7 @@ class Scene:
 def build_scenes(
     spec: SceneSpec, size_px: int, generator: torch.Generator, device: torch.device | str
 ) -> Scene:
-    """Paint the scenes of `spec` on `device`; `generator` (of any device) decides all that the spec leaves open."""
+    """Paint the scenes of `spec` on `device`; `generator` (any device) decides what the spec leaves open."""
     device = torch.device(device)
     spec = spec.to(device)
     canvas, dice = Canvas(size_px, device), Dice(generator, device, len(spec))
@@ -120,7 +120,7 @@ def build_scenes(
 def render(scene: Scene, levels: torch.Tensor) -> torch.Tensor:
     """Pictures [B, 3, S, S], display-referred, 0 ... 1, of B scenes at `levels` [B], each 0 ... 30.
 
-    Blur radius in pixels = level / 30 * RADIUS_AT_30 * S / 256 * disparity gap. Raises ValueError on other shapes.
+    Blur radius in pixels = level / 30 * RADIUS_AT_30 * S / 256 * disparity gap. ValueError on other shapes.
     """
     if levels.shape != (len(scene),):
         raise ValueError(f"levels: expected one per scene, [{len(scene)}], got {list(levels.shape)}")
@@ -142,7 +142,7 @@ def render(scene: Scene, levels: torch.Tensor) -> torch.Tensor:
 def _defocused_plane(
     scene: Scene, radius: torch.Tensor, blurred: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """The table, its blur growing with distance from the subject: blends of neighbours in a stack of blurs."""
+    """The table, its blur growing with distance from the subject: blends in a stack of blurs."""
     spectrum = torch.fft.rfft2(scene.table)
     defocus = scene.table_defocus[:, None]
     out, nearer = scene.table, 0.0

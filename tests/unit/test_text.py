@@ -100,9 +100,9 @@ def test_bad_calls(clip: CLIPTokenizer, t5: T5Tokenizer) -> None:
     for tokenizer in (clip, t5):
         with pytest.raises(TypeError, match="list of prompts"):
             tokenizer("a cat")
-        with pytest.raises(ValueError, match="at least 2, .* got 1"):
+        with pytest.raises(ValueError, match="at least 2 tokens, .* got 1"):
             tokenizer(["a cat"], 1)
-        with pytest.raises(ValueError, match="at least 2, .* got 0"):
+        with pytest.raises(ValueError, match="at least 2 tokens, .* got 0"):
             tokenizer(["a cat"], 0)
     with pytest.raises(ValueError, match="valid Unicode"):
         t5(["a\ud800b"])
@@ -156,7 +156,7 @@ def test_files_that_contradict_each_other(folder: Path) -> None:
         T5Tokenizer.from_folder(config.parent)
     config.write_text(kept)
     edit(config, eos_token="a")
-    with pytest.raises(TokenizerError, match="end every prompt in 'a'"):
+    with pytest.raises(TokenizerError, match="ends every prompt in 'a'"):
         T5Tokenizer.from_folder(config.parent)
     config = folder / "tokenizer" / "tokenizer_config.json"
     edit(config, pad_token="<none>")

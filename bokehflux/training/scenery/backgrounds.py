@@ -1,6 +1,6 @@
-"""What is far behind the table: ten painters, each crisp at its finest and most with countable points of light.
+"""What is far behind the table: ten painters, each with crisp structure and countable points of light.
 
-Detail is structure of three pixels or more (at 256), never grain: grain costs an autoencoder and shows no blur.
+Detail is structure of three pixels or more (at 256), not grain, which costs an autoencoder and shows no blur.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _stamps(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A turned grid with one jittered, rotated stamp per cell.
 
-    Returns coordinates p, q [B, N, N] in the stamp's own axes (a cell is 1 wide), and two random numbers per stamp.
+    Returns coordinates p, q [B, N, N] in the stamp's own axes (a cell is 1 wide), and two random numbers.
     """
     turn = dice.scalar(0, 2 * math.pi)
     u = (canvas.x * turn.cos() - canvas.y * turn.sin()) * scale + 30 + dice.scalar(0, 1)

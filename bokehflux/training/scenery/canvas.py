@@ -1,7 +1,7 @@
 """Where and with what scenes are painted: coordinates, reproducible chance, and a few batched brushes.
 
-B scenes, N = size + 2 pad pixels a side. The picture spans -1 ... 1 (x to the right, y down); the padding beyond
-it feeds the blur. Colours are linear light.
+B scenes, N = size + 2 pad pixels a side. The picture spans -1 ... 1 (x to the right, y down); the padding
+beyond it feeds the blur. Colours are linear light.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 Color = tuple[float, float, float]
 
 POINT_PX = 1.2
-"""Standard deviation of a point of light, in pixels at 256: small, yet more than a spike to an autoencoder."""
+"""Standard deviation of a point of light, in pixels at 256: small, yet no spike to an autoencoder."""
 
 
 class Canvas:
@@ -73,7 +73,7 @@ def smooth(low: float, high: float, x: torch.Tensor) -> torch.Tensor:
 
 
 def inside(canvas: Canvas, distance: torch.Tensor, soft_px: float = 1.0) -> torch.Tensor:
-    """Antialiased coverage of a region, given the distance to its border in picture units (positive inside)."""
+    """Antialiased coverage of a region, from the distance to its border in picture units (inside > 0)."""
     w = soft_px * canvas.px
     return smooth(-w, w, distance)
 
@@ -100,7 +100,7 @@ def ridge(canvas: Canvas, dice: Dice, features: int, octaves: int) -> torch.Tens
 
 
 def per_cell(dice: Dice, col: torch.Tensor, row: torch.Tensor, channels: int) -> torch.Tensor:
-    """Random numbers [channels, B, N, N] in 0 ... 1, constant on each integer cell (col, row), both [B, N, N]."""
+    """Random numbers [channels, B, N, N] in 0 ... 1, constant on integer cells (col, row), both [B, N, N]."""
     side = 64
     table = dice.uniform(0, 1, channels, side * side)
     col, row = torch.broadcast_tensors(col, row)
@@ -112,9 +112,9 @@ def per_cell(dice: Dice, col: torch.Tensor, row: torch.Tensor, channels: int) ->
 def splat(
     canvas: Canvas, px: torch.Tensor, py: torch.Tensor, color: torch.Tensor, sigma_px: torch.Tensor | float
 ) -> torch.Tensor:
-    """Sum of Gaussian dots [B, C, N, N]: centres px, py [B, n], peak colours [B, n, C], widths in pixels at 256.
+    """Sum of Gaussian dots [B, C, N, N]: centres px, py [B, n], peaks [B, n, C], widths in pixels at 256.
 
-    A Gaussian is separable, so the sum over dots is one batched matrix product: no scatter, hence deterministic.
+    A Gaussian is separable, so the sum is one batched matrix product: no scatter, hence deterministic.
     """
     ideal = torch.as_tensor(sigma_px, device=canvas.device) * canvas.size_px / 256
     sigma_px = ideal.clamp(min=0.6)  # narrower dots would depend on where they fall between pixels
@@ -148,7 +148,7 @@ def point_lights(
 def scattered(
     dice: Dice, n: int, top: float, bottom: float, left: float = -1.1, right: float = 1.1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """n points [B, n], [B, n] without clumps: one in each cell of a shuffled grid, so that discs stay countable."""
+    """n points [B, n], [B, n] without clumps: one to a cell of a shuffled grid, so discs stay countable."""
     cols = max(1, round(math.sqrt(n * (right - left) / max(bottom - top, 1e-3))))
     rows = math.ceil(n / cols)
     order = dice.uniform(0, 1, rows * cols).argsort(1)[:, :n]

@@ -11,8 +11,6 @@ def disc_spectrum(radius_px: torch.Tensor, height: int, width: int, softness: fl
     Radius 0 is the identity and the blur grows continuously from there: the kernel's edge lies at
     sqrt(r^2 + 1/4), the disc that a pixel grows into. The edge is 1 + softness * r pixels wide.
     """
-    if (radius_px < 0).any():
-        raise ValueError(f"radius_px: expected >= 0, got {radius_px.min().item():g}")
     r = radius_px.view(-1, 1, 1)
     dy = torch.fft.fftfreq(height, 1 / height, device=r.device).view(1, -1, 1)
     dx = torch.fft.fftfreq(width, 1 / width, device=r.device).view(1, 1, -1)
@@ -22,5 +20,5 @@ def disc_spectrum(radius_px: torch.Tensor, height: int, width: int, softness: fl
 
 
 def blur_spectrum(spectrum: torch.Tensor, transfer: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Back to pixels [B, C, height, width] from `rfft2` of a layer and a transfer function; edges wrap around."""
+    """Back to pixels [B, C, height, width] from a layer's `rfft2` and a transfer function; edges wrap."""
     return torch.fft.irfft2(spectrum * transfer[:, None], s=(height, width))

@@ -1,7 +1,7 @@
 """Objects on the table: outline, surface normals and pattern of ten shapes, and how light falls on them.
 
-Shapes come in three families: bodies of revolution given by a profile, flat outlines inflated like cushions from
-their signed distance, and a cube. In object units an object is 1 high: X from its axis, Y from 0 (top) to 1 (base).
+Shapes come in three families: bodies of revolution given by a profile, outlines inflated like cushions from
+their signed distance, and a cube. Objects are 1 high: X from their axis, Y from 0 (top) to 1 (base).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ALBEDO = {
     "white": (0.88, 0.88, 0.88),
     "black": (0.018, 0.018, 0.02),
 }
-# What stripes and dots are painted with: far in lightness from the base, yet not another of the ten colours' hues.
+# What stripes and dots are painted with: far in lightness from the base, yet no other colour's hue.
 PAINT = {name: (0.88, 0.88, 0.86) for name in COLORS} | {
     "yellow": (0.30, 0.17, 0.004),
     "white": (0.30, 0.30, 0.31),
@@ -105,7 +105,7 @@ def paint_objects(
 ) -> torch.Tensor:
     """One object per scene, premultiplied linear colour and coverage: [B, 4, N, N].
 
-    `shape`, `color`, `pattern`: long [B]; `light`: its colour [B, 3, 1, 1]; `towards_light`: unit vectors [B, 3].
+    `shape`, `color`, `pattern`: long [B]; `light`: colour [B, 3, 1, 1]; `towards_light`: unit vectors [B, 3].
     """
     s = _surfaces(canvas, place, shape)
     albedo = _albedo(canvas, dice, s, color, pattern)

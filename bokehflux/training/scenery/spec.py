@@ -1,4 +1,4 @@
-"""What a scene contains, as class indices: the common ground of the renderer, the captions and the metrics."""
+"""What a scene contains, as class indices: common ground of renderer, captions and metrics."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def held_out_spec(n: int = NUM_HELD_OUT) -> SceneSpec:
 
 
 def is_held_out(spec: SceneSpec) -> torch.Tensor:
-    """bool [B]: whether (shape, color, pattern, table, background) is one of the 32 evaluation combinations."""
+    """bool [B]: whether (shape, color, pattern, table, background) is an evaluation combination."""
     return torch.isin(_code(spec), _code(held_out_spec()).to(spec.shape.device))
 
 

@@ -1,0 +1,311 @@
+"""Attention: every form against the float32 definition, and the one public interface."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bokehflux.attention import Grounded, PivotQuery, Plain, with_value_bias
+from bokehflux.kernels.attention import eager, interface, reference
+from tests.helpers import assert_within_2x, max_error
+
+ON_CPU = ["sdpa", "auto"]
+GROUPINGS = [(0, 0), (1, 1), (0, 0, 2, 2, 4), (3, 3, 3, 3), (0, 1, 2), (2, 1, 2, 1, 2), (0, 0, 0, 3, 3), (4, 3, 3, 3, 4)]
+every_grouping = pytest.mark.parametrize("pivot_of", GROUPINGS, ids=str)
+every_backend = pytest.mark.parametrize("backend", ON_CPU)
+
+
+def qkv(rows: int, length: int, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Queries long enough that the softmax is far from uniform."""
+    q, k, v = (torch.randn(rows, length, heads, dim) for _ in range(3))
+    return [(2 * q).to(dtype), k.to(dtype), v.to(dtype)]
+
+
+def published_grounding(q: Tensor, k: Tensor, v: Tensor, pivot_of: tuple[int, ...]) -> Tensor:
+    """Doubled keys and values through PyTorch's attention: the oracle for low precision."""
+    rows = list(pivot_of)
+    args = q[rows], torch.cat([k, k[rows]], dim=1), torch.cat([v, v], dim=1)
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in args)).transpose(1, 2)
+
+
+def double(*tensors: Tensor) -> list[Tensor]:
+    return [t.double() for t in tensors]
+
+
+@every_backend
+@pytest.mark.parametrize("length", [1, 63, 100])
+def test_attention_is_the_definition(backend: str, length: int) -> None:
+    q, k, v = qkv(2, length)
+    bias = torch.randn(2, 2, 16)
+    exact = reference.attention(*double(q, k, v), value_bias=bias.double())
+    ours = interface.attention(q, k, v, value_bias=bias, backend=backend)
+    assert ours.shape == q.shape and ours.dtype == q.dtype
+    torch.testing.assert_close(ours.double(), exact, atol=3e-6, rtol=0)
+
+
+def test_reference_by_hand() -> None:
+    """Two tokens, one head: numbers worked out on paper."""
+    q = torch.tensor([[1.0], [0.0]])[None, :, None]
+    k = torch.tensor([[0.0], [2.0]])[None, :, None]
+    v = torch.tensor([[10.0], [20.0]])[None, :, None]
+    share = 1 / (1 + torch.tensor(-2.0).exp())
+    out = reference.attention(q, k, v, value_bias=torch.full((1, 1, 1), 5.0)).flatten()
+    torch.testing.assert_close(out, torch.stack([15 + 10 * share, torch.tensor(20.0)]))
+
+
+def test_reference_keeps_float64() -> None:
+    q, k, v = double(*qkv(1, 5))
+    assert reference.attention(q, k, v).dtype == torch.float64
+    assert max_error(reference.attention(q.float(), k.float(), v.float()), reference.attention(q, k, v)) > 0
+
+
+@every_backend
+@every_grouping
+@pytest.mark.parametrize("length", [1, 63])
+def test_grounded_attention_is_the_definition(backend: str, pivot_of: tuple[int, ...], length: int) -> None:
+    q, k, v = qkv(len(pivot_of), length)
+    bias = torch.randn(len(pivot_of), 2, 16)
+    exact = reference.grounded_attention(*double(q, k, v), pivot_of, value_bias=bias.double())
+    ours = interface.grounded_attention(q, k, v, pivot_of, value_bias=bias, backend=backend)
+    assert ours.shape == q.shape and ours.dtype == q.dtype
+    torch.testing.assert_close(ours.double(), exact, atol=3e-6, rtol=0)
+
+
+@every_backend
+@every_grouping
+def test_pivots_come_out_as_plain_attention(backend: str, pivot_of: tuple[int, ...]) -> None:
+    q, k, v = qkv(len(pivot_of), 37)
+    grounded = interface.grounded_attention(q, k, v, pivot_of, backend=backend)
+    plain = interface.attention(q, k, v, backend=backend)
+    for row, pivot in enumerate(pivot_of):
+        if row == pivot:
+            torch.testing.assert_close(grounded[row], plain[row], atol=1e-6, rtol=0)
+        else:
+            assert max_error(grounded[row], plain[row]) > 0.1
+
+
+@every_backend
+def test_grounded_attention_at_odd_length_100(backend: str) -> None:
+    q, k, v = qkv(3, 100, heads=1)
+    exact = reference.grounded_attention(*double(q, k, v), (1, 1, 1))
+    ours = interface.grounded_attention(q, k, v, (1, 1, 1), backend=backend)
+    torch.testing.assert_close(ours.double(), exact, atol=3e-6, rtol=0)
+
+
+def test_grounding_is_a_mix_of_two_attentions_by_their_log_sum_exp() -> None:
+    """The identity behind the form without concatenation, in float64."""
+    q, k, v = double(*qkv(2, 21))
+    q_pivot = q[[0]]
+    scores = [torch.einsum("blhd,bmhd->bhlm", q_pivot, keys) / 4 for keys in (k[[1]], k[[0]])]
+    own, other = (torch.einsum("bhlm,bmhd->blhd", s.softmax(-1), v[[1]]) for s in scores)
+    own_lse, other_lse = (s.logsumexp(-1).transpose(1, 2)[..., None] for s in scores)
+    total = torch.logaddexp(own_lse, other_lse)
+    mixed = (own_lse - total).exp() * own + (other_lse - total).exp() * other
+    torch.testing.assert_close(reference.grounded_attention(q, k, v, (0, 0))[1:], mixed)
+
+
+def test_log_sum_exp() -> None:
+    q, k, v = qkv(2, 63)
+    out, lse = eager.attention_with_lse(q, k, v)
+    scores = torch.einsum("blhd,bmhd->blhm", *double(q, k)) / 4
+    assert lse.shape == (2, 63, 2) and lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.double(), reference.attention(*double(q, k, v)), atol=3e-6, rtol=0)
+
+
+@every_backend
+@pytest.mark.parametrize("pivot_of", [(0, 0, 0), (0, 0, 2, 2, 4)], ids=str)
+@pytest.mark.parametrize("length", [63, 100])
+def test_bfloat16(backend: str, pivot_of: tuple[int, ...], length: int) -> None:
+    q, k, v = qkv(len(pivot_of), length, dtype=torch.bfloat16)
+    exact = reference.grounded_attention(q.float(), k.float(), v.float(), pivot_of)
+    oracle = published_grounding(q, k, v, pivot_of)
+    with torch.no_grad():
+        ours = interface.grounded_attention(q, k, v, pivot_of, backend=backend)
+    assert ours.dtype == torch.bfloat16
+    assert_within_2x(ours, oracle, exact)
+    plain = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    exact_plain = reference.attention(q.float(), k.float(), v.float())
+    assert_within_2x(interface.attention(q, k, v, backend=backend), plain, exact_plain)
+
+
+@every_backend
+@every_grouping
+def test_gradients_and_both_forms(backend: str, pivot_of: tuple[int, ...]) -> None:
+    """With gradients another code path runs: same output, and the gradients of the definition."""
+    bias = torch.randn(len(pivot_of), 2, 16)
+    inputs = [*qkv(len(pivot_of), 13), bias]
+    weight = torch.randn(len(pivot_of), 13, 2, 16)
+    ours = [t.clone().requires_grad_() for t in inputs]
+    theirs = [t.double().requires_grad_() for t in inputs]
+    out = interface.grounded_attention(*ours[:3], pivot_of, value_bias=ours[3], backend=backend)
+    (out * weight).sum().backward()
+    exact = reference.grounded_attention(*theirs[:3], pivot_of, value_bias=theirs[3])
+    (exact * weight).sum().backward()
+    with torch.no_grad():
+        quiet = interface.grounded_attention(*ours[:3], pivot_of, value_bias=ours[3], backend=backend)
+    assert not quiet.requires_grad
+    torch.testing.assert_close(out.detach(), quiet, atol=3e-6, rtol=0)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=2e-5, rtol=1e-4)
+
+
+@every_backend
+def test_inputs_need_not_be_contiguous(backend: str) -> None:
+    """[B, H, L, D] storage seen as [B, L, H, D], rows of a larger batch, and every second token."""
+    wide = [torch.randn(6, 2, 40, 16).transpose(1, 2)[::2, 1::2] for _ in range(3)]
+    assert not any(t.is_contiguous() for t in wide)
+    exact = reference.grounded_attention(*double(*wide), (1, 1, 2))
+    ours = interface.grounded_attention(*wide, (1, 1, 2), backend=backend)
+    torch.testing.assert_close(ours.double(), exact, atol=3e-6, rtol=0)
+    shared = [t[:1].expand(3, -1, -1, -1) for t in wide]
+    torch.testing.assert_close(
+        interface.attention(*shared, backend=backend).double(), reference.attention(*double(*shared)), atol=3e-6, rtol=0
+    )
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=5),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.sampled_from([8, 16, 24, 64]),
+    st.booleans(),
+)
+def test_any_shape(wishes: list[int], length: int, heads: int, dim: int, with_bias: bool) -> None:
+    """Any grouping: rows take the first row that wished for the same group as their pivot."""
+    pivot_of = tuple(wishes.index(wish) for wish in wishes)
+    q, k, v = qkv(len(pivot_of), length, heads, dim)
+    bias = torch.randn(len(pivot_of), heads, dim) if with_bias else None
+    exact = reference.grounded_attention(
+        *double(q, k, v), pivot_of, value_bias=None if bias is None else bias.double()
+    )
+    ours = interface.grounded_attention(q, k, v, pivot_of, value_bias=bias)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_view"), [((2, 2, 2), True), ((1, 2, 3), True), ((3, 1), False), ((0, 0, 1), False)], ids=str
+)
+def test_take_rows(rows: tuple[int, ...], is_view: bool) -> None:
+    x = torch.randn(4, 3)
+    taken = eager.take_rows(x, rows)
+    assert torch.equal(taken, x[list(rows)])
+    assert (taken.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == is_view
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(4, 2, 8)] * 3,
+        [(1, 4, 2, 8), (1, 4, 2, 8), (1, 5, 2, 8)],
+        [(1, 4, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8)],
+        [(1, 4, 2, 8), (1, 4, 3, 8), (1, 4, 3, 8)],
+        [(1, 4, 2, 8), (1, 4, 2, 6), (1, 4, 2, 6)],
+    ],
+    ids=str,
+)
+def test_wrong_shapes(shapes: list[tuple[int, ...]]) -> None:
+    tensors = [torch.zeros(shape) for shape in shapes]
+    for call in (interface.attention, lambda *a: interface.grounded_attention(*a, (0,))):
+        with pytest.raises(ValueError, match=r"expected q, k, v in \[B, L, H, D\]") as caught:
+            call(*tensors)
+        assert str(tuple(shapes[1])) in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (1, 2, 8), (2, 8, 2), (2, 1, 2, 8)])
+def test_wrong_value_bias(shape: tuple[int, ...]) -> None:
+    q = torch.zeros(2, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"value_bias \[B, H, D\]"):
+        interface.attention(q, q, q, value_bias=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("pivot_of", [(1, 0), (0, 0, 1), (2, 2), (0, -1), (-1,)], ids=str)
+def test_rows_must_be_grounded_on_pivots(pivot_of: tuple[int, ...]) -> None:
+    q = torch.zeros(len(pivot_of), 3, 1, 8)
+    with pytest.raises(ValueError, match="not a pivot"):
+        interface.grounded_attention(q, q, q, pivot_of)
+    for spec in (Grounded, PivotQuery):
+        with pytest.raises(ValueError, match="not a pivot"):
+            spec(pivot_of=pivot_of)
+
+
+def test_pivots_must_be_as_many_as_rows() -> None:
+    q = torch.zeros(3, 4, 1, 8)
+    with pytest.raises(ValueError, match="names 2 rows, but q has 3"):
+        interface.grounded_attention(q, q, q, (0, 0))
+
+
+def test_unknown_backend_names_the_known_ones() -> None:
+    q = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ValueError, match=r"unknown attention backend 'flashy'.*'reference', 'sdpa'"):
+        interface.attention(q, q, q, backend="flashy")
+    with pytest.raises(ValueError, match="flashy"):
+        interface.grounded_attention(q, q, q, (0,), backend="flashy")
+
+
+def test_a_backend_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`BACKENDS` is a dict: anything with the two functions can be registered under a name."""
+    calls = []
+
+    def mine(*args: object, **options: object) -> Tensor:
+        calls.append((args[3:], options))
+        return args[0]  # type: ignore[return-value]
+
+    monkeypatch.setitem(interface.BACKENDS, "mine", SimpleNamespace(attention=mine, grounded_attention=mine))
+    q, k, v = qkv(2, 4)
+    bias = torch.ones(2, 2, 16)
+    assert Plain(backend="mine")(q, k, v) is q
+    assert with_value_bias(Grounded(pivot_of=(0, 0), backend="mine"), bias)(q, k, v) is q
+    assert calls == [((), {"value_bias": None}), (((0, 0),), {"value_bias": bias})]
+
+
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    # A second copy of the module: whether the first one has logged depends on the tests before.
+    name = "bokehflux.kernels.attention.interface_copy"
+    spec = importlib.util.spec_from_file_location(name, interface.__file__)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    q, k, v = qkv(1, 4)
+    with caplog.at_level(logging.INFO, logger=name):
+        copy.attention(q, k, v, backend="sdpa")
+        assert not caplog.records
+        for _ in range(3):
+            copy.attention(q, k, v)
+            copy.grounded_attention(q, k, v, (0,))
+    assert [r.levelname for r in caplog.records] == ["INFO"]
+    assert "sdpa" in caplog.text and "cpu" in caplog.text
+
+
+def test_specifications() -> None:
+    q, k, v = qkv(3, 9)
+    bias = torch.randn(3, 2, 16)
+    pivots = (1, 1, 1)
+    torch.testing.assert_close(Plain(value_bias=bias)(q, k, v), reference.attention(q, k, v, value_bias=bias))
+    torch.testing.assert_close(
+        Grounded(pivot_of=pivots, value_bias=bias)(q, k, v),
+        reference.grounded_attention(q, k, v, pivots, value_bias=bias),
+    )
+    torch.testing.assert_close(
+        PivotQuery(pivot_of=pivots, value_bias=bias)(q, k, v),
+        reference.attention(q[[1, 1, 1]], k, v, value_bias=bias),
+    )
+
+
+def test_with_value_bias_copies() -> None:
+    bias = torch.randn(2, 2, 16)
+    spec = Grounded(pivot_of=(0, 0), backend="reference")
+    shifted = with_value_bias(spec, bias)
+    assert shifted.value_bias is bias and spec.value_bias is None
+    assert (shifted.pivot_of, shifted.backend) == ((0, 0), "reference")
+    q, k, v = qkv(2, 5)
+    torch.testing.assert_close(shifted(q, k, v), spec(q, k, v) + bias[:, None])
