@@ -5,7 +5,7 @@
 Two arms on the same random weights and inputs, one velocity each: ours, and the published formulation on
 diffusers. Both are measured against ours in float32 with the written-out reference attention. Passes when our
 error is at most the published one's plus 5 % in every case; the times are for information. Needs diffusers
-and, at full size, about 110 GiB of GPU memory; `--tiny` runs a toy of the same shape anywhere.
+and, at full size, by estimate 90 GiB of GPU memory; `--tiny` runs a toy of the same shape anywhere.
 """
 
 from __future__ import annotations

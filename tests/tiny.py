@@ -13,6 +13,7 @@ from bokehflux.configs import BokehConfig, Defaults, MMDiTConfig, ScheduleConfig
 from bokehflux.generate import Pipeline
 from bokehflux.models.bokeh import LowRank
 from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.norms import RMSNorm
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.types import Conditioning
 
@@ -32,6 +33,7 @@ class FakeText:
     """Stands in for `TextEncoders`: states that depend on the prompt and nothing else."""
 
     dtype: torch.dtype
+    txt_length: int = TXT_LENGTH
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
@@ -48,6 +50,8 @@ def tiny_mmdit(bokeh: BokehConfig | None = BOKEH, config: MMDiTConfig = MMDIT) -
         if isinstance(module, LowRank):
             nn.init.normal_(module.down.weight, std=0.5)
             nn.init.normal_(module.up.weight, std=0.5)
+        if isinstance(module, RMSNorm):  # attention far from uniform
+            nn.init.constant_(module.scale, 1.5)
     return mmdit.eval().requires_grad_(False)
 
 

@@ -55,8 +55,8 @@ class LatentGrid:
 def noise(grid: LatentGrid, seed: int, dtype: torch.dtype, channels: int = 16) -> Tensor:
     """Unpacked noise [1, channels, H/8, W/8] on the CPU, drawn from a CPU generator in `dtype`.
 
-    The dtype takes part in the draw: bfloat16 and float32 noise of one seed are different pictures, as in
-    the published code.
+    Drawn in `dtype`, as in the published code: bfloat16 and float32 noise of one seed differ at least by
+    rounding (by more where PyTorch draws the two differently).
     """
     shape = (1, channels, grid.height_px // LATENT_PX, grid.width_px // LATENT_PX)
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)

@@ -32,12 +32,11 @@ def train_autoencoder(
     parameters = list(vae.named_parameters())
     optimizer = Optimizer(parameters, stage.lr, muon=False, weight_decay=0.0)
     ema = Ema([p for _, p in parameters], rate=0.002)
-    loss_of = torch.compile(_loss, dynamic=False) if device.type == "cuda" else _loss
     for step in range(stage.steps):
         whole = step >= (1 - FULL_SIZE_SHARE) * stage.steps
         x = _crops(images, stage.batch // 4 if whole else stage.batch, size_px if whole else size_px // 2, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, l1, edges, kl = loss_of(vae, x, stage, step % 3 == 0)
+            loss, l1, edges, kl = _loss(vae, x, stage, step % 3 == 0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 1.0)
         optimizer.step(trapezoid(step, stage.steps))

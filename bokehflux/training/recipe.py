@@ -26,8 +26,8 @@ class AutoencoderStage:
     seed: int = 1
     scenes: int = 12_288
     """Rendered images held in memory, one random level each."""
-    steps: int = 3600
-    batch: int = 96
+    steps: int = 6000
+    batch: int = 48
     """Crops of half the side; the last fifth of the steps takes a quarter as many whole images."""
     lr: float = 1.2e-3
     kl_weight: float = 5e-4

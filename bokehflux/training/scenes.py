@@ -24,7 +24,7 @@ from .scenery.tables import paint_tables
 __all__ = ["MAX_LEVEL", "RADIUS_AT_30", "Scene", "SceneSpec", "build_scenes", "render", "sample_specs"]
 
 MAX_LEVEL = 30.0
-RADIUS_AT_30 = 15.0
+RADIUS_AT_30 = 13.0
 """Radius in pixels of the disc that a point at infinity becomes at level 30, in a picture of 256 pixels."""
 EDGE_SOFTNESS = 0.10
 """A real lens's discs end softly; this keeps large discs from being sharper than what they replace."""

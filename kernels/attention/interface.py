@@ -77,14 +77,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, value_bias: Tensor | None) -> None:
 
 def _module(backend: str, device_type: str) -> ModuleType:
     if backend == "auto":
-        _log_choice(device_type)
+        if not torch.compiler.is_compiling():  # a log line is no part of a traced graph
+            _log_choice(device_type)
         return eager
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}: expected 'auto' or one of {sorted(BACKENDS)}")
     return BACKENDS[backend]
 
 
-@torch.compiler.disable  # a cache that logs once is no part of a traced graph
 @functools.cache
 def _log_choice(device_type: str) -> None:
     logger.info("attention backend for %s: sdpa", device_type)

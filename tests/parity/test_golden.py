@@ -107,6 +107,17 @@ def assert_same_picture(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert difference.max() <= 1 and (difference == 0).mean() >= 0.995
 
 
+def assert_same_after_transfer(ours: np.ndarray, before: np.ndarray, theirs: dict[str, Tensor]) -> None:
+    """Equal on 99.5 % of values, and within one level wherever our picture was equal before the transfer.
+
+    The published transfer runs in 8-bit Lab, where the one-level flip that another CPU's rounding causes in
+    one value of a thousand can become five levels of that pixel.
+    """
+    difference = np.abs(ours.astype(int) - theirs["image"].numpy().astype(int))
+    same_before = (before == theirs["image_target_before_transfer"].numpy()).all(axis=-1)
+    assert (difference == 0).mean() >= 0.995 and difference[same_before].max() <= 1
+
+
 @every_case
 def test_text(models, name):
     """Pooled to 1e-5. The recorded T5 states are themselves 1.3e-5 off their float64 values, and transformers
@@ -156,7 +167,15 @@ def test_picture(models, name):
         return
     assert_same_picture(pixels[0], theirs["image_target_before_transfer"].numpy())
     assert_same_picture(pixels[1], theirs["image_pivot"].numpy())
-    assert_same_picture(match_lab_means(pixels[0], pixels[1]), theirs["image"].numpy())
+    assert_same_after_transfer(match_lab_means(pixels[0], pixels[1]), pixels[0], theirs)
+
+
+@grounded_cases
+def test_colour_transfer(name):
+    """On the recorded pictures the transfer is exact."""
+    theirs = golden(name)
+    ours = match_lab_means(theirs["image_target_before_transfer"].numpy(), theirs["image_pivot"].numpy())
+    assert np.array_equal(ours, theirs["image"].numpy())
 
 
 @grounded_cases
@@ -199,8 +218,11 @@ def test_whole_run(pipe, name):
         width=case["width"],
         seed=case["seed"],
     )
-    assert_same_picture(np.asarray(result.images[0]), theirs["image"].numpy())
     assert relative(result.latents[0], theirs["latents"][-1, 0]) < 1e-4
-    if case["bokeh_pivot"] is not None:
-        assert_same_picture(np.asarray(result.pivot_image), theirs["image_pivot"].numpy())
-        assert relative(result.pivot_latents, theirs["latents"][-1, 1]) < 1e-4
+    if case["bokeh_pivot"] is None:
+        assert_same_picture(np.asarray(result.images[0]), theirs["image"].numpy())
+        return
+    before = to_uint8(pipe.vae.decode(unpack(result.latents, grid_of(case)))).numpy()[0]
+    assert_same_after_transfer(np.asarray(result.images[0]), before, theirs)
+    assert_same_picture(np.asarray(result.pivot_image), theirs["image_pivot"].numpy())
+    assert relative(result.pivot_latents, theirs["latents"][-1, 1]) < 1e-4

@@ -195,7 +195,12 @@ def golden_network() -> MMDiT:
     "name", ["unbounded", "unbounded_cfg", "grounded", "grounded_cfg", "grounded_odd_size"]
 )
 def test_oracle_repeats_the_recordings(golden_network, name):
-    """Every positive prediction of the published implementation, from its recorded inputs."""
+    """Every positive prediction of the published implementation, from its recorded inputs.
+
+    To the noise of the recordings: they lie up to 2.6e-5 from this oracle in float64 (as do their T5 states,
+    see test_golden), where the oracle in float32 lies within 1.1e-6. Grounding, updates or
+    value left out would be 5e-2 or more.
+    """
     case = json.loads((GOLDEN / "cases.json").read_text())[name]
     recorded = load_file(GOLDEN / f"{name}.safetensors")
     rows, steps = len(recorded["latents_init"]), len(recorded["latents"])
@@ -214,7 +219,7 @@ def test_oracle_repeats_the_recordings(golden_network, name):
     for step in range(steps):
         batch = dataclasses.replace(batch, sigma=recorded["model_timesteps"][calls * step])
         ids = [1, 1] if step < case["num_grounding_steps"] else None
-        assert_equal(oracle(model, batch, ids), recorded["raw_predictions"][calls * step])
+        assert_equal(oracle(model, batch, ids), recorded["raw_predictions"][calls * step], 5e-5)
         batch = dataclasses.replace(batch, img=recorded["latents"][step])
 
 
@@ -276,7 +281,7 @@ def test_strengths(problem, lora_scale, bokeh_scale):
 def test_base_without_levels(problem):
     """No levels: the adapter is not there, and the model is diffusers' with its own processors."""
     network, batch = problem.network(), problem.batch()
-    bare = MMDiT(problem.mmdit)
+    bare = MMDiT(problem.mmdit).requires_grad_(False)
     bare.load_state_dict({n: t for n, t in network.state_dict().items() if not n.startswith("bokeh.")})
     t = problem.txt_length
     theirs = build_diffusers(network)(
@@ -310,7 +315,7 @@ def test_null_level(problem):
 @pytest.mark.parametrize("pivot", [0, 2])
 @pytest.mark.parametrize("step", [0, 1])
 def test_true_cfg_velocity(adapt_k, pivot, step):
-    """Through `Denoiser`: grounded in step 0 only; the negative pass has no level, guidance 1, no grounding."""
+    """Through `Denoiser`: grounded in step 0 only; the negative pass: no level, guidance 1, no grounding."""
     problem = fixed_problem(adapt_k=adapt_k)
     network, batch = problem.network(), problem.batch()
     model, rows, sigma = build_published(network), len(batch), torch.tensor(0.7)
@@ -416,14 +421,10 @@ def test_argument_errors(message, change):
         _call(problem.network(), problem.batch(), **change)
 
 
-def _two_levels_of_pivots() -> object:
-    return Grounded(pivot_of=(1, 2, 2))
-
-
 @pytest.mark.parametrize(
     ("message", "build"),
     [
-        ("not a pivot", _two_levels_of_pivots),
+        ("not a pivot", lambda: Grounded(pivot_of=(1, 2, 2))),
         ("not a pivot", lambda: PivotQuery(pivot_of=(3, 3))),
         ("between 0", lambda: BokehCondition.of([31.0])),
         ("between 0", lambda: BokehCondition.of([float("nan")])),

@@ -92,7 +92,7 @@ def _leaves(
         cover = inside(canvas, distance) * (luck < 0.9 - 0.09 * k)
         picture = mix(picture, leaf, _row(cover))
     px, py = scattered(dice, 18, -1.05, 0.25)
-    return picture + point_lights(canvas, dice, px, py, lights, 11, 32)
+    return picture + point_lights(canvas, dice, px, py, lights, 5.5, 16)
 
 
 def _city(canvas: Canvas, dice: Dice) -> Backdrop:
@@ -119,7 +119,7 @@ def _city(canvas: Canvas, dice: Dice) -> Backdrop:
         warm = dice.color([(1.0, 0.55, 0.18), (1.0, 0.70, 0.35), (0.75, 0.85, 1.0)])
         picture = picture + warm * _row(pane * (0.25 + 1.3 * dim**2))
     px, py = scattered(dice, 22, -0.35, 0.50)
-    picture = picture + point_lights(canvas, dice, px, py, WARM + WARM + NEON, 9, 36)
+    picture = picture + point_lights(canvas, dice, px, py, WARM + WARM + NEON, 4.5, 18)
     return picture, dice.color([(0.80, 0.78, 0.84), (0.88, 0.80, 0.74), (0.76, 0.80, 0.88)], 0.04)
 
 
@@ -157,7 +157,7 @@ def _brick(canvas: Canvas, dice: Dice) -> Backdrop:
     picture = picture * _row(0.45 + 0.95 * smooth(1.9, 0.1, sun))
     # Beads of light on the wall, as a shop or a cafe hangs them out.
     px, py = scattered(dice, 9, -1.0, 0.2)
-    picture = picture + point_lights(canvas, dice, px, py, WARM, 12, 32)
+    picture = picture + point_lights(canvas, dice, px, py, WARM, 6, 16)
     return picture, dice.color([(1.0, 0.97, 0.92), (1.02, 0.95, 0.85)], 0.04)
 
 
@@ -204,7 +204,7 @@ def _bookshelf(canvas: Canvas, dice: Dice) -> Backdrop:
     lamp = ((x - dice.scalar(-0.9, 0.9)) ** 2 + (y + dice.scalar(0.1, 0.9)) ** 2).sqrt()
     picture = picture * _row(0.65 + 0.75 * smooth(1.6, 0.0, lamp)) * dice.color([(1.12, 0.98, 0.82)], 0.04)
     px, py = scattered(dice, 8, -0.95, 0.3)
-    picture = picture + point_lights(canvas, dice, px, py, [(1, 0.78, 0.42), (1, 0.66, 0.28)], 10, 26)
+    picture = picture + point_lights(canvas, dice, px, py, [(1, 0.78, 0.42), (1, 0.66, 0.28)], 5, 13)
     return picture, dice.color([(1.03, 0.95, 0.84)], 0.04)
 
 
@@ -261,7 +261,7 @@ def _meadow(canvas: Canvas, dice: Dice) -> Backdrop:
     eye = splat(canvas, px, py, torch.ones_like(color[..., :1]), size * 0.4)[:, 0]
     picture = picture * (1 - 0.75 * _row(inside(canvas, (eye - 0.5) * 0.014)))
     px, py = scattered(dice, 12, -0.2, 0.4)
-    picture = picture + point_lights(canvas, dice, px, py, [(1, 1, 0.85), (1, 0.96, 0.75)], 14, 30)
+    picture = picture + point_lights(canvas, dice, px, py, [(1, 1, 0.85), (1, 0.96, 0.75)], 7, 15)
     return picture, dice.color([(1.04, 1.02, 0.96)], 0.04)
 
 
@@ -294,7 +294,7 @@ def _sunset(canvas: Canvas, dice: Dice) -> Backdrop:
         )
         picture = mix(picture, ground, _row(inside(canvas, y - crest)))
     px, py = scattered(dice, 18, 0.02, 0.48)
-    picture = picture + point_lights(canvas, dice, px, py, WARM, 9, 30)
+    picture = picture + point_lights(canvas, dice, px, py, WARM, 4.5, 15)
     return picture, dice.color([(1.05, 0.90, 0.80), (1.02, 0.88, 0.84)], 0.03)
 
 
@@ -335,7 +335,7 @@ def _sea(canvas: Canvas, dice: Dice) -> Backdrop:
     px, py = scattered(dice, 18, 0.0, 1.0, -1.0, 1.0)
     px, py = dice.uniform(-0.5, 0.5, 1) + px * (0.30 + 0.55 * py), horizon[:, 0] + 0.05 + 0.70 * py
     picture = picture + point_lights(
-        canvas, dice, px, py, [(1, 0.96, 0.82), (1, 0.9, 0.66), (1, 1, 1)], 14, 34
+        canvas, dice, px, py, [(1, 0.96, 0.82), (1, 0.9, 0.66), (1, 1, 1)], 7, 17
     )
     return picture, dice.color([(1.02, 1.01, 0.98)], 0.03)
 
@@ -364,7 +364,7 @@ def _string_lights(canvas: Canvas, dice: Dice) -> Backdrop:
         px = -1.1 + 2.2 * step + dice.uniform(-0.05, 0.05, n)
         py = height[:, 0] + swing[:, 0] * torch.cos(rate[:, 0] * px + phase[:, 0]) + 0.03
         color = tint.gather(1, dice.index(3, n)[..., None].expand(-1, -1, 3))
-        picture = picture + splat(canvas, px, py, color * dice.uniform(15, 30, n, 1), POINT_PX)
+        picture = picture + splat(canvas, px, py, color * dice.uniform(7.5, 15, n, 1), POINT_PX)
         picture = picture + splat(canvas, px, py, color * 0.10, 14.0) * wall * 8
     return picture, dice.color([(0.96, 0.86, 0.74), (0.92, 0.86, 0.82)], 0.04)
 
@@ -402,7 +402,7 @@ def _forest(canvas: Canvas, dice: Dice) -> Backdrop:
         )
         picture = mix(picture, fern * (0.6 + 0.5 * _row(grow)), _row(inside(canvas, y - crest)))
     px, py = scattered(dice, 14, -1.0, 0.2)
-    picture = picture + point_lights(canvas, dice, px, py, [(1, 0.97, 0.82), (1, 1, 0.95)], 14, 30)
+    picture = picture + point_lights(canvas, dice, px, py, [(1, 0.97, 0.82), (1, 1, 0.95)], 7, 15)
     return picture, dice.color([(0.97, 1.0, 0.98), (1.0, 0.98, 0.90)], 0.03)
 
 
