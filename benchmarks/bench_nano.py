@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bokehflux.weights.write import replacing, write_json
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.schedule import sigmas
 from bokehflux.training.captions import held_out
 from bokehflux.training.scenes import SceneSpec, build_scenes, render, sample_specs
+from bokehflux.weights.write import replacing, write_json
 
 CURVE = tuple(torch.linspace(0, 30, 8).tolist())
 """Levels of a sharpness curve."""

@@ -177,7 +177,12 @@ FLUX_BOKEH = BokehConfig(blocks=tuple(range(57)), rank=128)
 T5_XXL = T5Config(vocab_size=32128, width=4096, head_dim=64, mlp_size=10240, num_layers=24, num_heads=64)
 CLIP_L = CLIPConfig(vocab_size=49408, width=768, mlp_size=3072, num_layers=12, num_heads=12)
 FLUX_VAE = VAEConfig(
-    channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, norm_groups=32, scale=0.3611, shift=0.1159
+    channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    latent_channels=16,
+    norm_groups=32,
+    scale=0.3611,
+    shift=0.1159,
 )
 FLUX_SCHEDULE = ScheduleConfig(dynamic=True, shift=3.0)
 SCHNELL_SCHEDULE = ScheduleConfig(dynamic=False, shift=1.0)

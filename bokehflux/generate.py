@@ -101,7 +101,8 @@ class Pipeline:
         num_steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         num_grounded = self._check(prompt, bokeh_targets, bokeh_pivot, num_steps, num_grounding_steps)
         grid = LatentGrid.floored(
-            self.defaults.height_px if height is None else height, self.defaults.width_px if width is None else width
+            self.defaults.height_px if height is None else height,
+            self.defaults.width_px if width is None else width,
         )
         grounded = num_grounded > 0 and bokeh_pivot is not None
         levels = None if bokeh_targets is None else ([bokeh_pivot] if grounded else []) + list(bokeh_targets)
@@ -167,15 +168,21 @@ class Pipeline:
         if targets is None and pivot is not None:
             raise ValueError("bokeh_pivot needs bokeh_targets: a pivot anchors pictures at other levels")
         if targets is not None and self.mmdit.bokeh is None:
-            raise ValueError("bokeh_targets need an adapter: load the model with adapter='path/to/BokehDiffusion'")
+            raise ValueError(
+                "bokeh_targets need an adapter: load the model with adapter='path/to/BokehDiffusion'"
+            )
         if num_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}")
         if num_grounded is None:
             return 0 if pivot is None else round(GROUNDED_SHARE * num_steps)
         if not 0 <= num_grounded <= num_steps:
-            raise ValueError(f"num_grounding_steps must be between 0 and the {num_steps} steps, got {num_grounded}")
+            raise ValueError(
+                f"num_grounding_steps must be between 0 and the {num_steps} steps, got {num_grounded}"
+            )
         if num_grounded > 0 and pivot is None:
-            raise ValueError("num_grounding_steps needs bokeh_pivot: grounding anchors the targets on a pivot")
+            raise ValueError(
+                "num_grounding_steps needs bokeh_pivot: grounding anchors the targets on a pivot"
+            )
         return num_grounded
 
 
@@ -220,7 +227,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}: expected cpu, cuda, cuda:N or mps") from error
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device} is not there: this machine shows {torch.cuda.device_count()} CUDA device(s)")
+        raise ValueError(
+            f"device {device} is not there: this machine shows {torch.cuda.device_count()} CUDA device(s)"
+        )
     if where.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device mps is not there: this PyTorch has no Metal support")
     return where

@@ -22,7 +22,6 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
-from bokehflux.models.vae import AutoencoderKL
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 from bokehflux.training import captions
@@ -51,7 +50,9 @@ SHARD_BYTES = 15 * 10**6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=["vae", "base", "adapter"])
     parser.add_argument("--out", type=Path, required=True, help="snapshot folder to read from and add to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -90,6 +91,7 @@ def vae_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> None
     vae = train_autoencoder(recipe.vae, recipe.autoencoder, SIZE_PX, device, log)
     generator = torch.Generator(device).manual_seed(10_000 + recipe.autoencoder.seed)
     for label, level in (("random levels", None), ("level 0", 0.0), ("level 28", 28.0)):
+
         def draw(n: int, _: int, level: float | None = level) -> torch.Tensor:
             uniform = torch.rand(n, generator=generator, device=device) * 30
             return uniform if level is None else torch.full_like(uniform, level)
@@ -156,7 +158,9 @@ def adapter_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> 
             torch.cat([encoder(part) for part in ids.split(1024)])
             for encoder, ids in ((t5, pool.t5_ids), (clip, pool.clip_ids))
         )
-        null_text = tuple(encoder(ids.to(device)) for encoder, ids in zip((t5, clip), tokenize([""]), strict=True))
+        null_text = tuple(
+            encoder(ids.to(device)) for encoder, ids in zip((t5, clip), tokenize([""]), strict=True)
+        )
     mmdit = MMDiT(recipe.mmdit, recipe.bokeh).to(device)
     base = load_mmdit(out / "transformer", **kind)
     mmdit.load_state_dict(base.state_dict() | adapter_state(mmdit))
@@ -174,7 +178,10 @@ def adapter_state(mmdit: MMDiT) -> dict[str, torch.Tensor]:
 
 
 def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in module.state_dict().items()}
+    return {
+        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
 
 
 def nano_rope(recipe: Recipe, device: torch.device) -> RopeTable:

@@ -97,13 +97,17 @@ class BokehAdapter(nn.Module):
     def __init__(self, config: BokehConfig, mmdit: MMDiTConfig) -> None:
         super().__init__()
         if config.blocks[-1] >= mmdit.num_blocks:
-            raise ValueError(f"adapter block {config.blocks[-1]} does not exist: the model has {mmdit.num_blocks}")
+            raise ValueError(
+                f"adapter block {config.blocks[-1]} does not exist: the model has {mmdit.num_blocks}"
+            )
         self.config = config
         self.num_heads = mmdit.num_heads
         self.embedding_layer = nn.Sequential(
             nn.Linear(1, config.hidden_dim), nn.ReLU(), nn.Linear(config.hidden_dim, config.context_dim)
         )
-        self.adapter_modules = nn.ModuleDict({str(i): BlockAdapter(config, mmdit.hidden_size) for i in config.blocks})
+        self.adapter_modules = nn.ModuleDict(
+            {str(i): BlockAdapter(config, mmdit.hidden_size) for i in config.blocks}
+        )
 
     def block(self, index: int) -> BlockAdapter:
         """The adapter of one adapted block."""
@@ -111,11 +115,15 @@ class BokehAdapter(nn.Module):
 
     def values(self, model_input: Tensor, scale: float) -> dict[int, Tensor]:
         """[B] (level / 30 or -1) -> the value vector of each adapted block, [B, H, D]."""
-        context = self.embedding_layer(model_input.to(self.embedding_layer[0].weight.dtype)[:, None])
+        context = self.embedding_layer(model_input.to(self.dtype)[:, None])
         return {
-            int(name): scale * module.to_v_bokeh(context).unflatten(-1, (self.num_heads, -1))
-            for name, module in self.adapter_modules.items()
+            i: scale * self.block(i).to_v_bokeh(context).unflatten(-1, (self.num_heads, -1))
+            for i in self.config.blocks
         }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.embedding_layer.parameters()).dtype
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Every parameter that can change an output: all but `to_k_bokeh`."""
@@ -123,7 +131,7 @@ class BokehAdapter(nn.Module):
 
 
 def init_adapter(adapter: BokehAdapter, generator: torch.Generator | None = None) -> None:
-    """Start of training: down-projections N(0, 1/rank), up-projections zero, so the adapter does nothing yet."""
+    """Start of training: down-projections N(0, 1/rank), up-projections zero: the adapter does nothing yet."""
     modules: Sequence[nn.Module] = list(adapter.modules())
     for module in modules:
         if isinstance(module, LowRank):

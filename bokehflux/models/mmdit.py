@@ -93,7 +93,9 @@ class MMDiT(nn.Module):
         bokeh_scale = config.bokeh_scale if bokeh.bokeh_scale is None else bokeh.bokeh_scale
         lora_scale = config.lora_scale if bokeh.lora_scale is None else bokeh.lora_scale
         values = self.bokeh.values(bokeh.model_input(self.device, self.dtype), bokeh_scale)
-        terms: list[tuple[AttentionSpec, BlockAdapter | None, float]] = [(Plain(), None, 1.0)] * self.config.num_blocks
+        terms: list[tuple[AttentionSpec, BlockAdapter | None, float]] = [
+            (Plain(), None, 1.0)
+        ] * self.config.num_blocks
         for i, value in values.items():
             terms[i] = (with_value_bias(spec, value), self.bokeh.block(i), lora_scale)
         return terms

@@ -16,7 +16,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype) * self.scale.to(x.dtype)
+        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        ) * self.scale.to(x.dtype)
 
 
 class QKNorm(nn.Module):

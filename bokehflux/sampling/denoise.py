@@ -45,7 +45,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: Tensor, step: int) -> Tensor:
-        """x [B, N, 64] -> velocity [B, N, 64]. The negative pass has no level, guidance 1, plain attention."""
+        """x [B, N, 64] -> velocity [B, N, 64]. The negative pass: no level, guidance 1, plain attention."""
         spec = self.attention(len(x), step)
         v = self._predict(x, sigma, self.conditioning, self.guidance, self.bokeh, spec)
         if self.true_cfg > 1 and self.negative is not None:
@@ -77,7 +77,7 @@ class Denoiser:
 
 
 def model_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:
-    """The noise level as the published pipeline hands it to the network: 1000 sigma rounded to `dtype`, / 1000.
+    """The noise level as the published pipeline hands it over: 1000 sigma rounded to `dtype`, / 1000.
 
     In bfloat16 this keeps about three digits of the timestep; another rounding is another picture.
     """

@@ -19,7 +19,7 @@ TOKEN_PX = 2 * LATENT_PX
 
 @dataclass(frozen=True, kw_only=True)
 class LatentGrid:
-    """Size of an image in pixels, latents and tokens. Raises ValueError unless both sides are multiples of 16."""
+    """Size of an image in pixels and tokens. Raises ValueError unless both sides are multiples of 16."""
 
     height_px: int
     width_px: int
@@ -34,7 +34,9 @@ class LatentGrid:
     def floored(cls, height_px: int, width_px: int) -> LatentGrid:
         """The largest grid inside the given size, with a notice where that is smaller (as published)."""
         if min(height_px, width_px) < TOKEN_PX:
-            raise ValueError(f"height and width must be at least {TOKEN_PX} pixels, got {height_px} x {width_px}")
+            raise ValueError(
+                f"height and width must be at least {TOKEN_PX} pixels, got {height_px} x {width_px}"
+            )
         grid = cls(height_px=height_px // TOKEN_PX * TOKEN_PX, width_px=width_px // TOKEN_PX * TOKEN_PX)
         if (grid.height_px, grid.width_px) != (height_px, width_px):
             logger.warning(

@@ -26,7 +26,7 @@ def sigmas(config: ScheduleConfig, num_steps: int, num_img_tokens: int) -> Tenso
     if num_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}")
     # float32 numpy, in this order of operations: the published schedule, to the last bit.
-    t = np.linspace(1.0, 1 / num_steps, num_steps).astype(np.float32)
+    t: np.ndarray = np.linspace(1.0, 1 / num_steps, num_steps).astype(np.float32)
     if config.dynamic:
         s = math.exp(shift_mu(config, num_img_tokens))
         t = s / (s + (1 / t - 1))

@@ -1,8 +1,9 @@
 """Prompts to token ids, for CLIP and T5, from the tokenizer folders of a model snapshot.
 
 Ids equal those of transformers 4.53 `CLIPTokenizer` (its Python one, without `ftfy`) and `T5TokenizerFast`,
-the classes that the published FLUX pipeline uses. With `ftfy` installed transformers repairs mis-decoded text
-before CLIP sees it, so that ids depend on the machine; this module never does.
+the classes that the published FLUX pipeline uses; where T5's `tokenizer.json` is missing, those of its
+`T5Tokenizer`. With `ftfy` installed transformers repairs mis-decoded text before CLIP sees it, so that ids
+depend on the machine; this module never does.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
-from bokehflux.text.spiece import unigram_tokenizer
+from bokehflux.text.pieces import AddedToken, FastPieces, Pieces, SentencePieces
 from bokehflux.text.words import END, START, words
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class CLIPTokenizer:
         special = _special_tokens(
             folder, config, bos_token=START, eos_token=END, unk_token=END, pad_token=END
         )
-        added = _added_tokens(folder, config)
+        added = {token.content: token_id for token_id, token in _added_tokens(folder, config).items()}
         merges = _read_merges(folder / "merges.txt")
         length = _length(folder, config)
         unknown = [token for token in special.values() if token not in vocab and token not in added]
@@ -86,9 +87,12 @@ class CLIPTokenizer:
 
     def __call__(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
         """Ids [B, length], int64. A prompt that is too long is cut, with a warning; the end token stays."""
-        rows = [[self._bos_id, *self._content(prompt), self.eos_id] for prompt in _checked(prompts)]
+        contents = [self._content(prompt) for prompt in _checked(prompts)]
         length = self.length if length is None else length
-        return _fit(rows, prompts, length, self.eos_id, self.pad_id, reader="CLIP")
+        return _fit(contents, prompts, length, self._framed, self.pad_id, reader="CLIP")
+
+    def _framed(self, content: list[int]) -> list[int]:
+        return [self._bos_id, *content, self.eos_id]
 
     def _content(self, prompt: str) -> list[int]:
         ids: list[int] = []
@@ -115,16 +119,14 @@ class T5Tokenizer:
     eos_id: int
     pad_id: int
 
-    def __init__(self, *, tokenizer: Tokenizer, eos: str, pad: str, length: int) -> None:
+    def __init__(self, *, pieces: Pieces, eos: str, pad: str, length: int) -> None:
+        eos_id, pad_id = pieces.token_to_id(eos), pieces.token_to_id(pad)
+        if eos_id is None or pad_id is None:
+            raise ValueError(f"expected a tokenizer that knows {eos!r} and {pad!r}")
         self.length = length
-        self.eos_id, self.pad_id = tokenizer.token_to_id(eos), tokenizer.token_to_id(pad)
-        # Cutting and padding are done here, where a warning can be given.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        self.vocab_size = tokenizer.get_vocab_size()
-        if self.pad_id is None or tokenizer.encode("").ids != [self.eos_id]:
-            raise ValueError(f"expected a tokenizer that knows {pad!r} and ends every prompt in {eos!r}")
+        self.eos_id, self.pad_id = eos_id, pad_id
+        self.vocab_size = pieces.vocab_size
+        self._pieces = pieces
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> T5Tokenizer:
@@ -134,32 +136,21 @@ class T5Tokenizer:
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
-        special = _special_tokens(folder, config, eos_token="</s>", pad_token="<pad>")
-        eos, pad = special["eos_token"], special["pad_token"]
-        fast, spiece = folder / "tokenizer.json", folder / "spiece.model"
-        if not fast.is_file() and not spiece.is_file():
+        special = _special_tokens(folder, config, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+        added, length = _added_tokens(folder, config), _length(folder, config)
+        sources = [folder / name for name in ("tokenizer.json", "spiece.model") if (folder / name).is_file()]
+        if not sources:
             raise TokenizerError(f"{folder}: expected tokenizer.json or spiece.model, found neither")
-        source = fast if fast.is_file() else spiece
-        length = _length(folder, config)
-        text = _read_text(fast) if source == fast else ""
         try:
-            if source == fast:
-                tokenizer = Tokenizer.from_str(text)
-            else:
-                tokenizer = unigram_tokenizer(
-                    spiece.read_bytes(),
-                    eos=eos,
-                    num_extra_ids=int(config.get("extra_ids", 100)),
-                    legacy=config.get("legacy") is not False,
-                )
-            t5 = cls(tokenizer=tokenizer, eos=eos, pad=pad, length=length)
+            pieces = _t5_pieces(sources[0], config, added, special)
+            t5 = cls(pieces=pieces, eos=special["eos_token"], pad=special["pad_token"], length=length)
         except Exception as error:  # what `tokenizers` raises has no class of its own
-            raise TokenizerError(f"{source} cannot be used, fetch it again: {error}") from error
-        for token, token_id in _added_tokens(folder, config).items():
-            if tokenizer.token_to_id(token) != token_id:
+            raise TokenizerError(f"{sources[0]} cannot be used, fetch it again: {error}") from error
+        for token_id, token in added.items():
+            if pieces.token_to_id(token.content) != token_id:
                 raise TokenizerError(
-                    f"{folder}: tokenizer_config.json gives {token!r} the id {token_id}, {source.name} gives "
-                    f"{tokenizer.token_to_id(token)}; they belong to different models"
+                    f"{folder}: tokenizer_config.json gives {token.content!r} the id {token_id}, "
+                    f"{sources[0].name} gives {pieces.token_to_id(token.content)}; they belong to different models"
                 )
         return t5
 
@@ -168,15 +159,18 @@ class T5Tokenizer:
 
         Raises ValueError for a prompt with half a surrogate pair, which is not text.
         """
-        rows = []
+        contents = []
         for prompt in _checked(prompts):
             try:
                 prompt.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise ValueError(f"a prompt must be valid Unicode, got {prompt!r}: {error}") from error
-            rows.append(self._tokenizer.encode(prompt).ids)
+            contents.append(self._pieces.ids(prompt))
         length = self.length if length is None else length
-        return _fit(rows, prompts, length, self.eos_id, self.pad_id, reader="T5")
+        return _fit(contents, prompts, length, self._ended, self.pad_id, reader="T5")
+
+    def _ended(self, content: list[int]) -> list[int]:
+        return self._pieces.ended(content, self.eos_id)
 
 
 def _checked(prompts: Sequence[str]) -> Sequence[str]:
@@ -186,18 +180,45 @@ def _checked(prompts: Sequence[str]) -> Sequence[str]:
 
 
 def _fit(
-    rows: list[list[int]], prompts: Sequence[str], length: int, eos_id: int, pad_id: int, *, reader: str
+    contents: list[list[int]],
+    prompts: Sequence[str],
+    length: int,
+    framed: Callable[[list[int]], list[int]],
+    pad_id: int,
+    *,
+    reader: str,
 ) -> Tensor:
-    """Cut or pad every row to `length` ids, [B, length]; a cut row still ends in `eos_id`."""
+    """Rows of `length` ids, [B, length]: contents cut to fit, `framed` by start and end tokens, padded."""
     if length < 2:
         raise ValueError(f"length must be at least 2 tokens, the end token and one more, got {length}")
-    ids = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+    ids = torch.full((len(contents), length), pad_id, dtype=torch.long)
+    for i, (content, prompt) in enumerate(zip(contents, prompts, strict=True)):
+        row = framed(content)
         if len(row) > length:
             log.warning("%s reads %d of the %d tokens of the prompt %.80r", reader, length, len(row), prompt)
-            row = [*row[: length - 1], eos_id]
+            row = framed(content[: length - len(framed([]))])
         ids[i, : len(row)] = torch.tensor(row)
     return ids
+
+
+def _t5_pieces(
+    source: Path, config: dict[str, Any], added: dict[int, AddedToken], special: dict[str, str]
+) -> Pieces:
+    if source.name == "tokenizer.json":
+        return FastPieces(Tokenizer.from_file(str(source)), special["eos_token"])
+    refused = [key for key in ("do_lower_case", "split_special_tokens", "sp_model_kwargs") if config.get(key)]
+    if refused:
+        raise ValueError(f"{refused} in tokenizer_config.json are supported with a tokenizer.json only")
+    return SentencePieces(
+        source.read_bytes(),
+        added=added,
+        special=list(special.values()),
+        unk=special["unk_token"],
+        extra_ids=int(config.get("extra_ids", 100)),
+        # transformers takes a missing key for True.
+        legacy=config.get("legacy") is not False,
+        add_prefix_space=config.get("add_prefix_space", True),
+    )
 
 
 def _special_tokens(folder: Path, config: dict[str, Any], **defaults: str) -> dict[str, str]:
@@ -213,13 +234,20 @@ def _special_tokens(folder: Path, config: dict[str, Any], **defaults: str) -> di
     return {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
 
 
-def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, int]:
-    """Ids of the tokens that `tokenizer_config.json` lists beside the vocabulary."""
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+    """The tokens that `tokenizer_config.json` lists beside the vocabulary, by id."""
+    path = folder / "tokenizer_config.json"
     try:
-        return {entry["content"]: int(i) for i, entry in config.get("added_tokens_decoder", {}).items()}
+        entries = {
+            int(token_id): dict(entry) for token_id, entry in config.get("added_tokens_decoder", {}).items()
+        }
+        tokens = {
+            token_id: AddedToken(entry["content"], bool(entry.get("lstrip")), bool(entry.get("rstrip")))
+            for token_id, entry in entries.items()
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        path = folder / "tokenizer_config.json"
         raise TokenizerError(f"{path}: bad added_tokens_decoder, fetch it again: {error!r}") from error
+    return tokens
 
 
 def _length(folder: Path, config: dict[str, Any]) -> int:

@@ -62,14 +62,18 @@ def adapter_step(
     """
     rows, device = len(batch.x0), batch.x0.device
     x = mix(batch.x0, batch.eps, batch.sigma)
-    spec = Plain(backend="sdpa") if batch.pivot_of is None else Grounded(pivot_of=batch.pivot_of, backend="sdpa")
+    spec = (
+        Plain(backend="sdpa") if batch.pivot_of is None else Grounded(pivot_of=batch.pivot_of, backend="sdpa")
+    )
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         with torch.no_grad():
             null_txt, null_pooled = null_text[0].expand(rows, -1, -1), null_text[1].expand(rows, -1)
             keep = torch.arange(rows, device=device) < round(rows * (1 - level_guidance))
             levels = torch.where(keep, batch.levels, math.nan)
             ones = torch.ones(rows, device=device)
-            u = mmdit(x, null_txt, null_pooled, batch.sigma, ones, rope, spec, BokehCondition(levels=levels)).float()
+            u = mmdit(
+                x, null_txt, null_pooled, batch.sigma, ones, rope, spec, BokehCondition(levels=levels)
+            ).float()
         condition = BokehCondition(levels=batch.levels)
         v = mmdit(x, batch.txt, batch.pooled, batch.sigma, batch.guidance, rope, spec, condition).float()
     target = guided(velocity_target(batch.x0, batch.eps), u, batch.guidance)
@@ -87,10 +91,14 @@ def draw_batch(
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator, device=device)
 
-    scene = torch.randint(pool.num_scenes, (groups,), generator=generator, device=device).repeat_interleave(group)
+    scene = torch.randint(pool.num_scenes, (groups,), generator=generator, device=device).repeat_interleave(
+        group
+    )
     render = uniform(groups, renders).argsort(dim=1)[:, :group].flatten()
     x0 = pool.latents[scene, render].float()
-    eps = torch.randn((groups, *x0.shape[1:]), generator=generator, device=device).repeat_interleave(group, dim=0)
+    eps = torch.randn((groups, *x0.shape[1:]), generator=generator, device=device).repeat_interleave(
+        group, dim=0
+    )
     levels = torch.where(uniform(batch) < stage.level_dropout, math.nan, pool.levels[scene, render])
     # Captions and guidance are one per group, as in a sweep of one prompt.
     drop = (uniform(groups) < stage.caption_dropout).repeat_interleave(group)
@@ -108,8 +116,8 @@ def draw_batch(
 
 
 def train_adapter(
-    mmdit: MMDiT, pool: LatentPool, text: TextLookup, null_text: TextLookup, rope: RopeTable, stage: AdapterStage,
-    generator: torch.Generator, log: Log,
+    mmdit: MMDiT, pool: LatentPool, text: TextLookup, null_text: TextLookup, rope: RopeTable,
+    stage: AdapterStage, generator: torch.Generator, log: Log,
 ) -> BokehAdapter:  # fmt: skip
     """Train `mmdit.bokeh` in place on a frozen base; its weights end as the moving average."""
     adapter = mmdit.bokeh
@@ -137,7 +145,7 @@ def train_adapter(
 
 
 def stratified_levels(generator: torch.Generator, renders: int, exact_zero: float = 0.25) -> object:
-    """Level draws for `latent_pool`: one from each of `renders` equal parts of 0-30; the first part is 0 at times."""
+    """Draws for `latent_pool`: one level from each of `renders` equal parts of 0-30, the first at times just 0."""
 
     def draw(count: int, k: int) -> Tensor:
         u = torch.rand(2, count, generator=generator, device=generator.device)

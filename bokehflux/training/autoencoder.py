@@ -25,7 +25,8 @@ def train_autoencoder(
     """Train from scratch; the returned model's scale and shift give its latents mean 0 and std 1."""
     generator = torch.Generator(device).manual_seed(stage.seed)
     torch.manual_seed(stage.seed)
-    vae = AutoencoderKL(config).to(device, memory_format=torch.channels_last)
+    vae = AutoencoderKL(config).to(device)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = _image_pool(stage.scenes, size_px, generator)
     log.note("images", len(images))
 
@@ -34,7 +35,9 @@ def train_autoencoder(
     ema = Ema([p for _, p in parameters], rate=0.002)
     for step in range(stage.steps):
         whole = step >= (1 - FULL_SIZE_SHARE) * stage.steps
-        x = _crops(images, stage.batch // 4 if whole else stage.batch, size_px if whole else size_px // 2, generator)
+        x = _crops(
+            images, stage.batch // 4 if whole else stage.batch, size_px if whole else size_px // 2, generator
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss, l1, edges, kl = _loss(vae, x, stage, step % 3 == 0)
         loss.backward()
@@ -55,7 +58,9 @@ def _loss(vae: AutoencoderKL, x: Tensor, stage: AutoencoderStage, half_scale: bo
     loss = l1 + stage.edge_weight * edges + stage.kl_weight * kl
     if half_scale:
         small = vae.decoder(F.avg_pool2d(z, 2)).float() - F.avg_pool2d(x, 2)
-        loss = loss + stage.half_scale_weight * (small.abs().mean() + stage.edge_weight * laplacian_pyramid(small))
+        loss = loss + stage.half_scale_weight * (
+            small.abs().mean() + stage.edge_weight * laplacian_pyramid(small)
+        )
     return loss, l1, edges, kl
 
 

@@ -39,7 +39,7 @@ class TextToVelocity(nn.Module):
         return self.mmdit(x, self.t5(t5_ids), self.clip(clip_ids), sigma, guidance, rope, spec)
 
     def compile_blocks(self) -> None:
-        """Compile each block by itself: seconds instead of minutes, and all blocks of a kind share the code."""
+        """Compile each block by itself: seconds instead of minutes, and blocks of a kind share the code."""
         for block in [*self.mmdit.double_blocks, *self.mmdit.single_blocks]:
             block.compile(dynamic=False)
 
@@ -91,10 +91,12 @@ def train_base(model: TextToVelocity, rope: RopeTable, sampler: Sampler, stage: 
     ema.copy_to_parameters()
 
 
-def distill_guidance(model: TextToVelocity, rope: RopeTable, sampler: Sampler, stage: BaseStage, log: Log) -> None:
-    """Teach the guidance input in place: g -> unconditional + g (conditional - unconditional) of a frozen copy."""
+def distill_guidance(
+    model: TextToVelocity, rope: RopeTable, sampler: Sampler, stage: BaseStage, log: Log
+) -> None:
+    """Teach the guidance input in place: g -> u + g (c - u), with u and c predicted by a frozen copy."""
     device, batch = sampler.generator.device, stage.batch
-    teacher = TextToVelocity(*(copy.deepcopy(m) for m in (model.mmdit, model.t5, model.clip)))
+    teacher = TextToVelocity(*copy.deepcopy((model.mmdit, model.t5, model.clip)))
     teacher.requires_grad_(False)
     named = list(model.named_parameters())
     optimizer = Optimizer(named, stage.lr * 0.3, muon=True)

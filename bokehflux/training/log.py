@@ -37,7 +37,9 @@ class Log:
             means = {key: float(torch.stack(values).float().mean()) for key, values in self._sums.items()}
             seconds = time.perf_counter() - self.start
             self.points.append({"step": step + 1, "seconds": round(seconds, 1), **means})
-            logger.info("[%6.1f s] %6d  %s", seconds, step + 1, "  ".join(f"{k} {v:.4f}" for k, v in means.items()))
+            logger.info(
+                "[%6.1f s] %6d  %s", seconds, step + 1, "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+            )
             self._sums.clear()
 
     def save(self) -> None:

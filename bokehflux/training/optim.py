@@ -51,7 +51,9 @@ def is_block_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and "_blocks." in name and "mod" not in name
 
 
-def trapezoid(step: int, total: int, *, warmup: float = 0.03, decay: float = 0.5, floor: float = 0.02) -> float:
+def trapezoid(
+    step: int, total: int, *, warmup: float = 0.03, decay: float = 0.5, floor: float = 0.02
+) -> float:
     """Learning-rate factor of a step: linear warm-up, flat, linear decay to `floor` over the last share."""
     up = (step + 1) / max(1.0, warmup * total)
     down = (total - step) / max(1.0, decay * total)

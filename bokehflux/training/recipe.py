@@ -34,7 +34,7 @@ class AutoencoderStage:
     edge_weight: float = 0.6
     """Weight of the Laplacian-pyramid L1 beside the plain L1."""
     half_scale_weight: float = 0.25
-    """Weight of decoding half-size latents to half-size images, which keeps latents smooth enough to learn."""
+    """Weight of decoding half-size latents to half-size images: keeps latents smooth enough to learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +92,13 @@ NANO = Recipe(
     # Vocabulary sizes are upper bounds: the tokenizers decide, and the trainer writes what they decided.
     t5=T5Config(vocab_size=512, width=192, head_dim=48, mlp_size=384, num_layers=2, num_heads=4),
     clip=CLIPConfig(
-        vocab_size=1024, width=128, mlp_size=256, num_layers=2, num_heads=4, max_length=TXT_LENGTH, eos_token_id=1
+        vocab_size=1024, width=128, mlp_size=256, num_layers=2, num_heads=4, max_length=TXT_LENGTH,
+        eos_token_id=1,
     ),
     # Scale and shift are measured after training.
     vae=VAEConfig(
-        channels=(32, 64, 128, 160), layers_per_block=2, latent_channels=16, norm_groups=8, scale=1.0, shift=0.0
+        channels=(32, 64, 128, 160), layers_per_block=2, latent_channels=16, norm_groups=8,
+        scale=1.0, shift=0.0,
     ),
     schedule=ScheduleConfig(dynamic=True, shift=3.0),
     defaults=Defaults(num_inference_steps=20, height_px=SIZE_PX, width_px=SIZE_PX, txt_length=TXT_LENGTH),

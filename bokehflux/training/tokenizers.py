@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 
-from bokehflux.text.spiece import append_token
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 from bokehflux.text.words import BYTE_ALPHABET, END, START, words
 from bokehflux.weights.write import replacing, write_json
@@ -145,7 +144,9 @@ def _write_t5(captions: Counter[str], folder: Path, length: int, vocab_size: int
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.post_processor = append_token(_EOS, special[_EOS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", _EOS], special_tokens=[(_EOS, special[_EOS])]
+    )
     roles = {"eos_token": _EOS, "pad_token": _PAD, "unk_token": _UNK}
     folder.mkdir(parents=True, exist_ok=True)
     _write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")

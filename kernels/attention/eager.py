@@ -18,7 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = None) -> Tensor:
     """Shapes as `reference.attention`; accumulation as PyTorch's kernel for this device and dtype."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(
+        1, 2
+    )
     return _add_bias(out, value_bias)
 
 
@@ -44,7 +46,9 @@ def grounded_attention(
     else:
         own, own_lse = attention_with_lse(q_pivot, k_target, v_target)
         other, other_lse = attention_with_lse(q_pivot, k_pivot, v_target)
-        grounded = torch.lerp(own.float(), other.float(), torch.sigmoid(other_lse - own_lse)[..., None]).to(q.dtype)
+        grounded = torch.lerp(own.float(), other.float(), torch.sigmoid(other_lse - own_lse)[..., None]).to(
+            q.dtype
+        )
 
     order = pivots + targets
     inverse = sorted(range(len(order)), key=order.__getitem__)

@@ -72,7 +72,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, value_bias: Tensor | None) -> None:
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
     if value_bias is not None and value_bias.shape != (q.shape[0], *q.shape[2:]):
-        raise ValueError(f"expected value_bias [B, H, D] for q {tuple(q.shape)}, got {tuple(value_bias.shape)}")
+        raise ValueError(
+            f"expected value_bias [B, H, D] for q {tuple(q.shape)}, got {tuple(value_bias.shape)}"
+        )
 
 
 def _module(backend: str, device_type: str) -> ModuleType:
@@ -81,7 +83,9 @@ def _module(backend: str, device_type: str) -> ModuleType:
             _log_choice(device_type)
         return eager
     if backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}: expected 'auto' or one of {sorted(BACKENDS)}")
+        raise ValueError(
+            f"unknown attention backend {backend!r}: expected 'auto' or one of {sorted(BACKENDS)}"
+        )
     return BACKENDS[backend]
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bokehflux.weights import save
-from bokehflux.weights.mapping import to_official
-from bokehflux.weights.tables import flux, text, vae
 from diffusers import AutoencoderKL as OfficialVAE
 from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextModel, T5EncoderModel
@@ -16,6 +13,9 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.weights import save
+from bokehflux.weights.mapping import to_official
+from bokehflux.weights.tables import flux, text, vae
 
 MMDIT = MMDiTConfig(
     in_channels=8, txt_dim=8, pooled_dim=4, hidden_size=12, num_heads=2, num_double=2, num_single=3,

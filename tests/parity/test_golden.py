@@ -1,7 +1,7 @@
 """The published implementation's recorded numbers, stage by stage, on its own (tiny, random) weights.
 
-The compact copy in tests/data runs everywhere. Where ../shared is, `test_whole_run` repeats every case through
-`load` and `generate`, real tokenizers included.
+The compact copy in tests/data runs everywhere. Where ../shared is, `test_whole_run` repeats every case
+through `load` and `generate`, real tokenizers included.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ CASES = json.loads((GOLDEN / "cases.json").read_text())
 TOKENS = json.loads((GOLDEN / "tokens.json").read_text())
 NEGATIVE = "bad quality, low resolution"
 every_case = pytest.mark.parametrize("name", CASES)
-grounded_cases = pytest.mark.parametrize("name", [n for n, c in CASES.items() if c["bokeh_pivot"] is not None])
+grounded_cases = pytest.mark.parametrize(
+    "name", [n for n, c in CASES.items() if c["bokeh_pivot"] is not None]
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,9 @@ def grid_of(case: dict) -> LatentGrid:
 @torch.no_grad()
 def encode(models: dict, prompt: str) -> Conditioning:
     ids = TOKENS[prompt]
-    return Conditioning(txt=models["t5"](torch.tensor([ids["t5"]])), pooled=models["clip"](torch.tensor([ids["clip"]])))
+    return Conditioning(
+        txt=models["t5"](torch.tensor([ids["t5"]])), pooled=models["clip"](torch.tensor([ids["clip"]]))
+    )
 
 
 def velocity_of(models: dict, case: dict, levels: list[float]) -> Denoiser:
@@ -121,7 +125,7 @@ def assert_same_after_transfer(ours: np.ndarray, before: np.ndarray, theirs: dic
 @every_case
 def test_text(models, name):
     """Pooled to 1e-5. The recorded T5 states are themselves 1.3e-5 off their float64 values, and transformers
-    does not meet its own recording to 1e-5 on another CPU; ours must be as close to float64 as the recording."""
+    does not meet its own recording to 1e-5 on another CPU: ours must be as close to float64 as they are."""
     prompt, theirs = CASES[name]["prompt"], golden(name)
     ours = encode(models, prompt)
     torch.testing.assert_close(ours.pooled, theirs["pooled_prompt_embeds"][:1], atol=1e-5, rtol=0)

@@ -18,12 +18,23 @@ from bokehflux.kernels.attention import eager, interface, reference
 from tests.helpers import assert_within_2x, max_error
 
 ON_CPU = ["sdpa", "auto"]
-GROUPINGS = [(0, 0), (1, 1), (0, 0, 2, 2, 4), (3, 3, 3, 3), (0, 1, 2), (2, 1, 2, 1, 2), (0, 0, 0, 3, 3), (4, 3, 3, 3, 4)]
+GROUPINGS = [
+    (0, 0),
+    (1, 1),
+    (0, 0, 2, 2, 4),
+    (3, 3, 3, 3),
+    (0, 1, 2),
+    (2, 1, 2, 1, 2),
+    (0, 0, 0, 3, 3),
+    (4, 3, 3, 3, 4),
+]
 every_grouping = pytest.mark.parametrize("pivot_of", GROUPINGS, ids=str)
 every_backend = pytest.mark.parametrize("backend", ON_CPU)
 
 
-def qkv(rows: int, length: int, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def qkv(
+    rows: int, length: int, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """Queries long enough that the softmax is far from uniform."""
     q, k, v = (torch.randn(rows, length, heads, dim) for _ in range(3))
     return [(2 * q).to(dtype), k.to(dtype), v.to(dtype)]
@@ -168,7 +179,10 @@ def test_inputs_need_not_be_contiguous(backend: str) -> None:
     torch.testing.assert_close(ours.double(), exact, atol=3e-6, rtol=0)
     shared = [t[:1].expand(3, -1, -1, -1) for t in wide]
     torch.testing.assert_close(
-        interface.attention(*shared, backend=backend).double(), reference.attention(*double(*shared)), atol=3e-6, rtol=0
+        interface.attention(*shared, backend=backend).double(),
+        reference.attention(*double(*shared)),
+        atol=3e-6,
+        rtol=0,
     )
 
 

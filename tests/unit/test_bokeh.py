@@ -150,7 +150,9 @@ def test_published_cross_attention_is_the_value_vector() -> None:
     level = torch.tensor([0.0, 0.4, -1.0])
     context = mmdit.bokeh.embedding_layer(level[:, None])[:, None]  # [B, 1, context]
     block = mmdit.bokeh.block(3)
-    k, v = (net(context).unflatten(-1, (2, 16)).transpose(1, 2) for net in (block.to_k_bokeh, block.to_v_bokeh))
+    k, v = (
+        net(context).unflatten(-1, (2, 16)).transpose(1, 2) for net in (block.to_k_bokeh, block.to_v_bokeh)
+    )
     q = torch.randn(3, 2, 11, 16)
     published = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     ours = mmdit.bokeh.values(level, 1.0)[3]
@@ -193,7 +195,7 @@ def test_alpha_over_rank_scales_every_low_rank_output() -> None:
 
 
 def test_blocks_that_are_not_adapted() -> None:
-    """Adapting block 5 alone: what block 4 receives does not depend on the level, what leaves block 5 does."""
+    """Adapting block 5 alone: what leaves block 4 does not depend on the level, what leaves block 5 does."""
     mmdit = tiny_mmdit(dataclasses.replace(BOKEH, blocks=(5,)))
     seen: list[Tensor] = []
     for block in mmdit.single_blocks[2:]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from bokehflux.weights.checkpoint import CheckpointError, fold, open_checkpoint, read_json
-from bokehflux.weights.write import replacing, save, save_sharded, write_json
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+
+from bokehflux.weights.checkpoint import CheckpointError, fold, open_checkpoint, read_json
+from bokehflux.weights.write import replacing, save, save_sharded, write_json
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int64, torch.bool)
 JSON = st.recursive(

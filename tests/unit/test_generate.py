@@ -77,6 +77,9 @@ def test_targets_take_the_colour_of_the_pivot(pipe: Pipeline) -> None:
     result = pipe.generate(PROMPT, [0, 30], bokeh_pivot=12)
     grid = LatentGrid(height_px=32, width_px=48)
     raw = to_uint8(pipe.vae.decode(unpack(result.latents.clone(), grid))).numpy()
+    assert result.pivot_latents is not None
+    decoded = to_uint8(pipe.vae.decode(unpack(result.pivot_latents.clone()[None], grid))).numpy()[0]
+    assert np.abs(pixels(result.pivot_image) - decoded).max() <= 1, "the pivot itself is not transferred"
     pivot = rgb_to_lab8(np.asarray(result.pivot_image)).mean((0, 1))
 
     def distance(image: np.ndarray) -> float:
@@ -135,7 +138,9 @@ def test_all_rows_start_from_the_same_noise(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize(("steps", "grounded"), [(1, 1), (5, 4), (8, 6), (10, 8), (30, 24)])
 def test_grounded_share_of_the_steps(pipe: Pipeline, steps: int, grounded: int) -> None:
-    settings = pipe.generate(PROMPT, [0], bokeh_pivot=9, num_inference_steps=steps, height=16, width=16).settings
+    settings = pipe.generate(
+        PROMPT, [0], bokeh_pivot=9, num_inference_steps=steps, height=16, width=16
+    ).settings
     assert (settings["num_inference_steps"], settings["num_grounding_steps"]) == (steps, grounded)
 
 
@@ -143,12 +148,18 @@ def test_defaults_come_from_the_model(pipe: Pipeline) -> None:
     other = Defaults(num_inference_steps=3, height_px=64, width_px=16, txt_length=6)
     result = dataclasses.replace(pipe, defaults=other).generate(PROMPT)
     assert result.images[0].size == (16, 64)
-    assert (result.settings["num_inference_steps"], result.settings["height"], result.settings["width"]) == (3, 64, 16)
+    assert (result.settings["num_inference_steps"], result.settings["height"], result.settings["width"]) == (
+        3,
+        64,
+        16,
+    )
 
 
 def test_settings(pipe: Pipeline) -> None:
     """Everything after defaults, through JSON and back."""
-    settings = pipe.generate(PROMPT, [np.float32(3), 30], bokeh_pivot=np.float64(12.5), seed=4, true_cfg=2.0).settings
+    settings = pipe.generate(
+        PROMPT, [np.float32(3), 30], bokeh_pivot=np.float64(12.5), seed=4, true_cfg=2.0
+    ).settings
     assert json.loads(json.dumps(settings)) == settings == {
         "prompt": PROMPT, "bokeh_targets": [3.0, 30.0], "bokeh_pivot": 12.5, "num_inference_steps": 5,
         "num_grounding_steps": 4, "guidance_scale": 3.0, "true_cfg": 2.0, "negative_prompt": NEGATIVE_PROMPT,

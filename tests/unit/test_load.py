@@ -9,11 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bokehflux.weights import load, manifests, official, write
-from bokehflux.weights import save as export
-from bokehflux.weights.bokeh_config import bokeh_config, bokeh_config_dict
-from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
-from bokehflux.weights.snapshot import CARD, default_card, open_snapshot
 
 from bokehflux.configs import (
     CLIP_L,
@@ -36,6 +31,11 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.weights import load, manifests, official, write
+from bokehflux.weights import save as export
+from bokehflux.weights.bokeh_config import bokeh_config, bokeh_config_dict
+from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights.snapshot import CARD, default_card, open_snapshot
 from tests.helpers import needs_shared, shared
 
 MMDIT = MMDiTConfig(

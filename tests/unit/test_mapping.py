@@ -6,21 +6,6 @@ import json
 
 import pytest
 import torch
-from bokehflux.weights import manifests
-from bokehflux.weights.checkpoint import CheckpointError
-from bokehflux.weights.mapping import (
-    LINEAR_TO_CONV,
-    SAME,
-    SWAP_HALVES,
-    Rule,
-    Table,
-    concat,
-    plan,
-    recognise,
-    resolve,
-    to_official,
-)
-from bokehflux.weights.tables import bokeh, flux, text, vae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +25,21 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.weights import manifests
+from bokehflux.weights.checkpoint import CheckpointError
+from bokehflux.weights.mapping import (
+    LINEAR_TO_CONV,
+    SAME,
+    SWAP_HALVES,
+    Rule,
+    Table,
+    concat,
+    plan,
+    recognise,
+    resolve,
+    to_official,
+)
+from bokehflux.weights.tables import bokeh, flux, text, vae
 from tests.helpers import needs_shared, shared
 
 SINGLE_38 = BokehConfig(blocks=tuple(range(19, 57)), rank=128)

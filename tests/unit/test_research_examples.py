@@ -18,7 +18,9 @@ from bokehflux.sampling.schedule import sigmas
 from tests.tiny import tiny_pipeline
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "research.md"
-PROGRAMS = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+PROGRAMS = re.findall(
+    r"^```python\n(.*?)^```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,9 @@ def run(number: int, pipe: Pipeline, folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(folder)
     monkeypatch.setattr(bokehflux, "load", lambda: pipe)
     names: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(PROGRAMS[number], f"{DOCUMENT.name}, program {number + 1}", "exec", dont_inherit=True), names)
+    exec(
+        compile(PROGRAMS[number], f"{DOCUMENT.name}, program {number + 1}", "exec", dont_inherit=True), names
+    )
     return names
 
 
@@ -52,11 +56,16 @@ def test_attention_variant(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.M
     for pull, same in ((0.0, Grounded), (-torch.inf, PivotQuery)):
         ours = pulled(pivot_of=pivot_of, pull=pull, value_bias=bias)(q, k, v)
         torch.testing.assert_close(ours, same(pivot_of=pivot_of, value_bias=bias)(q, k, v))
-    assert not torch.allclose(pulled(pivot_of=pivot_of, pull=2.0)(q, k, v), Grounded(pivot_of=pivot_of)(q, k, v))
+    assert not torch.allclose(
+        pulled(pivot_of=pivot_of, pull=2.0)(q, k, v), Grounded(pivot_of=pivot_of)(q, k, v)
+    )
 
     # It did reach the network: plain attention gives other targets, and the same pivot.
     free = pipe.generate(
-        "a red mug on a wooden table in front of city lights at night", names["levels"], seed=1, num_inference_steps=12
+        "a red mug on a wooden table in front of city lights at night",
+        names["levels"],
+        seed=1,
+        num_inference_steps=12,
     )
     torch.testing.assert_close(names["x"][0], free.latents[0], atol=1e-3, rtol=1e-3)
     assert not torch.allclose(names["x"][1:], free.latents[1:], atol=1e-3)

@@ -68,7 +68,9 @@ def test_no_steps(steps: int) -> None:
 # --- sizes, packing, noise, positions
 
 
-@pytest.mark.parametrize(("asked", "given_px"), [((256, 256), (256, 256)), ((300, 517), (288, 512)), ((31, 16), (16, 16))])
+@pytest.mark.parametrize(
+    ("asked", "given_px"), [((256, 256), (256, 256)), ((300, 517), (288, 512)), ((31, 16), (16, 16))]
+)
 def test_sizes_are_floored_with_a_notice(
     asked: tuple[int, int], given_px: tuple[int, int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -119,7 +121,9 @@ def test_noise() -> None:
     half = noise(grid, 7, torch.bfloat16)
     assert half.dtype == torch.bfloat16 and torch.equal(half, noise(grid, 7, torch.bfloat16))
     # As published: a draw in bfloat16, whatever PyTorch makes of that.
-    published = torch.randn(1, 16, 4, 6, generator=torch.Generator("cpu").manual_seed(7), dtype=torch.bfloat16)
+    published = torch.randn(
+        1, 16, 4, 6, generator=torch.Generator("cpu").manual_seed(7), dtype=torch.bfloat16
+    )
     assert torch.equal(half, published)
     state = torch.random.get_rng_state()
     noise(grid, 9, torch.float32)
@@ -251,7 +255,9 @@ def test_euler_rounds_as_documented() -> None:
     assert not torch.equal(ours, unrounded), "the test sees the rounding of the product"
 
 
-@pytest.mark.parametrize(("sampler", "calls_of"), [(euler, [0, 1, 2]), (heun, [0, 0, 1, 1, 2])], ids=["euler", "heun"])
+@pytest.mark.parametrize(
+    ("sampler", "calls_of"), [(euler, [0, 1, 2]), (heun, [0, 0, 1, 1, 2])], ids=["euler", "heun"]
+)
 def test_what_a_sampler_calls(sampler: object, calls_of: list[int]) -> None:
     schedule = torch.tensor([1, 0.6, 0.3, 0])
     calls: list[tuple[int, float]] = []
@@ -323,9 +329,7 @@ def test_denoiser_is_the_network() -> None:
 
 def test_grounding_ends_after_its_steps() -> None:
     plain = tiny_denoiser(bokeh=BokehCondition.of([8, 25]))
-    grounded = tiny_denoiser(
-        bokeh=BokehCondition.of([8, 25]), grounding=Grounding(pivot_row=0, num_steps=2)
-    )
+    grounded = tiny_denoiser(bokeh=BokehCondition.of([8, 25]), grounding=Grounding(pivot_row=0, num_steps=2))
     x = start(2)
     free = plain(x, HALF, 0)
     for step in (0, 1):
@@ -340,8 +344,10 @@ def test_true_cfg_by_hand() -> None:
     """negative + scale (positive - negative): the negative pass without level, at guidance 1, ungrounded."""
     levels, grounding = BokehCondition.of([8, 25]), Grounding(pivot_row=1, num_steps=9)
     negative = TEXT.encode(["bad"])
-    x = start(2)
-    both = tiny_denoiser(guidance=4.0, bokeh=levels, grounding=grounding, true_cfg=2.5, negative=negative)(x, HALF, 0)
+    x = start(2) + torch.randn(2, 6, 64)  # rows that differ: a grounded negative pass would show
+    both = tiny_denoiser(guidance=4.0, bokeh=levels, grounding=grounding, true_cfg=2.5, negative=negative)(
+        x, HALF, 0
+    )
     positive = tiny_denoiser(guidance=4.0, bokeh=levels, grounding=grounding)(x, HALF, 0)
     minus = denoiser(tiny_mmdit(), negative, GRID, guidance=1.0, bokeh=levels.null())(x, HALF, 0)
     torch.testing.assert_close(both, minus + 2.5 * (positive - minus))

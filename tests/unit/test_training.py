@@ -14,14 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.configs import CLIPConfig, T5Config
-from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.bokeh import init_adapter
+from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.training.adapter import AdapterBatch, adapter_step, draw_batch, stratified_levels, train_adapter
+from bokehflux.training.adapter import (
+    AdapterBatch,
+    adapter_step,
+    draw_batch,
+    stratified_levels,
+    train_adapter,
+)
 from bokehflux.training.base import Sampler, TextToVelocity, draw_guidance, init_mmdit, train_base
 from bokehflux.training.data import LatentPool, latent_pool
 from bokehflux.training.log import Log
@@ -32,7 +38,14 @@ from tests.tiny import BOKEH, MMDIT, TXT_LENGTH, VAE, tiny_mmdit
 
 NUM_TOKENS = 4
 STAGE = AdapterStage(
-    steps=4, batch=12, group=3, lr=1e-2, level_dropout=0.25, caption_dropout=0.25, scenes=5, levels_per_scene=4
+    steps=4,
+    batch=12,
+    group=3,
+    lr=1e-2,
+    level_dropout=0.25,
+    caption_dropout=0.25,
+    scenes=5,
+    levels_per_scene=4,
 )
 
 
@@ -102,7 +115,8 @@ def test_optimizer_step() -> None:
     moved = []
     for factor in (1.0, 0.5, 0.0):
         named = [
-            ("double_blocks.0.x.weight", nn.Parameter(torch.zeros(4, 4))), ("img_in.bias", nn.Parameter(torch.zeros(4)))
+            ("double_blocks.0.x.weight", nn.Parameter(torch.zeros(4, 4))),
+            ("img_in.bias", nn.Parameter(torch.zeros(4)))
         ]  # fmt: skip
         optimizer = Optimizer(named, 0.1, muon=True, weight_decay=0.0)
         for _, p in named:
@@ -286,15 +300,19 @@ def fresh_adapter() -> tuple[MMDiT, dict[str, Tensor]]:
 
 
 def test_training_the_adapter_lowers_its_loss(tmp_path: Path) -> None:
-    """Levels that change the data: an adapter explains part of what the base cannot. The base stays as it was."""
+    """Levels that change the data: an adapter explains part of what the base cannot. The base stays."""
     mmdit, before = fresh_adapter()
     pool = toy_pool()
     pool.latents[..., 2:] += (pool.levels / 10)[..., None, None]
-    stage = dataclasses.replace(STAGE, steps=30, lr=2e-2, level_dropout=0.0, max_guidance=1.0, caption_dropout=0.0)
+    stage = dataclasses.replace(
+        STAGE, steps=30, lr=2e-2, level_dropout=0.0, max_guidance=1.0, caption_dropout=0.0
+    )
     log = Log(tmp_path / "adapter.json", every=10)
     assert mmdit.bokeh is not None
     init_adapter(mmdit.bokeh)
-    batches = [draw_batch(pool, toy_text(), NULL_TEXT, stage, grouped, generator(9)) for grouped in (False, True)]
+    batches = [
+        draw_batch(pool, toy_text(), NULL_TEXT, stage, grouped, generator(9)) for grouped in (False, True)
+    ]
     start = [adapter_step(mmdit, batch, NULL_TEXT, rope()) for batch in batches]
     adapter = train_adapter(mmdit, pool, toy_text(), NULL_TEXT, rope(), stage, generator(5), log)
     assert adapter is mmdit.bokeh and not any(p.requires_grad for p in mmdit.parameters())
@@ -309,7 +327,14 @@ def test_training_the_adapter_lowers_its_loss(tmp_path: Path) -> None:
 def test_training_needs_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="BokehConfig"):
         train_adapter(
-            tiny_mmdit(bokeh=None), toy_pool(), toy_text(), NULL_TEXT, rope(), STAGE, generator(), Log(tmp_path / "x")
+            tiny_mmdit(bokeh=None),
+            toy_pool(),
+            toy_text(),
+            NULL_TEXT,
+            rope(),
+            STAGE,
+            generator(),
+            Log(tmp_path / "x"),
         )
 
 
@@ -367,7 +392,11 @@ def test_training_the_base_lowers_its_loss(tmp_path: Path) -> None:
     assert curves[0] == curves[1]
     assert curves[0][-1] < 0.9 * curves[0][0]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in start)
-    for part in ("mmdit.single_blocks.1.linear1.weight", "t5.shared.weight", "mmdit.vector_in.in_layer.weight"):
+    for part in (
+        "mmdit.single_blocks.1.linear1.weight",
+        "t5.shared.weight",
+        "mmdit.vector_in.in_layer.weight",
+    ):
         assert not torch.equal(weights[0][part], start[part])
 
 
@@ -397,7 +426,9 @@ def test_latent_pool() -> None:
     assert torch.equal(first.latents, again.latents) and captions[:3] == captions[3:6]
     assert not torch.equal(first.latents, other.latents)
     # The two renders of a scene are one scene: nearer to each other than to another scene.
-    assert (first.latents[0, 0] - first.latents[0, 1]).norm() < (first.latents[0, 0] - first.latents[1, 0]).norm()
+    assert (first.latents[0, 0] - first.latents[0, 1]).norm() < (
+        first.latents[0, 0] - first.latents[1, 0]
+    ).norm()
     assert all(isinstance(text, str) and len(text.split()) >= 5 for text in captions)
 
 
