@@ -99,13 +99,16 @@ class Pipeline:
         Raises ValueError for arguments that contradict each other or the model.
         """
         num_steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        num_grounded = self._check(prompt, bokeh_targets, bokeh_pivot, num_steps, num_grounding_steps)
+        targets = _levels(bokeh_targets)
+        num_grounded = self._check(prompt, targets, bokeh_pivot, num_steps, num_grounding_steps)
+        if not true_cfg >= 1:
+            raise ValueError(f"true_cfg must be 1 (off) or larger, got {true_cfg}")
         grid = LatentGrid.floored(
             self.defaults.height_px if height is None else height,
             self.defaults.width_px if width is None else width,
         )
         grounded = num_grounded > 0 and bokeh_pivot is not None
-        levels = None if bokeh_targets is None else ([bokeh_pivot] if grounded else []) + list(bokeh_targets)
+        levels = None if targets is None else ([bokeh_pivot] if grounded else []) + targets
         rows = 1 if levels is None else len(levels)
 
         conditioning = self.text.encode([prompt])
@@ -133,7 +136,7 @@ class Pipeline:
             pivot_latents=x[0] if grounded else None,
             settings={
                 "prompt": prompt,
-                "bokeh_targets": None if bokeh_targets is None else [float(level) for level in bokeh_targets],
+                "bokeh_targets": targets,
                 "bokeh_pivot": None if bokeh_pivot is None else float(bokeh_pivot),
                 "num_inference_steps": num_steps,
                 "num_grounding_steps": num_grounded,
@@ -153,7 +156,7 @@ class Pipeline:
     def _check(
         self,
         prompt: str,
-        targets: Sequence[float] | None,
+        targets: list[float] | None,
         pivot: float | None,
         num_steps: int,
         num_grounded: int | None,
@@ -161,18 +164,15 @@ class Pipeline:
         """Raise ValueError for arguments that make no run; returns the number of grounded steps."""
         if not prompt.strip():
             raise ValueError("the prompt is empty")
-        if targets is not None and len(targets) == 0:
-            raise ValueError("bokeh_targets is empty: give at least one level, or None for plain FLUX")
-        for level in [*(targets or []), pivot]:
-            check_level(level)
+        check_level(pivot)
         if targets is None and pivot is not None:
             raise ValueError("bokeh_pivot needs bokeh_targets: a pivot anchors pictures at other levels")
         if targets is not None and self.mmdit.bokeh is None:
             raise ValueError(
                 "bokeh_targets need an adapter: load the model with adapter='path/to/BokehDiffusion'"
             )
-        if num_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}")
+        if type(num_steps) is not int or num_steps < 1:
+            raise ValueError(f"num_inference_steps must be a whole number of at least 1, got {num_steps!r}")
         if num_grounded is None:
             return 0 if pivot is None else round(GROUNDED_SHARE * num_steps)
         if not 0 <= num_grounded <= num_steps:
@@ -215,6 +215,21 @@ def load(
         defaults=parts.defaults,
         name=str(model),
     )
+
+
+def _levels(targets: Sequence[float] | None) -> list[float] | None:
+    """Targets as plain numbers. Raises ValueError for anything but one or more levels in 0-30."""
+    if targets is None:
+        return None
+    try:
+        levels = [float(level) for level in targets]
+    except TypeError:
+        raise ValueError(f"bokeh_targets must be a sequence of levels, got {targets!r}") from None
+    if not levels:
+        raise ValueError("bokeh_targets is empty: give at least one level, or None for plain FLUX")
+    for level in levels:
+        check_level(level)
+    return levels
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -1,1 +1,1 @@
-"""Compute kernels behind plain functions on tensors. A leaf: imports torch, triton lazily, never bokehflux."""
+"""Compute kernels behind plain functions on tensors. A leaf: imports torch, lazily triton, no bokehflux."""

@@ -78,12 +78,16 @@ def main() -> None:
 
 
 def override(stage: object, settings: list[str]) -> object:
-    changes = {}
+    """The stage with NAME=VALUE settings applied; exits with one line for anything that is no such number."""
+    changes: dict[str, int | float] = {}
+    fields = {field.name: type(getattr(stage, field.name)) for field in dataclasses.fields(stage)}  # type: ignore[arg-type]
     for setting in settings:
         key, _, value = setting.partition("=")
-        if not hasattr(stage, key) or not value:
-            raise SystemExit(f"--set {setting}: expected NAME=VALUE with NAME of {type(stage).__name__}")
-        changes[key] = type(getattr(stage, key))(float(value))
+        try:
+            changes[key] = fields[key](value)
+        except (KeyError, ValueError):
+            known = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
+            raise SystemExit(f"--set {setting}: expected NAME=VALUE with one of {known}") from None
     return dataclasses.replace(stage, **changes)  # type: ignore[type-var]
 
 

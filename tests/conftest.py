@@ -11,6 +11,8 @@ import torch
 # No deadline: a shared machine is slow at times. Derandomised: a failure must come back on the next run.
 hypothesis.settings.register_profile("bokehflux", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("bokehflux")
+# Toy sizes: a second thread costs more than it brings.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,19 +1,20 @@
 """Read .safetensors checkpoints: one file, shards behind an index, or a component folder.
 
-Opening parses headers only; tensors are views of the memory-mapped file, read one at a time. Knows names,
-shapes and bytes, and no network. Format: https://huggingface.co/docs/safetensors#format
+The `safetensors` library reads and checks the files; what it refuses is looked at here once more, to say what
+the file is instead. Opening reads headers only; tensors are views of the memory-mapped file, read one at a
+time. Knows names and shapes, and no network. Format: https://huggingface.co/docs/safetensors#format
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000
@@ -28,6 +29,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+"""What we read and write: all of the format's types but complex numbers and those packed below 8 bits."""
 
 # What people hand over in place of a .safetensors file, by its first bytes.
 _LOOKALIKES = (
@@ -60,14 +62,13 @@ class CheckpointError(ValueError):
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies."""
+    """What the header of a file says of one tensor."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
-    """First byte, counted from the start of the file."""
-    end: int
+    place: int
+    """Counts the tensors of the file in the order in which they lie there."""
 
 
 class Checkpoint:
@@ -77,7 +78,7 @@ class Checkpoint:
         self.path = path
         self.tensors = tensors
         self.metadata = metadata
-        self._mapped: dict[Path, Tensor] = {}
+        self._files: dict[Path, safe_open] = {}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -93,21 +94,14 @@ class Checkpoint:
 
     def position(self, name: str) -> tuple[str, int]:
         """Sorts tensors in the order in which they lie on disk."""
-        return str(self.tensors[name].file), self.tensors[name].start
+        return str(self.tensors[name].file), self.tensors[name].place
 
     def read(self, name: str) -> Tensor:
         """The tensor as a CPU view of the mapped file: copy it to keep it beyond the checkpoint's life."""
-        info = self.tensors[name]
-        data = self._bytes(info.file)[info.start : info.end]
-        if info.start % info.dtype.itemsize:  # only files of careless writers are misaligned
-            data = data.clone()
-        return data.view(info.dtype).view(info.shape)
-
-    def _bytes(self, file: Path) -> Tensor:
-        if file not in self._mapped:
-            size = file.stat().st_size
-            self._mapped[file] = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
-        return self._mapped[file]
+        file = self.tensors[name].file
+        if file not in self._files:
+            self._files[file] = safe_open(file, framework="pt")
+        return self._files[file].get_tensor(name)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -134,84 +128,57 @@ def holds_checkpoint(folder: Path) -> bool:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors and metadata of one .safetensors file. Allocates the header only, and that is bounded."""
+    """Tensors, in file order, and metadata of one .safetensors file; the data is not read.
+
+    Raises CheckpointError that says what is wrong with the file, or what it is instead.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = [(name, file.get_slice(name)) for name in file.offset_keys()]
+            found = [(name, entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries]
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(path, _diagnosis(path, str(error))) from None
+    odd = [
+        f"tensor {name!r} of type {dtype} is not supported" for name, dtype, _ in found if dtype not in DTYPES
+    ]
+    if odd:
+        raise CheckpointError(path, *odd)
+    return {
+        n: TensorInfo(path, DTYPES[dtype], shape, i) for i, (n, dtype, shape) in enumerate(found)
+    }, metadata
+
+
+def _diagnosis(path: Path, refusal: str) -> str:
+    """Why the library refused a file, in words that help; its own where nothing better is known."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        header, data_start = _parse_header(path, file, size)
-    metadata = header.pop("__metadata__", {})
-    problems: list[str] = []
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        problems.append(f"__metadata__ must map names to text, found {_brief(metadata)}")
-    tensors: dict[str, TensorInfo] = {}
-    for name, entry in header.items():
-        try:
-            tensors[name] = _tensor_info(path, entry, data_start)
-        except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"header entry {name!r} is malformed ({error}): {_brief(entry)}")
-    if not problems:
-        problems = _layout_problems(tensors, data_start, size)
-    if problems:
-        raise CheckpointError(path, *problems)
-    return tensors, metadata
-
-
-def _parse_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    head = file.read(9)
-    if len(head) < 9:
-        what = "it is empty" if not head else f"it holds {size} bytes"
-        raise CheckpointError(path, f"not a .safetensors file: {what}; the download is incomplete")
-    length = int.from_bytes(head[:8], "little")
-    if head[8:] != b"{":
-        hint = next((text for start, text in _LOOKALIKES if head.startswith(start)), "its header is not JSON")
-        raise CheckpointError(path, f"not a .safetensors file: {hint}")
-    if length > MAX_HEADER_BYTES:
-        hint = next((f"; {text}" for start, text in _LOOKALIKES if head.startswith(start)), "")
-        limit = f"a header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}"
-        raise CheckpointError(path, f"not a .safetensors file: {limit}{hint}")
-    if 8 + length > size:
-        raise CheckpointError(
-            path, f"truncated: the header alone needs {8 + length} bytes, the file holds {size}"
-        )
-    file.seek(8)
+        head = file.read(9)
+        if len(head) < 9:
+            what = "it is empty" if not head else f"it holds {size} bytes"
+            return f"not a .safetensors file: {what}; the download is incomplete"
+        length = int.from_bytes(head[:8], "little")
+        if head[8:] != b"{" or length > MAX_HEADER_BYTES:
+            hints = (text for start, text in _LOOKALIKES if head.startswith(start))
+            return f"not a .safetensors file: {next(hints, refusal)}"
+        if 8 + length > size:
+            return f"truncated: the header alone needs {8 + length} bytes, the file holds {size}"
+        file.seek(8)
+        text = file.read(length)
     try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(path, f"not a .safetensors file: its header is not JSON ({error})") from None
-    return header, 8 + length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    return result
-
-
-def _tensor_info(path: Path, entry: dict[str, Any], data_start: int) -> TensorInfo:
-    dtype, shape, (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-        raise ValueError("negative or non-integer number")
-    if end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{math.prod(shape) * dtype.itemsize} bytes expected, {end - start} given")
-    return TensorInfo(path, dtype, tuple(shape), data_start + start, data_start + end)
-
-
-def _layout_problems(tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> list[str]:
-    """Tensors must tile the rest of the file without gap or overlap, which also finds truncation."""
-    at = data_start
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
-        if info.start != at:
-            kind = "gap" if info.start > at else "overlap"
-            return [f"{kind} in front of tensor {name!r}: the header is corrupt"]
-        at = info.end
-    if at > size:
-        cut = [name for name, info in tensors.items() if info.end > size]
-        return [
-            f"truncated: {at} bytes expected, the file holds {size}; {len(cut)} of {len(tensors)} tensors "
-            "are incomplete. Download it again"
+        header = json.loads(text)
+        ends = [
+            8 + length + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
         ]
-    return [f"{size - at} bytes behind the last tensor: the header is corrupt"] if at < size else []
+        cut = sum(end > size for end in ends)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return f"damaged, download it again: {refusal}"
+    if cut:
+        return (
+            f"truncated: {max(ends)} bytes expected, the file holds {size}; {cut} of {len(ends)} tensors are "
+            "incomplete. Download it again"
+        )
+    return f"damaged, download it again: {refusal}"
 
 
 def _inside(folder: Path) -> Path:
@@ -298,11 +265,6 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([n, n])
     return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import DTYPES, INDEX_SUFFIX
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextlib.contextmanager
@@ -36,9 +34,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one .safetensors file, whole or not at all. Only one tensor at a time is copied to the CPU.
+    """Write one .safetensors file, whole or not at all. Tensors on another device are all copied to the CPU.
 
-    `metadata` is free text; `format: pt`, which transformers insists on, is always there.
+    Raises ValueError for a tensor that `open_checkpoint` would refuse. `metadata` is free text;
+    `format: pt`, which transformers insists on, is always there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +50,8 @@ def save_sharded(
 ) -> Path:
     """Write a component folder: `{stem}.safetensors`, or shards and their index when it is larger than that.
 
-    Files of an earlier save under the same stem are removed. Returns the path to open.
+    Files of an earlier save under the same stem are removed. One shard at a time is copied to the CPU.
+    Returns the path to open.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,27 +92,20 @@ def _shards(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[st
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    # Wide types first keeps every tensor aligned to its own item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    at = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in _NAMES or name == "__metadata__" or tensor.is_meta:
+    plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values() or name == "__metadata__" or tensor.is_meta:
             raise ValueError(f"cannot save tensor {name!r} of {tensor.dtype} on {tensor.device}")
-        offsets = [at, at + tensor.nbytes]
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": offsets,
-        }
-        at = offsets[1]
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            data = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
-            file.write(data.numpy().data)
-        file.flush()
+        tensor = tensor.detach().cpu().contiguous()
+        # The library refuses tensors that share memory, such as the parts of a tied or split weight.
+        storage = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    # The library makes its files private to the user; ours get the rights that any new file gets here.
+    path.touch()
+    rights = path.stat().st_mode
+    save_file(plain, path, {"format": "pt", **metadata})
+    path.chmod(rights)
+    with path.open("r+b") as file:
         os.fsync(file.fileno())

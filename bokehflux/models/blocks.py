@@ -16,6 +16,7 @@ from bokehflux.attention import AttentionSpec
 from bokehflux.configs import MMDiTConfig
 from bokehflux.models.bokeh import BlockAdapter
 from bokehflux.models.embeddings import RopeTable, apply_rope
+from bokehflux.models.linear import Linear
 from bokehflux.models.norms import QKNorm
 
 
@@ -33,7 +34,7 @@ class Modulation(nn.Module):
     def __init__(self, hidden_size: int, count: int) -> None:
         super().__init__()
         self.count = count
-        self.lin = nn.Linear(hidden_size, 3 * count * hidden_size)
+        self.lin = Linear(hidden_size, 3 * count * hidden_size)
 
     def forward(self, vec: Tensor) -> tuple[ModulationOut, ...]:
         chunks = self.lin(F.silu(vec))[:, None].chunk(3 * self.count, dim=-1)
@@ -59,9 +60,9 @@ class StreamAttention(nn.Module):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.norm = QKNorm(config.head_dim)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def project(self, x: Tensor, adapter: BlockAdapter | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """[B, L, E] -> normalised q, k and plain v, each [B, L, H, D]."""
@@ -82,9 +83,9 @@ def project_heads(
 
 def mlp(config: MMDiTConfig) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(config.hidden_size, config.mlp_size),
+        Linear(config.hidden_size, config.mlp_size),
         nn.GELU(approximate="tanh"),
-        nn.Linear(config.mlp_size, config.hidden_size),
+        Linear(config.mlp_size, config.hidden_size),
     )
 
 
@@ -137,9 +138,9 @@ class SingleStreamBlock(nn.Module):
         self.num_heads = config.num_heads
         self.split = [3 * config.hidden_size, config.mlp_size]
         self.modulation = Modulation(config.hidden_size, 1)
-        self.linear1 = nn.Linear(config.hidden_size, sum(self.split))
+        self.linear1 = Linear(config.hidden_size, sum(self.split))
         self.norm = QKNorm(config.head_dim)
-        self.linear2 = nn.Linear(config.hidden_size + config.mlp_size, config.hidden_size)
+        self.linear2 = Linear(config.hidden_size + config.mlp_size, config.hidden_size)
         self.attention = AttentionCall()
 
     def forward(
@@ -164,10 +165,8 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.hidden_size, config.in_channels)
-        self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size)
-        )
+        self.linear = Linear(config.hidden_size, config.in_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.hidden_size, 2 * config.hidden_size))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)

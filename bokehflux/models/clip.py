@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from bokehflux.configs import CLIPConfig
+from bokehflux.models.linear import Linear
 
 _LARGEST_ID = 2
 """`eos_token_id` of the first CLIP configs, wrong but in wide use: stands for the largest id of the row."""
@@ -139,10 +140,10 @@ class CLIPAttention(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.q_proj = nn.Linear(config.width, config.width)
-        self.k_proj = nn.Linear(config.width, config.width)
-        self.v_proj = nn.Linear(config.width, config.width)
-        self.out_proj = nn.Linear(config.width, config.width)
+        self.q_proj = Linear(config.width, config.width)
+        self.k_proj = Linear(config.width, config.width)
+        self.v_proj = Linear(config.width, config.width)
+        self.out_proj = Linear(config.width, config.width)
 
     def forward(self, x_BTW: Tensor) -> Tensor:
         q, k, v = (
@@ -158,8 +159,8 @@ class CLIPMLP(nn.Module):
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_size)
-        self.fc2 = nn.Linear(config.mlp_size, config.width)
+        self.fc1 = Linear(config.width, config.mlp_size)
+        self.fc2 = Linear(config.mlp_size, config.width)
 
     def forward(self, x_BTW: Tensor) -> Tensor:
         x_BTF = self.fc1(x_BTW)

@@ -10,6 +10,7 @@ from bokehflux.configs import BokehConfig, MMDiTConfig
 from bokehflux.models.blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
 from bokehflux.models.bokeh import BlockAdapter, BokehAdapter, BokehCondition
 from bokehflux.models.embeddings import SINUSOID_DIM, MLPEmbedder, RopeTable, sinusoid
+from bokehflux.models.linear import Linear
 
 
 class MMDiT(nn.Module):
@@ -22,8 +23,8 @@ class MMDiT(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.img_in = nn.Linear(config.in_channels, width)
-        self.txt_in = nn.Linear(config.txt_dim, width)
+        self.img_in = Linear(config.in_channels, width)
+        self.txt_in = Linear(config.txt_dim, width)
         self.time_in = MLPEmbedder(SINUSOID_DIM, width)
         self.vector_in = MLPEmbedder(config.pooled_dim, width)
         self.guidance_in = MLPEmbedder(SINUSOID_DIM, width) if config.guidance_embed else None
@@ -34,7 +35,8 @@ class MMDiT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.img_in.weight.dtype
+        """What it computes in; weights may be stored narrower."""
+        return self.img_in.bias.dtype
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from bokehflux.configs import T5Config
+from bokehflux.models.linear import Linear
 
 
 class T5Encoder(nn.Module):
@@ -104,10 +105,10 @@ class T5Attention(nn.Module):
         super().__init__()
         inner = config.num_heads * config.head_dim
         self.config = config
-        self.q = nn.Linear(config.width, inner, bias=False)
-        self.k = nn.Linear(config.width, inner, bias=False)
-        self.v = nn.Linear(config.width, inner, bias=False)
-        self.o = nn.Linear(inner, config.width, bias=False)
+        self.q = Linear(config.width, inner, bias=False)
+        self.k = Linear(config.width, inner, bias=False)
+        self.v = Linear(config.width, inner, bias=False)
+        self.o = Linear(inner, config.width, bias=False)
         self.relative_attention_bias = (
             nn.Embedding(config.num_buckets, config.num_heads) if owns_bias else None
         )
@@ -146,9 +147,9 @@ class T5GatedMLP(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.wi_0 = nn.Linear(config.width, config.mlp_size, bias=False)
-        self.wi_1 = nn.Linear(config.width, config.mlp_size, bias=False)
-        self.wo = nn.Linear(config.mlp_size, config.width, bias=False)
+        self.wi_0 = Linear(config.width, config.mlp_size, bias=False)
+        self.wi_1 = Linear(config.width, config.mlp_size, bias=False)
+        self.wo = Linear(config.mlp_size, config.width, bias=False)
 
     def reset_parameters(self) -> None:
         for linear in (self.wi_0, self.wi_1, self.wo):

@@ -60,6 +60,8 @@ def noise(grid: LatentGrid, seed: int, dtype: torch.dtype, channels: int = 16) -
     Drawn in `dtype`, as in the published code: bfloat16 and float32 noise of one seed differ at least by
     rounding (by more where PyTorch draws the two differently).
     """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}")
     shape = (1, channels, grid.height_px // LATENT_PX, grid.width_px // LATENT_PX)
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype)
 

@@ -79,13 +79,13 @@ class SentencePieces:
         legacy: bool,
         add_prefix_space: bool,
     ) -> None:
-        """The last four are keys of `tokenizer_config.json`; `special` are tokens that `added` may lack.
+        """The last three are keys of `tokenizer_config.json`; `special` are tokens that `added` may lack.
 
         `extra_ids`: how many `<extra_id_i>` follow the pieces of the model, the last one first.
-        `legacy`: True leaves the space that starts a text to sentencepiece, which puts one after every special
-        token, too; False puts one before the prompt alone, and only if `add_prefix_space`.
-        Raises ValueError when one of `special` has no id or `added` contradicts the model, RuntimeError when the
-        model is damaged.
+        `legacy`: True leaves the space that starts a text to sentencepiece, which puts one after every
+        special token, too; False puts one before the prompt alone, and only if `add_prefix_space`.
+        Raises ValueError when one of `special` has no id or `added` contradicts the model, and
+        RuntimeError when the model is damaged.
         """
         # Imported here: most folders have a tokenizer.json.
         from sentencepiece import SentencePieceProcessor
@@ -99,19 +99,19 @@ class SentencePieces:
             if token_id < len(self._model) and self._model.id_to_piece(token_id) != token.content:
                 found = self._model.id_to_piece(token_id)
                 raise ValueError(
-                    f"its piece {token_id} is {found!r}, tokenizer_config.json says {token.content!r}"
+                    f"its piece {token_id} is {found!r}, not {token.content!r} as the config says"
                 )
         last = len(self._model) + extra_ids - 1
         by_id = {last - i: AddedToken(f"<extra_id_{i}>", lstrip=True, rstrip=True) for i in range(extra_ids)}
         by_id |= added
         self._added = {token.content: token for token in by_id.values()}
         self._ids = {token.content: token_id for token_id, token in by_id.items()}
-        for token in special:
-            token_id = self.token_to_id(token)
-            if token_id is None:
-                raise ValueError(f"special token {token!r} has no id")
-            self._ids.setdefault(token, token_id)
-            self._added.setdefault(token, AddedToken(token))
+        for name in special:
+            known_id = self.token_to_id(name)
+            if known_id is None:
+                raise ValueError(f"special token {name!r} has no id")
+            self._ids.setdefault(name, known_id)
+            self._added.setdefault(name, AddedToken(name))
         self.vocab_size = 1 + max(len(self._model) - 1, *self._ids.values())
         # The longest comes first, as one token may start another.
         literal = sorted(self._added, key=len, reverse=True)

@@ -147,10 +147,11 @@ class T5Tokenizer:
         except Exception as error:  # what `tokenizers` raises has no class of its own
             raise TokenizerError(f"{sources[0]} cannot be used, fetch it again: {error}") from error
         for token_id, token in added.items():
-            if pieces.token_to_id(token.content) != token_id:
+            found = pieces.token_to_id(token.content)
+            if found != token_id:
                 raise TokenizerError(
                     f"{folder}: tokenizer_config.json gives {token.content!r} the id {token_id}, "
-                    f"{sources[0].name} gives {pieces.token_to_id(token.content)}; they belong to different models"
+                    f"{sources[0].name} gives {found}; they belong to different models"
                 )
         return t5
 
@@ -207,12 +208,15 @@ def _t5_pieces(
     if source.name == "tokenizer.json":
         return FastPieces(Tokenizer.from_file(str(source)), special["eos_token"])
     refused = [key for key in ("do_lower_case", "split_special_tokens", "sp_model_kwargs") if config.get(key)]
+    entries = config.get("added_tokens_decoder", {}).values()
+    refused += ["single_word"] if any(entry.get("single_word") for entry in entries) else []
     if refused:
         raise ValueError(f"{refused} in tokenizer_config.json are supported with a tokenizer.json only")
+    listed = config.get("additional_special_tokens") or []
     return SentencePieces(
         source.read_bytes(),
         added=added,
-        special=list(special.values()),
+        special=[*special.values(), *(x["content"] if isinstance(x, dict) else x for x in listed)],
         unk=special["unk_token"],
         extra_ids=int(config.get("extra_ids", 100)),
         # transformers takes a missing key for True.

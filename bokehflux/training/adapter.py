@@ -145,7 +145,7 @@ def train_adapter(
 
 
 def stratified_levels(generator: torch.Generator, renders: int, exact_zero: float = 0.25) -> object:
-    """Draws for `latent_pool`: one level from each of `renders` equal parts of 0-30, the first at times just 0."""
+    """Draws for `latent_pool`: a level from each of `renders` equal parts of 0-30, the first at times just 0."""
 
     def draw(count: int, k: int) -> Tensor:
         u = torch.rand(2, count, generator=generator, device=generator.device)

@@ -68,6 +68,13 @@ class AdapterStage:
     level_guidance: float = 0.0
     """Share of rows whose unconditional half drops the level too: 0 keeps the renderer's own strength."""
 
+    def __post_init__(self) -> None:
+        if self.batch % self.group or self.group > self.levels_per_scene:
+            raise ValueError(
+                f"batch {self.batch} must be a multiple of group {self.group}, and a group takes distinct "
+                f"levels of the {self.levels_per_scene} per scene"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

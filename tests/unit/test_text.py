@@ -16,7 +16,7 @@ from bokehflux.configs import CLIPConfig, T5Config
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.text.encode import TextEncoders
-from bokehflux.text.spiece import unigram_tokenizer
+from bokehflux.text.pieces import AddedToken, SentencePieces
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError
 from bokehflux.text.words import words
 from bokehflux.training.tokenizers import learn_merges, train_tokenizers
@@ -234,21 +234,60 @@ PIECES = [
 ]
 
 
+def sentence_pieces(
+    *, legacy: bool, added: dict[int, AddedToken] | None = None, special: list[str] | None = None
+) -> SentencePieces:
+    return SentencePieces(
+        spiece_model(PIECES),
+        added=added or {},
+        special=special or ["</s>", "<pad>", "<unk>"],
+        unk="<unk>",
+        extra_ids=2,
+        legacy=legacy,
+        add_prefix_space=True,
+    )
+
+
 def test_spiece_model() -> None:
     for legacy in (False, True):
-        t = unigram_tokenizer(spiece_model(PIECES), eos="</s>", num_extra_ids=2, legacy=legacy)
-        assert t.encode("ab  a z").ids == [5, 6, 5, 3, 2, 1]
-        assert t.encode("<extra_id_0>b<extra_id_1>").ids == ([8, 3, 6, 7, 1] if legacy else [8, 6, 7, 1])
+        pieces = sentence_pieces(legacy=legacy)
+        assert pieces.vocab_size == 9
+        assert pieces.ids("ab  a z") == [5, 6, 5, 3, 2]
+        assert pieces.ids("<extra_id_0>b <extra_id_1>") == ([8, 3, 6, 7] if legacy else [8, 6, 7])
+        assert pieces.ended([5, 1], 1) == [5, 1] and pieces.ended([], 1) == [1]
 
 
-@pytest.mark.parametrize(
-    "model", [b"", b"\xff" * 9, spiece_model(PIECES)[:-9], spiece_model(PIECES, model_type=2), b"not a model"]
-)
-def test_a_bad_spiece_model_is_one_clear_error(folder: Path, model: bytes) -> None:
+def test_added_tokens_of_a_spiece_model() -> None:
+    added = {9: AddedToken("<a>"), 10: AddedToken("<a><a>", lstrip=True)}
+    pieces = sentence_pieces(legacy=True, added=added)
+    assert pieces.vocab_size == 11
+    assert pieces.ids("a <a> b") == [5, 9, 3, 6] and pieces.ids("a <a><a>b") == [5, 10, 3, 6]
+    with pytest.raises(ValueError, match="its piece 4 is 'a', not '<z>'"):
+        sentence_pieces(legacy=True, added={4: AddedToken("<z>")})
+    with pytest.raises(ValueError, match="'<z>' has no id"):
+        sentence_pieces(legacy=True, special=["<z>"])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("model", [b"", b"\xff" * 9, spiece_model(PIECES)[:-9], b"not a model"])
+def test_a_bad_spiece_model_is_one_clear_error(folder: Path, model: bytes, legacy: bool) -> None:
     (folder / "tokenizer_2" / "tokenizer.json").unlink()
+    edit(folder / "tokenizer_2" / "tokenizer_config.json", legacy=legacy)
     (folder / "tokenizer_2" / "spiece.model").write_bytes(model)
     with pytest.raises(TokenizerError, match="spiece.model cannot be used"):
         T5Tokenizer.from_folder(folder / "tokenizer_2")
+
+
+def test_what_a_spiece_model_alone_cannot_honour(folder: Path) -> None:
+    folder = folder / "tokenizer_2"
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=r"expected tokenizer.json or spiece.model, found neither"):
+        T5Tokenizer.from_folder(folder)
+    (folder / "spiece.model").write_bytes(spiece_model(PIECES))
+    assert T5Tokenizer.from_folder(folder)(["ab"], 5).tolist() == [[5, 6, 1, 0, 0]]
+    edit(folder / "tokenizer_config.json", do_lower_case=True)
+    with pytest.raises(TokenizerError, match="do_lower_case.* with a tokenizer.json only"):
+        T5Tokenizer.from_folder(folder)
 
 
 def test_encode(encoders: TextEncoders) -> None:

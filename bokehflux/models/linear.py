@@ -1,0 +1,59 @@
+"""The linear layer of every network: weights stored narrower than they compute, LoRA terms beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Storage types that no matrix product takes as they are."""
+Dequantize = Callable[[Tensor, torch.dtype], Tensor]
+"""(weight as stored, compute dtype) -> dense weight [out, in]."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LowRankTerm:
+    """strength * up(down(x)), added to a layer's output over the columns first ... first + len(up)."""
+
+    down: Tensor
+    """[rank, in]"""
+    up: Tensor
+    """[out', rank]"""
+    strength: float
+    first: int = 0
+    """Where in the layer's output it acts: fused projections hold several of a LoRA's targets."""
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        term = self.strength * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+        return out + F.pad(term, (self.first, out.shape[-1] - self.first - term.shape[-1]))
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that casts a narrow weight at use and adds low-rank terms.
+
+    A dense weight and no terms is `nn.Linear` exactly. `dequantize` and `terms` are set by the loaders of
+    `weights`, before the first call.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.dequantize: Dequantize | None = None
+        self.terms: tuple[LowRankTerm, ...] = ()
+
+    @property
+    def is_dense(self) -> bool:
+        return self.dequantize is None and self.weight.dtype not in NARROW
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] as it is multiplied."""
+        return self.weight.to(dtype) if self.dequantize is None else self.dequantize(self.weight, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight if self.is_dense else self.dense(x.dtype), self.bias)
+        for term in self.terms:
+            out = term.add_to(out, x)
+        return out
