@@ -18,7 +18,7 @@ from bokehflux.models.bokeh import BokehAdapter, BokehCondition, init_adapter
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.training.base import draw_guidance
-from bokehflux.training.data import LatentPool
+from bokehflux.training.data import LatentPool, LevelDraw
 from bokehflux.training.log import Log
 from bokehflux.training.objective import guided, mix, velocity_target
 from bokehflux.training.optim import Ema, Optimizer, trapezoid
@@ -144,8 +144,8 @@ def train_adapter(
     return adapter
 
 
-def stratified_levels(generator: torch.Generator, renders: int, exact_zero: float = 0.25) -> object:
-    """Draws for `latent_pool`: a level from each of `renders` equal parts of 0-30, the first at times just 0."""
+def stratified_levels(generator: torch.Generator, renders: int, exact_zero: float = 0.25) -> LevelDraw:
+    """For `latent_pool`: a level from each of `renders` equal parts of 0-30, the first at times just 0."""
 
     def draw(count: int, k: int) -> Tensor:
         u = torch.rand(2, count, generator=generator, device=generator.device)

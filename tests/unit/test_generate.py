@@ -237,7 +237,7 @@ BAD = [
     ({"num_inference_steps": -2}, "got -2"),
     ({"bokeh_targets": [3], "num_grounding_steps": 2}, "num_grounding_steps needs bokeh_pivot"),
     ({"num_grounding_steps": 2}, "num_grounding_steps needs bokeh_pivot"),
-    ({"bokeh_targets": [3], "bokeh_pivot": 3, "num_grounding_steps": 6}, "must be 0 to 5, the steps, got 6"),
+    ({"bokeh_targets": [3], "bokeh_pivot": 3, "num_grounding_steps": 6}, "between 0 and the 5 steps, got 6"),
     ({"bokeh_targets": [3], "bokeh_pivot": 3, "num_grounding_steps": -1}, "got -1"),
     ({"height": 15}, "at least 16 pixels, got 15 x 48"),
     ({"num_inference_steps": 2.0}, "whole number of at least 1, got 2.0"),

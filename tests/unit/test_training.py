@@ -458,16 +458,24 @@ def script() -> ModuleType:
 
 
 def test_override(script: ModuleType) -> None:
-    stage = script.override(NANO.adapter, ["steps=1e3", "lr=0.5", "level_guidance=0.25"])
+    stage = script.override(NANO.adapter, ["steps=1000", "lr=0.5", "level_guidance=0.25"])
     assert (stage.steps, stage.lr, stage.level_guidance) == (1000, 0.5, 0.25) and isinstance(stage.steps, int)
     assert dataclasses.replace(stage, steps=2000, lr=1e-3, level_guidance=0.0) == NANO.adapter
     assert script.override(NANO.base, []) == NANO.base
 
 
-@pytest.mark.parametrize("setting", ["stepz=3", "steps", "steps=", "=3"])
+@pytest.mark.parametrize(
+    "setting", ["stepz=3", "steps", "steps=", "=3", "steps=2.7", "steps=many", "replace=1"]
+)
 def test_override_refuses(script: ModuleType, setting: str) -> None:
-    with pytest.raises(SystemExit, match="expected NAME=VALUE with NAME of BaseStage"):
+    with pytest.raises(SystemExit, match="expected NAME=VALUE with one of seed .int., scenes"):
         script.override(NANO.base, [setting])
+
+
+def test_groups_must_fit_the_batch() -> None:
+    for change in ({"batch": 510}, {"group": 8}):
+        with pytest.raises(ValueError, match="must be a multiple of group"):
+            dataclasses.replace(NANO.adapter, **change)
 
 
 def test_recipe_fits_together() -> None:
