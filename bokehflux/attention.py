@@ -1,6 +1,6 @@
 """Attention specifications: what one attention call computes, as a value that travels through the networks.
 
-A specification is a frozen dataclass with a `value_bias` field and a call `(q, k, v) -> out`, all
+A specification is a frozen dataclass derived from `AttentionSpec` with a call `(q, k, v) -> out`, all
 [B, L, H, D] (L = text then image tokens, already normalised and rotated). Blocks know nothing else about
 attention, so a new variant is one class here (or in your own file) passed to `MMDiT.forward`. Which kernel
 runs is decided in `kernels.attention`.
@@ -9,6 +9,7 @@ runs is decided in `kernels.attention`.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -16,38 +17,54 @@ from torch import Tensor
 
 from bokehflux.kernels.attention import interface
 
-
-class AttentionSpec(Protocol):
-    @property
-    def value_bias(self) -> Tensor | None:
-        """[B, H, D] added to every token's output, or None. Set per block by the bokeh adapter."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+Spec = TypeVar("Spec", bound="AttentionSpec")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain:
-    """Every row attends to itself."""
-
+class AttentionSpec(ABC):
     value_bias: Tensor | None = None
+    """[B, H, D] added to every token's output, or None. Set per block by the bokeh adapter."""
+    block: int = 0
+    """The block it is called in, counted over double then single blocks."""
     backend: str = "auto"
     """A name in `kernels.attention.interface.BACKENDS`, or "auto"."""
+
+    def for_block(self: Spec, block: int, value_bias: Tensor | None) -> Spec:
+        """A copy for one block, whose outputs are shifted by value_bias [B, H, D]."""
+        return dataclasses.replace(self, block=block, value_bias=value_bias)
+
+    def query_rows(self) -> tuple[int, ...] | None:
+        """Rows whose queries the call takes, ascending; None means all. Other queries are not computed."""
+        return None
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [Q, L, H, D] of the `query_rows`, k and v [B, L, H, D] -> [B, L, H, D]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(AttentionSpec):
+    """Every row attends to itself."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return interface.attention(q, k, v, value_bias=self.value_bias, backend=self.backend)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grounded:
-    """Row i attends with the query of its pivot, to its own and the pivot's keys, reading its own values."""
-
+class _OnPivotRows(AttentionSpec):
     pivot_of: tuple[int, ...]
     """For each row of the batch, the row it is grounded on; a pivot names itself."""
-    value_bias: Tensor | None = None
-    backend: str = "auto"
 
     def __post_init__(self) -> None:
         interface.check_pivots(self.pivot_of)
+
+    def query_rows(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.pivot_of)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grounded(_OnPivotRows):
+    """Row i attends with the query of its pivot, to its own and the pivot's keys, reading its own values."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return interface.grounded_attention(
@@ -56,25 +73,52 @@ class Grounded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PivotQuery:
+class PivotQuery(_OnPivotRows):
     """Row i attends with the query of its pivot, to its own keys only (adapters that leave keys alone)."""
 
-    pivot_of: tuple[int, ...]
-    value_bias: Tensor | None = None
-    backend: str = "auto"
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = self.query_rows()
+        q = q[[rows.index(pivot) for pivot in self.pivot_of]]
+        return interface.attention(q, k, v, value_bias=self.value_bias, backend=self.backend)
 
-    def __post_init__(self) -> None:
-        interface.check_pivots(self.pivot_of)
+
+class PivotStore(Protocol):
+    """Where a pivot's queries and keys wait for targets of a later batch: `sampling.pivot_cache`."""
+
+    def put(self, step: int, block: int, q: Tensor, k: Tensor) -> None: ...
+
+    def get(self, step: int, block: int, device: object) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded(AttentionSpec):
+    """A grounded specification with one pivot, whose query and keys are stored on the way."""
+
+    grounded: Grounded
+    store: PivotStore
+    step: int
+
+    def query_rows(self) -> tuple[int, ...]:
+        return self.grounded.query_rows()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return interface.attention(
-            q[list(self.pivot_of)], k, v, value_bias=self.value_bias, backend=self.backend
+        pivot = self.grounded.pivot_of[0]
+        self.store.put(self.step, self.block, q, k[pivot : pivot + 1])
+        return self.grounded.for_block(self.block, self.value_bias)(q, k, v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnStored(AttentionSpec):
+    """Every row is a target, grounded on a stored pivot: no row of the batch needs a query."""
+
+    store: PivotStore
+    step: int
+
+    def query_rows(self) -> tuple[int, ...]:
+        return ()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k_pivot = self.store.get(self.step, self.block, k.device)
+        return interface.target_attention(
+            q, k_pivot, k, v, (0,) * len(k), value_bias=self.value_bias, backend=self.backend
         )
-
-
-Spec = TypeVar("Spec", bound=AttentionSpec)
-
-
-def with_value_bias(spec: Spec, value_bias: Tensor | None) -> Spec:
-    """A copy of the specification whose outputs are shifted by value_bias [B, H, D]."""
-    return dataclasses.replace(spec, value_bias=value_bias)  # type: ignore[type-var]

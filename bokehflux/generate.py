@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,6 +26,7 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.vae import AutoencoderKL, to_uint8
 from bokehflux.sampling.denoise import Grounding, denoiser
 from bokehflux.sampling.latents import LatentGrid, noise, pack, unpack
+from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import OnStep, euler
 from bokehflux.sampling.schedule import sigmas
 from bokehflux.text.encode import TextEncoders
@@ -86,6 +88,8 @@ class Pipeline:
         width: int | None = None,
         seed: int = 65578,
         on_step: OnStep | None = None,
+        max_rows: int | None = None,
+        pivot_cache: PivotCache | None = None,
     ) -> Result:
         """One picture of the prompt per bokeh level, all from the same noise, in one batch.
 
@@ -95,7 +99,10 @@ class Pipeline:
         num_inference_steps, height, width [pixels, floored to multiples of 16]: default to the model's own.
         guidance_scale: distilled guidance; true_cfg above 1 adds a pass with negative_prompt per step.
         seed: of the CPU generator; one seed, dtype and size give one picture. on_step: called with a
-            `StepInfo` after every step; its latents have the pivot, if any, in row 0.
+            `StepInfo` after every step; its latents have the pivot, if it is being made, in row 0.
+        max_rows: pictures that go through the network together; None means all. More rows cost no more work.
+        pivot_cache: an empty one keeps the pivot for later; a filled one stands in for it, so that a further
+            level of the same scene costs one row.
         Raises ValueError for arguments that contradict each other or the model.
         """
         num_steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -107,51 +114,72 @@ class Pipeline:
             self.defaults.height_px if height is None else height,
             self.defaults.width_px if width is None else width,
         )
-        grounded = num_grounded > 0 and bokeh_pivot is not None
-        levels = None if targets is None else ([bokeh_pivot] if grounded else []) + targets
-        rows = 1 if levels is None else len(levels)
+        # Everything that a picture depends on, its level apart: a pivot may be kept and used again under it.
+        scene = {
+            "prompt": prompt,
+            "bokeh_pivot": None if bokeh_pivot is None else float(bokeh_pivot),
+            "num_inference_steps": num_steps,
+            "num_grounding_steps": num_grounded,
+            "guidance_scale": guidance_scale,
+            "true_cfg": true_cfg,
+            "negative_prompt": negative_prompt,
+            "height": grid.height_px,
+            "width": grid.width_px,
+            "seed": seed,
+            "model": self.name,
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "version": __version__,
+        }
+        grounded = num_grounded > 0
+        if pivot_cache is not None and not grounded:
+            raise ValueError(
+                "pivot_cache needs a grounded run: give bokeh_pivot and at least one grounded step"
+            )
+        makes_pivot = grounded and (pivot_cache is None or pivot_cache.scene is None)
+        if pivot_cache is not None and not makes_pivot:
+            pivot_cache.check(scene)
+        levels = None if targets is None else ([bokeh_pivot] if makes_pivot else []) + list(targets)
 
-        conditioning = self.text.encode([prompt])
+        steps = sigmas(self.schedule, num_steps, grid.num_tokens)
+        grounding = Grounding(pivot_row=0 if makes_pivot else None, num_steps=num_grounded, cache=pivot_cache)
         velocity = denoiser(
             self.mmdit,
-            conditioning,
+            self.text.encode([prompt]),
             grid,
             guidance=guidance_scale,
             bokeh=None if levels is None else BokehCondition.of(levels),
-            grounding=Grounding(pivot_row=0, num_steps=num_grounded) if grounded else None,
+            grounding=grounding if grounded else None,
             true_cfg=true_cfg,
             negative=self.text.encode([negative_prompt]) if true_cfg > 1 else None,
+            sigmas=steps,
+            max_rows=max_rows,
         )
-        x = pack(noise(grid, seed, self.dtype)).to(self.device).expand(rows, -1, -1)
-        x = euler(velocity, x, sigmas(self.schedule, num_steps, grid.num_tokens), on_step)
-        pixels = [to_uint8(self.vae.decode(row)).cpu().numpy()[0] for row in unpack(x, grid).split(1)]
+        start = pack(noise(grid, seed, self.dtype)).to(self.device)
+        x = euler(velocity, start.expand(1 if levels is None else len(levels), -1, -1), steps, on_step)
+        pivot_latents = None
+        if makes_pivot:
+            pivot_latents, x = x[0], x[1:]
+            if pivot_cache is not None:
+                pivot_cache.finish(scene, pivot_latents)
+        elif pivot_cache is not None:
+            pivot_latents = pivot_cache.latents
 
-        pivot = pixels.pop(0) if grounded else None
+        pixels = [self._decode(row, grid) for row in x]
+        pivot = None if pivot_latents is None else self._decode(pivot_latents, grid)
         if pivot is not None:
             pixels = [match_lab_means(image, pivot) for image in pixels]
         return Result(
             images=[Image.fromarray(image) for image in pixels],
             pivot_image=None if pivot is None else Image.fromarray(pivot),
-            latents=x[1:] if grounded else x,
-            pivot_latents=x[0] if grounded else None,
-            settings={
-                "prompt": prompt,
-                "bokeh_targets": targets,
-                "bokeh_pivot": None if bokeh_pivot is None else float(bokeh_pivot),
-                "num_inference_steps": num_steps,
-                "num_grounding_steps": num_grounded,
-                "guidance_scale": guidance_scale,
-                "true_cfg": true_cfg,
-                "negative_prompt": negative_prompt,
-                "height": grid.height_px,
-                "width": grid.width_px,
-                "seed": seed,
-                "model": self.name,
-                "device": self.device.type,
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "version": __version__,
-            },
+            latents=x,
+            pivot_latents=pivot_latents,
+            settings={**scene, "bokeh_targets": targets},
         )
+
+    def _decode(self, latents: Tensor, grid: LatentGrid) -> np.ndarray:
+        """[L, 64] packed latents -> [H, W, 3] uint8."""
+        return to_uint8(self.vae.decode(unpack(latents[None], grid))).cpu().numpy()[0]
 
     def _check(
         self,
@@ -190,13 +218,15 @@ def load(
     model: str | Path = "nano",
     *,
     adapter: str | Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Pipeline:
-    """Load a model with its text encoders, autoencoder and, if given, a bokeh adapter.
+    """Load a model with its text encoders, autoencoder and, if given, a bokeh adapter and LoRAs.
 
     model: a folder in the official FLUX snapshot layout, or the name of a bundled model ("nano", which
         brings its adapter). adapter: an adapter folder or file; None loads plain FLUX.
+    loras: (file, strength) of each, in any of the known key families; their effects add up.
     device: None takes CUDA, then MPS, then the CPU. dtype: "bfloat16", "float32" or "float16"; None takes
         bfloat16 on a GPU and float32 on a CPU.
     Raises ValueError (`CheckpointError` for files) with everything that is wrong in one message.
@@ -206,7 +236,7 @@ def load(
 
     where = _device(device)
     kind = _dtype(dtype, where)
-    parts = load_components(model, adapter=adapter, device=where, dtype=kind)
+    parts = load_components(model, adapter=adapter, loras=loras, device=where, dtype=kind)
     return Pipeline(
         mmdit=parts.mmdit,
         text=parts.text,

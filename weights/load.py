@@ -26,6 +26,8 @@ from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 
 from .bokeh_config import read_bokeh_config
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from .lora import read_lora
+from .lora_apply import attach
 from .mapping import Entry, Shape, plan, recognise
 from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
 from .snapshot import open_snapshot
@@ -35,6 +37,8 @@ BUNDLED = ("nano",)
 """Models that come with the package, as folders beside this file."""
 ADAPTER_PREFIX = "bokeh."
 """Where MMDiT keeps its adapter."""
+LoraChoice = tuple[str | Path, float]
+"""A LoRA file (or a folder with one) and its strength."""
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -53,12 +57,14 @@ def load_components(
     model: str | Path,
     adapter: str | Path | None = None,
     *,
+    loras: Sequence[LoraChoice] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Components:
     """Every part of a model folder (`snapshot.py` says of which layouts) or of a bundled model, by its name.
 
     `adapter`: folder or file; None takes the one that the model's card names, if any.
+    `loras`: attached beside the weights of the transformer and the text encoders, where they add up.
     Raises CheckpointError or TokenizerError before the transformer, the largest part, is read.
     """
     snapshot = open_snapshot(Path(__file__).parent / model if model in BUNDLED else model)
@@ -88,9 +94,13 @@ def load_components(
         clip_tokenizer=clip_tokenizer,
         txt_length=snapshot.defaults.txt_length,
     )
+    added = [(read_lora(path, snapshot.mmdit, clip.config, t5.config), strength) for path, strength in loras]
     chosen = snapshot.adapter if adapter is None else adapter
+    mmdit = load_mmdit(snapshot.transformer, snapshot.mmdit, chosen, device=device, dtype=dtype)
+    for lora, strength in added:
+        attach({"mmdit": mmdit, "clip": clip, "t5": t5}, lora, strength)
     return Components(
-        mmdit=load_mmdit(snapshot.transformer, snapshot.mmdit, chosen, device=device, dtype=dtype),
+        mmdit=mmdit,
         text=text_encoders,
         vae=autoencoder,
         schedule=snapshot.schedule,

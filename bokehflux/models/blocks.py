@@ -5,11 +5,11 @@ B rows, N image tokens, T text tokens, L = T + N joint tokens, E width, H heads,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from bokehflux.attention import AttentionSpec
@@ -54,6 +54,16 @@ class AttentionCall(nn.Module):
         return spec(q, k, v)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockTerms:
+    """What a block computes beside its own weights: its attention, and what the bokeh adapter adds."""
+
+    spec: AttentionSpec
+    adapter: BlockAdapter | None = None
+    lora_scale: float = 1.0
+    """Strength of the adapter's query and key updates."""
+
+
 class StreamAttention(nn.Module):
     """One stream's projections around joint attention."""
 
@@ -64,21 +74,39 @@ class StreamAttention(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def project(self, x: Tensor, adapter: BlockAdapter | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, E] -> normalised q, k and plain v, each [B, L, H, D]."""
-        return project_heads(self.qkv(x), self.norm, self.num_heads, adapter, scale)
+    def project(self, x: Tensor, terms: BlockTerms) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, E] -> q of the spec's query rows, k and v, each [B, L, H, D]; q and k normalised."""
+        q, k, v, _ = project_heads(self.qkv, x, self.norm, self.num_heads, terms)
+        return q, k, v
 
 
 def project_heads(
-    qkv: Tensor, norm: QKNorm, num_heads: int, adapter: BlockAdapter | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Split qkv [B, L, 3E], add the adapter's updates to q and k, split heads, normalise q and k."""
-    q, k, v = qkv.chunk(3, dim=-1)
-    if adapter is not None:
-        q, k = adapter.update(q, k, scale)
-    q, k, v = (rearrange(t, "b l (h d) -> b l h d", h=num_heads) for t in (q, k, v))
-    q, k = norm(q, k)
-    return q, k, v
+    linear: Linear, x: Tensor, norm: QKNorm, num_heads: int, terms: BlockTerms
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values of x [B, L, E] in heads, and what else the fused projection holds [B, L, *].
+
+    Queries are computed for the rows that the attention asks for, no others. The adapter acts on projected
+    queries and keys, before their norms.
+    """
+    width, end = x.shape[-1], linear.out_features
+    rows = terms.spec.query_rows()
+    if rows is None or len(rows) == len(x):
+        q, k, v, rest = linear(x).split([width, width, width, end - 3 * width], dim=-1)
+    else:
+        q = linear.columns(take_rows(x, rows), 0, width)
+        k, v, rest = linear.columns(x, width, end).split([width, width, end - 3 * width], dim=-1)
+    if terms.adapter is not None:
+        q, k = terms.adapter.update_q(q, terms.lora_scale), terms.adapter.update_k(k, terms.lora_scale)
+    q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))
+    return norm.query_norm(q), norm.key_norm(k), v, rest
+
+
+def take_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Rows of a batch; a view where they are one run."""
+    if not rows:
+        return x[:0]
+    first = rows[0]
+    return x[first : first + len(rows)] if rows[-1] - first + 1 == len(rows) else x[list(rows)]
 
 
 def mlp(config: MMDiTConfig) -> nn.Sequential:
@@ -87,6 +115,15 @@ def mlp(config: MMDiTConfig) -> nn.Sequential:
         nn.GELU(approximate="tanh"),
         Linear(config.mlp_size, config.hidden_size),
     )
+
+
+class DoubleModulation(NamedTuple):
+    """Modulation of a double block: attention and MLP of each stream."""
+
+    img_attn: ModulationOut
+    img_mlp: ModulationOut
+    txt_attn: ModulationOut
+    txt_mlp: ModulationOut
 
 
 class DoubleStreamBlock(nn.Module):
@@ -102,31 +139,27 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(config)
         self.attention = AttentionCall()
 
+    def modulation_of(self, vec: Tensor) -> DoubleModulation:
+        """[B, E] -> the vectors of this block; they depend on prompt, guidance and noise level only."""
+        return DoubleModulation(*self.img_mod(vec), *self.txt_mod(vec))
+
     def forward(
-        self,
-        img: Tensor,
-        txt: Tensor,
-        vec: Tensor,
-        rope: RopeTable,
-        spec: AttentionSpec,
-        adapter: BlockAdapter | None = None,
-        lora_scale: float = 1.0,
+        self, img: Tensor, txt: Tensor, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
     ) -> tuple[Tensor, Tensor]:
-        """img [B, N, E], txt [B, T, E], vec [B, E] -> (img, txt)."""
-        img_mod1, img_mod2 = self.img_mod(vec)
-        txt_mod1, txt_mod2 = self.txt_mod(vec)
-        img_q, img_k, img_v = self.img_attn.project(modulate(img, img_mod1), adapter, lora_scale)
-        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(txt, txt_mod1), None, lora_scale)
+        """img [B, N, E], txt [B, T, E] -> (img, txt)."""
+        img_q, img_k, img_v = self.img_attn.project(modulate(img, mod.img_attn), terms)
+        txt_terms = BlockTerms(spec=terms.spec)
+        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(txt, mod.txt_attn), txt_terms)
 
         q = apply_rope(torch.cat([txt_q, img_q], dim=1), rope)
         k = apply_rope(torch.cat([txt_k, img_k], dim=1), rope)
-        joint = self.attention(spec, q, k, torch.cat([txt_v, img_v], dim=1)).flatten(2)
+        joint = self.attention(terms.spec, q, k, torch.cat([txt_v, img_v], dim=1)).flatten(2)
         txt_out, img_out = joint.split([txt.shape[1], img.shape[1]], dim=1)
 
-        img = img + img_mod1.gate * self.img_attn.proj(img_out)
-        img = img + img_mod2.gate * self.img_mlp(modulate(img, img_mod2))
-        txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_out)
-        txt = txt + txt_mod2.gate * self.txt_mlp(modulate(txt, txt_mod2))
+        img = img + mod.img_attn.gate * self.img_attn.proj(img_out)
+        img = img + mod.img_mlp.gate * self.img_mlp(modulate(img, mod.img_mlp))
+        txt = txt + mod.txt_attn.gate * self.txt_attn.proj(txt_out)
+        txt = txt + mod.txt_mlp.gate * self.txt_mlp(modulate(txt, mod.txt_mlp))
         return img, txt
 
 
@@ -136,27 +169,20 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.split = [3 * config.hidden_size, config.mlp_size]
         self.modulation = Modulation(config.hidden_size, 1)
-        self.linear1 = Linear(config.hidden_size, sum(self.split))
+        self.linear1 = Linear(config.hidden_size, 3 * config.hidden_size + config.mlp_size)
         self.norm = QKNorm(config.head_dim)
         self.linear2 = Linear(config.hidden_size + config.mlp_size, config.hidden_size)
         self.attention = AttentionCall()
 
-    def forward(
-        self,
-        x: Tensor,
-        vec: Tensor,
-        rope: RopeTable,
-        spec: AttentionSpec,
-        adapter: BlockAdapter | None = None,
-        lora_scale: float = 1.0,
-    ) -> Tensor:
-        """x [B, L, E], vec [B, E] -> [B, L, E]."""
-        (mod,) = self.modulation(vec)
-        qkv, hidden = self.linear1(modulate(x, mod)).split(self.split, dim=-1)
-        q, k, v = project_heads(qkv, self.norm, self.num_heads, adapter, lora_scale)
-        joint = self.attention(spec, apply_rope(q, rope), apply_rope(k, rope), v).flatten(2)
+    def modulation_of(self, vec: Tensor) -> ModulationOut:
+        """[B, E] -> the vectors of this block; they depend on prompt, guidance and noise level only."""
+        return self.modulation(vec)[0]
+
+    def forward(self, x: Tensor, mod: ModulationOut, rope: RopeTable, terms: BlockTerms) -> Tensor:
+        """x [B, L, E] -> [B, L, E]."""
+        q, k, v, hidden = project_heads(self.linear1, modulate(x, mod), self.norm, self.num_heads, terms)
+        joint = self.attention(terms.spec, apply_rope(q, rope), apply_rope(k, rope), v).flatten(2)
         return x + mod.gate * self.linear2(torch.cat([joint, F.gelu(hidden, approximate="tanh")], dim=-1))
 
 
@@ -168,6 +194,11 @@ class FinalLayer(nn.Module):
         self.linear = Linear(config.hidden_size, config.in_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.hidden_size, 2 * config.hidden_size))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+    def modulation_of(self, vec: Tensor) -> ModulationOut:
+        """[B, E] -> shift and scale; there is no residual to gate, the gate is one."""
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(x, ModulationOut(shift, scale, scale)))
+        return ModulationOut(shift, scale, torch.ones_like(scale))
+
+    def forward(self, x: Tensor, mod: ModulationOut) -> Tensor:
+        """x [B, N, E] -> [B, N, C]."""
+        return self.linear(modulate(x, mod))

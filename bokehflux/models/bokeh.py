@@ -46,6 +46,10 @@ class BokehCondition:
         scaled = torch.where(self.levels.isnan(), NULL_INPUT, self.levels / MAX_LEVEL)
         return scaled.to(dtype).to(device)
 
+    def rows(self, rows: slice) -> BokehCondition:
+        """That of some rows of the batch."""
+        return dataclasses.replace(self, levels=self.levels[rows])
+
     def null(self) -> BokehCondition:
         """The same strengths with every level dropped."""
         return dataclasses.replace(self, levels=torch.full_like(self.levels, math.nan))
@@ -82,13 +86,13 @@ class BlockAdapter(nn.Module):
         self.to_q_adp = LowRank(hidden_size, hidden_size, config.rank, scale) if config.adapt_q else None
         self.to_k_adp = LowRank(hidden_size, hidden_size, config.rank, scale) if config.adapt_k else None
 
-    def update(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Projected q, k [B, L, E], before their norms -> q + scale * lowrank(q), k + scale * lowrank(k)."""
-        if self.to_q_adp is not None:
-            q = q + scale * self.to_q_adp(q)
-        if self.to_k_adp is not None:
-            k = k + scale * self.to_k_adp(k)
-        return q, k
+    def update_q(self, q: Tensor, scale: float) -> Tensor:
+        """Projected queries [B, L, E], before their norm -> q + scale * lowrank(q)."""
+        return q if self.to_q_adp is None else q + scale * self.to_q_adp(q)
+
+    def update_k(self, k: Tensor, scale: float) -> Tensor:
+        """Projected keys [B, L, E], before their norm -> k + scale * lowrank(k)."""
+        return k if self.to_k_adp is None else k + scale * self.to_k_adp(k)
 
 
 class BokehAdapter(nn.Module):

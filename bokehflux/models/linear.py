@@ -27,9 +27,16 @@ class LowRankTerm:
     first: int = 0
     """Where in the layer's output it acts: fused projections hold several of a LoRA's targets."""
 
-    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        term = self.strength * F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        return out + F.pad(term, (self.first, out.shape[-1] - self.first - term.shape[-1]))
+    def add_to(self, out: Tensor, x: Tensor, start: int = 0) -> Tensor:
+        """`out` (the layer's columns from `start` on) plus what of the term falls on them."""
+        skip = max(0, start - self.first)
+        at = max(0, self.first - start)
+        width = min(len(self.up) - skip, out.shape[-1] - at)
+        if width <= 0:
+            return out
+        up = self.up[skip : skip + width]
+        term = self.strength * F.linear(F.linear(x, self.down.to(x.dtype)), up.to(x.dtype))
+        return out + F.pad(term, (at, out.shape[-1] - at - width))
 
 
 class Linear(nn.Linear):
@@ -53,7 +60,15 @@ class Linear(nn.Linear):
         return self.weight.to(dtype) if self.dequantize is None else self.dequantize(self.weight, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight if self.is_dense else self.dense(x.dtype), self.bias)
+        return self.columns(x, 0, self.out_features)
+
+    def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Output columns start ... stop alone, at their share of the cost: parts of a fused projection."""
+        weight = self.weight if self.is_dense else self.dense(x.dtype)
+        bias = self.bias
+        if (start, stop) != (0, self.out_features):
+            weight, bias = weight[start:stop], bias[start:stop] if bias is not None else None
+        out = F.linear(x, weight, bias)
         for term in self.terms:
-            out = term.add_to(out, x)
+            out = term.add_to(out, x, start)
         return out

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from bokehflux.attention import AttentionSpec, Plain, with_value_bias
+from bokehflux.attention import AttentionSpec, Plain
 from bokehflux.configs import BokehConfig, MMDiTConfig
-from bokehflux.models.blocks import DoubleStreamBlock, FinalLayer, SingleStreamBlock
-from bokehflux.models.bokeh import BlockAdapter, BokehAdapter, BokehCondition
+from bokehflux.models.blocks import (
+    BlockTerms,
+    DoubleModulation,
+    DoubleStreamBlock,
+    FinalLayer,
+    ModulationOut,
+    SingleStreamBlock,
+)
+from bokehflux.models.bokeh import BokehAdapter, BokehCondition
 from bokehflux.models.embeddings import SINUSOID_DIM, MLPEmbedder, RopeTable, sinusoid
 from bokehflux.models.linear import Linear
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Modulations:
+    """Every shift, scale and gate of one network evaluation, each [B, 1, E], or [1, 1, E] for all rows."""
+
+    double: tuple[DoubleModulation, ...]
+    single: tuple[ModulationOut, ...]
+    final: ModulationOut
+
+    def row(self, i: int) -> Modulations:
+        """Those of one row, shapes kept."""
+
+        def pick(mod: ModulationOut) -> ModulationOut:
+            return ModulationOut(*(t[i : i + 1] for t in mod))
+
+        return Modulations(
+            double=tuple(DoubleModulation(*map(pick, mods)) for mods in self.double),
+            single=tuple(map(pick, self.single)),
+            final=pick(self.final),
+        )
 
 
 class MMDiT(nn.Module):
@@ -42,15 +72,6 @@ class MMDiT(nn.Module):
     def device(self) -> torch.device:
         return self.img_in.weight.device
 
-    def condition(self, pooled: Tensor, sigma: Tensor, guidance: Tensor | None) -> Tensor:
-        """pooled [B, P], sigma [B] in 0-1, guidance [B] -> the vector [B, E] that drives every modulation."""
-        vec = self.time_in(sinusoid(sigma.to(self.dtype)).to(self.dtype))
-        if self.guidance_in is not None:
-            if guidance is None:
-                raise ValueError("this model is guidance-distilled: guidance [B] is required")
-            vec = vec + self.guidance_in(sinusoid(guidance.to(self.dtype)).to(self.dtype))
-        return vec + self.vector_in(pooled)
-
     def forward(
         self,
         img: Tensor,
@@ -71,33 +92,58 @@ class MMDiT(nn.Module):
         plainly whatever the specification (as published). Returns [B, N, 64].
         Raises ValueError for levels without an adapter or a missing guidance.
         """
+        return self.velocity(img, txt, self.modulations(pooled, sigma, guidance), rope, attention, bokeh)
+
+    def modulations(self, pooled: Tensor, sigma: Tensor, guidance: Tensor | None) -> Modulations:
+        """Shifts, scales and gates for pooled [B, P], sigma [B] and guidance [B].
+
+        They depend on nothing else: a run computes them once a step for all its rows, or once for all steps.
+        """
+        vec = self.time_in(sinusoid(sigma.to(self.dtype)).to(self.dtype))
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise ValueError("this model is guidance-distilled: guidance [B] is required")
+            vec = vec + self.guidance_in(sinusoid(guidance.to(self.dtype)).to(self.dtype))
+        vec = vec + self.vector_in(pooled)
+        return Modulations(
+            double=tuple(block.modulation_of(vec) for block in self.double_blocks),
+            single=tuple(block.modulation_of(vec) for block in self.single_blocks),
+            final=self.final_layer.modulation_of(vec),
+        )
+
+    def velocity(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        mods: Modulations,
+        rope: RopeTable,
+        attention: AttentionSpec | None = None,
+        bokeh: BokehCondition | None = None,
+    ) -> Tensor:
+        """`forward` with its modulations already computed."""
         if bokeh is not None and self.bokeh is None:
             raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
-        spec = attention if attention is not None else Plain()
-        parts = self._block_terms(spec, bokeh)
-
-        vec = self.condition(pooled, sigma, guidance)
+        terms = self._block_terms(attention if attention is not None else Plain(), bokeh)
         img, txt = self.img_in(img), self.txt_in(txt)
-        for block, part in zip(self.double_blocks, parts[: len(self.double_blocks)], strict=True):
-            img, txt = block(img, txt, vec, rope, *part)
+        for block, mod, term in zip(self.double_blocks, mods.double, terms, strict=False):
+            img, txt = block(img, txt, mod, rope, term)
         x = torch.cat([txt, img], dim=1)
-        for block, part in zip(self.single_blocks, parts[len(self.double_blocks) :], strict=True):
-            x = block(x, vec, rope, *part)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        for block, mod, term in zip(self.single_blocks, mods.single, terms[len(mods.double) :], strict=True):
+            x = block(x, mod, rope, term)
+        return self.final_layer(x[:, txt.shape[1] :], mods.final)
 
-    def _block_terms(
-        self, spec: AttentionSpec, bokeh: BokehCondition | None
-    ) -> list[tuple[AttentionSpec, BlockAdapter | None, float]]:
-        """For every block: its attention specification, its adapter, and the strength of the latter."""
+    def _block_terms(self, spec: AttentionSpec, bokeh: BokehCondition | None) -> list[BlockTerms]:
+        """For every block: its attention, and what the adapter adds to it."""
         if bokeh is None or self.bokeh is None:
-            return [(spec, None, 1.0)] * self.config.num_blocks
+            return [BlockTerms(spec=spec.for_block(i, None)) for i in range(self.config.num_blocks)]
         config = self.bokeh.config
         bokeh_scale = config.bokeh_scale if bokeh.bokeh_scale is None else bokeh.bokeh_scale
         lora_scale = config.lora_scale if bokeh.lora_scale is None else bokeh.lora_scale
         values = self.bokeh.values(bokeh.model_input(self.device, self.dtype), bokeh_scale)
-        terms: list[tuple[AttentionSpec, BlockAdapter | None, float]] = [
-            (Plain(), None, 1.0)
-        ] * self.config.num_blocks
+        plain = Plain(backend=spec.backend)
+        terms = [BlockTerms(spec=plain.for_block(i, None)) for i in range(self.config.num_blocks)]
         for i, value in values.items():
-            terms[i] = (with_value_bias(spec, value), self.bokeh.block(i), lora_scale)
+            terms[i] = BlockTerms(
+                spec=spec.for_block(i, value), adapter=self.bokeh.block(i), lora_scale=lora_scale
+            )
         return terms

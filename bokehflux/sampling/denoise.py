@@ -1,79 +1,141 @@
-"""The velocity of a run: the network, its conditioning, true CFG and grounding, as one callable."""
+"""The velocity of a run: the network, its conditioning, true CFG and grounding, as one callable.
+
+All rows of a run share prompt, guidance and noise level, so their modulations are computed once, for every
+step at once; and a target is grounded on a pivot that may be in its batch, in an earlier batch of the same
+step, or in a `PivotCache` from an earlier run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bokehflux.attention import AttentionSpec, Grounded, PivotQuery, Plain
+from bokehflux.attention import AttentionSpec, Grounded, OnStored, PivotQuery, Plain, Recorded
 from bokehflux.models.bokeh import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
-from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.mmdit import MMDiT, Modulations
 from bokehflux.sampling.latents import LatentGrid, position_ids
+from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.types import Conditioning
 
 AttentionAt = Callable[[int, int], AttentionSpec]
-"""(rows, step) -> what the joint attentions of that step compute."""
+"""(rows, step) -> what the joint attentions of that step compute, for a batch that is not split."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grounding:
     """Which row anchors the scene, and for how long."""
 
-    pivot_row: int
+    pivot_row: int | None
+    """None: the pivot is not in the batch but in `cache`."""
     num_steps: int
     """Grounded steps, counted from the first."""
+    cache: PivotCache | None = None
+    """Filled when the pivot is in the batch, read when it is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guide:
+    """One prompt's pass through the network: its text and its modulations."""
+
+    mmdit: MMDiT
+    conditioning: Conditioning
+    guidance: float
+    """Distilled guidance, an input of the network."""
+    known: dict[float, Modulations]
+    """By noise level: those of a run's steps, computed at once."""
+
+    def modulations(self, sigma: Tensor) -> Modulations:
+        """At one noise level, each [1, 1, E]; any level outside the table is computed now."""
+        found = self.known.get(float(sigma))
+        return found if found is not None else self.table(sigma[None])[float(sigma)]
+
+    def table(self, sigmas: Tensor) -> dict[float, Modulations]:
+        """[S] noise levels -> their modulations. 2 MB a level for FLUX in bfloat16."""
+        count, device, dtype = len(sigmas), self.mmdit.device, self.mmdit.dtype
+        mods = self.mmdit.modulations(
+            self.conditioning.pooled.expand(count, -1),
+            model_sigma(sigmas, dtype).to(device),
+            torch.full((count,), self.guidance, device=device),
+        )
+        return {float(sigma): mods.row(i) for i, sigma in enumerate(sigmas)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Denoiser:
     """velocity(x, sigma, step) for a batch of rows that share prompt and size; built by `denoiser`."""
 
-    mmdit: MMDiT
-    conditioning: Conditioning
+    positive: Guide
     rope: RopeTable
-    guidance: float
-    """Distilled guidance, an input of the network."""
     bokeh: BokehCondition | None
-    attention: AttentionAt
+    grounding: Grounding | None
+    attention: AttentionAt | None
+    """A specification of the caller's own in place of `grounding`."""
     true_cfg: float
     """Above 1: classifier-free guidance against `negative`, at twice the cost."""
-    negative: Conditioning | None
+    negative: Guide | None
+    max_rows: int | None
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: Tensor, step: int) -> Tensor:
         """x [B, N, 64] -> velocity [B, N, 64]. The negative pass: no level, guidance 1, plain attention."""
-        spec = self.attention(len(x), step)
-        v = self._predict(x, sigma, self.conditioning, self.guidance, self.bokeh, spec)
+        v = self._predict(self.positive, x, sigma, self.bokeh, self.batches(len(x), step))
         if self.true_cfg > 1 and self.negative is not None:
             null = self.bokeh.null() if self.bokeh is not None else None
-            v_neg = self._predict(x, sigma, self.negative, 1.0, null, Plain())
+            plain = ((rows, Plain()) for rows in self._slices(len(x)))
+            v_neg = self._predict(self.negative, x, sigma, null, plain)
             v = v_neg + self.true_cfg * (v - v_neg)
         return v
 
     def _predict(
         self,
+        guide: Guide,
         x: Tensor,
         sigma: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
         bokeh: BokehCondition | None,
-        spec: AttentionSpec,
+        parts: Iterator[tuple[slice, AttentionSpec]],
     ) -> Tensor:
-        rows = len(x)
-        return self.mmdit(
-            x,
-            conditioning.txt.expand(rows, -1, -1),
-            conditioning.pooled.expand(rows, -1),
-            model_sigma(sigma, x.dtype).to(x.device).expand(rows),
-            torch.full((rows,), guidance, device=x.device),
-            self.rope,
-            spec,
-            bokeh,
-        )
+        mods = guide.modulations(sigma)
+        out = []
+        for rows, spec in parts:
+            part = x[rows]
+            txt = guide.conditioning.txt.expand(len(part), -1, -1)
+            condition = bokeh.rows(rows) if bokeh is not None else None
+            out.append(guide.mmdit.velocity(part, txt, mods, self.rope, spec, condition))
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def batches(self, rows: int, step: int) -> Iterator[tuple[slice, AttentionSpec]]:
+        """The batches of a step and their attention; the pivot's comes first, the others read its keys."""
+        if self.attention is not None:
+            yield slice(0, rows), self.attention(rows, step)
+            return
+        grounding = self.grounding
+        if grounding is None or step >= grounding.num_steps:
+            for part in self._slices(rows):
+                yield part, Plain()
+            return
+        adapter = self.positive.mmdit.bokeh
+        parts = list(self._slices(rows))
+        store = grounding.cache if grounding.cache is not None else PivotCache()
+        if grounding.pivot_row is not None:
+            first, *parts = parts
+            pivot_of = (grounding.pivot_row,) * len(range(rows)[first])
+            if adapter is not None and not adapter.config.adapt_k:
+                yield first, PivotQuery(pivot_of=pivot_of)
+            elif parts or grounding.cache is not None:
+                yield first, Recorded(grounded=Grounded(pivot_of=pivot_of), store=store, step=step)
+            else:
+                yield first, Grounded(pivot_of=pivot_of)
+        for part in parts:
+            yield part, OnStored(store=store, step=step)
+
+    def _slices(self, rows: int) -> Iterator[slice]:
+        size = rows if self.max_rows is None else self.max_rows
+        for start in range(0, rows, size):
+            yield slice(start, min(start + size, rows))
 
 
 def model_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,19 +144,6 @@ def model_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     In bfloat16 this keeps about three digits of the timestep; another rounding is another picture.
     """
     return (sigma * 1000).to(dtype) / 1000
-
-
-def grounded_attention_at(mmdit: MMDiT, grounding: Grounding | None) -> AttentionAt:
-    """The published choice: grounded for the first steps, then plain; without grounding always plain."""
-    shares_keys = mmdit.bokeh is None or mmdit.bokeh.config.adapt_k
-
-    def attention_at(rows: int, step: int) -> AttentionSpec:
-        if grounding is None or step >= grounding.num_steps:
-            return Plain()
-        pivot_of = (grounding.pivot_row,) * rows
-        return Grounded(pivot_of=pivot_of) if shares_keys else PivotQuery(pivot_of=pivot_of)
-
-    return attention_at
 
 
 def denoiser(
@@ -108,24 +157,58 @@ def denoiser(
     attention: AttentionAt | None = None,
     true_cfg: float = 1.0,
     negative: Conditioning | None = None,
+    sigmas: Tensor | None = None,
+    max_rows: int | None = None,
 ) -> Denoiser:
     """A `Denoiser` for one prompt (conditioning of one row, shared by every row of the batch) and size.
 
-    attention: a specification of your own for every step, in place of `grounding`.
-    Raises ValueError for true CFG without a negative conditioning, and for both grounding and attention.
+    attention: a specification of your own for every step, in place of `grounding`. sigmas: the noise levels
+    of the run, whose modulations are computed now, all at once. max_rows: rows that go through the network
+    together; more are split into batches that share the pivot's queries and keys, so that N targets cost
+    N + 1 rows in any case (the pivot must then be row 0).
+    Raises ValueError for true CFG without a negative conditioning, for both grounding and attention, and for
+    a split that these rules forbid.
     """
     if true_cfg > 1 and negative is None:
         raise ValueError("true_cfg above 1 needs a negative conditioning")
     if attention is not None and grounding is not None:
         raise ValueError("grounding chooses the attention of every step: give it or attention, not both")
+    _check_split(mmdit, grounding, attention, max_rows)
     ids = position_ids(grid, conditioning.txt.shape[1], mmdit.device)
     return Denoiser(
-        mmdit=mmdit,
-        conditioning=conditioning,
+        positive=_guide(mmdit, conditioning, guidance, sigmas),
         rope=rope_table(ids, mmdit.config.axes_dim, mmdit.config.theta),
-        guidance=guidance,
         bokeh=bokeh,
-        attention=attention or grounded_attention_at(mmdit, grounding),
+        grounding=grounding,
+        attention=attention,
         true_cfg=true_cfg,
-        negative=negative,
+        negative=_guide(mmdit, negative, 1.0, sigmas) if true_cfg > 1 and negative is not None else None,
+        max_rows=max_rows,
     )
+
+
+@torch.inference_mode()
+def _guide(mmdit: MMDiT, conditioning: Conditioning, guidance: float, sigmas: Tensor | None) -> Guide:
+    known: dict[float, Modulations] = {}
+    guide = Guide(mmdit=mmdit, conditioning=conditioning, guidance=guidance, known=known)
+    if sigmas is not None:
+        known.update(guide.table(sigmas[sigmas > 0]))
+    return guide
+
+
+def _check_split(
+    mmdit: MMDiT, grounding: Grounding | None, attention: AttentionAt | None, max_rows: int | None
+) -> None:
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    if max_rows is not None and attention is not None:
+        raise ValueError("max_rows cannot split a batch whose attention is the caller's own")
+    if grounding is None:
+        return
+    if grounding.pivot_row is None and grounding.cache is None:
+        raise ValueError("grounding needs its pivot: a row of the batch, or a filled cache")
+    splits = max_rows is not None or grounding.cache is not None
+    if splits and grounding.pivot_row not in (0, None):
+        raise ValueError(f"a split or cached batch has its pivot in row 0, got row {grounding.pivot_row}")
+    if splits and mmdit.bokeh is not None and not mmdit.bokeh.config.adapt_k:
+        raise ValueError("max_rows and a pivot cache need an adapter that updates keys (unfreeze_k)")

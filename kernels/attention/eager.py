@@ -24,39 +24,48 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = No
     return _add_bias(out, value_bias)
 
 
+def target_attention(
+    q: Tensor,
+    k_pivot: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pivot_index: Sequence[int],
+    *,
+    value_bias: Tensor | None = None,
+) -> Tensor:
+    """Shapes and meaning as `reference.target_attention`."""
+    q, k_pivot = take_rows(q, pivot_index), take_rows(k_pivot, pivot_index)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_pivot, k, v)):
+        # cuDNN's backward fails where keys and queries differ in length (torch 2.11, H200).
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            out = attention(q, torch.cat([k, k_pivot], dim=1), torch.cat([v, v], dim=1))
+    else:
+        own, own_lse = attention_with_lse(q, k, v)
+        other, other_lse = attention_with_lse(q, k_pivot, v)
+        share = torch.sigmoid(other_lse - own_lse)[..., None]
+        out = torch.lerp(own.to(share.dtype), other.to(share.dtype), share).to(q.dtype)
+    return _add_bias(out, value_bias)
+
+
 def grounded_attention(
     q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int], *, value_bias: Tensor | None = None
 ) -> Tensor:
     """Shapes and meaning as `reference.grounded_attention`."""
+    pivots = sorted(set(pivot_of))
     targets = [row for row, pivot in enumerate(pivot_of) if row != pivot]
-    pivots = [row for row, pivot in enumerate(pivot_of) if row == pivot]
+    k_pivot = take_rows(k, pivots)
+    plain = attention(q, k_pivot, take_rows(v, pivots))
     if not targets:
-        return attention(q, k, v, value_bias=value_bias)
-    plain = attention(take_rows(q, pivots), take_rows(k, pivots), take_rows(v, pivots))
-
-    of_target = [pivot_of[row] for row in targets]
-    q_pivot, k_pivot = take_rows(q, of_target), take_rows(k, of_target)
-    k_target, v_target = take_rows(k, targets), take_rows(v, targets)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        # cuDNN's backward fails where keys and queries differ in length (torch 2.11, H200).
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            grounded = attention(
-                q_pivot, torch.cat([k_target, k_pivot], dim=1), torch.cat([v_target, v_target], dim=1)
-            )
-    else:
-        own, own_lse = attention_with_lse(q_pivot, k_target, v_target)
-        other, other_lse = attention_with_lse(q_pivot, k_pivot, v_target)
-        grounded = torch.lerp(own.float(), other.float(), torch.sigmoid(other_lse - own_lse)[..., None]).to(
-            q.dtype
-        )
-
+        return _add_bias(plain, value_bias)
+    index = [pivots.index(pivot_of[row]) for row in targets]
+    grounded = target_attention(q, k_pivot, take_rows(k, targets), take_rows(v, targets), index)
     order = pivots + targets
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return _add_bias(take_rows(torch.cat([plain, grounded]), inverse), value_bias)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return _add_bias(take_rows(torch.cat([plain, grounded]), back), value_bias)
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention [B, L, H, D] and the log-sum-exp of its scaled scores [B, L, H] in float32. No gradients."""
+    """Attention [B, L, H, D] and the log-sum-exp of its scaled scores [B, L, H]. No gradients."""
     args = [t.transpose(1, 2) for t in (q, k, v)]
     if q.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)
@@ -68,7 +77,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
         scores = args[0] @ args[1].mT * q.shape[-1] ** -0.5
         out, lse = scores.softmax(dim=-1) @ args[2], scores.float().logsumexp(dim=-1)
     # Some kernels pad the log-sum-exp to a multiple of their tile.
-    return out.transpose(1, 2), lse.reshape(*args[0].shape[:2], -1)[..., : q.shape[1]].transpose(1, 2).float()
+    return out.transpose(1, 2), lse.reshape(*args[0].shape[:2], -1)[..., : q.shape[1]].transpose(1, 2)
 
 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:

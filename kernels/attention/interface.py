@@ -34,6 +34,31 @@ def attention(
     return _module(backend, q.device.type).attention(q, k, v, value_bias=value_bias)
 
 
+def target_attention(
+    q: Tensor,
+    k_pivot: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pivot_index: Sequence[int],
+    *,
+    value_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Targets on pivots outside the batch: target n uses query and further keys of pivot pivot_index[n].
+
+    q, k_pivot [P, L, H, D]; k, v [N, L, H, D]; pivot_index: N numbers below P; value_bias [N, H, D].
+    Returns [N, L, H, D]. The mathematics is `reference.target_attention`; errors as `attention`.
+    """
+    _check(k, k, v, value_bias)
+    _check(q, k_pivot, k_pivot, None)
+    if q.shape[1:] != k.shape[1:]:
+        raise ValueError(f"pivot and targets differ in [L, H, D]: {tuple(q.shape[1:])}, {tuple(k.shape[1:])}")
+    if len(pivot_index) != k.shape[0] or not all(0 <= p < q.shape[0] for p in pivot_index):
+        raise ValueError(f"expected {k.shape[0]} pivots below {q.shape[0]}, got {tuple(pivot_index)}")
+    module = _module(backend, q.device.type)
+    return module.target_attention(q, k_pivot, k, v, pivot_index, value_bias=value_bias)
+
+
 def grounded_attention(
     q: Tensor,
     k: Tensor,
@@ -43,15 +68,21 @@ def grounded_attention(
     value_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Pivot-grounded attention: row i uses the query and the further keys of row pivot_of[i].
+    """Pivots and targets in one batch: row i uses query and further keys of row pivot_of[i].
 
-    pivot_of: B row numbers; a pivot names itself. Other arguments and errors as `attention`; the mathematics
-    is `reference.grounded_attention`.
+    q [P, L, H, D]: the pivots' queries alone, in row order; k, v [B, L, H, D]; pivot_of: B row numbers, a
+    pivot names itself. Other arguments and errors as `attention`; the mathematics is
+    `reference.grounded_attention`.
     """
-    _check(q, k, v, value_bias)
+    _check(k, k, v, value_bias)
     check_pivots(pivot_of)
-    if len(pivot_of) != q.shape[0]:
-        raise ValueError(f"pivot_of names {len(pivot_of)} rows, but q has {q.shape[0]}")
+    if len(pivot_of) != k.shape[0]:
+        raise ValueError(f"pivot_of names {len(pivot_of)} rows, but k has {k.shape[0]}")
+    if q.shape != (len(set(pivot_of)), *k.shape[1:]):
+        raise ValueError(
+            f"expected the queries of the {len(set(pivot_of))} pivots alone, for k {tuple(k.shape)}; "
+            f"got q {tuple(q.shape)}"
+        )
     return _module(backend, q.device.type).grounded_attention(q, k, v, pivot_of, value_bias=value_bias)
 
 

@@ -1,7 +1,7 @@
 """The definition: joint attention and pivot-grounded attention, written out in float32.
 
 Slow, obvious and differentiable; every other form is measured against it. Shapes: B rows, L joint tokens,
-H heads, D head dim.
+H heads, D head dim; P pivots (rows that name themselves), N targets.
 """
 
 from __future__ import annotations
@@ -26,14 +26,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = No
     return out.to(q.dtype)
 
 
+def target_attention(
+    q: Tensor,
+    k_pivot: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pivot_index: Sequence[int],
+    *,
+    value_bias: Tensor | None = None,
+) -> Tensor:
+    """Targets grounded on pivots that need not be in the batch (Bokeh Diffusion, in its published form).
+
+    Target n looks with the query of pivot p = pivot_index[n], at its own keys and the pivot's, and reads its
+    own values for both: softmax(Q_p [K_n; K_p]^T / sqrt(D)) [V_n; V_n] + value_bias_n.
+    q, k_pivot [P, L, H, D]; k, v [N, L, H, D]; value_bias [N, H, D]. Returns [N, L, H, D].
+    """
+    index = list(pivot_index)
+    keys = torch.cat([k, k_pivot[index]], dim=1)
+    return attention(q[index], keys, torch.cat([v, v], dim=1), value_bias=value_bias)
+
+
 def grounded_attention(
     q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int], *, value_bias: Tensor | None = None
 ) -> Tensor:
-    """Pivot-grounded attention (Bokeh Diffusion, "grounded self-attention"), in its published form.
+    """Pivots and targets in one batch: row i is grounded on row pivot_of[i]; a pivot names itself.
 
-    Row i looks with the query of row pivot_of[i], at its own keys and that row's keys, and reads its own
-    values for both: softmax(Q_p [K_i; K_p]^T / sqrt(D)) [V_i; V_i] + value_bias_i. A row that is its own
-    pivot comes out as plain attention would give it.
+    q [P, L, H, D]: the queries of the pivots alone, in row order (no target's is ever used). k, v
+    [B, L, H, D]; value_bias [B, H, D]. Every row is computed as a target, pivots on themselves: a doubled,
+    identical set of keys leaves a softmax unchanged, so a pivot comes out as plain attention would give it.
     """
-    rows = list(pivot_of)
-    return attention(q[rows], torch.cat([k, k[rows]], dim=1), torch.cat([v, v], dim=1), value_bias=value_bias)
+    pivots = sorted(set(pivot_of))
+    return target_attention(q, k[pivots], k, v, [pivots.index(p) for p in pivot_of], value_bias=value_bias)

@@ -96,7 +96,7 @@ def run(models: dict, case: dict, levels: list[float]) -> tuple[Tensor, list[Ten
     rows = len(velocity.bokeh.levels)
     x = pack(noise(grid, case["seed"], torch.float32)).expand(rows, -1, -1)
     schedule = sigmas(models["schedule"], case["num_inference_steps"], grid.num_tokens)
-    with models["mmdit"].register_forward_hook(lambda *args: predictions.append(args[-1])):
+    with models["mmdit"].final_layer.register_forward_hook(lambda *args: predictions.append(args[-1])):
         x = euler(velocity, x, schedule, lambda info: steps.append(info.latents))
     return x, predictions, steps
 

@@ -410,7 +410,7 @@ def _call(network: MMDiT, batch: Batch, **changes: object) -> Tensor:
     ("message", "change"),
     [
         ("guidance", {"guidance": None}),
-        ("names 2 rows, but q has 3", {"attention": Grounded(pivot_of=(0, 0))}),
+        ("names 2 rows, but k has 3", {"attention": Grounded(pivot_of=(0, 0))}),
         ("value_bias", {"bokeh": BokehCondition.of([15.0])}),
         ("unknown attention backend", {"attention": Grounded(pivot_of=(0, 0, 0), backend="magic")}),
     ],

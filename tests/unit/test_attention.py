@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bokehflux.attention import Grounded, PivotQuery, Plain, with_value_bias
+from bokehflux.attention import Grounded, OnStored, PivotQuery, Plain, Recorded
 from bokehflux.kernels.attention import eager, interface, reference
+from bokehflux.sampling.pivot_cache import PivotCache
 from tests.helpers import assert_within_2x, max_error
 
 ON_CPU = ["sdpa", "auto"]
@@ -38,6 +39,13 @@ def qkv(
     """Queries long enough that the softmax is far from uniform."""
     q, k, v = (torch.randn(rows, length, heads, dim) for _ in range(3))
     return [(2 * q).to(dtype), k.to(dtype), v.to(dtype)]
+
+
+def grounded(
+    form: ModuleType, q: Tensor, k: Tensor, v: Tensor, pivot_of: tuple[int, ...], **options
+) -> Tensor:
+    """The form's grounded attention, given only those queries that any form may use."""
+    return form.grounded_attention(q[sorted(set(pivot_of))], k, v, pivot_of, **options)
 
 
 def published_grounding(q: Tensor, k: Tensor, v: Tensor, pivot_of: tuple[int, ...]) -> Tensor:
@@ -84,8 +92,8 @@ def test_reference_keeps_float64() -> None:
 def test_grounded_attention_is_the_definition(backend: str, pivot_of: tuple[int, ...], length: int) -> None:
     q, k, v = qkv(len(pivot_of), length)
     bias = torch.randn(len(pivot_of), 2, 16)
-    exact = reference.grounded_attention(*double(q, k, v), pivot_of, value_bias=bias.double())
-    ours = interface.grounded_attention(q, k, v, pivot_of, value_bias=bias, backend=backend)
+    exact = grounded(reference, *double(q, k, v), pivot_of, value_bias=bias.double())
+    ours = grounded(interface, q, k, v, pivot_of, value_bias=bias, backend=backend)
     assert ours.shape == q.shape and ours.dtype == q.dtype
     torch.testing.assert_close(ours.double(), exact, atol=3e-6, rtol=0)
 
@@ -94,20 +102,20 @@ def test_grounded_attention_is_the_definition(backend: str, pivot_of: tuple[int,
 @every_grouping
 def test_pivots_come_out_as_plain_attention(backend: str, pivot_of: tuple[int, ...]) -> None:
     q, k, v = qkv(len(pivot_of), 37)
-    grounded = interface.grounded_attention(q, k, v, pivot_of, backend=backend)
+    ours = grounded(interface, q, k, v, pivot_of, backend=backend)
     plain = interface.attention(q, k, v, backend=backend)
     for row, pivot in enumerate(pivot_of):
         if row == pivot:
-            torch.testing.assert_close(grounded[row], plain[row], atol=1e-6, rtol=0)
+            torch.testing.assert_close(ours[row], plain[row], atol=1e-6, rtol=0)
         else:
-            assert max_error(grounded[row], plain[row]) > 0.1
+            assert max_error(ours[row], plain[row]) > 0.1
 
 
 @every_backend
 def test_grounded_attention_at_odd_length_100(backend: str) -> None:
     q, k, v = qkv(3, 100, heads=1)
-    exact = reference.grounded_attention(*double(q, k, v), (1, 1, 1))
-    ours = interface.grounded_attention(q, k, v, (1, 1, 1), backend=backend)
+    exact = grounded(reference, *double(q, k, v), (1, 1, 1))
+    ours = grounded(interface, q, k, v, (1, 1, 1), backend=backend)
     torch.testing.assert_close(ours.double(), exact, atol=3e-6, rtol=0)
 
 
@@ -120,7 +128,7 @@ def test_grounding_is_a_mix_of_two_attentions_by_their_log_sum_exp() -> None:
     own_lse, other_lse = (s.logsumexp(-1).transpose(1, 2)[..., None] for s in scores)
     total = torch.logaddexp(own_lse, other_lse)
     mixed = (own_lse - total).exp() * own + (other_lse - total).exp() * other
-    torch.testing.assert_close(reference.grounded_attention(q, k, v, (0, 0))[1:], mixed)
+    torch.testing.assert_close(grounded(reference, q, k, v, (0, 0))[1:], mixed)
 
 
 def test_log_sum_exp() -> None:
@@ -137,10 +145,10 @@ def test_log_sum_exp() -> None:
 @pytest.mark.parametrize("length", [63, 100])
 def test_bfloat16(backend: str, pivot_of: tuple[int, ...], length: int) -> None:
     q, k, v = qkv(len(pivot_of), length, dtype=torch.bfloat16)
-    exact = reference.grounded_attention(q.float(), k.float(), v.float(), pivot_of)
+    exact = grounded(reference, q.float(), k.float(), v.float(), pivot_of)
     oracle = published_grounding(q, k, v, pivot_of)
     with torch.no_grad():
-        ours = interface.grounded_attention(q, k, v, pivot_of, backend=backend)
+        ours = grounded(interface, q, k, v, pivot_of, backend=backend)
     assert ours.dtype == torch.bfloat16
     assert_within_2x(ours, oracle, exact)
     plain = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
@@ -157,12 +165,12 @@ def test_gradients_and_both_forms(backend: str, pivot_of: tuple[int, ...]) -> No
     weight = torch.randn(len(pivot_of), 13, 2, 16)
     ours = [t.clone().requires_grad_() for t in inputs]
     theirs = [t.double().requires_grad_() for t in inputs]
-    out = interface.grounded_attention(*ours[:3], pivot_of, value_bias=ours[3], backend=backend)
+    out = grounded(interface, *ours[:3], pivot_of, value_bias=ours[3], backend=backend)
     (out * weight).sum().backward()
-    exact = reference.grounded_attention(*theirs[:3], pivot_of, value_bias=theirs[3])
+    exact = grounded(reference, *theirs[:3], pivot_of, value_bias=theirs[3])
     (exact * weight).sum().backward()
     with torch.no_grad():
-        quiet = interface.grounded_attention(*ours[:3], pivot_of, value_bias=ours[3], backend=backend)
+        quiet = grounded(interface, *ours[:3], pivot_of, value_bias=ours[3], backend=backend)
     assert not quiet.requires_grad
     torch.testing.assert_close(out.detach(), quiet, atol=3e-6, rtol=0)
     for a, b in zip(ours, theirs, strict=True):
@@ -174,8 +182,8 @@ def test_inputs_need_not_be_contiguous(backend: str) -> None:
     """[B, H, L, D] storage seen as [B, L, H, D], rows of a larger batch, and every second token."""
     wide = [torch.randn(6, 2, 40, 16).transpose(1, 2)[::2, 1::2] for _ in range(3)]
     assert not any(t.is_contiguous() for t in wide)
-    exact = reference.grounded_attention(*double(*wide), (1, 1, 2))
-    ours = interface.grounded_attention(*wide, (1, 1, 2), backend=backend)
+    exact = grounded(reference, *double(*wide), (1, 1, 2))
+    ours = grounded(interface, *wide, (1, 1, 2), backend=backend)
     torch.testing.assert_close(ours.double(), exact, atol=3e-6, rtol=0)
     shared = [t[:1].expand(3, -1, -1, -1) for t in wide]
     torch.testing.assert_close(
@@ -199,10 +207,10 @@ def test_any_shape(wishes: list[int], length: int, heads: int, dim: int, with_bi
     pivot_of = tuple(wishes.index(wish) for wish in wishes)
     q, k, v = qkv(len(pivot_of), length, heads, dim)
     bias = torch.randn(len(pivot_of), heads, dim) if with_bias else None
-    exact = reference.grounded_attention(
-        *double(q, k, v), pivot_of, value_bias=None if bias is None else bias.double()
+    exact = grounded(
+        reference, *double(q, k, v), pivot_of, value_bias=None if bias is None else bias.double()
     )
-    ours = interface.grounded_attention(q, k, v, pivot_of, value_bias=bias)
+    ours = grounded(interface, q, k, v, pivot_of, value_bias=bias)
     torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=0)
 
 
@@ -229,10 +237,11 @@ def test_take_rows(rows: tuple[int, ...], is_view: bool) -> None:
 )
 def test_wrong_shapes(shapes: list[tuple[int, ...]]) -> None:
     tensors = [torch.zeros(shape) for shape in shapes]
-    for call in (interface.attention, lambda *a: interface.grounded_attention(*a, (0,))):
-        with pytest.raises(ValueError, match=r"expected q, k, v in \[B, L, H, D\]") as caught:
-            call(*tensors)
-        assert str(tuple(shapes[1])) in str(caught.value)
+    with pytest.raises(ValueError, match=r"expected q, k, v in \[B, L, H, D\]") as caught:
+        interface.attention(*tensors)
+    assert str(tuple(shapes[1])) in str(caught.value)
+    with pytest.raises(ValueError, match=r"expected q, k, v in|expected the queries|but k has"):
+        interface.grounded_attention(*tensors, (0,))
 
 
 @pytest.mark.parametrize("shape", [(2, 8), (1, 2, 8), (2, 8, 2), (2, 1, 2, 8)])
@@ -254,8 +263,8 @@ def test_rows_must_be_grounded_on_pivots(pivot_of: tuple[int, ...]) -> None:
 
 def test_pivots_must_be_as_many_as_rows() -> None:
     q = torch.zeros(3, 4, 1, 8)
-    with pytest.raises(ValueError, match="names 2 rows, but q has 3"):
-        interface.grounded_attention(q, q, q, (0, 0))
+    with pytest.raises(ValueError, match="names 2 rows, but k has 3"):
+        grounded(interface, q, q, q, (0, 0))
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
@@ -263,7 +272,7 @@ def test_unknown_backend_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown attention backend 'flashy'.*'reference', 'sdpa'"):
         interface.attention(q, q, q, backend="flashy")
     with pytest.raises(ValueError, match="flashy"):
-        interface.grounded_attention(q, q, q, (0,), backend="flashy")
+        grounded(interface, q, q, q, (0,), backend="flashy")
 
 
 def test_a_backend_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +287,8 @@ def test_a_backend_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = qkv(2, 4)
     bias = torch.ones(2, 2, 16)
     assert Plain(backend="mine")(q, k, v) is q
-    assert with_value_bias(Grounded(pivot_of=(0, 0), backend="mine"), bias)(q, k, v) is q
+    pivot = q[:1]
+    assert Grounded(pivot_of=(0, 0), backend="mine").for_block(3, bias)(pivot, k, v) is pivot
     assert calls == [((), {"value_bias": None}), (((0, 0),), {"value_bias": bias})]
 
 
@@ -295,7 +305,7 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         assert not caplog.records
         for _ in range(3):
             copy.attention(q, k, v)
-            copy.grounded_attention(q, k, v, (0,))
+            grounded(copy, q, k, v, (0,))
     assert [r.levelname for r in caplog.records] == ["INFO"]
     assert "sdpa" in caplog.text and "cpu" in caplog.text
 
@@ -306,20 +316,68 @@ def test_specifications() -> None:
     pivots = (1, 1, 1)
     torch.testing.assert_close(Plain(value_bias=bias)(q, k, v), reference.attention(q, k, v, value_bias=bias))
     torch.testing.assert_close(
-        Grounded(pivot_of=pivots, value_bias=bias)(q, k, v),
-        reference.grounded_attention(q, k, v, pivots, value_bias=bias),
+        Grounded(pivot_of=pivots, value_bias=bias)(q[1:2], k, v),
+        grounded(reference, q, k, v, pivots, value_bias=bias),
     )
     torch.testing.assert_close(
-        PivotQuery(pivot_of=pivots, value_bias=bias)(q, k, v),
+        PivotQuery(pivot_of=pivots, value_bias=bias)(q[1:2], k, v),
         reference.attention(q[[1, 1, 1]], k, v, value_bias=bias),
     )
 
 
-def test_with_value_bias_copies() -> None:
+def test_for_block_copies() -> None:
     bias = torch.randn(2, 2, 16)
     spec = Grounded(pivot_of=(0, 0), backend="reference")
-    shifted = with_value_bias(spec, bias)
+    shifted = spec.for_block(4, bias)
     assert shifted.value_bias is bias and spec.value_bias is None
-    assert (shifted.pivot_of, shifted.backend) == ((0, 0), "reference")
+    assert (shifted.pivot_of, shifted.backend, shifted.block, spec.block) == ((0, 0), "reference", 4, 0)
     q, k, v = qkv(2, 5)
-    torch.testing.assert_close(shifted(q, k, v), spec(q, k, v) + bias[:, None])
+    torch.testing.assert_close(shifted(q[:1], k, v), spec(q[:1], k, v) + bias[:, None])
+
+
+def test_query_rows() -> None:
+    """Only pivots are asked for their queries."""
+    assert Plain().query_rows() is None
+    assert Grounded(pivot_of=(2, 2, 2)).query_rows() == PivotQuery(pivot_of=(2, 2, 2)).query_rows() == (2,)
+    assert Grounded(pivot_of=(0, 0, 2, 2, 4)).query_rows() == (0, 2, 4)
+
+
+def test_the_queries_of_targets_are_refused() -> None:
+    q, k, v = qkv(3, 5)
+    with pytest.raises(ValueError, match="queries of the 1 pivots alone"):
+        interface.grounded_attention(q, k, v, (0, 0, 0))
+
+
+@every_backend
+def test_targets_on_pivots_elsewhere(backend: str) -> None:
+    """`target_attention` gives targets what they get in one batch with their pivots."""
+    q, k, v = qkv(5, 21)
+    bias = torch.randn(5, 2, 16)
+    together = grounded(reference, *double(q, k, v), (0, 1, 0, 1, 1), value_bias=bias.double())
+    ours = interface.target_attention(
+        q[:2], k[:2], k[2:], v[2:], (0, 1, 1), value_bias=bias[2:], backend=backend
+    )
+    torch.testing.assert_close(ours.double(), together[2:], atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("index", [(0, 1), (0, 1, 2), (0, -1, 0), (0, 0, 0, 0)], ids=str)
+def test_targets_need_pivots_that_exist(index: tuple[int, ...]) -> None:
+    q, k, v = qkv(3, 5)
+    with pytest.raises(ValueError, match="expected 3 pivots below 2"):
+        interface.target_attention(q[:2], k[:2], k, v, index)
+    with pytest.raises(ValueError, match="differ in .L, H, D."):
+        interface.target_attention(q[:2, :4], k[:2, :4], k, v, (0, 0, 1))
+
+
+def test_stored_pivot() -> None:
+    """What `Recorded` stores, `OnStored` reads: targets come out as in one batch with the pivot."""
+    store = PivotCache()
+    q, k, v = qkv(4, 9)
+    spec = Recorded(grounded=Grounded(pivot_of=(0, 0)), store=store, step=3).for_block(7, None)
+    assert spec.query_rows() == (0,)
+    first = spec(q[:1], k[:2], v[:2])
+    rest = OnStored(store=store, step=3).for_block(7, None)(q[:0], k[2:], v[2:])
+    together = grounded(reference, q, k, v, (0, 0, 0, 0))
+    torch.testing.assert_close(torch.cat([first, rest]), together, atol=3e-6, rtol=0)
+    with pytest.raises(ValueError, match="holds nothing for step 3, block 8"):
+        OnStored(store=store, step=3).for_block(8, None)(q[:0], k[2:], v[2:])

@@ -209,7 +209,7 @@ def test_blocks_that_are_not_adapted() -> None:
 def test_adapters_without_query_or_key_updates(q: bool, k: bool) -> None:
     block = BokehAdapter(dataclasses.replace(BOKEH, adapt_q=q, adapt_k=k), MMDIT).block(0)
     x, y = torch.randn(1, 3, 32), torch.randn(1, 3, 32)
-    new_x, new_y = block.update(x, y, 1.0)
+    new_x, new_y = block.update_q(x, 1.0), block.update_k(y, 1.0)
     assert (not torch.equal(new_x, x), not torch.equal(new_y, y)) == (q, k)
 
 

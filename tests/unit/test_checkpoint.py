@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bokehflux.configs import CLIPConfig
+from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.weights.checkpoint import CheckpointError, fold, open_checkpoint, read_json
+from bokehflux.weights.load import load_clip
+from bokehflux.weights.save import save_clip
 from bokehflux.weights.write import replacing, save, save_sharded, write_json
 
 DTYPES = (
@@ -132,6 +136,17 @@ def test_a_new_file_has_the_rights_of_any_new_file(tmp_path):
     (tmp_path / "plain").touch()
     save(tmp_path / "a.safetensors", {"a": torch.ones(1)})
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_loaded_network_does_not_depend_on_its_file(tmp_path):
+    config = CLIPConfig(vocab_size=11, width=4, mlp_size=6, num_layers=2, num_heads=2, max_length=9)
+    save_clip(tmp_path, config, CLIPTextEncoder(config).state_dict())
+    network = load_clip(tmp_path, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    (file,) = tmp_path.glob("*.safetensors")
+    with file.open("r+b") as writer:
+        writer.write(bytes(file.stat().st_size))
+    assert all(tensor.equal(before[name]) for name, tensor in network.state_dict().items())
 
 
 def test_index_follows_the_official_style(tmp_path):

@@ -55,9 +55,9 @@ def test_attention_variant(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.M
     bias = torch.randn(3, 2, 16)
     for pull, same in ((0.0, Grounded), (-torch.inf, PivotQuery)):
         ours = pulled(pivot_of=pivot_of, pull=pull, value_bias=bias)(q, k, v)
-        torch.testing.assert_close(ours, same(pivot_of=pivot_of, value_bias=bias)(q, k, v))
+        torch.testing.assert_close(ours, same(pivot_of=pivot_of, value_bias=bias)(q[1:2], k, v))
     assert not torch.allclose(
-        pulled(pivot_of=pivot_of, pull=2.0)(q, k, v), Grounded(pivot_of=pivot_of)(q, k, v)
+        pulled(pivot_of=pivot_of, pull=2.0)(q, k, v), Grounded(pivot_of=pivot_of)(q[1:2], k, v)
     )
 
     # It did reach the network: plain attention gives other targets, and the same pivot.

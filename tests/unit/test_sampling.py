@@ -359,10 +359,12 @@ def test_adapters_that_leave_keys_alone_share_only_the_query() -> None:
     """As published: without adapted keys the pivot's keys are not offered to the targets."""
     grounding = Grounding(pivot_row=1, num_steps=1)
     keys_alone = tiny_mmdit(dataclasses.replace(BOKEH, adapt_k=False))
-    spec = denoiser(keys_alone, TEXT.encode(["a"]), GRID, grounding=grounding).attention(3, 0)
-    assert spec == PivotQuery(pivot_of=(1, 1, 1))
-    assert tiny_denoiser(grounding=grounding).attention(3, 0) == Grounded(pivot_of=(1, 1, 1))
-    assert tiny_denoiser(grounding=grounding).attention(3, 1) == Plain() == tiny_denoiser().attention(3, 0)
+    velocity = denoiser(keys_alone, TEXT.encode(["a"]), GRID, grounding=grounding)
+    rows = slice(0, 3)
+    assert list(velocity.batches(3, 0)) == [(rows, PivotQuery(pivot_of=(1, 1, 1)))]
+    velocity = tiny_denoiser(grounding=grounding)
+    assert list(velocity.batches(3, 0)) == [(rows, Grounded(pivot_of=(1, 1, 1)))]
+    assert list(velocity.batches(3, 1)) == [(rows, Plain())] == list(tiny_denoiser().batches(3, 0))
 
 
 def test_attention_of_your_own() -> None:

@@ -1,0 +1,149 @@
+"""The recipe inside a picture: PNG, JPEG, WebP and GIF files that say how they were made, and that AI made them.
+
+The recipe is a JSON object. It is written twice, because tools that keep one drop the other: as text (PNG
+`tEXt` chunk "bokehflux", GIF comment) and as EXIF `UserComment`. EXIF `Software` and `ImageDescription` and
+the XMP property `Iptc4xmpExt:DigitalSourceType` = trainedAlgorithmicMedia carry the mark that a model made
+the picture, which the FLUX licence and several laws ask for.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+KEY = "bokehflux"
+"""Keyword of the PNG text chunk, and what the JSON is recognised by in GIF and EXIF: {"bokehflux": {...}}."""
+FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+"""Names of still formats on the command line, and Pillow's."""
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+_DESCRIPTION, _SOFTWARE, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x0131, 0x8769, 0x9286
+_ASCII = b"ASCII\0\0\0"
+_MAX_RECIPE = 1 << 20
+"""Bytes of JSON that are looked at: a file from a stranger must not make us work without bound."""
+# What Pillow raises for files that are no pictures, or broken ones.
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+class NoRecipe(ValueError):
+    """A file that bokehflux did not write, that was edited since, or that is no picture."""
+
+
+def encode(image: Image.Image, recipe: dict[str, Any], kind: str = "png") -> bytes:
+    """The bytes of a file with its recipe inside. kind: a name in `FORMATS`; WebP is lossless.
+
+    Raises ValueError for another kind, and for a recipe too long for JPEG (64 KB).
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"unknown picture format {kind!r}: expected one of {', '.join(FORMATS)}")
+    buffer, exif, xmp = io.BytesIO(), _exif(recipe), _xmp(recipe)
+    if kind == "png":
+        info = PngInfo()
+        info.add_text("Software", _software(recipe))
+        info.add_text(KEY, json.dumps(recipe))
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+        image.save(buffer, "PNG", pnginfo=info, exif=exif)
+    elif kind == "jpeg":
+        if len(exif.tobytes()) > 65_000:
+            raise ValueError(
+                "the recipe is too long for a JPEG file: shorten the prompt, or write png or webp"
+            )
+        # As a raw segment: Pillow before 11 knows no xmp= for JPEG.
+        packet = b"http://ns.adobe.com/xap/1.0/\0" + xmp
+        segment = b"\xff\xe1" + (len(packet) + 2).to_bytes(2, "big") + packet
+        image.save(buffer, "JPEG", quality=95, subsampling=0, exif=exif, extra=segment)
+    else:
+        image.save(buffer, "WEBP", lossless=True, exif=exif.tobytes(), xmp=xmp)
+    return buffer.getvalue()
+
+
+def encode_animation(
+    frames: Sequence[Image.Image], recipe: dict[str, Any], kind: str, frame_ms: int = 400
+) -> bytes:
+    """An endless animation. kind: "gif" or "webp". Raises ValueError for another kind or no frames."""
+    if not frames or kind not in ("gif", "webp"):
+        raise ValueError(f"expected frames and 'gif' or 'webp', got {len(frames)} frames and {kind!r}")
+    buffer, (first, *rest) = io.BytesIO(), frames
+    if kind == "gif":
+        comment = json.dumps({KEY: recipe, "Software": _software(recipe)}).encode()
+        first.save(
+            buffer, "GIF", save_all=True, append_images=rest, duration=frame_ms, loop=0, comment=comment
+        )
+    else:
+        first.save(
+            buffer, "WEBP", save_all=True, append_images=rest, duration=frame_ms, loop=0, quality=90,
+            exif=_exif(recipe).tobytes(), xmp=_xmp(recipe),
+        )  # fmt: skip
+    return buffer.getvalue()
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The recipe of a picture that bokehflux wrote, in any of its formats. Raises NoRecipe for other files."""
+    texts: list[str | bytes] = []
+    try:
+        with Image.open(path) as image:
+            texts.append(image.info.get(KEY, ""))
+            comment = _json(image.info.get("comment", b""))
+            if isinstance(comment, dict) and isinstance(comment.get(KEY), dict):
+                return comment[KEY]
+            user = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
+            if isinstance(user, bytes) and user.startswith(_ASCII):
+                texts.append(user.removeprefix(_ASCII))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise NoRecipe(f"cannot read {path}: {error.strerror}") from error
+    except _UNREADABLE as error:
+        raise NoRecipe(f"{path} is no picture that can be read: {error}") from error
+    for text in texts:
+        if isinstance(recipe := _json(text), dict):
+            return recipe
+    raise NoRecipe(f"{path} holds no bokehflux recipe: not written by bokehflux, or edited since")
+
+
+def _json(text: object) -> object:
+    if not isinstance(text, str | bytes) or not text or len(text) > _MAX_RECIPE:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _software(recipe: dict[str, Any]) -> str:
+    return f"bokehflux {recipe.get('version', '')} (AI generated)".replace("  ", " ")
+
+
+def _exif(recipe: dict[str, Any]) -> Image.Exif:
+    exif = Image.Exif()
+    exif[_DESCRIPTION] = "AI-generated picture, made by a diffusion model"
+    exif[_SOFTWARE] = _software(recipe)
+    # json.dumps writes ASCII only, so the one character code that every reader knows will do.
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + json.dumps(recipe).encode("ascii")
+    return exif
+
+
+def _xmp(recipe: dict[str, Any]) -> bytes:
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
+        'xmlns:xmp="http://ns.adobe.com/xap/1.0/" '
+        f'Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}" xmp:CreatorTool="{_attribute(_software(recipe))}"/>'
+        '</rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
+    ).encode()
+
+
+def _attribute(text: str) -> str:
+    from xml.sax.saxutils import escape
+
+    return escape(text, {'"': "&quot;"})

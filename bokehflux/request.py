@@ -1,0 +1,128 @@
+"""What a person asks for: the arguments of `Pipeline.generate` as one value that can be checked, completed,
+written into a picture and read back from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bokehflux.configs import Defaults
+    from bokehflux.generate import OnPhase, Pipeline, Result
+    from bokehflux.sampling.samplers import OnStep
+
+DEFAULT_SEED = 65578
+DEFAULT_NEGATIVE_PROMPT = "bad quality, low resolution"
+MAX_PROMPT = 20_000
+"""Characters; far above what the text encoders read, and small enough for every file format's metadata."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One batch. Fields and their meaning are those of `Pipeline.generate`; None is the model's own value.
+
+    Raises ValueError for values that no model could serve, so that they are found before one is loaded.
+    """
+
+    prompt: str
+    bokeh_targets: tuple[float, ...] | None = None
+    bokeh_pivot: float | None = None
+    num_inference_steps: int | None = None
+    num_grounding_steps: int | None = None
+    guidance_scale: float = 3.0
+    true_cfg: float = 1.0
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    height: int | None = None
+    width: int | None = None
+    seed: int = DEFAULT_SEED
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty")
+        for name in ("prompt", "negative_prompt"):
+            if len(text := getattr(self, name)) > MAX_PROMPT:
+                raise ValueError(f"{name} has {len(text)} characters, more than the {MAX_PROMPT} allowed")
+        levels = [*(self.bokeh_targets or ()), *([] if self.bokeh_pivot is None else [self.bokeh_pivot])]
+        for level in levels:
+            if not 0 <= level <= 30:
+                raise ValueError(f"a bokeh level must be between 0 (all sharp) and 30, got {level:g}")
+        if self.bokeh_pivot is not None and self.bokeh_targets is None:
+            raise ValueError("bokeh_pivot needs bokeh_targets: a pivot anchors pictures at other levels")
+        if self.num_grounding_steps and self.bokeh_pivot is None:
+            raise ValueError("num_grounding_steps needs bokeh_pivot: steps are grounded on a pivot")
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if side is not None and side < 16:
+                raise ValueError(f"{name} must be at least 16 pixels, got {side}")
+        for name in ("guidance_scale", "true_cfg"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> Request:
+        """The request inside a picture's recipe. Raises ValueError for missing fields and wrong types."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            if field.name not in recipe:
+                raise ValueError(f"the recipe lacks {field.name!r}: it was not written by bokehflux")
+            value = recipe[field.name]
+            if not _fits(str(field.type), value):
+                raise ValueError(f"the recipe's {field.name!r} must be {field.type}, got {str(value)[:80]!r}")
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
+
+    def completed(self, defaults: Defaults) -> Request:
+        """The same request with the model's own steps and size filled in, as `generate` will do."""
+        from bokehflux.generate import GROUNDED_SHARE
+
+        steps = self.num_inference_steps or defaults.num_inference_steps
+        grounded = self.num_grounding_steps
+        if grounded is None:
+            grounded = 0 if self.bokeh_pivot is None else round(GROUNDED_SHARE * steps)
+        return dataclasses.replace(
+            self,
+            num_inference_steps=steps,
+            num_grounding_steps=grounded,
+            height=(self.height or defaults.height_px) // 16 * 16,
+            width=(self.width or defaults.width_px) // 16 * 16,
+        )
+
+    def run(self, pipe: Pipeline, on_step: OnStep | None = None, on_phase: OnPhase | None = None) -> Result:
+        """Make the batch. Raises ValueError as `Pipeline.generate` does."""
+        return pipe.generate(
+            self.prompt,
+            None if self.bokeh_targets is None else list(self.bokeh_targets),
+            bokeh_pivot=self.bokeh_pivot,
+            num_inference_steps=self.num_inference_steps,
+            num_grounding_steps=self.num_grounding_steps,
+            guidance_scale=self.guidance_scale,
+            true_cfg=self.true_cfg,
+            negative_prompt=self.negative_prompt,
+            height=self.height,
+            width=self.width,
+            seed=self.seed,
+            on_step=on_step,
+            on_phase=on_phase,
+        )
+
+
+def _fits(kind: str, value: object) -> bool:
+    """Whether a JSON value has the type of a field, given as its annotation."""
+    if value is None:
+        return kind.endswith("| None")
+    if kind.startswith("tuple"):
+        return isinstance(value, list) and len(value) <= 1000 and all(_fits("float", v) for v in value)
+    base = kind.removesuffix(" | None")
+    if base == "str":
+        return isinstance(value, str)
+    if base == "int":
+        return type(value) is int
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

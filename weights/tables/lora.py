@@ -1,0 +1,104 @@
+"""LoRA files: the names that trainers give to the layers they change, and to the matrices of each.
+
+Six families are in use: diffusers/PEFT (`transformer.`), kohya (`lora_unet_`), BFL (`diffusion_model.`),
+XLabs (no prefix, `processor.`), LyCORIS (`lycoris_`) and OneTrainer (`lora_transformer_`). Each is a prefix
+and a table; files mix them freely: every prefix takes the names of every table, with dots or underscores.
+"""
+
+from __future__ import annotations
+
+from ..mapping import Rule, Table, concat
+from . import flux
+
+_QKV = (1, 1, 1)
+
+PARTS = Table(
+    "OneTrainer, open model initiative: fused layers by number",
+    marker="double_blocks.0.img_attn.qkv.0.weight",
+    rules=(
+        *(
+            Rule(f"{layer}.{{p}}", tuple(f"{layer}.{n}.{{p}}" for n in range(3)), concat(*_QKV))
+            for layer in ("double_blocks.{i}.img_attn.qkv", "double_blocks.{i}.txt_attn.qkv")
+        ),
+        Rule(
+            "single_blocks.{i}.linear1.{p}",
+            tuple(f"single_blocks.{{i}}.linear1.{n}.{{p}}" for n in range(4)),
+            concat(*_QKV, 4),
+        ),
+    ),
+)
+
+XLABS = Table(
+    "XLabs attention processors",
+    marker="double_blocks.0.processor.qkv_lora1.weight",
+    rules=(
+        Rule("double_blocks.{i}.img_attn.qkv.{p}", "double_blocks.{i}.processor.qkv_lora1.{p}"),
+        Rule("double_blocks.{i}.img_attn.proj.{p}", "double_blocks.{i}.processor.proj_lora1.{p}"),
+        Rule("double_blocks.{i}.txt_attn.qkv.{p}", "double_blocks.{i}.processor.qkv_lora2.{p}"),
+        Rule("double_blocks.{i}.txt_attn.proj.{p}", "double_blocks.{i}.processor.proj_lora2.{p}"),
+        # No file changes the MLP rows: their name is ours, to complete the layer.
+        Rule(
+            "single_blocks.{i}.linear1.{p}",
+            ("single_blocks.{i}.processor.qkv_lora.{p}", "single_blocks.{i}.processor.mlp_lora.{p}"),
+            concat(3, 4),
+        ),
+        Rule("single_blocks.{i}.linear2.{p}", "single_blocks.{i}.processor.proj_lora.{p}"),
+    ),
+)
+
+TRANSFORMER = (flux.BFL, flux.DIFFUSERS, PARTS, XLABS)
+
+PREFIXES: tuple[tuple[str, str], ...] = (
+    ("base_model.model.transformer.", "mmdit"),
+    ("base_model.model.", "mmdit"),
+    ("model.diffusion_model.", "mmdit"),
+    ("diffusion_model.", "mmdit"),
+    ("transformer.", "mmdit"),
+    ("lora_transformer_", "mmdit"),
+    ("lora_unet_", "mmdit"),
+    ("lycoris_", "mmdit"),
+    ("text_encoders.clip_l.transformer.", "clip"),
+    ("text_encoder.", "clip"),
+    ("lora_te1_", "clip"),
+    ("lora_te_", "clip"),
+    ("text_encoders.t5xxl.transformer.", "t5"),
+    ("text_encoder_2.", "t5"),
+    ("lora_te2_", "t5"),
+    # kohya keeps the number that T5 has in SD3.
+    ("lora_te3_", "t5"),
+    ("", "mmdit"),
+)
+"""(prefix of a name, the network that the rest belongs to), in the order in which they are tried."""
+
+ROLES: tuple[tuple[str, str], ...] = (
+    (".lora_A.weight", "down"),
+    (".lora_A.default.weight", "down"),
+    (".lora_down.weight", "down"),
+    (".lora.down.weight", "down"),
+    (".lora_linear_layer.down.weight", "down"),
+    (".down.weight", "down"),
+    (".lora_B.weight", "up"),
+    (".lora_B.default.weight", "up"),
+    (".lora_up.weight", "up"),
+    (".lora.up.weight", "up"),
+    (".lora_linear_layer.up.weight", "up"),
+    (".up.weight", "up"),
+    (".alpha", "alpha"),
+)
+"""(end of a name, what the tensor is); where several fit, the longest is meant."""
+
+OTHER_KINDS: tuple[tuple[str, str], ...] = (
+    (r"\.lokr_(w1|w2|t2)\w*$", "LoKr"),
+    (r"\.hada_\w+$", "LoHa"),
+    (r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)$", "DoRA"),
+    (r"\.(oft_\w+|boft_\w+)(\.\w+)*$", "OFT"),
+    (r"\.(a1|a2|b1|b2)\.weight$", "GLoRA"),
+    (r"\.on_input$", "(IA)3"),
+    (r"\.lora_mid\.weight$", "LoCon with a middle matrix"),
+    (r"\.lora_[AB](\.\w+)?\.bias$", "LoRA with biases"),
+    (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "full difference"),
+)
+"""(pattern of a name, kind of adapter), for what is more than a pair of matrices."""
+
+METADATA_PARTS = {"transformer": "mmdit", "text_encoder": "clip", "text_encoder_2": "t5"}
+"""First component of the keys that diffusers writes into `lora_adapter_metadata`."""
