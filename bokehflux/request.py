@@ -5,6 +5,7 @@ written into a picture and read back from it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bokehflux.configs import Defaults
-    from bokehflux.generate import OnPhase, Pipeline, Result
+    from bokehflux.generate import Pipeline, Result
     from bokehflux.sampling.samplers import OnStep
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SEED = 65578
 DEFAULT_NEGATIVE_PROMPT = "bad quality, low resolution"
@@ -95,8 +98,28 @@ class Request:
             width=(self.width or defaults.width_px) // 16 * 16,
         )
 
-    def run(self, pipe: Pipeline, on_step: OnStep | None = None, on_phase: OnPhase | None = None) -> Result:
-        """Make the batch. Raises ValueError as `Pipeline.generate` does."""
+    def run(self, pipe: Pipeline, on_step: OnStep | None = None, max_rows: int | None = None) -> Run:
+        """Make the batch in one go where it fits: out of memory, again with half the rows at a time.
+
+        max_rows: rows to begin with; None is all. Raises ValueError as `Pipeline.generate` does, and when not
+        even a single row fits.
+        """
+        from torch import OutOfMemoryError
+
+        rows = len(self.bokeh_targets or (0,)) + (self.bokeh_pivot is not None)
+        while True:
+            try:
+                return Run(result=self._generate(pipe, on_step, max_rows), max_rows=max_rows)
+            except OutOfMemoryError as error:
+                if (max_rows or rows) <= 1:
+                    raise ValueError(
+                        f"out of memory on {pipe.device} even for one picture at a time: "
+                        "choose a smaller --height and --width, a smaller --dtype, or another --device"
+                    ) from error
+            max_rows = max(1, min(max_rows or rows, rows) // 2)
+            logger.warning("out of memory: trying again with %d pictures at a time", max_rows)
+
+    def _generate(self, pipe: Pipeline, on_step: OnStep | None, max_rows: int | None) -> Result:
         return pipe.generate(
             self.prompt,
             None if self.bokeh_targets is None else list(self.bokeh_targets),
@@ -110,8 +133,17 @@ class Request:
             width=self.width,
             seed=self.seed,
             on_step=on_step,
-            on_phase=on_phase,
+            max_rows=max_rows,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A request that was served."""
+
+    result: Result
+    max_rows: int | None
+    """Rows that went through the network together; it can change the last bit of a picture."""
 
 
 def _fits(kind: str, value: object) -> bool:

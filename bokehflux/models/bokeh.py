@@ -106,6 +106,8 @@ class BokehAdapter(nn.Module):
             )
         self.config = config
         self.num_heads = mmdit.num_heads
+        self.folded_at: float | None = None
+        """Strength at which queries' and keys' updates live in the base's weights (`models.fold`)."""
         self.embedding_layer = nn.Sequential(
             nn.Linear(1, config.hidden_dim), nn.ReLU(), nn.Linear(config.hidden_dim, config.context_dim)
         )

@@ -134,16 +134,20 @@ class MMDiT(nn.Module):
 
     def _block_terms(self, spec: AttentionSpec, bokeh: BokehCondition | None) -> list[BlockTerms]:
         """For every block: its attention, and what the adapter adds to it."""
+        folded_at = self.bokeh.folded_at if self.bokeh is not None else None
         if bokeh is None or self.bokeh is None:
+            if folded_at is not None:
+                raise ValueError("the adapter is folded into the weights: undo that to run without levels")
             return [BlockTerms(spec=spec.for_block(i, None)) for i in range(self.config.num_blocks)]
         config = self.bokeh.config
         bokeh_scale = config.bokeh_scale if bokeh.bokeh_scale is None else bokeh.bokeh_scale
         lora_scale = config.lora_scale if bokeh.lora_scale is None else bokeh.lora_scale
+        if folded_at is not None and lora_scale != folded_at:
+            raise ValueError(f"the adapter is folded at lora_scale {folded_at}, asked for {lora_scale}")
         values = self.bokeh.values(bokeh.model_input(self.device, self.dtype), bokeh_scale)
         plain = Plain(backend=spec.backend)
         terms = [BlockTerms(spec=plain.for_block(i, None)) for i in range(self.config.num_blocks)]
         for i, value in values.items():
-            terms[i] = BlockTerms(
-                spec=spec.for_block(i, value), adapter=self.bokeh.block(i), lora_scale=lora_scale
-            )
+            updates = self.bokeh.block(i) if folded_at is None else None
+            terms[i] = BlockTerms(spec=spec.for_block(i, value), adapter=updates, lora_scale=lora_scale)
         return terms

@@ -1,0 +1,112 @@
+"""Which model made a picture: a fingerprint of its files, and where they were run.
+
+A fingerprint is not a checksum of every byte: reading 34 GB would take longer than making a picture. Of files
+up to 64 MB everything is hashed; of larger ones the size, the first and last megabyte (all of a safetensors
+header, as a rule) and 256 blocks of 4 KB at equal distances. Other weights give other fingerprints, whatever
+the files are called; a file that was tampered with on purpose can escape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import torch
+
+    from bokehflux.generate import Pipeline
+
+WHOLE = 64 << 20
+EDGE, BLOCK, NUM_BLOCKS = 1 << 20, 4 << 10, 256
+SUFFIXES = (".safetensors", ".sft", ".bin", ".gguf", ".json", ".txt", ".model")
+"""Endings of files that decide what a model folder computes: weights, configs, tokenizers."""
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    """32 hexadecimal digits for a set of files and folders (their files, not those below). Names don't count.
+
+    Raises OSError for a file that cannot be read.
+    """
+    files = {
+        file
+        for path in paths
+        for file in (path.iterdir() if path.is_dir() else [path])
+        if file.is_file() and (file.suffix in SUFFIXES or file == path)
+    }
+    digests = sorted(_digest(file) for file in files)
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def model_facts(model: str | Path, adapter: str | Path | None) -> dict[str, Any]:
+    """`model_hash`, `adapter` and `adapter_hash` for the arguments of `bokehflux.load`.
+
+    Raises CheckpointError when there is no such model, OSError when an adapter cannot be read.
+    """
+    from bokehflux.weights.load import BUNDLED
+    from bokehflux.weights.load import __file__ as beside
+    from bokehflux.weights.snapshot import open_snapshot
+
+    parts = open_snapshot(Path(beside).parent / model if model in BUNDLED else model)
+    chosen = parts.adapter if adapter is None else Path(adapter)
+    scheduler = [folder] if (folder := parts.root / "scheduler").is_dir() else []
+    files = [parts.transformer, parts.vae, parts.clip, parts.t5, parts.clip_tokenizer, parts.t5_tokenizer]
+    return {
+        "model_hash": fingerprint([*files, *scheduler]),
+        "adapter": None if adapter is None else str(adapter),
+        "adapter_hash": None if chosen is None else fingerprint([chosen]),
+    }
+
+
+def place_facts(pipe: Pipeline) -> dict[str, Any]:
+    """Where pictures are made, as far as it can change their bits: library, device class, attention path."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "device_name": device_name(pipe.device),
+        "attention": attention_backend(pipe.device.type),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Devices of one name compute alike: the GPU's product name, or the CPU's kind and vector unit."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{device.type} {platform.machine()}"
+
+
+def attention_backend(device_type: str) -> str:
+    """Name of the attention backend that "auto" takes on a device."""
+    from bokehflux.kernels.attention import interface
+
+    chosen = interface._module("auto", device_type)
+    return next(name for name, module in interface.BACKENDS.items() if module is chosen)
+
+
+def _digest(path: Path) -> bytes:
+    sha, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            while block := file.read(EDGE):
+                sha.update(block)
+        else:
+            sha.update(size.to_bytes(8, "little"))
+            for start, length in [(0, EDGE), *_places(size), (size - EDGE, EDGE)]:
+                sha.update(_read(file, start, length))
+    return sha.digest()
+
+
+def _places(size: int) -> list[tuple[int, int]]:
+    return [(i * (size - BLOCK) // NUM_BLOCKS, BLOCK) for i in range(NUM_BLOCKS)]
+
+
+def _read(file: BinaryIO, start: int, length: int) -> bytes:
+    file.seek(start)
+    return file.read(length)

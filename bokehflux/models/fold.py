@@ -1,0 +1,82 @@
+"""The adapter's query and key updates folded into the projections: no cost per step, and exactly undone.
+
+q + s U D q with q = W x + b is (W + s U D W) x + (b + s U D b), the same for k: one matrix product at load
+instead of two thin ones per block and step. Folded weights are rounded once, in float32 arithmetic; the
+unfolded form is the one that reproduces the published rounding, and the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bokehflux.models.bokeh import BlockAdapter, LowRank
+from bokehflux.models.linear import Linear
+from bokehflux.models.mmdit import MMDiT
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Folded:
+    """What `fold_adapter` changed, kept on the CPU: 2.2 GB for the full-size adapter in bfloat16."""
+
+    mmdit: MMDiT
+    originals: tuple[tuple[Tensor, Tensor], ...]
+    """(rows of a parameter, their values before)."""
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put every changed value back, bit for bit."""
+        for rows, before in self.originals:
+            rows.copy_(before)
+        assert self.mmdit.bokeh is not None
+        self.mmdit.bokeh.folded_at = None
+
+
+@torch.no_grad()
+def fold_adapter(mmdit: MMDiT, lora_scale: float | None = None) -> Folded:
+    """Fold the adapter at one strength (None: its own). Levels stay free; the value branch is not touched.
+
+    A folded network makes no picture without levels and none at another strength: both raise ValueError
+    until `undo`. Raises ValueError without an adapter, when already folded, and for projections whose
+    weights are stored narrow or carry LoRA terms (fold first, attach later is not the same sum).
+    """
+    adapter = mmdit.bokeh
+    if adapter is None or adapter.folded_at is not None:
+        raise ValueError("fold_adapter needs an adapter that is not folded yet")
+    scale = adapter.config.lora_scale if lora_scale is None else lora_scale
+    targets = list(_projections(mmdit))
+    if any(not linear.is_dense or linear.terms for linear, _ in targets):
+        raise ValueError("fold_adapter needs dense projections without LoRA terms")
+    originals: list[tuple[Tensor, Tensor]] = []
+    for linear, block in targets:
+        width = linear.in_features
+        for part, update in enumerate((block.to_q_adp, block.to_k_adp)):
+            if update is None:
+                continue
+            for parameter in (linear.weight, linear.bias):
+                rows = parameter.data[part * width : (part + 1) * width]
+                originals.append((rows, rows.to("cpu", copy=True)))
+                rows.copy_(_updated(rows, update, scale))
+    adapter.folded_at = scale
+    return Folded(mmdit=mmdit, originals=tuple(originals))
+
+
+def _projections(mmdit: MMDiT) -> Iterator[tuple[Linear, BlockAdapter]]:
+    """Every adapted block's fused projection, whose first rows are queries, then keys."""
+    assert mmdit.bokeh is not None
+    for i in mmdit.bokeh.config.blocks:
+        if i < len(mmdit.double_blocks):
+            linear = mmdit.double_blocks[i].img_attn.qkv
+        else:
+            linear = mmdit.single_blocks[i - len(mmdit.double_blocks)].linear1
+        yield linear, mmdit.bokeh.block(i)
+
+
+def _updated(rows: Tensor, update: LowRank, scale: float) -> Tensor:
+    """(I + scale * U D) rows, in float32 or better."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    down, up, rows = update.down.weight.to(wide), update.up.weight.to(wide), rows.to(wide)
+    return rows + scale * update.scale * (up @ (down @ rows))
