@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -36,24 +37,23 @@ def arguments(mmdit: MMDiT, rows: int = ROWS) -> tuple:
     return img, txt, pooled, torch.full((rows,), 0.7), torch.full((rows,), 3.0), rope
 
 
-def rows_through(mmdit: MMDiT, name: str) -> list[int]:
-    """Number of rows that each call of a sub-module gets, filled while the network runs."""
-    seen: list[int] = []
-    mmdit.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(len(args[1])))
+def sizes_of(mmdit: MMDiT) -> list[tuple[int, ...]]:
+    """Filled while the network runs: rows of q, k and v at every attention call."""
+    seen: list[tuple[int, ...]] = []
+    for block in (*mmdit.double_blocks, *mmdit.single_blocks):
+        block.attention.register_forward_pre_hook(
+            lambda _, args: seen.append(tuple(len(t) for t in args[1:]))
+        )
     return seen
 
 
 def test_targets_compute_no_queries() -> None:
     """The attention of a grounded block is called with one query row, and nothing changes for it."""
     mmdit = tiny_mmdit()
-    seen: list[tuple[int, ...]] = []
-    for block in (*mmdit.double_blocks, *mmdit.single_blocks):
-        block.attention.register_forward_pre_hook(
-            lambda _, args: seen.append(tuple(len(t) for t in args[1:]))
-        )
-    condition = BokehCondition.of([15, 0, 8, 30])
+    seen = sizes_of(mmdit)
     with torch.no_grad():
-        mmdit(*arguments(mmdit), Grounded(pivot_of=(0,) * ROWS), condition)
+        mmdit(*arguments(mmdit), Grounded(pivot_of=(0,) * ROWS), BokehCondition.of([15, 0, 8, 30]))
+    assert mmdit.bokeh is not None
     adapted = len(mmdit.bokeh.config.blocks)
     assert seen.count((1, ROWS, ROWS)) == adapted
     assert seen.count((ROWS, ROWS, ROWS)) == mmdit.config.num_blocks - adapted
@@ -86,21 +86,17 @@ def test_a_run_computes_its_modulations_once() -> None:
 @pytest.mark.parametrize("pivot", [None, 15.0])
 @pytest.mark.parametrize("true_cfg", [1.0, 2.0])
 def test_split_batches_make_the_same_pictures(max_rows: int, pivot: float | None, true_cfg: float) -> None:
+    """... and N targets cost N + 1 rows however they are split."""
     pipe = tiny_pipeline()
     levels = [0, 4, 12, 20, 30]
     whole = pipe.generate(PROMPT, levels, bokeh_pivot=pivot, true_cfg=true_cfg)
-    seen = rows_through(pipe.mmdit, "double_blocks.0.attention")
-    seen_k: list[int] = []
-    pipe.mmdit.double_blocks[0].attention.register_forward_pre_hook(
-        lambda _, args: seen_k.append(len(args[2]))
-    )
+    seen = sizes_of(pipe.mmdit)
     split = pipe.generate(PROMPT, levels, bokeh_pivot=pivot, true_cfg=true_cfg, max_rows=max_rows)
     torch.testing.assert_close(split.latents, whole.latents, atol=2e-4, rtol=0)
-    assert max(seen_k) == min(max_rows, len(levels) + (pivot is not None)) and seen
-    # N targets cost N + 1 rows however they are split.
     rows = len(levels) + (pivot is not None)
     passes = whole.settings["num_inference_steps"] * (2 if true_cfg > 1 else 1)
-    assert sum(seen_k) == rows * passes
+    assert max(k for _, k, _ in seen) == min(max_rows, rows)
+    assert sum(k for _, k, _ in seen) == rows * passes * pipe.mmdit.config.num_blocks
 
 
 def test_a_filled_pivot_cache_costs_one_row() -> None:
@@ -110,12 +106,12 @@ def test_a_filled_pivot_cache_costs_one_row() -> None:
     first = pipe.generate(PROMPT, [0], bokeh_pivot=15, pivot_cache=cache)
     torch.testing.assert_close(first.latents, whole.latents[:1], atol=2e-4, rtol=0)
     assert cache.nbytes > 0 and cache.scene is not None
-    seen: list[int] = []
-    pipe.mmdit.double_blocks[0].attention.register_forward_pre_hook(lambda _, args: seen.append(len(args[2])))
+    seen = sizes_of(pipe.mmdit)
     later = pipe.generate(PROMPT, [28], bokeh_pivot=15, pivot_cache=cache)
-    assert set(seen) == {1}
+    assert {k for _, k, _ in seen} == {1}
     torch.testing.assert_close(later.latents, whole.latents[1:], atol=2e-4, rtol=0)
-    assert later.pivot_image is not None and later.pivot_image.tobytes() == whole.pivot_image.tobytes()
+    assert later.pivot_image is not None and whole.pivot_image is not None
+    assert later.pivot_image.tobytes() == whole.pivot_image.tobytes()
     assert later.settings["bokeh_targets"] == [28.0]
 
 
@@ -150,9 +146,8 @@ def test_folding(dtype: torch.dtype, lora_scale: float | None) -> None:
         folded = fold_adapter(mmdit, lora_scale)
         # Norms and rotations are float32 inside, whatever the weights are.
         torch.testing.assert_close(mmdit(*args, spec, condition), plain, atol=2e-5, rtol=0)
-        assert not torch.equal(
-            mmdit.double_blocks[0].img_attn.qkv.weight, before["double_blocks.0.img_attn.qkv.weight"]
-        )
+        name = "double_blocks.0.img_attn.qkv.weight"
+        assert not torch.equal(mmdit.get_parameter(name), before[name])
         folded.undo()
         assert torch.equal(mmdit(*args, spec, condition), plain)
     assert all(torch.equal(t, before[name]) for name, t in mmdit.state_dict().items())
@@ -160,21 +155,16 @@ def test_folding(dtype: torch.dtype, lora_scale: float | None) -> None:
 
 def test_folding_in_bfloat16_rounds_once() -> None:
     """Error against float32 at most twice that of the unfolded form."""
-    exact_net, low = tiny_mmdit(), tiny_mmdit().to(torch.bfloat16)
-    low.load_state_dict(exact_net.state_dict())
-    exact_net.load_state_dict(low.state_dict())
+    low = tiny_mmdit().to(torch.bfloat16)
+    exact = copy.deepcopy(low).float()
+    img, txt, pooled, *rest = arguments(low)
     condition = BokehCondition.of([15, 0, 8, 30])
     with torch.no_grad():
-        exact = exact_net(*arguments(low.float()), None, condition)
-        low = low.to(torch.bfloat16)
-        args = tuple(
-            t.to(torch.bfloat16) if isinstance(t, Tensor) and i < 3 else t
-            for i, t in enumerate(arguments(exact_net))
-        )
-        plain = low(*args, None, condition).float()
+        truth = exact(img.float(), txt.float(), pooled.float(), *rest, None, condition)
+        plain = low(img, txt, pooled, *rest, None, condition)
         fold_adapter(low)
-        folded = low(*args, None, condition).float()
-    assert (folded - exact).norm() <= 2 * (plain - exact).norm()
+        folded = low(img, txt, pooled, *rest, None, condition)
+    assert (folded - truth).norm() <= 2 * (plain - truth).norm()
 
 
 def test_a_folded_network_refuses_what_it_cannot_do() -> None:
