@@ -21,7 +21,7 @@ from bokehflux.training.base import draw_guidance
 from bokehflux.training.data import LatentPool, LevelDraw
 from bokehflux.training.log import Log
 from bokehflux.training.objective import guided, mix, velocity_target
-from bokehflux.training.optim import Ema, Optimizer, trapezoid
+from bokehflux.training.optim import Ema, Optimizer, paced, trapezoid
 from bokehflux.training.recipe import AdapterStage
 
 TextLookup = tuple[Tensor, Tensor]
@@ -130,15 +130,16 @@ def train_adapter(
         parameter.requires_grad_(True)
     optimizer = Optimizer(named, stage.lr, muon=False, betas=(0.9, 0.99), weight_decay=0.0)
     ema = Ema([p for _, p in named], rate=0.003)
-    for step in range(stage.steps):
+    for step, done in paced(stage.steps, stage.minutes):
         grouped = step % 2 == 1
         batch = draw_batch(pool, text, null_text, stage, grouped, generator)
         loss = adapter_step(mmdit, batch, null_text, rope, stage.level_guidance)
         loss.backward()
         nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
-        optimizer.step(trapezoid(step, stage.steps, warmup=0.05))
+        optimizer.step(trapezoid(done, warmup=0.05))
         ema.update()
         log.step(step, **{"grounded" if grouped else "plain": loss})
+    log.note("steps", step + 1)
     ema.copy_to_parameters()
     adapter.requires_grad_(False)
     return adapter

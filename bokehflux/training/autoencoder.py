@@ -12,7 +12,7 @@ from bokehflux.configs import VAEConfig
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.training.data import rendered
 from bokehflux.training.log import Log
-from bokehflux.training.optim import Ema, Optimizer, trapezoid
+from bokehflux.training.optim import Ema, Optimizer, paced, trapezoid
 from bokehflux.training.recipe import AutoencoderStage
 
 FULL_SIZE_SHARE = 0.2
@@ -33,8 +33,8 @@ def train_autoencoder(
     parameters = list(vae.named_parameters())
     optimizer = Optimizer(parameters, stage.lr, muon=False, weight_decay=0.0)
     ema = Ema([p for _, p in parameters], rate=0.002)
-    for step in range(stage.steps):
-        whole = step >= (1 - FULL_SIZE_SHARE) * stage.steps
+    for step, done in paced(stage.steps, stage.minutes):
+        whole = done >= 1 - FULL_SIZE_SHARE
         x = _crops(
             images, stage.batch // 4 if whole else stage.batch, size_px if whole else size_px // 2, generator
         )
@@ -42,9 +42,10 @@ def train_autoencoder(
             loss, l1, edges, kl = _loss(vae, x, stage, step % 3 == 0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 1.0)
-        optimizer.step(trapezoid(step, stage.steps))
+        optimizer.step(trapezoid(done))
         ema.update()
         log.step(step, l1=l1, edges=edges, kl=kl)
+    log.note("steps", step + 1)
     ema.copy_to_parameters()
     return _normalised(vae, images[:512])
 

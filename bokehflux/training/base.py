@@ -20,7 +20,7 @@ from bokehflux.models.t5 import T5Encoder
 from bokehflux.training.data import LatentPool
 from bokehflux.training.log import Log
 from bokehflux.training.objective import guided, logit_normal, mix, velocity_target
-from bokehflux.training.optim import Ema, Optimizer, trapezoid
+from bokehflux.training.optim import Ema, Optimizer, paced, trapezoid
 from bokehflux.training.recipe import BaseStage
 
 
@@ -80,14 +80,15 @@ def train_base(model: TextToVelocity, rope: RopeTable, sampler: Sampler, stage: 
     optimizer = Optimizer(named, stage.lr, muon=True)
     ema = Ema([p for _, p in named], rate=0.0015)
     ones = torch.ones(stage.batch, device=device)
-    for step in range(stage.steps):
+    for step, done in paced(stage.steps, stage.minutes):
         x0, eps, t5_ids, clip_ids = sampler.draw(stage.batch, stage.caption_dropout)
         sigma = logit_normal(stage.batch, 0.15, 1.0, sampler.generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             v = model(mix(x0, eps, sigma), t5_ids, clip_ids, sigma, ones, rope)
         loss = (v.float() - velocity_target(x0, eps)).square().mean()
-        _update(loss, named, optimizer, ema, trapezoid(step, stage.steps))
+        _update(loss, named, optimizer, ema, trapezoid(done))
         log.step(step, loss=loss)
+    log.note("steps", step + 1)
     ema.copy_to_parameters()
 
 
@@ -102,7 +103,7 @@ def distill_guidance(
     optimizer = Optimizer(named, stage.lr * 0.3, muon=True)
     ema = Ema([p for _, p in named], rate=0.004)
     ones = torch.ones(batch, device=device)
-    for step in range(stage.distill_steps):
+    for step, done in paced(stage.distill_steps, stage.distill_minutes):
         x0, eps, t5_ids, clip_ids = sampler.draw(batch, stage.caption_dropout)
         sigma = logit_normal(batch, 0.15, 1.1, sampler.generator)
         x = mix(x0, eps, sigma)
@@ -114,8 +115,9 @@ def distill_guidance(
                 unconditional = teacher(x, null_t5, null_clip, sigma, ones, rope).float()
             v = model(x, t5_ids, clip_ids, sigma, guidance, rope)
         loss = (v.float() - guided(conditional, unconditional, guidance)).square().mean()
-        _update(loss, named, optimizer, ema, trapezoid(step, stage.distill_steps))
+        _update(loss, named, optimizer, ema, trapezoid(done))
         log.step(step, distill=loss)
+    log.note("distill steps", step + 1)
     ema.copy_to_parameters()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +52,27 @@ def is_block_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and "_blocks." in name and "mod" not in name
 
 
-def trapezoid(
-    step: int, total: int, *, warmup: float = 0.03, decay: float = 0.5, floor: float = 0.02
-) -> float:
-    """Learning-rate factor of a step: linear warm-up, flat, linear decay to `floor` over the last share."""
-    up = (step + 1) / max(1.0, warmup * total)
-    down = (total - step) / max(1.0, decay * total)
-    return max(floor, min(1.0, up, down))
+def paced(steps: int, minutes: float = 0.0) -> Iterator[tuple[int, float]]:
+    """(step, share of the run done) for `steps` steps, or, with minutes above 0, for as long as they last.
+
+    A timed run finds out how many steps a machine affords: repeat it with that number for equal weights.
+    """
+    if not minutes:
+        yield from ((step, step / steps) for step in range(steps))
+        return
+    start = time.perf_counter()
+    step, done = 0, 0.0
+    while done < 1:
+        yield step, done
+        step, done = step + 1, (time.perf_counter() - start) / (60 * minutes)
+
+
+def trapezoid(done: float, *, warmup: float = 0.03, decay: float = 0.5, floor: float = 0.02) -> float:
+    """Learning-rate factor when a share `done` of the run is over.
+
+    Linear warm-up over the first share, flat, linear decay to `floor` over the last.
+    """
+    return max(floor, min(1.0, done / warmup, (1 - done) / decay))
 
 
 class Ema:

@@ -27,6 +27,8 @@ class AutoencoderStage:
     scenes: int = 12_288
     """Rendered images held in memory, one random level each."""
     steps: int = 6000
+    minutes: float = 0.0
+    """Above 0: train this long instead of `steps`, to find out how many a machine affords."""
     batch: int = 48
     """Crops of half the side; the last fifth of the steps takes a quarter as many whole images."""
     lr: float = 1.2e-3
@@ -45,6 +47,9 @@ class BaseStage:
     """Renders of every scene, at random levels that the base model is never told."""
     steps: int = 6000
     distill_steps: int = 500
+    minutes: float = 0.0
+    distill_minutes: float = 0.0
+    """Above 0: train this long instead of the steps, to find out how many a machine affords."""
     batch: int = 512
     lr: float = 1.5e-3
     caption_dropout: float = 0.1
@@ -58,6 +63,8 @@ class AdapterStage:
     levels_per_scene: int = 5
     """One level from each fifth of 0-30, the first exactly 0 in a share of the scenes."""
     steps: int = 2000
+    minutes: float = 0.0
+    """Above 0: train this long instead of `steps`, to find out how many a machine affords."""
     batch: int = 512
     group: int = 4
     """Rows of one scene that share noise and noise level under grounded attention, in every other step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 from pathlib import Path
@@ -32,7 +33,7 @@ from bokehflux.training.base import Sampler, TextToVelocity, draw_guidance, init
 from bokehflux.training.data import LatentPool, latent_pool
 from bokehflux.training.log import Log
 from bokehflux.training.objective import guided, logit_normal, mix, velocity_target
-from bokehflux.training.optim import Ema, Optimizer, is_block_matrix, trapezoid
+from bokehflux.training.optim import Ema, Optimizer, is_block_matrix, paced, trapezoid
 from bokehflux.training.recipe import NANO, AdapterStage, BaseStage
 from tests.tiny import BOKEH, MMDIT, TXT_LENGTH, VAE, tiny_mmdit
 
@@ -129,14 +130,18 @@ def test_optimizer_step() -> None:
 
 
 def test_trapezoid() -> None:
-    ours = [trapezoid(step, 100, warmup=0.1, decay=0.4, floor=0.02) for step in range(100)]
-    assert ours[:3] == pytest.approx([0.1, 0.2, 0.3])
-    assert set(ours[9:61]) == {1.0} and ours[8] < 1 and ours[61] < 1
-    assert ours[80] == pytest.approx(0.5) and ours[99] == pytest.approx(0.025)
-    assert all(a <= b for a, b in zip(ours[:10], ours[1:11], strict=True))
-    assert all(a >= b for a, b in zip(ours[10:-1], ours[11:], strict=True))
-    assert trapezoid(999, 1000, floor=0.02) == 0.02
-    assert trapezoid(0, 1, warmup=0) == 1.0
+    ours = [trapezoid(step / 100, warmup=0.1, decay=0.4, floor=0.02) for step in range(101)]
+    assert ours[:3] == pytest.approx([0.02, 0.1, 0.2])
+    assert set(ours[10:61]) == {1.0} and ours[9] < 1 and ours[61] < 1
+    assert ours[80] == pytest.approx(0.5) and ours[100] == 0.02
+    assert ours[:11] == sorted(ours[:11]) and ours[60:] == sorted(ours[60:], reverse=True)
+
+
+def test_paced_by_steps_and_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(paced(4)) == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
+    clock = itertools.count(100.0, 15.0)  # every look at the clock takes 15 seconds
+    monkeypatch.setattr("bokehflux.training.optim.time.perf_counter", lambda: next(clock))
+    assert list(paced(2, minutes=1.0)) == [(0, 0.0), (1, 0.25), (2, 0.5), (3, 0.75)]
 
 
 def test_ema() -> None:

@@ -1,0 +1,119 @@
+"""One HTML file that shows a sweep: slider, pivot, difference, blur curve. Needs no network and no other file.
+
+Pictures are embedded as lossless WebP, so the difference view shows differences of the pictures themselves.
+The page forbids itself, by its content security policy, to load anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bokehflux.metadata import SOURCE_TYPE
+from bokehflux.metrics import sharpness
+from bokehflux.output import replace_file
+from bokehflux.page_template import TEMPLATE
+from bokehflux.scene import Scene
+
+WIDTH, HEIGHT, PAD = 360, 200, 36
+"""Size of the blur curve in SVG units, and the room for its axes."""
+
+
+def write_page(scenes: Sequence[Scene], path: Path) -> None:
+    """Write the page, in place of an earlier one. Raises OSError; then the earlier one is whole."""
+    replace_file(path, page(scenes).encode("utf-8"))
+
+
+def page(scenes: Sequence[Scene]) -> str:
+    """The page as text, for one or more scenes of at least one target each."""
+    data = [_scene(scene) for scene in scenes]
+    return (
+        TEMPLATE.replace("@@TITLE@@", html.escape(str(scenes[0].recipe["prompt"])[:80]))
+        .replace("@@SOURCE_TYPE@@", SOURCE_TYPE)
+        .replace("@@DATA@@", _json(data))
+    )
+
+
+def measured_sharpness(image: Image.Image) -> float:
+    """`metrics.sharpness` of one picture: log variance of its Laplacian."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)[None] / 255
+    return float(sharpness(pixels))
+
+
+def curve_svg(points: Sequence[tuple[float, float]], pivot: tuple[float, float] | None) -> str:
+    """Level against sharpness, levels ascending, as SVG; dot i has class "dot" and data-index i."""
+    levels, values = zip(*points, *([pivot] if pivot else []), strict=True)
+    low, high = min(values), max(values)
+    margin = max(0.1 * (high - low), 0.5)  # a flat curve must look flat
+    low, high = low - margin, high + margin
+    right = max(30.0, *levels)
+
+    def place(level: float, value: float) -> tuple[float, float]:
+        x = PAD + level / right * (WIDTH - PAD - 12)
+        y = HEIGHT - PAD - (value - low) / (high - low) * (HEIGHT - PAD - 12)
+        return round(x, 1), round(y, 1)
+
+    places = [place(*point) for point in points]
+    line = " ".join(f"{x},{y}" for x, y in places)
+    dots = "".join(
+        f'<circle class="dot" data-index="{i}" cx="{x}" cy="{y}" r="4">'
+        f"<title>level {level:g}: sharpness {value:.2f}</title></circle>"
+        for i, ((x, y), (level, value)) in enumerate(zip(places, points, strict=True))
+    )
+    mark = ""
+    if pivot:
+        x, y = place(*pivot)
+        mark = f'<rect class="pivot" x="{x - 5}" y="{y - 5}" width="10" height="10"><title>pivot</title></rect>'
+    ticks = "".join(
+        f'<text x="{place(level, low)[0]}" y="{HEIGHT - PAD + 16}" text-anchor="middle">{level}</text>'
+        for level in range(0, 31, 10)
+    )
+    base = HEIGHT - PAD
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Measured sharpness at every bokeh level">'
+        f'<path class="axis" d="M{PAD} 8V{base}H{WIDTH - 8}"/>{ticks}'
+        f'<text x="{WIDTH - 8}" y="{HEIGHT - 4}" text-anchor="end">bokeh level</text>'
+        f'<text x="10" y="{base // 2}" text-anchor="middle" transform="rotate(-90 10 {base // 2})">sharpness</text>'
+        f'<text x="{PAD - 4}" y="16" text-anchor="end">{high:.0f}</text>'
+        f'<text x="{PAD - 4}" y="{base}" text-anchor="end">{low:.0f}</text>'
+        f'<polyline class="curve" points="{line}"/>{mark}{dots}</svg>'
+    )
+
+
+def _scene(scene: Scene) -> dict[str, Any]:
+    points = [(shot.level or 0.0, measured_sharpness(shot.image)) for shot in scene.targets]
+    pivot = None
+    if scene.pivot is not None and scene.pivot.level is not None:
+        pivot = (scene.pivot.level, measured_sharpness(scene.pivot.image))
+    return {
+        "prompt": scene.recipe["prompt"],
+        "footer": scene.footer(),
+        "levels": [level for level, _ in points],
+        "sharpness": [round(value, 3) for _, value in points],
+        "images": [_data_uri(shot.image) for shot in scene.targets],
+        "size": scene.targets[0].image.size,
+        "pivot": None if scene.pivot is None else _data_uri(scene.pivot.image),
+        "pivot_level": None if scene.pivot is None else scene.pivot.level,
+        "curve": curve_svg(points, pivot),
+        "recipe": scene.recipe,
+    }
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "WEBP", lossless=True)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _json(data: object) -> str:
+    """JSON that cannot leave its script element, whatever a prompt says."""
+    return json.dumps(data).replace("<", "\\u003c")

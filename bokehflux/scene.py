@@ -1,0 +1,104 @@
+"""One scene at several bokeh levels: its pictures with their recipes, in the order in which people see them."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from bokehflux.images import Tile, contact_sheet
+from bokehflux.output import Picture, distinct, level_stem
+
+if TYPE_CHECKING:
+    from bokehflux.request import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One picture of a scene."""
+
+    level: float | None
+    """None: the plain model."""
+    image: Image.Image
+    is_pivot: bool = False
+
+    @property
+    def stem(self) -> str:
+        if self.level is None:
+            return "plain"
+        return ("pivot-" if self.is_pivot else "") + level_stem(self.level)
+
+    @property
+    def label(self) -> str:
+        return "plain" if self.level is None else f"{'pivot' if self.is_pivot else 'bokeh'} {self.level:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What one prompt and one seed gave."""
+
+    recipe: dict[str, Any]
+    """Of the batch; a picture's own adds its role and level."""
+    targets: tuple[Shot, ...]
+    pivot: Shot | None
+
+    @classmethod
+    def of(cls, run: Run, facts: dict[str, Any]) -> Scene:
+        """facts: what `identity` says about model and machine."""
+        recipe = {**run.result.settings, **facts, "max_rows": run.max_rows}
+        levels: Sequence[float | None] = recipe["bokeh_targets"] or [None]
+        shots = [Shot(level=lv, image=img) for lv, img in zip(levels, run.result.images, strict=True)]
+        pivot = run.result.pivot_image
+        return cls(
+            recipe=recipe,
+            targets=tuple(shots),
+            pivot=None if pivot is None else Shot(level=recipe["bokeh_pivot"], image=pivot, is_pivot=True),
+        )
+
+    def pictures(self) -> list[Picture]:
+        """One file per target, then the pivot."""
+        shots = [*self.targets, *([] if self.pivot is None else [self.pivot])]
+        stems = distinct([shot.stem for shot in shots])
+        return [
+            Picture(stem=stem, image=shot.image, recipe=self.recipe_of(shot))
+            for stem, shot in zip(stems, shots, strict=True)
+        ]
+
+    def recipe_of(self, shot: Shot) -> dict[str, Any]:
+        return {**self.recipe, "role": "pivot" if shot.is_pivot else "target", "bokeh_level": shot.level}
+
+    def tiles(self) -> list[Tile]:
+        """Labelled pictures; the pivot in its place among ascending levels, so that they read as one sweep."""
+        tiles = [Tile(image=shot.image, label=shot.label) for shot in self.targets]
+        if self.pivot is not None and self.pivot.level is not None:
+            levels = [shot.level or 0.0 for shot in self.targets]
+            place = bisect.bisect(levels, self.pivot.level) if levels == sorted(levels) else len(levels)
+            tiles.insert(place, Tile(image=self.pivot.image, label=self.pivot.label, is_pivot=True))
+        return tiles
+
+    def sheet(self) -> Picture:
+        image = contact_sheet(self.tiles(), self.recipe["prompt"], self.footer())
+        return Picture(stem="sheet", image=image, recipe={**self.recipe, "role": "sheet"})
+
+    def footer(self) -> str:
+        """What made the scene, in one line."""
+        r = self.recipe
+        grounded = f", {r['num_grounding_steps']} grounded" if self.pivot is not None else ""
+        return " \u00b7 ".join(
+            (
+                Path(r["model"]).name,
+                f"{r['num_inference_steps']} steps{grounded}",
+                f"guidance {r['guidance_scale']:g}",
+                f"seed {r['seed']}",
+            )
+        )
+
+    def merged(self, others: Sequence[Shot], pivot: Shot | None) -> Scene:
+        """With pictures made earlier, all targets in ascending order."""
+        targets = sorted([*self.targets, *others], key=lambda shot: shot.level or 0.0)
+        return dataclasses.replace(self, targets=tuple(targets), pivot=pivot or self.pivot)

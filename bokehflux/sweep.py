@@ -1,0 +1,186 @@
+"""Sweeps: prompts x seeds x bokeh levels, one batch per prompt and seed, continued where an earlier one stopped.
+
+Each scene has a folder named after its prompt, its seed and a hash of everything that decides its pictures,
+the levels apart. So the same command finds its own folder again, and another one never mixes with it. A
+picture counts as finished when it can be decoded and the recipe inside it is the one that is wanted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from bokehflux import metadata
+from bokehflux.images import Tile, contact_sheet, up_and_down
+from bokehflux.output import check_folder, replace_file, save_pictures
+from bokehflux.page import write_page
+from bokehflux.request import Request, Run
+from bokehflux.scene import Scene, Shot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bokehflux.configs import Defaults
+
+LEVELS = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
+PIVOT = 15.0
+DECIDES = (
+    "prompt", "negative_prompt", "bokeh_pivot", "num_inference_steps", "num_grounding_steps", "guidance_scale",
+    "true_cfg", "height", "width", "seed", "model_hash", "adapter_hash", "dtype",
+)  # fmt: skip
+"""Parts of a recipe that decide a picture, beside its level. Where it was made (library, device) is not
+among them: a sweep may be continued elsewhere."""
+MAX_PROMPTS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """A finished scene on the disk."""
+
+    scene: Scene
+    paths: tuple[Path, ...]
+    num_kept: int
+    """Pictures that were there before."""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; empty lines and those that begin with # are skipped. Raises ValueError."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except OSError as error:
+        raise ValueError(f"cannot read prompts from {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read prompts from {path}: it is no UTF-8 text") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not 0 < len(prompts) <= MAX_PROMPTS:
+        raise ValueError(f"{path} has {len(prompts)} prompts, expected 1 to {MAX_PROMPTS}, one a line")
+    return list(dict.fromkeys(prompts))
+
+
+def grid(base: Request, prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
+    """One request per prompt and seed; levels ascending, each once. Raises ValueError as `Request` does."""
+    levels = tuple(sorted({float(level) for level in base.bokeh_targets or LEVELS}))
+    return [
+        dataclasses.replace(base, prompt=prompt, seed=seed, bokeh_targets=levels)
+        for prompt in prompts
+        for seed in dict.fromkeys(seeds)
+    ]
+
+
+def run_sweep(
+    requests: Sequence[Request],
+    defaults: Defaults,
+    facts: dict[str, Any],
+    output: Path,
+    kind: str,
+    run: Callable[[Request], Run],
+) -> Iterator[Done]:
+    """Make what is not there yet, scene by scene; ends with the page and, for several scenes, the grid.
+
+    facts: `identity`'s, with `dtype`. kind: format of the pictures. run: serves one request.
+    The page is written for the scenes that are finished even when the sweep is stopped.
+    """
+    scenes: list[Scene] = []
+    try:
+        for request in requests:
+            done = _make(request.completed(defaults), facts, output, kind, run)
+            scenes.append(done.scene)
+            yield done
+    finally:
+        if scenes:
+            write_page(scenes, output / "index.html")
+        if len(scenes) > 1:
+            replace_file(output / "grid.png", _grid_sheet(scenes))
+
+
+def folder_name(wanted: dict[str, Any]) -> str:
+    """Readable, safe in every file system, and different for whatever decides the pictures."""
+    words = re.sub(r"[^a-z0-9]+", "-", wanted["prompt"].lower()).strip("-")[:40].strip("-") or "picture"
+    decided = json.dumps({key: wanted[key] for key in DECIDES}, sort_keys=True)
+    return f"{words}-seed{wanted['seed']}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
+
+
+def finished(folder: Path, wanted: dict[str, Any]) -> dict[tuple[str, float], Shot]:
+    """(role, level) -> picture, for the whole pictures of a folder that were made as `wanted` says."""
+    found: dict[tuple[str, float], Shot] = {}
+    for path in sorted(p for p in folder.glob("*bokeh-*") if p.suffix in metadata.SUFFIXES.values()):
+        try:
+            recipe = metadata.read_recipe(path)
+            with Image.open(path) as file:
+                image = file.convert("RGB")  # decodes: a truncated file is not finished
+        except (OSError, ValueError, SyntaxError):
+            continue
+        level, role = recipe.get("bokeh_level"), recipe.get("role")
+        if role not in ("target", "pivot") or not isinstance(level, int | float):
+            continue
+        if all(key in recipe and recipe[key] == wanted[key] for key in DECIDES):
+            shot = Shot(level=float(level), image=image, is_pivot=role == "pivot")
+            found.setdefault((str(role), float(level)), shot)
+    return found
+
+
+def _make(
+    request: Request, facts: dict[str, Any], output: Path, kind: str, run: Callable[[Request], Run]
+) -> Done:
+    wanted = {**dataclasses.asdict(request), **facts}
+    folder = output / folder_name(wanted)
+    check_folder(folder)
+    found = finished(folder, wanted)
+    levels = request.bokeh_targets or ()
+    old = [found["target", level] for level in levels if ("target", level) in found]
+    missing = tuple(level for level in levels if ("target", level) not in found)
+    needs_pivot = bool(request.num_grounding_steps) and request.bokeh_pivot is not None
+    pivot = found.get(("pivot", request.bokeh_pivot)) if request.bokeh_pivot is not None else None
+    pivot = pivot if needs_pivot else None
+
+    if missing or (needs_pivot and pivot is None):
+        # A lost pivot alone is made again along with one level, which is then not written.
+        made = Scene.of(run(dataclasses.replace(request, bokeh_targets=missing or levels[:1])), facts)
+        fresh = made if missing else dataclasses.replace(made, targets=())
+        fresh = fresh if pivot is None else dataclasses.replace(fresh, pivot=None)
+        paths = save_pictures(fresh.pictures(), folder, kind)
+        scene = fresh.merged(old, pivot)
+    else:
+        paths = []
+        recipe = {**wanted, "bokeh_targets": list(levels)}
+        scene = Scene(recipe=recipe, targets=tuple(old), pivot=pivot)
+    views = _views(scene, folder)
+    return Done(scene=scene, paths=(*paths, *views), num_kept=len(old) + (pivot is not None))
+
+
+def _views(scene: Scene, folder: Path) -> list[Path]:
+    """Sheet and animations: made from the pictures each time, in place of earlier ones."""
+    sheet = scene.sheet()
+    frames = up_and_down([Tile(image=shot.image, label=shot.label) for shot in scene.targets])
+    recipe = {**scene.recipe, "role": "animation"}
+    contents = {
+        "sheet.png": metadata.encode(sheet.image, sheet.recipe),
+        "sweep.gif": metadata.encode_animation(frames, recipe, "gif"),
+        "sweep.webp": metadata.encode_animation(frames, recipe, "webp"),
+    }
+    for name, data in contents.items():
+        replace_file(folder / name, data)
+    return [folder / name for name in contents]
+
+
+def _grid_sheet(scenes: Sequence[Scene]) -> bytes:
+    """Scenes below each other, levels side by side."""
+    rows = [scene.tiles() for scene in scenes]
+    names = {scene.recipe["prompt"] for scene in scenes}
+    tiles = [
+        dataclasses.replace(tile, label=f"{tile.label} \u00b7 seed {scene.recipe['seed']}")
+        for scene, row in zip(scenes, rows, strict=True)
+        for tile in row
+    ]
+    title = scenes[0].recipe["prompt"] if len(names) == 1 else f"{len(names)} prompts"
+    image = contact_sheet(tiles, title, f"{len(scenes)} scenes", columns=len(rows[0]))
+    recipe = {**scenes[0].recipe, "role": "grid", "scenes": len(scenes)}
+    return metadata.encode(image, recipe)

@@ -1,0 +1,468 @@
+"""Forward attention in Triton: plain rows, targets on a pivot, and a pivot together with its first target.
+
+For a target row t on pivot p, with E_t = exp(q_p k_t^T / sqrt D) and E_p = exp(q_p k_p^T / sqrt D):
+
+    out_t = (E_t + E_p) v_t / (rowsum E_t + rowsum E_p)        out_p = E_p v_p / rowsum E_p
+
+so a target takes three L x L x D products rather than the four of doubled keys and values, and a program that
+does both rows (a pair) takes four for two rows, with E_p made once.
+
+B rows, L tokens, H heads, D head dim. Tensors are [B, L, H, D] with any strides but a contiguous last dim.
+Scores are kept in powers of two: log2(e) / sqrt(D) is one factor, folded into the exponent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import tiles
+from .tiles import Tile
+
+PLAIN: tl.constexpr = tl.constexpr(0)
+TARGET: tl.constexpr = tl.constexpr(1)
+PAIR: tl.constexpr = tl.constexpr(2)
+MIXED: tl.constexpr = tl.constexpr(3)
+"""All three forms in one launch."""
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+ROW_BITS: tl.constexpr = tl.constexpr(20)
+ROW_MASK: tl.constexpr = tl.constexpr((1 << 20) - 1)
+
+JOBS_PER_LAUNCH = 8
+_FORMS = {tiles.PLAIN: PLAIN.value, tiles.TARGET: TARGET.value, tiles.PAIR: PAIR.value}
+
+
+@triton.jit
+def load_tile(
+    src, row, head, start, length, stride_row, stride_len, stride_head,
+    BLOCK: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """src[row, start : start + BLOCK, head] as [BLOCK, D]; zero from `length` on.
+
+    src is a descriptor over [B, H, L, D] (TMA) or a pointer to [B, L, H, D].
+    """
+    if TMA:
+        tile = src.load([row, head, start, 0]).reshape(BLOCK, D)
+    else:
+        tokens = tl.arange(0, BLOCK)
+        # 64 bits up to the tile, 32 within it.
+        base = tl.cast(row, tl.int64) * stride_row + tl.cast(head, tl.int64) * stride_head
+        base += tl.cast(start, tl.int64) * stride_len
+        tile = tl.load(
+            src + base + tokens[:, None] * stride_len + tl.arange(0, D)[None, :],
+            mask=(start + tokens < length)[:, None],
+            other=0.0,
+        )
+    return tile
+
+
+@triton.jit
+def pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7):
+    """(query row, pivot row, own row) of a job: see `pack`. Arguments, so that a launch copies no list over."""
+    packed = job_0
+    packed = tl.where(job == 1, job_1, packed)
+    packed = tl.where(job == 2, job_2, packed)
+    packed = tl.where(job == 3, job_3, packed)
+    packed = tl.where(job == 4, job_4, packed)
+    packed = tl.where(job == 5, job_5, packed)
+    packed = tl.where(job == 6, job_6, packed)
+    packed = tl.where(job == 7, job_7, packed)
+    q_row = (packed & ROW_MASK).to(tl.int32)
+    pivot_row = ((packed >> ROW_BITS) & ROW_MASK).to(tl.int32)
+    row = ((packed >> (2 * ROW_BITS)) & ROW_MASK).to(tl.int32)
+    return q_row, pivot_row, row
+
+
+@triton.jit
+def _write(
+    acc, lse_2, out, lse, value_bias, row, head, start_m, len_q, num_heads,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Finished values [BLOCK_M, D] and log2-sum-exps [BLOCK_M] into contiguous out and lse."""
+    tokens = start_m + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, D)
+    row_64 = tl.cast(row, tl.int64)
+    if HAS_BIAS:
+        bias = tl.load(value_bias + (row_64 * num_heads + head) * D + dims)
+        acc += bias.to(tl.float32)[None, :]
+    offsets = ((row_64 * len_q + tokens) * num_heads + head)[:, None] * D + dims[None, :]
+    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=(tokens < len_q)[:, None])
+    tl.store(lse + (row_64 * num_heads + head) * len_q + tokens, lse_2 * LN_2, mask=tokens < len_q)
+
+
+@triton.jit
+def _finish(
+    acc, m, total, out, lse, value_bias, part_out, part_lse, row, head, start_m, slot, is_whole,
+    len_q, num_heads,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Normalise a tile, then write it, or park it in its slot when it covers a part of the keys only."""
+    acc = acc / total[:, None]
+    lse_2 = m + tl.log2(total)
+    if SPLIT:
+        if is_whole:
+            _write(
+                acc, lse_2, out, lse, value_bias, row, head, start_m, len_q, num_heads, HAS_BIAS, BLOCK_M, D
+            )
+        else:
+            lines = tl.cast(slot, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            tl.store(part_out + lines[:, None] * D + tl.arange(0, D)[None, :], acc)
+            tl.store(part_lse + lines, lse_2)
+    else:
+        _write(acc, lse_2, out, lse, value_bias, row, head, start_m, len_q, num_heads, HAS_BIAS, BLOCK_M, D)
+
+
+@triton.jit
+def _tile(
+    q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
+    stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
+    stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
+    q_row, pivot_row, row, head, start_m, begin, end, slot, num_slots, is_whole,
+    len_q, len_k, num_heads, scale_log2,
+    KIND: tl.constexpr, FIXED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one head against keys begin .. end. Names ending in _p belong to the pivot's keys."""
+    q_tile = load_tile(
+        q, q_row, head, start_m, len_q, stride_q_row, stride_q_len, stride_q_head, BLOCK_M, D, TMA
+    )
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    # With a fixed offset m stays at that offset: zero.
+    m = tl.zeros([BLOCK_M], tl.float32)
+    if not FIXED:
+        m += float("-inf")
+    if KIND == PAIR:
+        acc_p = tl.zeros([BLOCK_M, D], tl.float32)
+        total_p = tl.zeros([BLOCK_M], tl.float32)
+        m_p = m
+
+    for start in tl.range(begin, end, BLOCK_N):
+        if KIND != PLAIN:
+            k_tile_p = load_tile(
+                k_pivot, pivot_row, head, start, len_k,
+                stride_kp_row, stride_kp_len, stride_kp_head, BLOCK_N, D, TMA,
+            )  # fmt: skip
+            s_p = tl.dot(q_tile, tl.trans(k_tile_p))
+        k_tile = load_tile(
+            k, row, head, start, len_k, stride_k_row, stride_k_len, stride_k_head, BLOCK_N, D, TMA
+        )
+        s = tl.dot(q_tile, tl.trans(k_tile))
+        if not EVEN_K:
+            # Every block holds at least one key, so no line is all -inf.
+            exists = (start + tl.arange(0, BLOCK_N) < len_k)[None, :]
+            s = tl.where(exists, s, float("-inf"))
+            if KIND != PLAIN:
+                s_p = tl.where(exists, s_p, float("-inf"))
+
+        if FIXED:
+            p = tl.exp2(s * scale_log2)
+            if KIND != PLAIN:
+                p_p = tl.exp2(s_p * scale_log2)
+                p += p_p
+        else:
+            m_old = m
+            if KIND == PLAIN:
+                m = tl.maximum(m, tl.max(s, 1) * scale_log2)
+            if KIND == TARGET:
+                m = tl.maximum(m, tl.max(tl.maximum(s, s_p), 1) * scale_log2)
+            if KIND == PAIR:
+                m_p_old = m_p
+                m_p = tl.maximum(m_p, tl.max(s_p, 1) * scale_log2)
+                m = tl.maximum(m, tl.maximum(m_p, tl.max(s, 1) * scale_log2))
+            p = tl.exp2(s * scale_log2 - m[:, None])
+            if KIND == TARGET:
+                p += tl.exp2(s_p * scale_log2 - m[:, None])
+            if KIND == PAIR:
+                p_p = tl.exp2(s_p * scale_log2 - m_p[:, None])
+                # From the pivot's offset to the target's, which is never smaller: a factor a line, no exponentials.
+                p += p_p * tl.exp2(m_p - m)[:, None]
+                fade_p = tl.exp2(m_p_old - m_p)
+                total_p *= fade_p
+                acc_p *= fade_p[:, None]
+            fade = tl.exp2(m_old - m)
+            total *= fade
+            acc *= fade[:, None]
+
+        if KIND == PAIR:
+            total_p += tl.sum(p_p, 1)
+            v_tile_p = load_tile(
+                v, pivot_row, head, start, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, TMA
+            )
+            acc_p = tl.dot(p_p.to(v_tile_p.dtype), v_tile_p, acc_p)
+        total += tl.sum(p, 1)
+        v_tile = load_tile(
+            v, row, head, start, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, TMA
+        )
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
+
+    if KIND == PAIR:
+        _finish(
+            acc_p, m_p, total_p, out, lse, value_bias, part_out, part_lse, pivot_row, head, start_m,
+            slot + num_slots, is_whole, len_q, num_heads, HAS_BIAS, SPLIT, BLOCK_M, D,
+        )  # fmt: skip
+    _finish(
+        acc, m, total, out, lse, value_bias, part_out, part_lse, row, head, start_m,
+        slot, is_whole, len_q, num_heads, HAS_BIAS, SPLIT, BLOCK_M, D,
+    )  # fmt: skip
+
+
+@triton.jit
+def _forward_kernel(
+    q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
+    stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
+    stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
+    job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7, num_pairs, num_targets,
+    len_q, len_k, num_heads, scale_log2, num_whole, num_parts, num_slots,
+    KIND: tl.constexpr, MAPPED: tl.constexpr, FIXED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One tile, or one part of the keys of one of the last tiles. Jobs lie pairs first: longest first."""
+    program = tl.program_id(0)
+    tile, slot = program, program - num_whole
+    begin, end = 0, len_k
+    is_whole = program < num_whole
+    if SPLIT:
+        if program >= num_whole:
+            tile = num_whole + slot // num_parts
+            part, blocks = slot % num_parts, tl.cdiv(len_k, BLOCK_N)
+            begin = part * blocks // num_parts * BLOCK_N
+            end = tl.minimum((part + 1) * blocks // num_parts * BLOCK_N, len_k)
+
+    num_m = tl.cdiv(len_q, BLOCK_M)
+    start_m = tile % num_m * BLOCK_M
+    head = tile // num_m % num_heads
+    job = tile // num_m // num_heads
+    q_row, pivot_row, row = job, job, job
+    if MAPPED:
+        q_row, pivot_row, row = pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7)
+
+    if KIND != MIXED:
+        _tile(
+            q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
+            stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
+            stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
+            q_row, pivot_row, row, head, start_m, begin, end, slot, num_slots, is_whole,
+            len_q, len_k, num_heads, scale_log2,
+            KIND, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
+        )  # fmt: skip
+    else:
+        if job < num_pairs:
+            _tile(
+                q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
+                stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
+                stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
+                q_row, pivot_row, row, head, start_m, begin, end, slot, num_slots, is_whole,
+                len_q, len_k, num_heads, scale_log2,
+                PAIR, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
+            )  # fmt: skip
+        elif job < num_pairs + num_targets:
+            _tile(
+                q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
+                stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
+                stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
+                q_row, pivot_row, row, head, start_m, begin, end, slot, num_slots, is_whole,
+                len_q, len_k, num_heads, scale_log2,
+                TARGET, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
+            )  # fmt: skip
+        else:
+            _tile(
+                q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
+                stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
+                stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
+                q_row, pivot_row, row, head, start_m, begin, end, slot, num_slots, is_whole,
+                len_q, len_k, num_heads, scale_log2,
+                PLAIN, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge_kernel(
+    out, lse, value_bias, part_out, part_lse,
+    job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7, num_pairs,
+    len_q, num_heads, num_whole, num_parts, num_slots,
+    MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of one split tile, always in the same order. Axis 1: own rows, then pivots of pairs."""
+    tile = num_whole + tl.program_id(0)
+    num_m = tl.cdiv(len_q, BLOCK_M)
+    start_m = tile % num_m * BLOCK_M
+    head = tile // num_m % num_heads
+    job = tile // num_m // num_heads
+    is_pivot = tl.program_id(1)
+    if (is_pivot == 0) | (job < num_pairs):
+        pivot_row, row = job, job
+        if MAPPED:
+            _, pivot_row, row = pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7)
+        acc = tl.zeros([BLOCK_M, D], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        first = tl.program_id(0) * num_parts + is_pivot * num_slots
+        for part in range(num_parts):
+            lines = tl.cast(first + part, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            part_m = tl.load(part_lse + lines)
+            m_old = m
+            m = tl.maximum(m, part_m)
+            fade, weight = tl.exp2(m_old - m), tl.exp2(part_m - m)
+            values = tl.load(part_out + lines[:, None] * D + tl.arange(0, D)[None, :])
+            acc = acc * fade[:, None] + values * weight[:, None]
+            total = total * fade + weight
+        out_row = tl.where(is_pivot == 1, pivot_row, row)
+        _write(
+            acc / total[:, None], m + tl.log2(total), out, lse, value_bias, out_row, head, start_m,
+            len_q, num_heads, HAS_BIAS, BLOCK_M, D,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row of output, or the two of a pair."""
+
+    form: str
+    """`tiles.PLAIN`, `tiles.TARGET` or `tiles.PAIR`."""
+    q_row: int
+    """Row of q."""
+    pivot_row: int
+    """Row of k_pivot; for a pair also the pivot's row of v, out and lse."""
+    row: int
+    """Row of k, v, out and lse."""
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    k_pivot: Tensor,
+    v: Tensor,
+    value_bias: Tensor | None,
+    jobs: Sequence[Job] | None,
+    *,
+    fixed: bool,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Values [B, Lq, H, D] in the dtype of q and log-sum-exps [B, H, Lq] in float32; B and the keys are v's.
+
+    jobs: what to compute, each row of v once; None is every row by itself. fixed: no running maximum (see
+    `ops.is_bounded`). tile: in place of the table's choice, for sweeps and tests.
+    """
+    num_rows, len_k, num_heads, head_dim = v.shape
+    len_q = q.shape[1]
+    out = torch.empty(num_rows, len_q, num_heads, head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(num_rows, num_heads, len_q, dtype=torch.float32, device=q.device)
+    if value_bias is not None:
+        value_bias = value_bias.contiguous()
+    q, k, k_pivot, v = (last_contiguous(x) for x in (q, k, k_pivot, v))
+    for launch in chunks(jobs) if jobs is not None else [None]:
+        _launch(q, k, k_pivot, v, value_bias, out, lse, launch, fixed, tile)
+    return out, lse
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    k_pivot: Tensor,
+    v: Tensor,
+    value_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    jobs: Sequence[Job] | None,
+    fixed: bool,
+    tile: Tile | None,
+) -> None:
+    num_rows, len_k, num_heads, head_dim = v.shape
+    len_q = q.shape[1]
+    counts = {form: sum(job.form == form for job in jobs or ()) for form in _FORMS}
+    if jobs is None:
+        counts[tiles.PLAIN] = num_rows
+    forms = [form for form in tiles.MATMULS if counts[form]]
+    device = tiles.device(q.device)
+    tile = tile or tiles.forward_tile(device, forms, head_dim, fixed)
+
+    per_job = triton.cdiv(len_q, tile.block_m) * num_heads
+    tail = tiles.plan_tail(
+        tuple((counts[form] * per_job, tiles.MATMULS[form]) for form in tiles.LONGEST_FIRST if counts[form]),
+        device.num_sms * tile.programs_per_sm,
+        triton.cdiv(len_k, tile.block_n),
+    )
+    part_out = part_lse = lse  # never touched where nothing is split
+    if tail.num_slots:
+        copies = 2 if counts[tiles.PAIR] else 1
+        lines = copies * tail.num_slots * tile.block_m
+        part_out = torch.empty(lines, head_dim, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(lines, dtype=torch.float32, device=q.device)
+
+    tma = tile.tma and all(_describable(x) for x in (q, k, k_pivot, v))
+    sources = [q, k, k_pivot, v]
+    if tma:
+        blocks = (tile.block_m, tile.block_n, tile.block_n, tile.block_n)
+        sources = [_descriptor(x, block) for x, block in zip(sources, blocks, strict=True)]
+    bias = lse if value_bias is None else value_bias
+    packed = pack(jobs)
+    _forward_kernel[(tail.num_whole + tail.num_slots,)](
+        *sources, out, lse, bias, part_out, part_lse,
+        *q.stride()[:3], *k.stride()[:3], *k_pivot.stride()[:3], *v.stride()[:3],
+        *packed, counts[tiles.PAIR], counts[tiles.TARGET],
+        len_q, len_k, num_heads, head_dim**-0.5 * math.log2(math.e),
+        tail.num_whole, tail.num_parts, tail.num_slots,
+        KIND=_FORMS[forms[0]] if len(forms) == 1 else MIXED.value,
+        MAPPED=jobs is not None, FIXED=fixed, HAS_BIAS=value_bias is not None,
+        EVEN_K=len_k % tile.block_n == 0, SPLIT=tail.num_slots > 0, TMA=tma,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if tail.num_slots:
+        _merge_kernel[(tail.num_slots // tail.num_parts, 2 if counts[tiles.PAIR] else 1)](
+            out, lse, bias, part_out, part_lse, *packed, counts[tiles.PAIR],
+            len_q, num_heads, tail.num_whole, tail.num_parts, tail.num_slots,
+            MAPPED=jobs is not None, HAS_BIAS=value_bias is not None,
+            BLOCK_M=tile.block_m, D=head_dim, num_warps=tile.num_warps,
+        )  # fmt: skip
+
+
+def chunks(jobs: Sequence[Job]) -> list[Sequence[Job]]:
+    """Jobs, longest first, in as few launches of nearly equal size as their number allows."""
+    ordered = sorted(jobs, key=lambda job: -tiles.MATMULS[job.form])
+    launches = -(-len(ordered) // JOBS_PER_LAUNCH)
+    bounds = [i * len(ordered) // launches for i in range(launches + 1)]
+    return [ordered[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def pack(jobs: Sequence[Job] | None) -> list[int]:
+    """The jobs of a launch as integers for `pick_job`.
+
+    Bit 62 is always set and bit 3 of the last place never alone: Triton sees the same 64-bit type each time
+    and compiles once.
+    """
+    packed = []
+    for job in jobs or ():
+        if max(job.q_row, job.pivot_row, job.row) > ROW_MASK.value:
+            raise ValueError(f"at most {ROW_MASK.value + 1} rows, but a job names {job}")
+        fields = (job.q_row, job.pivot_row, job.row)
+        packed.append(sum(field << (ROW_BITS.value * i) for i, field in enumerate(fields)) | 1 << 62)
+    return packed + [1 << 62] * (JOBS_PER_LAUNCH - len(packed))
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether a tensor descriptor can express x: addresses in multiples of 16 bytes, no repeated rows."""
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
+
+
+def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
+    """Over [B, H, L, D], so that the leading dims of a block are the ones it has one of."""
+    x = x.transpose(1, 2)
+    # The stride of a dim of size 1 is arbitrary in PyTorch; a descriptor checks it.
+    strides = [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], [1, 1, block, x.shape[-1]])
