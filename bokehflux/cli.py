@@ -1,188 +1,188 @@
 """The command `bokehflux`: reads arguments, runs the pipeline, writes pictures. No other logic lives here.
 
-Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130.
+Bad input ends with one line on stderr and exit code 2, a failing disk with 1, Ctrl-C with 130.
 """
 
 from __future__ import annotations
 
 import argparse
-import bisect
 import logging
-import re
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from bokehflux import __version__
+from bokehflux.arguments import parse, request_from
 
+# Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
-    from bokehflux.generate import Result
-    from bokehflux.images import Picture
-    from bokehflux.sampling.samplers import OnStep, StepInfo
+    from bokehflux.generate import Pipeline
+    from bokehflux.progress import Progress
+    from bokehflux.request import Request, Run
+    from bokehflux.sampling.samplers import StepInfo
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what is to be said about it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. argv: arguments without the program's name."""
     logging.basicConfig(format="bokehflux: %(message)s")
     try:
-        args = _parser().parse_args([_hyphenated(word) for word in (sys.argv[1:] if argv is None else argv)])
-        return generate(args)
+        args = parse(sys.argv[1:] if argv is None else argv)
+        return COMMANDS[args.command](args)
     except ValueError as error:
         print(f"bokehflux: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"bokehflux: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        # The progress line, if there is one, has no end yet.
-        print("\n" * sys.stderr.isatty() + "bokehflux: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"bokehflux: interrupted{stop}", file=sys.stderr)
         return 130
 
 
 def generate(args: argparse.Namespace) -> int:
-    """`bokehflux generate`: one PNG per level, the pivot and a contact sheet; prints their paths."""
-    # Here, not at the top: --help, --version and mistyped flags must not wait for torch.
-    from bokehflux import images
-    from bokehflux.generate import load
+    """One picture per level, the pivot and a contact sheet; prints their paths."""
+    request = request_from(args, _required(args.prompt), args.seed)
+    _check(args)
+    from bokehflux.output import save_pictures
+    from bokehflux.progress import Progress
+    from bokehflux.scene import Scene
 
-    _check_before_loading(args)
-    folder = Path(args.output)
-    images.check_folder(folder)
-    pipe = load(args.model, adapter=args.adapter, device=args.device, dtype=args.dtype)
-    result = pipe.generate(
-        args.prompt,
-        args.bokeh_targets,
-        bokeh_pivot=args.bokeh_pivot,
-        num_inference_steps=args.num_inference_steps,
-        num_grounding_steps=args.num_grounding_steps,
-        guidance_scale=args.guidance_scale,
-        true_cfg=args.true_cfg,
-        negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
-        seed=args.seed,
-        on_step=progress(),
-    )
-    settings = {**result.settings, "adapter": args.adapter}
-    for path in images.save_pictures(_pictures(result, settings), folder):
+    progress = Progress.for_people()
+    pipe, facts = _load(args, progress)
+    scene = Scene.of(_server(args, pipe, progress)(request), facts)
+    for path in save_pictures([*scene.pictures(), scene.sheet()], Path(args.output), args.format):
         print(path)
     return 0
 
 
-def progress() -> OnStep | None:
-    """A line on stderr that is redrawn after every step, or None when nobody watches."""
-    if not sys.stderr.isatty():
-        return None
-    start = time.monotonic()
+def sweep(args: argparse.Namespace) -> int:
+    """Prompts x seeds x levels, each scene with its views, and one page; prints paths as they are done."""
+    from bokehflux import sweep as sweeps
+    from bokehflux.progress import Progress
 
-    def show(info: StepInfo) -> None:
-        done = info.step + 1
-        minutes, seconds = divmod(round((time.monotonic() - start) / done * (info.num_steps - done)), 60)
-        line = f"step {done}/{info.num_steps}  noise {info.sigma:.2f}  {minutes:02}:{seconds:02} left"
-        print(f"\r{line:<50}", end="\n" if done == info.num_steps else "", file=sys.stderr, flush=True)
+    given = args.prompts_file
+    prompts = [_required(args.prompt)] if given is None else sweeps.read_prompts(Path(given))
+    args.bokeh_targets = args.bokeh_targets or sweeps.LEVELS
+    args.bokeh_pivot = sweeps.PIVOT if args.bokeh_pivot is None else args.bokeh_pivot
+    requests = sweeps.grid(request_from(args, prompts[0], args.seeds[0]), prompts, args.seeds)
+    _check(args)
 
-    return show
-
-
-def _check_before_loading(args: argparse.Namespace) -> None:
-    """What `Pipeline.generate` would refuse anyway, said before minutes are spent on loading a model."""
-    from bokehflux.models.bokeh import check_level
-
-    if not args.prompt.strip():
-        raise ValueError("the prompt is empty")
-    for level in [*(args.bokeh_targets or []), args.bokeh_pivot]:
-        check_level(level)
-    if args.num_grounding_steps and args.bokeh_pivot is None:
-        raise ValueError("--num-grounding-steps needs --bokeh-pivot: steps are grounded on a pivot")
-    for side in (args.height, args.width):
-        if side is not None and side < 16:
-            raise ValueError(f"--height and --width must be at least 16 pixels, got {side}")
-    if not -(2**63) <= args.seed < 2**64:
-        raise ValueError(f"--seed must fit in 64 bits, got {args.seed}")
-
-
-def _pictures(result: Result, settings: dict[str, Any]) -> list[Picture]:
-    """Everything a run leaves behind, in the order in which it is reported: targets, pivot, sheet."""
-    from bokehflux.images import Picture, Tile, contact_sheet, distinct, level_stem
-
-    levels, pivot = settings["bokeh_targets"] or [None], settings["bokeh_pivot"]
-    stems = distinct(["plain" if level is None else level_stem(level) for level in levels])
-    pictures, tiles = [], []
-    for level, stem, image in zip(levels, stems, result.images, strict=True):
-        about = {**settings, "role": "target", "bokeh_level": level}
-        pictures.append(Picture(stem=stem, image=image, settings=about))
-        tiles.append(Tile(image=image, label="plain" if level is None else f"bokeh {level:g}"))
-    if result.pivot_image is not None:
-        about = {**settings, "role": "pivot", "bokeh_level": pivot}
-        pictures.append(Picture(stem=f"pivot-{level_stem(pivot)}", image=result.pivot_image, settings=about))
-        # In its place among ascending levels, so that the sheet reads as one sweep.
-        place = bisect.bisect(levels, pivot) if levels == sorted(levels) else len(levels)
-        tiles.insert(place, Tile(image=result.pivot_image, label=f"pivot {pivot:g}", is_pivot=True))
-    grounded = f", {settings['num_grounding_steps']} grounded" if result.pivot_image is not None else ""
-    footer = " \u00b7 ".join(
-        (
-            Path(settings["model"]).name,
-            f"{settings['num_inference_steps']} steps{grounded}",
-            f"guidance {settings['guidance_scale']:g}",
-            f"seed {settings['seed']}",
-        )
-    )
-    sheet = contact_sheet(tiles, settings["prompt"], footer)
-    return [*pictures, Picture(stem="sheet", image=sheet, settings={**settings, "role": "sheet"})]
+    progress, output, num_done = Progress.for_people(), Path(args.output), 0
+    try:
+        pipe, facts = _load(args, progress)
+        serve = _server(args, pipe, progress)
+        progress.batch(1, len(requests))
+        for i, done in enumerate(
+            sweeps.run_sweep(requests, pipe.defaults, facts, output, args.format, serve), 1
+        ):
+            num_done = i
+            print(*done.paths, sep="\n", flush=True)
+            if done.num_kept:
+                print(f"bokehflux: scene {i}: {done.num_kept} pictures were there already", file=sys.stderr)
+            if i < len(requests):
+                progress.batch(i + 1, len(requests))
+    except KeyboardInterrupt as stop:
+        finished = f"{num_done} of {len(requests)} scenes are finished and kept in {output}"
+        raise Interrupted(f"; {finished}; the same command continues") from stop
+    print(*sweeps.overviews(output, len(requests)), sep="\n")
+    return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bokehflux: error: {message}\n")
+def info(args: argparse.Namespace) -> int:
+    """The recipe inside a picture, one line each."""
+    from bokehflux.metadata import read_recipe
+
+    for name, value in read_recipe(args.image).items():
+        print(f"{name}: {value}")
+    return 0
 
 
-def _parser() -> _Parser:
-    # Flag names and defaults are those of the published script; `_hyphenated` admits its spelling.
-    parser = _Parser(prog="bokehflux", description="Text-to-image with lens-true control of defocus.")
-    parser.add_argument("--version", action="version", version=f"bokehflux {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = commands.add_parser(
-        "generate",
-        help="make one picture per bokeh level",
-        description="Make one picture per bokeh level, all of one scene when a pivot is given. Flags may be "
-        "written with hyphens or underscores, and shortened as long as they stay unambiguous.",
-    ).add_argument
-    # fmt: off
-    add("--prompt", required=True, help="what to show")
-    add("--bokeh-targets", type=float, nargs="+", metavar="LEVEL",
-        help="bokeh levels, 0 (all sharp) to 30; without any, one picture of the plain model")
-    add("--bokeh-pivot", type=float, metavar="LEVEL",
-        help="level of a further picture that anchors the scene; 10 to 20 works best")
-    add("--num-grounding-steps", type=int, metavar="N", help="steps grounded on the pivot (default: 80 %%)")
-    add("--num-inference-steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
-    add("--guidance-scale", type=float, default=3.0, metavar="X",
-        help="distilled guidance, usually 3 to 6 (default: %(default)s)")
-    add("--true-cfg", type=float, default=1.0, metavar="X",
-        help="above 1, each step has a second pass that steers away from --negative-prompt (default: off)")
-    add("--negative-prompt", default="bad quality, low resolution", metavar="TEXT",
-        help="default: %(default)s")
-    add("--height", type=int, metavar="PX", help="floored to a multiple of 16 (default: the model's own)")
-    add("--width", type=int, metavar="PX", help="likewise")
-    add("--seed", type=int, default=65578, metavar="N",
-        help="one seed, size and dtype give one picture (default: %(default)s)")
-    add("--model", default="nano", metavar="MODEL",
-        help="a bundled model, or a folder in the official FLUX layout (default: %(default)s)")
-    add("--adapter", metavar="PATH", help="folder or file of a bokeh adapter; nano brings its own")
-    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--output", "--output-dir", "--results-dir", default="results", metavar="FOLDER",
-        help="where to put pictures; those of earlier runs are kept (default: %(default)s)")
-    # fmt: on
-    return parser
+def doctor(args: argparse.Namespace) -> int:
+    """What this machine has and lacks, line by line."""
+    from bokehflux.doctor import report
+
+    for line in report():
+        print(line, flush=True)
+    return 0
 
 
-def _hyphenated(word: str) -> str:
-    """--bokeh_pivot -> --bokeh-pivot; values, and what follows "=", stay as they are."""
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if re.fullmatch(r"--[A-Za-z][\w-]*", name) else word
+def inspect(args: argparse.Namespace) -> int:
+    """What a checkpoint file is."""
+    from bokehflux.weights.inspect import describe
+
+    print(describe(args.file))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "generate": generate, "sweep": sweep, "info": info, "doctor": doctor, "inspect": inspect,
+}  # fmt: skip
+
+
+def _required(prompt: str | None) -> str:
+    if prompt is None:
+        raise ValueError("a prompt is needed: --prompt TEXT")
+    return prompt
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What would fail after minutes of loading, said before."""
+    from bokehflux.output import check_folder
+
+    if args.max_rows is not None and args.max_rows < 1:
+        raise ValueError(f"--max-rows must be at least 1, got {args.max_rows}")
+    if args.preview is not None or args.preview_every != 1:
+        from bokehflux.preview import check_preview
+
+        check_preview(args.preview, args.preview_every)
+    check_folder(Path(args.output))
+
+
+def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[str, Any]]:
+    """The model, and the part of every recipe that tells which model it was and where it ran."""
+    from bokehflux import identity
+    from bokehflux.generate import load
+
+    progress.show(f"loading {args.model}")
+    try:
+        pipe = load(args.model, adapter=args.adapter, device=args.device, dtype=args.dtype)
+        facts = identity.facts(pipe, args.model, args.adapter)
+    finally:
+        progress.end()
+    if args.config_from is not None:
+        from bokehflux.replay import warn_of_differences
+
+        warn_of_differences(args.config_from, facts)
+    return pipe, facts
+
+
+def _server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Callable[[Request], Run]:
+    """Serves requests with everything that people watch meanwhile."""
+
+    def serve(request: Request) -> Run:
+        rows = len(request.bokeh_targets or (0,)) + (request.bokeh_pivot is not None)
+        preview = None
+        if args.preview is not None:
+            from bokehflux.preview import Preview
+
+            preview = Preview(
+                pipe.vae, request.completed(pipe.defaults), Path(args.preview), args.preview_every
+            )
+
+        with progress.watching(pipe, rows) as on_step:
+
+            def watch(info: StepInfo) -> None:
+                on_step(info)
+                if preview is not None:
+                    preview(info)
+
+            return request.run(pipe, watch, args.max_rows)
+
+    return serve
 
 
 if __name__ == "__main__":

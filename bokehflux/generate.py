@@ -8,10 +8,11 @@ transfer (`color`). To change one, call the others yourself; there is no other s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,16 @@ from torch import Tensor
 from bokehflux import __version__
 from bokehflux.color import match_lab_means
 from bokehflux.configs import Defaults, ScheduleConfig
+from bokehflux.memory import (
+    MODES,
+    MemoryMode,
+    choose,
+    footprint,
+    free_memory,
+    out_of_memory_advice,
+    place,
+    visiting,
+)
 from bokehflux.models.bokeh import BokehCondition, check_level
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.vae import AutoencoderKL, to_uint8
@@ -30,6 +41,8 @@ from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import OnStep, euler
 from bokehflux.sampling.schedule import sigmas
 from bokehflux.text.encode import TextEncoders
+
+logger = logging.getLogger(__name__)
 
 NEGATIVE_PROMPT = "bad quality, low resolution"
 GROUNDED_SHARE = 0.8
@@ -63,6 +76,8 @@ class Pipeline:
     defaults: Defaults
     name: str
     """Folder or bundled name the model came from."""
+    memory: MemoryMode = "resident"
+    """Where the weights live while it runs."""
 
     @property
     def device(self) -> torch.device:
@@ -143,20 +158,25 @@ class Pipeline:
 
         steps = sigmas(self.schedule, num_steps, grid.num_tokens)
         grounding = Grounding(pivot_row=0 if makes_pivot else None, num_steps=num_grounded, cache=pivot_cache)
+        with visiting(self.text.networks, self.device):
+            conditioning = self.text.encode([prompt])
+            negative = self.text.encode([negative_prompt]) if true_cfg > 1 else None
         velocity = denoiser(
             self.mmdit,
-            self.text.encode([prompt]),
+            conditioning,
             grid,
             guidance=guidance_scale,
             bokeh=None if levels is None else BokehCondition.of(levels),
             grounding=grounding if grounded else None,
             true_cfg=true_cfg,
-            negative=self.text.encode([negative_prompt]) if true_cfg > 1 else None,
+            negative=negative,
             sigmas=steps,
             max_rows=max_rows,
         )
         start = pack(noise(grid, seed, self.dtype)).to(self.device)
-        x = euler(velocity, start.expand(1 if levels is None else len(levels), -1, -1), steps, on_step)
+        start = start.expand(1 if levels is None else len(levels), -1, -1)
+        with out_of_memory_advice(self.memory):
+            x = euler(velocity, start, steps, on_step)
         pivot_latents = None
         if makes_pivot:
             pivot_latents, x = x[0], x[1:]
@@ -165,8 +185,9 @@ class Pipeline:
         elif pivot_cache is not None:
             pivot_latents = pivot_cache.latents
 
-        pixels = [self._decode(row, grid) for row in x]
-        pivot = None if pivot_latents is None else self._decode(pivot_latents, grid)
+        with visiting([self.vae], self.device):
+            pixels = [self._decode(row, grid) for row in x]
+            pivot = None if pivot_latents is None else self._decode(pivot_latents, grid)
         if pivot is not None:
             pixels = [match_lab_means(image, pivot) for image in pixels]
         return Result(
@@ -174,7 +195,7 @@ class Pipeline:
             pivot_image=None if pivot is None else Image.fromarray(pivot),
             latents=x,
             pivot_latents=pivot_latents,
-            settings={**scene, "bokeh_targets": targets},
+            settings={**scene, "bokeh_targets": targets, "memory": self.memory},
         )
 
     def _decode(self, latents: Tensor, grid: LatentGrid) -> np.ndarray:
@@ -221,6 +242,7 @@ def load(
     loras: Sequence[tuple[str | Path, float]] = (),
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    memory: MemoryMode | Literal["auto"] = "auto",
 ) -> Pipeline:
     """Load a model with its text encoders, autoencoder and, if given, a bokeh adapter and LoRAs.
 
@@ -229,6 +251,8 @@ def load(
     loras: (file, strength) of each, in any of the known key families; their effects add up.
     device: None takes CUDA, then MPS, then the CPU. dtype: "bfloat16", "float32" or "float16"; None takes
         bfloat16 on a GPU and float32 on a CPU.
+    memory: "resident", "offload" or "stream" (`memory.py`); "auto" takes the first that fits in the GPU's
+        free memory, and "resident" on other devices.
     Raises ValueError (`CheckpointError` for files) with everything that is wrong in one message.
     """
     # The only place where the networks and the checkpoint code meet.
@@ -236,7 +260,20 @@ def load(
 
     where = _device(device)
     kind = _dtype(dtype, where)
-    parts = load_components(model, adapter=adapter, loras=loras, device=where, dtype=kind)
+    if memory not in (*MODES, "auto"):
+        raise ValueError(f"unknown memory mode {memory!r}: expected 'auto' or one of {MODES}")
+    resident = memory == "resident" or where.type != "cuda"
+    if resident and memory not in ("resident", "auto"):
+        raise ValueError(f"memory mode {memory!r} needs a CUDA device, got {where}")
+    # What will not stay on the device is never put there.
+    home = where if resident else torch.device("cpu")
+    parts = load_components(model, adapter=adapter, loras=loras, device=home, dtype=kind)
+    mode: MemoryMode = "resident"
+    if not resident:
+        visitors = [*parts.text.networks, parts.vae]
+        mode = choose(footprint(parts.mmdit, visitors), free_memory(where)) if memory == "auto" else memory
+        logger.info("memory mode %s", mode)
+        place(parts.mmdit, visitors, mode, where)
     return Pipeline(
         mmdit=parts.mmdit,
         text=parts.text,
@@ -244,6 +281,7 @@ def load(
         schedule=parts.schedule,
         defaults=parts.defaults,
         name=str(model),
+        memory=mode,
     )
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from bokehflux import __version__
+
 if TYPE_CHECKING:
     import torch
 
@@ -60,12 +62,20 @@ def model_facts(model: str | Path, adapter: str | Path | None) -> dict[str, Any]
     }
 
 
-def place_facts(pipe: Pipeline) -> dict[str, Any]:
-    """Where pictures are made, as far as it can change their bits: library, device class, attention path."""
+def facts(pipe: Pipeline, model: str | Path, adapter: str | Path | None) -> dict[str, Any]:
+    """The part of a recipe that does not depend on the request: which model, and where it runs.
+
+    Of the place, what can change the bits of a picture. Errors as `model_facts`.
+    """
     import torch
 
     return {
+        "model": pipe.name,
+        **model_facts(model, adapter),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "version": __version__,
         "torch": torch.__version__,
+        "device": pipe.device.type,
         "device_name": device_name(pipe.device),
         "attention": attention_backend(pipe.device.type),
     }

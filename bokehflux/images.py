@@ -1,4 +1,4 @@
-"""What people look at: the labelled contact sheet and the frames of the animation, from PIL images and labels.
+"""What people look at: the labelled contact sheet and the frames of an animation, from images and labels.
 
 Knows nothing about models or files. Pictures are never smoothed upwards, since that would look like blur.
 """

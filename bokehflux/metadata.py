@@ -1,4 +1,4 @@
-"""The recipe inside a picture: PNG, JPEG, WebP and GIF files that say how they were made, and that AI made them.
+"""The recipe inside a picture: files that say how they were made, and that AI made them.
 
 The recipe is a JSON object. It is written twice, because tools that keep one drop the other: as text (PNG
 `tEXt` chunk "bokehflux", GIF comment) and as EXIF `UserComment`. EXIF `Software` and `ImageDescription` and
@@ -31,8 +31,8 @@ _MAX_RECIPE = 1 << 20
 """Bytes of JSON that are looked at: a file from a stranger must not make us work without bound."""
 # What Pillow raises for files that are no pictures, or broken ones.
 _UNREADABLE = (
-    OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
-    struct.error, zlib.error, Image.DecompressionBombError,
+    OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, AttributeError,
+    OverflowError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def encode_animation(
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe of a picture that bokehflux wrote, in any of its formats. Raises NoRecipe for other files."""
+    """The recipe of a picture that bokehflux wrote, in any format. Raises NoRecipe for other files."""
     texts: list[str | bytes] = []
     try:
         with Image.open(path) as image:

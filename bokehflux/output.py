@@ -75,7 +75,7 @@ def save_pictures(pictures: Sequence[Picture], folder: Path, kind: str = "png") 
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file, in place of the one that has its name, if any. Raises OSError; then the old one is whole."""
+    """Write a file in place of the one of that name, if any. Raises OSError; then the old one is whole."""
     temporary = _temporary(path.parent, data)
     try:
         os.replace(temporary, path)
@@ -113,7 +113,7 @@ def _publish(temporary: Sequence[Path], paths: Sequence[Path]) -> list[Path] | N
 
 
 def _rename_to_free(source: Path, path: Path) -> None:
-    """Like os.replace, but FileExistsError when the name is taken. Falls back where links are unknown (FAT)."""
+    """Like os.replace, but FileExistsError for a name that is taken; also where links are unknown (FAT)."""
     try:
         os.link(source, path)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""One HTML file that shows a sweep: slider, pivot, difference, blur curve. Needs no network and no other file.
+"""One HTML file that shows a sweep: slider, pivot, difference, blur curve. It needs no other file.
 
 Pictures are embedded as lossless WebP, so the difference view shows differences of the pictures themselves.
 The page forbids itself, by its content security policy, to load anything.
@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,13 @@ def write_page(scenes: Sequence[Scene], path: Path) -> None:
 
 def page(scenes: Sequence[Scene]) -> str:
     """The page as text, for one or more scenes of at least one target each."""
-    data = [_scene(scene) for scene in scenes]
-    return (
-        TEMPLATE.replace("@@TITLE@@", html.escape(str(scenes[0].recipe["prompt"])[:80]))
-        .replace("@@SOURCE_TYPE@@", SOURCE_TYPE)
-        .replace("@@DATA@@", _json(data))
-    )
+    parts = {
+        "TITLE": html.escape(str(scenes[0].recipe["prompt"])[:80]),
+        "SOURCE_TYPE": SOURCE_TYPE,
+        "DATA": _json([_scene(scene) for scene in scenes]),
+    }
+    # In one pass: a prompt may itself contain a placeholder.
+    return re.sub("@@([A-Z_]+)@@", lambda match: parts[match[1]], TEMPLATE)
 
 
 def measured_sharpness(image: Image.Image) -> float:
@@ -72,17 +74,19 @@ def curve_svg(points: Sequence[tuple[float, float]], pivot: tuple[float, float] 
     mark = ""
     if pivot:
         x, y = place(*pivot)
-        mark = f'<rect class="pivot" x="{x - 5}" y="{y - 5}" width="10" height="10"><title>pivot</title></rect>'
+        mark = (
+            f'<rect class="pivot" x="{x - 5}" y="{y - 5}" width="10" height="10"><title>pivot</title></rect>'
+        )
     ticks = "".join(
         f'<text x="{place(level, low)[0]}" y="{HEIGHT - PAD + 16}" text-anchor="middle">{level}</text>'
         for level in range(0, 31, 10)
     )
     base = HEIGHT - PAD
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Measured sharpness at every bokeh level">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Sharpness at every bokeh level">'
         f'<path class="axis" d="M{PAD} 8V{base}H{WIDTH - 8}"/>{ticks}'
         f'<text x="{WIDTH - 8}" y="{HEIGHT - 4}" text-anchor="end">bokeh level</text>'
-        f'<text x="10" y="{base // 2}" text-anchor="middle" transform="rotate(-90 10 {base // 2})">sharpness</text>'
+        f'<text text-anchor="middle" transform="translate(10 {base // 2}) rotate(-90)">sharpness</text>'
         f'<text x="{PAD - 4}" y="16" text-anchor="end">{high:.0f}</text>'
         f'<text x="{PAD - 4}" y="{base}" text-anchor="end">{low:.0f}</text>'
         f'<polyline class="curve" points="{line}"/>{mark}{dots}</svg>'
@@ -103,6 +107,7 @@ def _scene(scene: Scene) -> dict[str, Any]:
         "size": scene.targets[0].image.size,
         "pivot": None if scene.pivot is None else _data_uri(scene.pivot.image),
         "pivot_level": None if scene.pivot is None else scene.pivot.level,
+        "pivot_sharpness": None if pivot is None else round(pivot[1], 3),
         "curve": curve_svg(points, pivot),
         "recipe": scene.recipe,
     }

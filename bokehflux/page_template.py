@@ -11,27 +11,32 @@ TEMPLATE = """<!DOCTYPE html>
 <meta name="digital-source-type" content="@@SOURCE_TYPE@@">
 <title>@@TITLE@@</title>
 <style>
-:root { color-scheme: dark; --paper: #141416; --ink: #f2f2f0; --faint: #9a9aa0; --accent: #ffb340; }
+:root { color-scheme: dark; --paper: #141416; --ink: #f2f2f0; --faint: #9a9aa0; --accent: #ffb340;
+  accent-color: var(--accent); }
 @media (prefers-color-scheme: light) {
   :root { color-scheme: light; --paper: #fafaf8; --ink: #1a1a1c; --faint: #66666c; --accent: #a86200; }
 }
+footer { margin-top: 2rem; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; background: var(--paper); color: var(--ink);
   font: 16px/1.45 system-ui, sans-serif; }
 h1 { margin: 0 0 .25rem; font-size: 1.25rem; font-weight: 600; overflow-wrap: anywhere; }
 .faint, footer { color: var(--faint); font-size: .875rem; }
-main { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 22rem); gap: 2rem; margin-top: 1.25rem; }
+main { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 22rem); gap: 2rem;
+  margin-top: 1.25rem; }
 @media (max-width: 50rem) { main { grid-template-columns: minmax(0, 1fr); } }
-figure { margin: 0; }
+/* Picture and slider fit on the screen together. */
+figure { margin: 0; max-width: max(20rem, calc(100vh - 17rem)); }
 #stage { position: relative; background: #000; border-radius: 4px; overflow: hidden; isolation: isolate; }
-#stage img { display: block; width: 100%; image-rendering: pixelated; }
+#stage img { display: block; width: 100%; }
 #stage #over { position: absolute; inset: 0; height: 100%; }
 #stage.difference #over { mix-blend-mode: difference; }
 figcaption { display: flex; justify-content: space-between; gap: 1rem; margin: .5rem 0 1rem; }
-#level { width: 100%; accent-color: var(--accent); }
-.ticks { display: flex; justify-content: space-between; padding: 0 2px; color: var(--faint); font-size: .8rem; }
-fieldset { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem 1rem; margin: 1.25rem 0 0; padding: 0;
-  border: 0; }
+#level { width: 100%; }
+.ticks { display: flex; justify-content: space-between; padding: 0 2px; color: var(--faint);
+  font-size: .8rem; }
+fieldset { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem 1rem; margin: 1.25rem 0 0;
+  padding: 0; border: 0; }
 legend { float: left; padding: 0; margin-right: 1rem; color: var(--faint); }
 label, summary { cursor: pointer; }
 select, button { font: inherit; }
@@ -70,8 +75,8 @@ kbd { border: 1px solid var(--faint); border-radius: 3px; padding: 0 .3em; font:
 </figure>
 <aside>
 <div id="curve"></div>
-<p class="faint">Sharpness is the log variance of the Laplacian, measured on the pictures; a level that blurs more
-lies lower. The square is the pivot.</p>
+<p class="faint">Sharpness is the log variance of the Laplacian, measured on the pictures; a level that blurs
+more lies lower. The square is the pivot.</p>
 <p class="faint"><kbd>&larr;</kbd> <kbd>&rarr;</kbd> level, <kbd>P</kbd> pivot, <kbd>D</kbd> difference,
 <kbd>L</kbd> this level</p>
 <details><summary>Recipe</summary><dl id="recipe"></dl></details>
@@ -96,13 +101,17 @@ function draw() {
   const title = { level: name, pivot: `pivot, level ${scene.pivot_level}`,
     difference: `${name} against the pivot, difference times ${at("gain").value}` }[shown];
   at("under").alt = `${scene.prompt}: ${title}`;
+  // Enlarged pixels stay sharp: smoothing would look like blur.
+  const enlarged = scene.size[0] < at("stage").clientWidth ? "pixelated" : "auto";
+  at("under").style.imageRendering = at("over").style.imageRendering = enlarged;
   at("over").hidden = shown !== "difference";
   at("stage").className = shown;
   // |a - b| * gain, exactly: brightness() multiplies.
   at("stage").style.filter = shown === "difference" ? `brightness(${at("gain").value})` : "";
   at("gain").disabled = shown !== "difference";
   at("now").textContent = title;
-  at("measured").textContent = `sharpness ${scene.sharpness[i].toFixed(2)}`;
+  const measured = shown === "pivot" ? scene.pivot_sharpness : scene.sharpness[i];
+  at("measured").textContent = `sharpness ${measured.toFixed(2)}`;
   at("level").setAttribute("aria-valuetext", name);
   for (const dot of document.querySelectorAll(".dot"))
     dot.classList.toggle("now", Number(dot.dataset.index) === i);

@@ -1,4 +1,4 @@
-"""Pictures while they are being made: a linear map from latents to colours, fitted to the autoencoder at hand.
+"""Pictures while they are being made: a linear map from latents to colours, fitted to the autoencoder.
 
 No table of numbers for one model: on a few smooth random pictures the best affine map from latents to colours
 is found by least squares, which costs one call of the encoder and holds for any autoencoder. What is shown is
@@ -18,6 +18,7 @@ from torch import Tensor
 from bokehflux import metadata
 from bokehflux.models.vae import AutoencoderKL, to_uint8
 from bokehflux.output import replace_file
+from bokehflux.request import Request
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo
 
@@ -41,13 +42,12 @@ def fit_rgb_map(vae: AutoencoderKL) -> Tensor:
 class Preview:
     """An `on_step` that writes all rows side by side to one file, every `every` steps and after the last.
 
-    Raises ValueError for a file ending that is no picture's, and every below 1.
+    request: completed, since its size is needed. Path and every: as `check_preview` wants them.
     """
 
-    def __init__(self, vae: AutoencoderKL, grid: LatentGrid, path: Path, every: int) -> None:
-        check_preview(path, every)
+    def __init__(self, vae: AutoencoderKL, request: Request, path: Path, every: int) -> None:
         self._map = fit_rgb_map(vae)
-        self._grid = grid
+        self._grid = LatentGrid(height_px=request.height or 0, width_px=request.width or 0)
         self._path = path
         self._every = every
         self._before: StepInfo | None = None
@@ -78,8 +78,11 @@ class Preview:
         return Image.fromarray(torch.cat(list(pixels), 1).numpy())
 
 
-def check_preview(path: Path, every: int) -> None:
-    """Raise ValueError for a preview that cannot be written."""
+def check_preview(file: str | None, every: int) -> None:
+    """Raise ValueError for the arguments of a preview that could not be written."""
+    if file is None:
+        raise ValueError("--preview-every needs --preview FILE: how often that file is written")
+    path = Path(file)
     _kind(path)
     if not path.parent.is_dir():
         raise ValueError(f"--preview {path}: there is no folder {path.parent}")

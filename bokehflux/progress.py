@@ -32,7 +32,7 @@ class Progress:
         return cls(sys.stderr if sys.stderr.isatty() else None)
 
     def batch(self, number: int, total: int) -> None:
-        """Batch `number` (from 1) of `total` begins: named, with the time left for all, on every later line."""
+        """Batch `number` (from 1) of `total` begins: later lines name it, and the time left for all."""
         left = ""
         if self._batches_made:
             left = (

@@ -1,9 +1,8 @@
-"""One scene at several bokeh levels: its pictures with their recipes, in the order in which people see them."""
+"""One scene at several bokeh levels: its pictures, their recipes, and how they are laid out."""
 
 from __future__ import annotations
 
 import bisect
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +72,7 @@ class Scene:
         return {**self.recipe, "role": "pivot" if shot.is_pivot else "target", "bokeh_level": shot.level}
 
     def tiles(self) -> list[Tile]:
-        """Labelled pictures; the pivot in its place among ascending levels, so that they read as one sweep."""
+        """Labelled pictures; the pivot in its place among ascending levels, so that all read as one sweep."""
         tiles = [Tile(image=shot.image, label=shot.label) for shot in self.targets]
         if self.pivot is not None and self.pivot.level is not None:
             levels = [shot.level or 0.0 for shot in self.targets]
@@ -101,4 +100,5 @@ class Scene:
     def merged(self, others: Sequence[Shot], pivot: Shot | None) -> Scene:
         """With pictures made earlier, all targets in ascending order."""
         targets = sorted([*self.targets, *others], key=lambda shot: shot.level or 0.0)
-        return dataclasses.replace(self, targets=tuple(targets), pivot=pivot or self.pivot)
+        recipe = {**self.recipe, "bokeh_targets": [shot.level for shot in targets]}
+        return Scene(recipe=recipe, targets=tuple(targets), pivot=pivot or self.pivot)

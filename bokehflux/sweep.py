@@ -1,4 +1,4 @@
-"""Sweeps: prompts x seeds x bokeh levels, one batch per prompt and seed, continued where an earlier one stopped.
+"""Sweeps: prompts x seeds x bokeh levels, a batch per prompt and seed, continued where one stopped.
 
 Each scene has a folder named after its prompt, its seed and a hash of everything that decides its pictures,
 the levels apart. So the same command finds its own folder again, and another one never mixes with it. A
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
 LEVELS = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
 PIVOT = 15.0
+PAGE, GRID = "index.html", "grid.png"
 DECIDES = (
-    "prompt", "negative_prompt", "bokeh_pivot", "num_inference_steps", "num_grounding_steps", "guidance_scale",
-    "true_cfg", "height", "width", "seed", "model_hash", "adapter_hash", "dtype",
+    "prompt", "negative_prompt", "bokeh_pivot", "num_inference_steps", "num_grounding_steps",
+    "guidance_scale", "true_cfg", "height", "width", "seed", "model_hash", "adapter_hash", "dtype",
 )  # fmt: skip
 """Parts of a recipe that decide a picture, beside its level. Where it was made (library, device) is not
 among them: a sweep may be continued elsewhere."""
@@ -96,9 +97,14 @@ def run_sweep(
             yield done
     finally:
         if scenes:
-            write_page(scenes, output / "index.html")
+            write_page(scenes, output / PAGE)
         if len(scenes) > 1:
-            replace_file(output / "grid.png", _grid_sheet(scenes))
+            replace_file(output / GRID, _grid_sheet(scenes))
+
+
+def overviews(output: Path, num_scenes: int) -> list[Path]:
+    """The files that `run_sweep` leaves beside the scenes."""
+    return [output / name for name in ([GRID, PAGE] if num_scenes > 1 else [PAGE])]
 
 
 def folder_name(wanted: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ class FakeText:
 
     dtype: torch.dtype
     txt_length: int = TXT_LENGTH
+    networks: tuple[torch.nn.Module, ...] = ()
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.models.linear import Linear, LowRankTerm
+from bokehflux.models.mmdit import MMDiT
 
 from .lora import Lora
 
@@ -131,6 +132,8 @@ def _fitting(
     for part, modules in lora.terms.items():
         if part not in networks:
             raise ValueError(f"{lora.path} changes {part}, and only {', '.join(networks)} were given")
+        if _is_folded(networks[part]):
+            raise ValueError(f"{lora.path}: the bokeh adapter is folded into these weights; undo that first")
         own = dict(networks[part].named_modules())
         for name, terms in modules.items():
             layer = own.get(name)
@@ -139,6 +142,11 @@ def _fitting(
             scaled = tuple(dataclasses.replace(t, strength=strength * t.strength) for t in terms)
             found.append((f"{part} {name}", layer, scaled))
     return found if strength else []
+
+
+def _is_folded(network: nn.Module) -> bool:
+    # The adapter multiplies what the LoRA adds: folded before it, the product would lack the LoRA.
+    return isinstance(network, MMDiT) and network.bokeh is not None and network.bokeh.folded_at is not None
 
 
 def _fits(layer: Linear, term: LowRankTerm) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,10 @@ class LowRankTerm:
     first: int = 0
     """Where in the layer's output it acts: fused projections hold several of a LoRA's targets."""
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> LowRankTerm:
+        """With both factors passed through `move`."""
+        return dataclasses.replace(self, down=move(self.down), up=move(self.up))
+
     def add_to(self, out: Tensor, x: Tensor, start: int = 0) -> Tensor:
         """`out` (the layer's columns from `start` on) plus what of the term falls on them."""
         skip = max(0, start - self.first)
@@ -50,6 +55,12 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.dequantize: Dequantize | None = None
         self.terms: tuple[LowRankTerm, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        # What `to`, `cuda` and `half` call: terms go where the weight goes.
+        super()._apply(fn, recurse)
+        self.terms = tuple(term.moved(fn) for term in self.terms)
+        return self
 
     @property
     def is_dense(self) -> bool:

@@ -24,6 +24,10 @@ class TextEncoders:
     txt_length: int
     """T5 tokens a prompt is padded or cut to. CLIP's number comes from its tokenizer's files."""
 
+    @property
+    def networks(self) -> tuple[torch.nn.Module, ...]:
+        return self.t5, self.clip
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """`txt` [B, txt_length, t5 width] and `pooled` [B, clip width], in the dtype of the encoders."""

@@ -1,18 +1,27 @@
-"""Which block shapes each attention kernel runs with, as data: one row a case, each with its reason.
+"""How each attention kernel is cut into tiles and laid over a GPU, as data: every row with its reason.
 
-Nothing here imports triton, so the table can be read, printed and tested anywhere.
+Nothing here imports triton, so the table can be read and tested anywhere.
 """
 
 from __future__ import annotations
 
 import functools
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 PLAIN, TARGET, PAIR = "plain", "target", "pair"
-"""What one program computes: a row by itself, a target on its pivot, or a pivot with its first target."""
-MATMULS = {PLAIN: 2, TARGET: 3, PAIR: 4}
-"""L x L x D products a tile of each form takes: its cost."""
+"""What a program computes: a row by itself, a target on its pivot, or a pivot with its first target."""
+LONGEST_FIRST = (PAIR, TARGET, PLAIN)
+MATMULS = {PAIR: 4, TARGET: 3, PLAIN: 2}
+"""L x L x D products of each form: the cost of its tiles."""
+DKV, DQ = "dkv", "dq"
+"""The kernels of the backward pass."""
+
+HOPPER, PORTABLE, SMALL, INTERPRETER = "sm_90", "portable", "small", "interpreter"
+"""Hopper; sm_80 and up with at least 160 KiB of shared memory a program; with less; a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,63 +29,180 @@ class Tile:
     """How one kernel is compiled."""
 
     block_m: int
-    """Query tokens a program holds (forward and dQ) or steps through (dK, dV)."""
+    """Query tokens that a program holds (forward, dQ) or steps through (dK, dV)."""
     block_n: int
-    """Key tokens a program steps through (forward and dQ) or holds (dK, dV)."""
+    """Key tokens that a program steps through (forward, dQ) or holds (dK, dV)."""
     num_warps: int
     num_stages: int
-    """Depth of the software pipeline over the stepped-through tokens."""
+    """Depth of the software pipeline."""
     tma: bool = False
-    """Tensor descriptors (Hopper's bulk copies) rather than pointers."""
+    """Tensor descriptors, Hopper's bulk copies, rather than pointers."""
     programs_per_sm: int = 1
-    """How many fit on one multiprocessor at once; the tail of the grid is planned by it."""
+    """How many fit on a multiprocessor at once: what the end of the grid is planned by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One case of the table."""
+
+    family: str
+    kernel: str
+    """A form (forward), `DKV` or `DQ`."""
+    head_dim: int | None
+    """None: any."""
+    fixed: bool | None = None
+    """Without or with running maximum; None: both."""
+    tile: Tile
     reason: str
-    """What was measured, or "untested"."""
+    """What was measured, or "untested" and what speaks for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What the choice depends on. `family` None is Triton's interpreter on a CPU."""
+    """What the choice depends on."""
 
-    family: str | None
+    family: str
     num_sms: int
 
 
-HOPPER, AMPERE, SMALL = "sm_90", "sm_80", "portable"
-INTERPRETER = Device(family=None, num_sms=3)
-"""Three pretended multiprocessors: few enough for toy grids to have a tail that is worth splitting."""
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """How the last tiles of a grid are split along the keys, so that no multiprocessor waits for the others."""
 
-_TOY = Tile(block_m=16, block_n=16, num_warps=1, num_stages=1, reason="interpreter: smallest that tl.dot takes")
+    num_whole: int
+    """Tiles before them, computed whole."""
+    num_parts: int = 1
+    """Parts of each of the others."""
+    num_slots: int = 0
+    """Parts in all."""
 
-FORWARD: dict[tuple[str, str, int, bool], Tile] = {
-    # (family, form, head dim, fixed offset)
-    (HOPPER, PLAIN, 128, True): Tile(
-        block_m=64, block_n=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2,
-        reason="H200, 24 heads: 0.461 ms at L 4608 (566 TFLOP/s), 0.074 at 1536; 128x128 w8 s3: 0.484 at 4608",
+
+TABLE: tuple[Row, ...] = (
+    Row(
+        family=HOPPER, kernel=PLAIN, head_dim=128, fixed=True,
+        tile=Tile(block_m=64, block_n=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2),
+        reason="H200, 24 heads: 0.461 ms at L 4608 (566 TFLOP/s), 0.074 at 1536; 128x128 w8 s3 took 0.484",
     ),
-    (HOPPER, PLAIN, 128, False): Tile(
-        block_m=128, block_n=128, num_warps=8, num_stages=3, tma=True,
+    Row(
+        family=HOPPER, kernel=PLAIN, head_dim=128, fixed=False,
+        tile=Tile(block_m=128, block_n=128, num_warps=8, num_stages=3, tma=True),
         reason="H200, 24 heads: 0.537 ms at L 4608 (485 TFLOP/s)",
     ),
-    (HOPPER, TARGET, 128, True): Tile(
-        block_m=128, block_n=64, num_warps=8, num_stages=4, tma=True,
-        reason="H200, 24 heads: 0.745 ms at L 4608 (526 TFLOP/s); at 1536 s3 was best with 0.120",
+    Row(
+        family=HOPPER, kernel=TARGET, head_dim=128,
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=4, tma=True),
+        reason="H200, 24 heads, fixed: 0.745 ms at L 4608 (526 TFLOP/s), 0.120 at 1536 with 3 stages; "
+        "running maximum: 0.911 and 0.144",
     ),
-    (HOPPER, TARGET, 128, False): Tile(
-        block_m=128, block_n=64, num_warps=8, num_stages=4, tma=True,
-        reason="H200, 24 heads: 0.911 ms at L 4608, 0.144 at 1536, tile as for the fixed offset",
+    Row(
+        family=HOPPER, kernel=PAIR, head_dim=128,
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
+        reason="H200, 24 heads, fixed: 1.155 ms at L 4608 (452 TFLOP/s), 0.181 at 1536; running maximum: "
+        "1.29 and 0.197; a fourth stage exceeds shared memory",
     ),
-    (HOPPER, PAIR, 128, True): Tile(
-        block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True,
-        reason="H200, 24 heads: 1.155 ms at L 4608 (452 TFLOP/s), 0.181 at 1536; s4 exceeds shared memory",
+    Row(
+        family=HOPPER, kernel=PLAIN, head_dim=64,
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True, programs_per_sm=2),
+        reason="untested",
     ),
-    (HOPPER, PAIR, 128, False): Tile(
-        block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True,
-        reason="H200, 24 heads: 1.29 ms at L 4608 (404 TFLOP/s), 0.197 at 1536",
+    Row(
+        family=HOPPER, kernel=TARGET, head_dim=64,
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
+        reason="untested",
     ),
-}  # fmt: skip
+    Row(
+        family=HOPPER, kernel=PAIR, head_dim=64,
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
+        reason="untested",
+    ),
+    Row(
+        family=HOPPER, kernel=DKV, head_dim=None,
+        tile=Tile(block_m=64, block_n=64, num_warps=8, num_stages=2),
+        reason="untested",
+    ),
+    Row(
+        family=HOPPER, kernel=DQ, head_dim=None,
+        tile=Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
+        reason="untested",
+    ),
+)  # fmt: skip
 
 
-def _both_softmaxes(family: str, form: str, head_dim: int, tile: Tile) -> None:
-    for fixed in (False, True):
-        FORWARD.setdefault((family, form, head_dim, fixed), tile)
+def device(of: torch.device) -> Device:
+    """The device a tensor lies on, as far as tiles depend on it. A CPU stands for Triton's interpreter."""
+    if of.type != "cuda":
+        # Few enough that toy grids have a tail which is worth splitting.
+        return Device(family=INTERPRETER, num_sms=3)
+    return _cuda_device(of.index if of.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if properties.major == 9:
+        family = HOPPER
+    else:
+        family = PORTABLE if properties.shared_memory_per_block_optin >= 160 * 1024 else SMALL
+    return Device(family=family, num_sms=properties.multi_processor_count)
+
+
+def forward_tile(of: Device, forms: Sequence[str], head_dim: int, fixed: bool) -> Tile:
+    """The tile of a launch: that of its longest form, which is the one that needs most."""
+    return _find(of.family, next(form for form in LONGEST_FIRST if form in forms), head_dim, fixed)
+
+
+def backward_tile(of: Device, kernel: str, head_dim: int) -> Tile:
+    """kernel: `DKV` or `DQ`."""
+    return _find(of.family, kernel, head_dim, False)
+
+
+def _find(family: str, kernel: str, head_dim: int, fixed: bool) -> Tile:
+    for row in TABLE:
+        if (
+            row.family == family
+            and row.kernel == kernel
+            and row.head_dim in (None, head_dim)
+            and row.fixed in (None, fixed)
+        ):
+            return row.tile
+    raise ValueError(f"no tile for {kernel} attention with head dim {head_dim} on {family}: see tiles.TABLE")
+
+
+MAX_WAVES = 12
+"""Grids longer than this have little to lose at their end."""
+PART_OVERHEAD, MERGE_OVERHEAD = 2, 4
+"""Cost, in steps over one block of keys, of starting and storing a part, and of joining parts. Estimates."""
+
+
+@functools.lru_cache(maxsize=256)
+def plan_tail(tiles: tuple[tuple[int, int], ...], num_slots: int, num_blocks: int) -> Tail:
+    """Which of a launch's last tiles to split, and into how many parts.
+
+    tiles: (how many, cost of one step), longest first. num_slots: programs the GPU runs at once. num_blocks:
+    steps of a whole tile. The GPU hands tiles out in order, so their finish can be simulated; a split must
+    gain at least 3 %.
+    """
+    costs = [cost * num_blocks for count, cost in tiles for _ in range(count)]
+    whole = Tail(num_whole=len(costs))
+    if num_blocks < 2 or not costs or len(costs) > MAX_WAVES * num_slots:
+        return whole
+    step = tiles[-1][1]
+    best, shortest = whole, 0.97 * _makespan(costs, num_slots)
+    loose = len(costs) % num_slots
+    for num_split in sorted({loose, min(len(costs), loose + num_slots)} - {0}):
+        kept = costs[: len(costs) - num_split]
+        for parts in range(2, min(8, num_blocks) + 1):
+            pieces = [cost / parts + step * PART_OVERHEAD for cost in costs[len(kept) :] for _ in range(parts)]
+            span = _makespan(kept + pieces, num_slots) + step * MERGE_OVERHEAD
+            if span < shortest:
+                shortest = span
+                best = Tail(num_whole=len(kept), num_parts=parts, num_slots=num_split * parts)
+    return best
+
+
+def _makespan(costs: Sequence[float], num_slots: int) -> float:
+    """When the last of these pieces of work ends, each taken in order by the first free slot."""
+    ends = [0.0] * num_slots
+    for cost in costs:
+        heapq.heapreplace(ends, ends[0] + cost)
+    return max(ends)

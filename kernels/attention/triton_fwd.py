@@ -74,9 +74,9 @@ def pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7):
     packed = tl.where(job == 5, job_5, packed)
     packed = tl.where(job == 6, job_6, packed)
     packed = tl.where(job == 7, job_7, packed)
-    q_row = (packed & ROW_MASK).to(tl.int32)
-    pivot_row = ((packed >> ROW_BITS) & ROW_MASK).to(tl.int32)
-    row = ((packed >> (2 * ROW_BITS)) & ROW_MASK).to(tl.int32)
+    q_row = ((packed >> 1) & ROW_MASK).to(tl.int32)
+    pivot_row = ((packed >> (1 + ROW_BITS)) & ROW_MASK).to(tl.int32)
+    row = ((packed >> (1 + 2 * ROW_BITS)) & ROW_MASK).to(tl.int32)
     return q_row, pivot_row, row
 
 
@@ -215,7 +215,7 @@ def _tile(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_targets", "num_whole", "num_parts", "num_slots"])
 def _forward_kernel(
     q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
     stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
@@ -232,11 +232,10 @@ def _forward_kernel(
     begin, end = 0, len_k
     is_whole = program < num_whole
     if SPLIT:
-        if program >= num_whole:
-            tile = num_whole + slot // num_parts
-            part, blocks = slot % num_parts, tl.cdiv(len_k, BLOCK_N)
-            begin = part * blocks // num_parts * BLOCK_N
-            end = tl.minimum((part + 1) * blocks // num_parts * BLOCK_N, len_k)
+        tile = tl.where(is_whole, program, num_whole + slot // num_parts)
+        part, blocks = slot % num_parts, tl.cdiv(len_k, BLOCK_N)
+        begin = tl.where(is_whole, 0, part * blocks // num_parts * BLOCK_N)
+        end = tl.where(is_whole, len_k, tl.minimum((part + 1) * blocks // num_parts * BLOCK_N, len_k))
 
     num_m = tl.cdiv(len_q, BLOCK_M)
     start_m = tile % num_m * BLOCK_M
@@ -285,7 +284,7 @@ def _forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_whole", "num_parts", "num_slots"])
 def _merge_kernel(
     out, lse, value_bias, part_out, part_lse,
     job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7, num_pairs,
@@ -438,16 +437,15 @@ def chunks(jobs: Sequence[Job]) -> list[Sequence[Job]]:
 def pack(jobs: Sequence[Job] | None) -> list[int]:
     """The jobs of a launch as integers for `pick_job`.
 
-    Bit 62 is always set and bit 3 of the last place never alone: Triton sees the same 64-bit type each time
-    and compiles once.
+    All are odd and above 2**62, so that Triton sees the same types every time and compiles once.
     """
     packed = []
     for job in jobs or ():
         if max(job.q_row, job.pivot_row, job.row) > ROW_MASK.value:
-            raise ValueError(f"at most {ROW_MASK.value + 1} rows, but a job names {job}")
-        fields = (job.q_row, job.pivot_row, job.row)
-        packed.append(sum(field << (ROW_BITS.value * i) for i, field in enumerate(fields)) | 1 << 62)
-    return packed + [1 << 62] * (JOBS_PER_LAUNCH - len(packed))
+            raise ValueError(f"expected at most {ROW_MASK.value + 1} rows, but there is {job}")
+        fields = job.q_row | job.pivot_row << ROW_BITS.value | job.row << 2 * ROW_BITS.value
+        packed.append(1 << 62 | fields << 1 | 1)
+    return packed + [1 << 62 | 1] * (JOBS_PER_LAUNCH - len(packed))
 
 
 def last_contiguous(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 import bokehflux
 from bokehflux import cli
 from bokehflux.generate import Pipeline, Result, load
-from bokehflux.images import read_settings
+from bokehflux.metadata import read_recipe
 from bokehflux.sampling.samplers import StepInfo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,9 +33,12 @@ class FakePipeline:
         self.loaded: dict[str, Any] = {}
         self.called: dict[str, Any] = {}
         self.during: Callable[[], None] = lambda: None
+        self.vae = SimpleNamespace(decoder=torch.nn.Identity())
+        self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, "fake"
 
     def load(self, *args: Any, **kwargs: Any) -> FakePipeline:
         self.loaded = inspect.signature(load).bind(*args, **kwargs).arguments
+        self.name = str(self.loaded["model"])
         return self
 
     def generate(self, *args: Any, **kwargs: Any) -> Result:
@@ -45,8 +49,10 @@ class FakePipeline:
         on_step = self.called["on_step"]
         for step in range(3 if on_step else 0):
             on_step(StepInfo(step=step, num_steps=3, sigma=1 - (step + 1) / 3, latents=torch.zeros(1, 1, 64)))
-        settings = {name: value for name, value in self.called.items() if name != "on_step"}
+        settings = {name: value for name, value in self.called.items() if name not in ("on_step", "max_rows")}
         settings |= {"num_inference_steps": 20, "num_grounding_steps": 16, "model": self.loaded["model"]}
+        for _ in [*(targets or [0]), *([] if pivot is None else [pivot])]:
+            self.vae.decoder(torch.zeros(1))
         return Result(
             images=[Image.new("RGB", (32, 32), (0, int(8 * level), 0)) for level in targets or [0]],
             pivot_image=None if pivot is None else Image.new("RGB", (32, 32), "blue"),
@@ -56,10 +62,15 @@ class FakePipeline:
         )
 
 
+def model_facts(model: str, adapter: str | None) -> dict[str, Any]:
+    return {"model_hash": f"hash of {model}", "adapter": adapter, "adapter_hash": None}
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
     pipeline = FakePipeline()
     monkeypatch.setattr("bokehflux.generate.load", pipeline.load)
+    monkeypatch.setattr("bokehflux.identity.model_facts", model_facts)
     monkeypatch.chdir(tmp_path)
     return pipeline
 
@@ -92,7 +103,7 @@ def test_every_file_holds_the_settings_of_the_run(
     fake: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*SWEEP, "--adapter", "ada"]) == 0
-    found = [read_settings(path) for path in capsys.readouterr().out.split()]
+    found = [read_recipe(path) for path in capsys.readouterr().out.split()]
     assert [(s["role"], s.get("bokeh_level")) for s in found] == [
         ("target", 0.0), ("target", 4.2), ("target", 4.4), ("pivot", 15.0), ("sheet", None),
     ]  # fmt: skip
@@ -107,11 +118,12 @@ def test_every_file_holds_the_settings_of_the_run(
 
 def test_published_defaults(fake: FakePipeline) -> None:
     assert cli.main(["generate", "--prompt", "p", "--bokeh_targets", "15.0"]) == 0
-    del fake.called["on_step"]
+    assert callable(fake.called.pop("on_step"))
     assert fake.called == {
         "prompt": "p", "bokeh_targets": [15.0], "bokeh_pivot": None, "num_inference_steps": None,
         "num_grounding_steps": None, "guidance_scale": 3.0, "true_cfg": 1.0, "height": None, "width": None,
         "negative_prompt": "bad quality, low resolution", "seed": 65578,
+        "max_rows": None,
     }  # fmt: skip
     assert fake.loaded == {"model": "nano", "adapter": None, "device": None, "dtype": None}
     assert Path("results/bokeh-15.0.png").is_file()
@@ -178,12 +190,31 @@ def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fa
         (["generate", "--prompt", "p", "--bokeh-targets", "4", "--bokeh-pivot", "30.1"], "30.1"),
         (
             ["generate", "--prompt", "p", "--bokeh-targets", "4", "--num_grounding_steps", "24"],
-            "--bokeh-pivot",
+            "bokeh_pivot",
         ),
         (["generate", "--prompt", "p", "--height", "15"], "16"),
         (["generate", "--prompt", "p", "--width", "-512"], "16"),
         (["generate", "--prompt", "p", "--dtype", "int8"], "int8"),
-        (["generate", "--prompt", "p", "--seed", str(2**64)], "--seed"),
+        (["generate", "--prompt", "p", "--seed", str(2**64)], "seed must fit"),
+        (["generate", "--prompt", "x" * 20_001], "20001 characters"),
+        (["generate", "--prompt", "p", "--guidance-scale", "inf"], "guidance_scale"),
+        (["generate", "--prompt", "p", "--num-inference-steps", "0"], "num_inference_steps"),
+        (["generate", "--prompt", "p", "--bokeh-pivot", "3"], "bokeh_targets"),
+        (["generate", "--prompt", "p", "--max-rows", "0"], "--max-rows"),
+        (["generate", "--prompt", "p", "--format", "tiff"], "tiff"),
+        (["generate", "--prompt", "p", "--preview", "x.txt"], "ends in"),
+        (["generate", "--prompt", "p", "--preview", "no/x.png"], "no folder no"),
+        (["generate", "--prompt", "p", "--preview", "x.png", "--preview-every", "0"], "--preview-every"),
+        (["generate", "--prompt", "p", "--preview-every", "3"], "needs --preview"),
+        (["generate", "--config-from", "no.png"], "cannot read no.png"),
+        (["sweep"], "--prompt"),
+        (["sweep", "--prompt", "p", "--prompts-file", "f"], "not allowed with"),
+        (["sweep", "--prompts-file", "no.txt"], "cannot read prompts from no.txt"),
+        (["sweep", "--prompt", "p", "--seeds", "1", "x"], "'x'"),
+        (["sweep", "--prompt", "p", "--bokeh-targets", "3", "33"], "33"),
+        (["info"], "IMAGE"),
+        (["info", "no.png"], "cannot read no.png"),
+        (["doctor", "--fast"], "--fast"),
         (["generate", "--prompt", "p", "--unknown", "1"], "--unknown"),
     ],
 )
@@ -228,7 +259,7 @@ def test_a_full_disk_is_one_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bokehflux.images.os.replace", full)
+    monkeypatch.setattr("bokehflux.output.os.fsync", full)
     assert cli.main([*SWEEP, "--output", "out"]) == 1
     assert capsys.readouterr().err == "bokehflux: error: [Errno 28] No space left on device\n"
     assert list(Path("out").iterdir()) == []
@@ -257,9 +288,13 @@ def test_progress_only_when_somebody_watches(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     assert cli.main(SWEEP) == 0
-    lines = terminal.getvalue().split("\r")[1:]
-    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
-    assert all("left" in line for line in lines) and terminal.getvalue().endswith("\n")
+    lines = [line.strip() for line in terminal.getvalue().replace("\n", "\r").split("\r") if line.strip()]
+    assert lines[:2] == ["loading nano", "encoding"]
+    assert [line.split()[:2] for line in lines[2:]] == [
+        *(["step", f"{i}/3"] for i in (1, 2, 3)), *(["decoding", f"{i}/4"] for i in range(4)),
+    ]  # fmt: skip
+    assert all(line.endswith(" left") for line in [*lines[2:5], *lines[6:]])
+    assert terminal.getvalue().endswith("\n"), "what is printed next begins on a line of its own"
 
 
 def test_version_and_help_do_not_load_torch() -> None:

@@ -1,0 +1,135 @@
+"""The flags of every command. Names and defaults of `generate` are those of the published script.
+
+Flags may be written with hyphens or underscores, and shortened as long as they stay unambiguous.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from bokehflux import __version__
+from bokehflux.request import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED, Request
+
+ABOUT = " Flags may be written with hyphens or underscores, and shortened as long as they stay unambiguous."
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command; with --config-from, what was not given is what made that picture.
+
+    Raises ValueError for a picture without a recipe; exits with 2 and one line for wrong flags.
+    """
+    words = [_hyphenated(word) for word in argv]
+    root, commands = parsers()
+    args = root.parse_args(words)
+    if getattr(args, "config_from", None) is not None:
+        from bokehflux.replay import defaults_from
+
+        commands[args.command].set_defaults(**defaults_from(args.config_from, args.command))
+        args = root.parse_args(words)
+    return args
+
+
+def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole command line and, by name, its commands."""
+    root = _Parser(prog="bokehflux", description="Text-to-image with lens-true control of defocus.")
+    root.add_argument("--version", action="version", version=f"bokehflux {__version__}")
+    group = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands: dict[str, argparse.ArgumentParser] = {}
+
+    def command(name: str, summary: str) -> argparse.ArgumentParser:
+        commands[name] = group.add_parser(name, help=summary, description=f"{summary.capitalize()}.{ABOUT}")
+        return commands[name]
+
+    generate = command("generate", "make one picture per bokeh level, all of one scene when a pivot is given")
+    generate.add_argument("--prompt", help="what to show")
+    seed_help = "one seed, size and dtype give one picture (default: %(default)s)"
+    generate.add_argument("--seed", type=int, default=DEFAULT_SEED, metavar="N", help=seed_help)
+    _picture_flags(generate)
+
+    sweep = command("sweep", "make scenes at many levels, and sheet, animations and a page to compare them")
+    prompts = sweep.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help="what to show")
+    prompts.add_argument("--prompts-file", metavar="FILE", help="one prompt a line; # begins a comment")
+    seeds_help = f"every prompt is made with each (default: {DEFAULT_SEED})"
+    sweep.add_argument("--seeds", type=int, nargs="+", default=[DEFAULT_SEED], metavar="N", help=seeds_help)
+    _picture_flags(sweep)
+
+    info = command("info", "show how a picture was made")
+    info.add_argument("image", metavar="IMAGE", help="a picture that bokehflux wrote")
+    command("doctor", "show versions, devices, memory, attention, models, and what is missing")
+    if importlib.util.find_spec("bokehflux.weights.inspect") is not None:
+        inspect = command("inspect", "show what a checkpoint file is and what bokehflux would do with it")
+        inspect.add_argument("file", metavar="FILE", help="only headers are read")
+    return root, commands
+
+
+def request_from(args: argparse.Namespace, prompt: str, seed: int) -> Request:
+    """What the flags ask for. Raises ValueError as `Request` does."""
+    return Request(
+        prompt=prompt,
+        bokeh_targets=None if args.bokeh_targets is None else tuple(args.bokeh_targets),
+        bokeh_pivot=args.bokeh_pivot,
+        num_inference_steps=args.num_inference_steps,
+        num_grounding_steps=args.num_grounding_steps,
+        guidance_scale=args.guidance_scale,
+        true_cfg=args.true_cfg,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        seed=seed,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"bokehflux: error: {' '.join(message.split())}\n")
+
+
+def _picture_flags(parser: argparse.ArgumentParser) -> None:
+    """What `generate` and `sweep` have in common."""
+    add = parser.add_argument
+    # fmt: off
+    add("--bokeh-targets", type=float, nargs="+", metavar="LEVEL",
+        help="bokeh levels, 0 (all sharp) to 30; without any, generate makes one picture of the plain model "
+             "and sweep goes from 0 to 30 in steps of 5")
+    add("--bokeh-pivot", type=float, metavar="LEVEL",
+        help="level of a further picture that anchors the scene; 10 to 20 works best (default: generate "
+             "none, sweep 15)")
+    add("--num-grounding-steps", type=int, metavar="N",
+        help="steps grounded on the pivot (default: 80 %%); 0 leaves the pivot out")
+    add("--num-inference-steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
+    add("--guidance-scale", type=float, default=3.0, metavar="X",
+        help="distilled guidance, usually 3 to 6 (default: %(default)s)")
+    add("--true-cfg", type=float, default=1.0, metavar="X",
+        help="above 1, each step has a second pass that steers away from --negative-prompt (default: off)")
+    add("--negative-prompt", default=DEFAULT_NEGATIVE_PROMPT, metavar="TEXT", help="default: %(default)s")
+    add("--height", type=int, metavar="PX", help="floored to a multiple of 16 (default: the model's own)")
+    add("--width", type=int, metavar="PX", help="likewise")
+    add("--max-rows", type=int, metavar="N",
+        help="pictures that go through the network together (default: all that fit)")
+    add("--model", default="nano", metavar="MODEL",
+        help="a bundled model, or a folder in the official FLUX layout (default: %(default)s)")
+    add("--adapter", metavar="PATH", help="folder or file of a bokeh adapter; nano brings its own")
+    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: the best there is)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"),
+        help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--output", "--output-dir", "--results-dir", default="results", metavar="FOLDER",
+        help="where to put pictures; those of earlier runs are kept (default: %(default)s)")
+    add("--format", choices=("png", "jpeg", "webp"), default="png",
+        help="of the pictures; webp is lossless (default: %(default)s)")
+    add("--preview", metavar="FILE", help="a small picture that is written again and again meanwhile")
+    add("--preview-every", type=int, default=1, metavar="K",
+        help="steps between previews (default: %(default)s)")
+    add("--config-from", metavar="IMAGE",
+        help="make this picture again; flags that are given as well take precedence")
+    # fmt: on
+
+
+def _hyphenated(word: str) -> str:
+    """--bokeh_pivot -> --bokeh-pivot; values, and what follows "=", stay as they are."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if re.fullmatch(r"--[A-Za-z][\w-]*", name) else word

@@ -1,0 +1,138 @@
+"""What `bokehflux doctor` says: versions, devices, memory, attention, models, and what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from PIL import features
+
+from bokehflux import __version__
+from bokehflux.identity import attention_backend, device_name
+from bokehflux.weights.load import BUNDLED
+from bokehflux.weights.load import __file__ as _beside
+from bokehflux.weights.snapshot import open_snapshot
+
+REQUIRED = ("torch", "einops", "safetensors", "sentencepiece", "tokenizers", "numpy", "pillow")
+OPTIONAL = {
+    "triton": "fused kernels on NVIDIA GPUs",
+    "flash_attn": "FlashAttention, extra `flash`",
+    "gguf": "GGUF checkpoints",
+    "huggingface_hub": "downloads, extra `hub`",
+}
+"""Import name -> what it is for."""
+
+
+def report(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """The lines, one by one: looking into a large cache may take a moment."""
+    yield f"bokehflux {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in REQUIRED)
+    for name, purpose in OPTIONAL.items():
+        if importlib.util.find_spec(name) is None:
+            yield f"optional package missing: {name} ({purpose})"
+        else:
+            yield f"optional package found: {name} {_version(name)}"
+    if not features.check("webp"):
+        yield "missing: this Pillow cannot write WebP, which `sweep` and --format webp need"
+    yield from _devices()
+    yield from _models(environment)
+
+
+def _devices() -> Iterator[str]:
+    cpu = torch.device("cpu")
+    free = (
+        f"{_free_host_memory() / 2**30:.1f} GiB of memory free" if _free_host_memory() else "memory unknown"
+    )
+    yield f"device cpu: {device_name(cpu)}, {torch.get_num_threads()} threads, {free}"
+    yield f"  attention: {attention_path(cpu)}"
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        free_bytes, total = torch.cuda.mem_get_info(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        memory = f"{free_bytes / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        yield f"device cuda:{index}: {device_name(device)}, compute capability {major}.{minor}, {memory}"
+        yield f"  attention: {attention_path(device)}"
+    if torch.backends.mps.is_available():
+        yield "device mps: Apple GPU, memory shared with the CPU"
+        yield f"  attention: {attention_path(torch.device('mps'))}"
+    if not torch.cuda.is_available():
+        why = "this PyTorch is a CPU build" if torch.version.cuda is None else "no NVIDIA driver or GPU"
+        yield f"device cuda: none, {why}"
+
+
+def attention_path(device: torch.device) -> str:
+    """The attention that a picture would be made with on a device, and why."""
+    name = attention_backend(device.type)
+    if name != "sdpa":
+        return f"{name}, chosen for {device.type}"
+    if device.type != "cuda":
+        return f"sdpa, PyTorch's own: the fused kernels need an NVIDIA GPU, this is {device.type}"
+    fused = {
+        "flash": torch.backends.cuda.flash_sdp_enabled()
+        and torch.cuda.get_device_capability(device) >= (8, 0),
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+        "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+    }
+    return (
+        f"sdpa with PyTorch's kernels ({', '.join(name for name, on in fused.items() if on) or 'math only'})"
+    )
+
+
+def _models(environment: Mapping[str, str]) -> Iterator[str]:
+    bundled = Path(_beside).parent
+    for name in BUNDLED:
+        yield f"model {name}: {_state(bundled / name)}"
+    for variable in ("BOKEHFLUX_MODELS", "FLUX_MODEL", "FLUX_AE", "FLUX_DEV", "AE"):
+        if variable in environment:
+            path = Path(environment[variable])
+            yield f"{variable}={path}: {'exists' if path.exists() else 'does not exist'}"
+    folders = [Path(environment["BOKEHFLUX_MODELS"])] if "BOKEHFLUX_MODELS" in environment else []
+    found = [
+        folder for root in folders if root.is_dir() for folder in sorted(root.iterdir()) if folder.is_dir()
+    ]
+    for folder in [*found, *_hub_snapshots(environment)]:
+        yield f"model {folder}: {_state(folder)}"
+    yield f"disk: {shutil.disk_usage('.').free / 2**30:.0f} GiB free in {Path.cwd()}"
+
+
+def _hub_snapshots(environment: Mapping[str, str]) -> Iterator[Path]:
+    """Snapshots of FLUX repositories in the Hugging Face cache."""
+    home = Path(
+        environment.get("HF_HOME") or Path(environment.get("HOME", "~")).expanduser() / ".cache/huggingface"
+    )
+    cache = Path(environment.get("HF_HUB_CACHE") or home / "hub")
+    yield from sorted(path for path in cache.glob("models--*/snapshots/*") if "flux" in str(path).lower())
+
+
+def _state(folder: Path) -> str:
+    try:
+        parts = open_snapshot(folder)
+    except (ValueError, OSError) as error:
+        return "not usable: " + " ".join(str(error).split())
+    config, adapter = parts.mmdit, "with" if parts.adapter else "without"
+    shape = f"{config.num_double} + {config.num_single} blocks of width {config.hidden_size}"
+    return f"complete, {shape}, {adapter} its own adapter"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "(no version)"
+
+
+def _free_host_memory() -> int:
+    """Bytes, or 0 where the system does not say."""
+    if sys.platform != "linux":
+        return 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
