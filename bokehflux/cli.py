@@ -164,7 +164,8 @@ def _server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Cal
     """Serves requests with everything that people watch meanwhile."""
 
     def serve(request: Request) -> Run:
-        rows = len(request.bokeh_targets or (0,)) + (request.bokeh_pivot is not None)
+        grounded = request.bokeh_pivot is not None and request.num_grounding_steps != 0
+        rows = len(request.bokeh_targets or (0,)) + grounded
         preview = None
         if args.preview is not None:
             from bokehflux.preview import Preview

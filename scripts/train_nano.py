@@ -133,7 +133,7 @@ def base_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> Non
     model = TextToVelocity(mmdit, T5Encoder(t5_config).to(device), CLIPTextEncoder(clip_config).to(device))
     log.note("parameters", sum(p.numel() for p in model.parameters()))
     if device.type == "cuda":
-        model.compile_blocks()
+        mmdit.compile_blocks()
     null_t5, null_clip = (ids[0].to(device) for ids in tokenize([""]))
     sampler = Sampler(pool=pool, null_t5=null_t5, null_clip=null_clip, generator=generator)
     rope = nano_rope(recipe, device)
@@ -169,8 +169,7 @@ def adapter_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> 
     base = load_mmdit(out / "transformer", **kind)
     mmdit.load_state_dict(base.state_dict() | adapter_state(mmdit))
     if device.type == "cuda":
-        for block in [*mmdit.double_blocks, *mmdit.single_blocks]:
-            block.compile(dynamic=False)
+        mmdit.compile_blocks()
     adapter = train_adapter(mmdit, pool, text, null_text, nano_rope(recipe, device), stage, generator, log)
     log.note("parameters", sum(p.numel() for _, p in adapter.trainable()))
     _, tensors = split_adapter(half(mmdit))

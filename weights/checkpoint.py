@@ -1,4 +1,4 @@
-"""Read .safetensors checkpoints: one file, shards behind an index, or a component folder.
+"""Read checkpoints: one .safetensors or .gguf file, shards behind an index, or a component folder.
 
 The `safetensors` library reads and checks the files; what it refuses is looked at here once more, to say what
 the file is instead. Opening reads headers only; tensors are views of the memory-mapped file, read one at a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .gguf import GgufError, GgufFile
+
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; the largest FLUX header is 0.2 MB."""
 SUFFIXES = (".safetensors", ".sft")
+GGUF_SUFFIX = ".gguf"
+FILE_SUFFIXES = (*SUFFIXES, GGUF_SUFFIX)
+"""Endings of the files that can be opened."""
 INDEX_SUFFIX = ".safetensors.index.json"
 _SHOWN_PROBLEMS = 40
 
@@ -37,7 +42,7 @@ _LOOKALIKES = (
     (b"version ", "it is a Git LFS pointer: fetch the real file with `git lfs pull`"),
     (b"PK\x03\x04", "it is a PyTorch pickle file: convert it to .safetensors, pickles are never read"),
     (b"\x80", "it is a Python pickle: convert it to .safetensors, pickles are never read"),
-    (b"GGUF", "it is a GGUF file, which is not supported: use the .safetensors file"),
+    (b"GGUF", "it is a GGUF file: give it a name that ends in .gguf"),
     (b"{", "it is a JSON file: pass the .safetensors file, the shard index or the folder"),
 )
 
@@ -67,8 +72,13 @@ class TensorInfo(NamedTuple):
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    """Of the numbers that it means; a packed tensor is stored in another one."""
     place: int
     """Counts the tensors of the file in the order in which they lie there."""
+    key: str
+    """Its name in the file: a part of a larger file has shorter names (`Checkpoint.under`)."""
+    packing: str | None = None
+    """GGUF's name of a block format such as "Q8_0"; the tensor is then read as raw bytes [rows, bytes]."""
 
 
 class Checkpoint:
@@ -78,7 +88,26 @@ class Checkpoint:
         self.path = path
         self.tensors = tensors
         self.metadata = metadata
-        self._files: dict[Path, safe_open] = {}
+        self._aside: Mapping[str, TensorInfo] = {}
+        self._files: dict[Path, Any] = {}
+
+    def under(self, prefix: str) -> Checkpoint:
+        """The part whose names start with a prefix, named without it."""
+        if not prefix:
+            return self
+        cut = len(prefix)
+        return self._part({n[cut:]: info for n, info in self.tensors.items() if n.startswith(prefix)}, {})
+
+    def without(self, names: Collection[str]) -> Checkpoint:
+        """The same with some tensors out of sight; `read` still finds them."""
+        kept = {name: info for name, info in self.tensors.items() if name not in names}
+        return self._part(kept, {name: self.tensors[name] for name in names})
+
+    def _part(self, tensors: Mapping[str, TensorInfo], aside: Mapping[str, TensorInfo]) -> Checkpoint:
+        part = Checkpoint(self.path, tensors, self.metadata)
+        part._aside = aside
+        part._files = self._files
+        return part
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -98,14 +127,15 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor as a CPU view of the mapped file: copy it to keep it beyond the checkpoint's life."""
-        file = self.tensors[name].file
-        if file not in self._files:
-            self._files[file] = safe_open(file, framework="pt")
-        return self._files[file].get_tensor(name)
+        info = self.tensors[name] if name in self.tensors else self._aside[name]
+        if info.file not in self._files:
+            packed = info.file.suffix == GGUF_SUFFIX
+            self._files[info.file] = GgufFile(info.file) if packed else safe_open(info.file, framework="pt")
+        return self._files[info.file].get_tensor(info.key)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a .safetensors file, a `*.safetensors.index.json`, or a folder that holds one of the two.
+    """Open a .safetensors or .gguf file, a `*.safetensors.index.json`, or a folder that holds a checkpoint.
 
     Raises CheckpointError with every problem of every file: missing, truncated, malformed, inconsistent.
     """
@@ -128,10 +158,12 @@ def holds_checkpoint(folder: Path) -> bool:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors, in file order, and metadata of one .safetensors file; the data is not read.
+    """Tensors, in file order, and metadata of one .safetensors or .gguf file; the data is not read.
 
     Raises CheckpointError that says what is wrong with the file, or what it is instead.
     """
+    if path.suffix == GGUF_SUFFIX:
+        return _gguf_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             entries = [(name, file.get_slice(name)) for name in file.offset_keys()]
@@ -145,8 +177,18 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if odd:
         raise CheckpointError(path, *odd)
     return {
-        n: TensorInfo(path, DTYPES[dtype], shape, i) for i, (n, dtype, shape) in enumerate(found)
+        n: TensorInfo(path, DTYPES[dtype], shape, i, n) for i, (n, dtype, shape) in enumerate(found)
     }, metadata
+
+
+def _gguf_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    try:
+        file = GgufFile(path)
+    except GgufError as error:
+        raise CheckpointError(path, str(error)) from None
+    return {
+        t.name: TensorInfo(path, t.dtype, t.shape, i, t.name, t.packing) for i, t in enumerate(file.tensors)
+    }, {}
 
 
 def _diagnosis(path: Path, refusal: str) -> str:

@@ -38,11 +38,6 @@ class TextToVelocity(nn.Module):
         spec = Plain(backend="sdpa")
         return self.mmdit(x, self.t5(t5_ids), self.clip(clip_ids), sigma, guidance, rope, spec)
 
-    def compile_blocks(self) -> None:
-        """Compile each block by itself: seconds instead of minutes, and blocks of a kind share the code."""
-        for block in [*self.mmdit.double_blocks, *self.mmdit.single_blocks]:
-            block.compile(dynamic=False)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:

@@ -12,10 +12,16 @@ launch, the second ones in the next, each adding to float32 sums, so that the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .triton_fwd import load_tile, pick_job
+from . import tiles
+from .tiles import Tile
+from .triton_fwd import Job, chunks, describe, last_contiguous, load_tile, pack, pick_job
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 DELTA_BLOCK = 32
@@ -64,7 +70,7 @@ def _dkv_kernel(
     stride_g_row, stride_g_len, stride_g_head,
     job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7,
     len_q, len_k, num_heads, scale,
-    GROUNDED: tl.constexpr, MAPPED: tl.constexpr,
+    GROUNDED: tl.constexpr, MAPPED: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one row; with GROUNDED also what the row adds to the pivot's dK.
@@ -76,17 +82,17 @@ def _dkv_kernel(
     if MAPPED:
         q_row, pivot_row, row = pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7)
     k_tile = load_tile(
-        k, row, head, start_n, len_k, stride_k_row, stride_k_len, stride_k_head, BLOCK_N, D, False
+        k, row, head, start_n, len_k, stride_k_row, stride_k_len, stride_k_head, BLOCK_N, D, TMA
     )
     v_tile = load_tile(
-        v, row, head, start_n, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, False
+        v, row, head, start_n, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, TMA
     )
     dk_acc = tl.zeros([BLOCK_N, D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, D], tl.float32)
     if GROUNDED:
         k_tile_p = load_tile(
             k_pivot, pivot_row, head, start_n, len_k,
-            stride_kp_row, stride_kp_len, stride_kp_head, BLOCK_N, D, False,
+            stride_kp_row, stride_kp_len, stride_kp_head, BLOCK_N, D, TMA,
         )  # fmt: skip
         dk_acc_p = tl.zeros([BLOCK_N, D], tl.float32)
 
@@ -98,10 +104,10 @@ def _dkv_kernel(
         lse_2 = tl.load(lse + lines + tokens, mask=exists, other=float("inf")) * LOG2_E
         line_delta = tl.load(delta + lines + tokens, mask=exists, other=0.0)
         q_tile = load_tile(
-            q, q_row, head, start_m, len_q, stride_q_row, stride_q_len, stride_q_head, BLOCK_M, D, False
+            q, q_row, head, start_m, len_q, stride_q_row, stride_q_len, stride_q_head, BLOCK_M, D, TMA
         )
         do = load_tile(
-            grad, row, head, start_m, len_q, stride_g_row, stride_g_len, stride_g_head, BLOCK_M, D, False
+            grad, row, head, start_m, len_q, stride_g_row, stride_g_len, stride_g_head, BLOCK_M, D, TMA
         )
         p = tl.exp2(tl.dot(k_tile, tl.trans(q_tile)) * (scale * LOG2_E) - lse_2[None, :])
         slope = tl.dot(v_tile, tl.trans(do)) - line_delta[None, :]
@@ -129,7 +135,7 @@ def _dq_kernel(
     stride_g_row, stride_g_len, stride_g_head,
     job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7,
     len_q, len_k, num_heads, scale,
-    GROUNDED: tl.constexpr, MAPPED: tl.constexpr,
+    GROUNDED: tl.constexpr, MAPPED: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries, as far as one row of output asks for it; with GROUNDED added to what is there."""
@@ -142,21 +148,20 @@ def _dq_kernel(
     lse_2 = tl.load(lse + lines + tokens, mask=tokens < len_q, other=float("inf")) * LOG2_E
     line_delta = tl.load(delta + lines + tokens, mask=tokens < len_q, other=0.0)
     q_tile = load_tile(
-        q, q_row, head, start_m, len_q, stride_q_row, stride_q_len, stride_q_head, BLOCK_M, D, False
+        q, q_row, head, start_m, len_q, stride_q_row, stride_q_len, stride_q_head, BLOCK_M, D, TMA
     )
     do = load_tile(
-        grad, row, head, start_m, len_q, stride_g_row, stride_g_len, stride_g_head, BLOCK_M, D, False
+        grad, row, head, start_m, len_q, stride_g_row, stride_g_len, stride_g_head, BLOCK_M, D, TMA
     )
     acc = tl.zeros([BLOCK_M, D], tl.float32)
 
     for start in tl.range(0, len_k, BLOCK_N):
-        # Scores of keys that are not there are 0, not -inf; a finite slope times their zero key adds nothing.
         exists = (start + tl.arange(0, BLOCK_N) < len_k)[None, :]
         k_tile = load_tile(
-            k, row, head, start, len_k, stride_k_row, stride_k_len, stride_k_head, BLOCK_N, D, False
+            k, row, head, start, len_k, stride_k_row, stride_k_len, stride_k_head, BLOCK_N, D, TMA
         )
         v_tile = load_tile(
-            v, row, head, start, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, False
+            v, row, head, start, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, TMA
         )
         slope = tl.dot(do, tl.trans(v_tile)) - line_delta[:, None]
         s = tl.where(exists, tl.dot(q_tile, tl.trans(k_tile)), float("-inf"))
@@ -165,7 +170,7 @@ def _dq_kernel(
         if GROUNDED:
             k_tile_p = load_tile(
                 k_pivot, pivot_row, head, start, len_k,
-                stride_kp_row, stride_kp_len, stride_kp_head, BLOCK_N, D, False,
+                stride_kp_row, stride_kp_len, stride_kp_head, BLOCK_N, D, TMA,
             )  # fmt: skip
             s_p = tl.where(exists, tl.dot(q_tile, tl.trans(k_tile_p)), float("-inf"))
             ds_p = tl.exp2(s_p * (scale * LOG2_E) - lse_2[:, None]) * slope
@@ -174,5 +179,117 @@ def _dq_kernel(
     _store_gradient(acc * scale, dq, q_row, head, start_m, len_q, num_heads, GROUNDED, BLOCK_M, D)
 
 
-class Backward:
-    """Gradients of one forward call; `run` fills buffers job by job."""
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    k_pivot: Tensor | None,
+    v: Tensor,
+    value_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    jobs: Sequence[Job] | None,
+    *,
+    dkv_tile: Tile | None = None,
+    dq_tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of q, k, k_pivot and v, in their dtypes, from grad [B, L, H, D] and what `forward` took and gave.
+
+    The gradient of a value bias is the sum of grad over tokens. Tiles stand in for the table's, for sweeps
+    and tests.
+    """
+    q, k, v, grad = (last_contiguous(x) for x in (q, k, v, grad))
+    device, head_dim = tiles.device(q.device), q.shape[-1]
+    dkv_tile = dkv_tile or tiles.backward_tile(device, tiles.DKV, head_dim)
+    dq_tile = dq_tile or tiles.backward_tile(device, tiles.DQ, head_dim)
+    plain, targets = _split_pairs(jobs or ())
+    sums = torch.float32 if targets else q.dtype
+
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if k_pivot is None:
+        # Every pivot is a plain row too, and that launch comes first: it writes, targets add.
+        dq = torch.empty(q.shape, dtype=sums, device=q.device)
+        dk = dk_pivot = torch.empty(k.shape, dtype=sums, device=k.device)
+        k_pivot = k
+    else:
+        dq = torch.zeros(q.shape, dtype=sums, device=q.device)
+        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        k_pivot = last_contiguous(k_pivot)
+        dk_pivot = torch.zeros(k_pivot.shape, dtype=sums, device=k.device)
+
+    tensors = (q, k, k_pivot, v, grad, lse, _delta(grad, out, value_bias))
+    if jobs is None:
+        _launch(tensors, dq, dk, dk_pivot, dv, None, dkv_tile, dq_tile)
+    for launch in chunks(plain):
+        _launch(tensors, dq, dk, dk_pivot, dv, launch, dkv_tile, dq_tile)
+    for round_ in _rounds(targets):
+        for launch in chunks(round_):
+            _launch(tensors, dq, dk, dk_pivot, dv, launch, dkv_tile, dq_tile)
+    separate = None if dk_pivot is dk else dk_pivot.to(k.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), separate, dv
+
+
+def _split_pairs(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
+    """Plain rows and targets; a pair is one of each."""
+    plain = [job for job in jobs if job.form == tiles.PLAIN]
+    targets = [job for job in jobs if job.form == tiles.TARGET]
+    for job in jobs:
+        if job.form == tiles.PAIR:
+            p = job.pivot_row
+            plain.append(Job(form=tiles.PLAIN, q_row=job.q_row, pivot_row=p, row=p))
+            targets.append(Job(form=tiles.TARGET, q_row=job.q_row, pivot_row=p, row=job.row))
+    return plain, targets
+
+
+def _rounds(targets: Sequence[Job]) -> list[list[Job]]:
+    """The first target of every pivot, then the second ones, and so on: within a round no two share sums."""
+    rounds: list[list[Job]] = []
+    seen: dict[int, int] = {}
+    for job in targets:
+        turn = seen[job.q_row] = seen.get(job.q_row, -1) + 1
+        if turn == len(rounds):
+            rounds.append([])
+        rounds[turn].append(job)
+    return rounds
+
+
+def _delta(grad: Tensor, out: Tensor, value_bias: Tensor | None) -> Tensor:
+    num_rows, len_q, num_heads, head_dim = out.shape
+    delta = torch.empty(num_rows, num_heads, len_q, dtype=torch.float32, device=out.device)
+    _delta_kernel[(triton.cdiv(len_q, DELTA_BLOCK), num_heads, num_rows)](
+        grad, out.contiguous(), delta if value_bias is None else value_bias.contiguous(), delta,
+        *grad.stride()[:3], len_q, num_heads,
+        HAS_BIAS=value_bias is not None, BLOCK=DELTA_BLOCK, D=head_dim,
+    )  # fmt: skip
+    return delta
+
+
+def _launch(
+    tensors: tuple[Tensor, ...],
+    dq: Tensor,
+    dk: Tensor,
+    dk_pivot: Tensor,
+    dv: Tensor,
+    jobs: Sequence[Job] | None,
+    dkv_tile: Tile,
+    dq_tile: Tile,
+) -> None:
+    sources, others = tensors[:5], tensors[5:]
+    q, k, k_pivot, v, grad = sources
+    num_rows, len_k, num_heads, head_dim = v.shape
+    len_q = q.shape[1]
+    num_jobs = num_rows if jobs is None else len(jobs)
+    strides = [stride for x in sources for stride in x.stride()[:3]]
+    scalars = (*pack(jobs), len_q, len_k, num_heads, head_dim**-0.5)
+    grounded = jobs is not None and jobs[0].form == tiles.TARGET
+    for kernel, tile, length, block, results in (
+        (_dkv_kernel, dkv_tile, len_k, dkv_tile.block_n, (dk, dk_pivot, dv)),
+        (_dq_kernel, dq_tile, len_q, dq_tile.block_m, (dq,)),
+    ):
+        m, n = tile.block_m, tile.block_n
+        tma, loaded = describe(sources, (m, n, n, n, m), tile)
+        kernel[(triton.cdiv(length, block), num_heads, num_jobs)](
+            *loaded, *others, *results, *strides, *scalars,
+            GROUNDED=grounded, MAPPED=jobs is not None, TMA=tma,
+            BLOCK_M=m, BLOCK_N=n, D=head_dim, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip

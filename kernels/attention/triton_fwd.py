@@ -339,7 +339,7 @@ class Job:
 def forward(
     q: Tensor,
     k: Tensor,
-    k_pivot: Tensor,
+    k_pivot: Tensor | None,
     v: Tensor,
     value_bias: Tensor | None,
     jobs: Sequence[Job] | None,
@@ -349,7 +349,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Values [B, Lq, H, D] in the dtype of q and log-sum-exps [B, H, Lq] in float32; B and the keys are v's.
 
-    jobs: what to compute, each row of v once; None is every row by itself. fixed: no running maximum (see
+    k_pivot: keys of pivots, None where they are rows of k. jobs: what to compute, each row of v once; None is
+    every row by itself. fixed: no running maximum (see
     `ops.is_bounded`). tile: in place of the table's choice, for sweeps and tests.
     """
     num_rows, len_k, num_heads, head_dim = v.shape
@@ -358,7 +359,8 @@ def forward(
     lse = torch.empty(num_rows, num_heads, len_q, dtype=torch.float32, device=q.device)
     if value_bias is not None:
         value_bias = value_bias.contiguous()
-    q, k, k_pivot, v = (last_contiguous(x) for x in (q, k, k_pivot, v))
+    q, k, v = (last_contiguous(x) for x in (q, k, v))
+    k_pivot = k if k_pivot is None else last_contiguous(k_pivot)
     for launch in chunks(jobs) if jobs is not None else [None]:
         _launch(q, k, k_pivot, v, value_bias, out, lse, launch, fixed, tile)
     return out, lse
@@ -398,11 +400,8 @@ def _launch(
         part_out = torch.empty(lines, head_dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(lines, dtype=torch.float32, device=q.device)
 
-    tma = tile.tma and all(_describable(x) for x in (q, k, k_pivot, v))
-    sources = [q, k, k_pivot, v]
-    if tma:
-        blocks = (tile.block_m, tile.block_n, tile.block_n, tile.block_n)
-        sources = [_descriptor(x, block) for x, block in zip(sources, blocks, strict=True)]
+    m, n = tile.block_m, tile.block_n
+    tma, sources = describe((q, k, k_pivot, v), (m, n, n, n), tile)
     bias = lse if value_bias is None else value_bias
     packed = pack(jobs)
     _forward_kernel[(tail.num_whole + tail.num_slots,)](
@@ -414,8 +413,7 @@ def _launch(
         KIND=_FORMS[forms[0]] if len(forms) == 1 else MIXED.value,
         MAPPED=jobs is not None, FIXED=fixed, HAS_BIAS=value_bias is not None,
         EVEN_K=len_k % tile.block_n == 0, SPLIT=tail.num_slots > 0, TMA=tma,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, D=head_dim,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_M=m, BLOCK_N=n, D=head_dim, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if tail.num_slots:
         _merge_kernel[(tail.num_slots // tail.num_parts, 2 if counts[tiles.PAIR] else 1)](
@@ -429,9 +427,8 @@ def _launch(
 def chunks(jobs: Sequence[Job]) -> list[Sequence[Job]]:
     """Jobs, longest first, in as few launches of nearly equal size as their number allows."""
     ordered = sorted(jobs, key=lambda job: -tiles.MATMULS[job.form])
-    launches = -(-len(ordered) // JOBS_PER_LAUNCH)
-    bounds = [i * len(ordered) // launches for i in range(launches + 1)]
-    return [ordered[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    launches = triton.cdiv(len(ordered), JOBS_PER_LAUNCH)
+    return [ordered[i * len(ordered) // launches : (i + 1) * len(ordered) // launches] for i in range(launches)]
 
 
 def pack(jobs: Sequence[Job] | None) -> list[int]:
@@ -450,6 +447,15 @@ def pack(jobs: Sequence[Job] | None) -> list[int]:
 
 def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def describe(
+    tensors: Sequence[Tensor], blocks: Sequence[int], tile: Tile
+) -> tuple[bool, Sequence[Tensor | TensorDescriptor]]:
+    """What `load_tile` reads from: descriptors if the tile asks for them and every tensor allows it."""
+    if tile.tma and all(_describable(x) for x in tensors):
+        return True, [_descriptor(x, block) for x, block in zip(tensors, blocks, strict=True)]
+    return False, tensors
 
 
 def _describable(x: Tensor) -> bool:

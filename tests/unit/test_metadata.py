@@ -102,7 +102,9 @@ def test_files_without_a_recipe(tmp_path: Path) -> None:
             read_recipe(tmp_path / name)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3", "null", "[" * 100_000, "{" + " " * (1 << 20) + "}", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", "3", "null", "[" * 100_000, "{" + " " * (1 << 20) + "}", "\xff"]
+)
 def test_texts_that_are_no_recipe(tmp_path: Path, text: str) -> None:
     info = PngInfo()
     info.add_text("bokehflux", text)

@@ -211,6 +211,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() == 0:  # root writes anywhere; what the system would say to others
+
         def refuse(**_: object) -> None:
             raise PermissionError(13, "Permission denied")
 

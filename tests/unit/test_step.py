@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bokehflux.attention import Grounded
+from bokehflux.attention import Grounded, Plain
 from bokehflux.models.bokeh import BokehCondition
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter
@@ -213,3 +213,19 @@ def test_narrow_weights_are_cast_at_use(dtype: torch.dtype) -> None:
     torch.testing.assert_close(layer(x), x @ narrow.float().T + layer.bias)
     layer.dequantize = lambda weight, kind: weight.to(kind) * 3
     torch.testing.assert_close(layer(x), x @ (narrow.float() * 3).T + layer.bias)
+
+
+def test_blocks_compile_whole() -> None:
+    """No graph breaks, one graph per kind of block and attention, whatever the block's number."""
+    mmdit = tiny_mmdit()
+    args, condition = arguments(mmdit), BokehCondition.of([15, 0, 8, 30])
+    specs = (Plain(), Grounded(pivot_of=(0,) * ROWS))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = [mmdit(*args, spec, condition) for spec in specs]
+        for block in (*mmdit.double_blocks, *mmdit.single_blocks):
+            block.compile(backend="eager", fullgraph=True, dynamic=False)
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for spec, value in zip(specs, expected, strict=True):
+            assert torch.equal(mmdit(*args, spec, condition), value)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 6

@@ -1,0 +1,192 @@
+"""Every flag of every command changes what comes out, shown with a whole (tiny, random) pipeline."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from bokehflux import cli
+from bokehflux.arguments import parsers
+from bokehflux.generate import Pipeline
+from bokehflux.metadata import read_recipe
+from tests.tiny import tiny_pipeline
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BASE = {
+    "generate": ["--prompt", "a cup", "--bokeh-targets", "0", "20", "--bokeh-pivot", "10"],
+    "sweep": ["--prompt", "a cup", "--bokeh-targets", "0", "20", "--num-inference-steps", "2"],
+}
+COMMON: dict[str, list[str]] = {
+    "--prompt": ["a dog"],
+    "--bokeh-targets": ["0", "30"],
+    "--bokeh-pivot": ["25"],
+    "--num-grounding-steps": ["1"],
+    "--num-inference-steps": ["3"],
+    "--guidance-scale": ["5"],
+    "--true-cfg": ["2.5"],
+    "--negative-prompt": ["a cat"],
+    "--height": ["48"],
+    "--width": ["64"],
+    "--max-rows": ["1"],
+    "--model": ["other"],
+    "--adapter": ["ada"],
+    "--device": ["cpu:0"],
+    "--dtype": ["bfloat16"],
+    "--output": ["elsewhere"],
+    "--format": ["webp"],
+    "--preview": ["preview.png"],
+    "--preview-every": ["5"],
+    "--config-from": ["earlier.png"],
+}
+FLAGS = {
+    "generate": COMMON | {"--seed": ["3"]},
+    "sweep": COMMON | {"--seeds": ["3", "4"], "--prompts-file": ["prompts.txt"]},
+}
+CASES = [(command, flag) for command, flags in FLAGS.items() for flag in flags]
+# What a flag needs beside it to have a meaning at all.
+NEEDS = {
+    "--negative-prompt": ["--true-cfg", "2"],
+    "--preview-every": ["--preview", "preview.png"],
+}
+TINY = {kind: tiny_pipeline(dtype=dtype) for kind, dtype in DTYPES.items()}
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """A folder of its own, the tiny pipeline for a model, and what `load` was asked for."""
+    loaded: dict[str, Any] = {}
+
+    def load(model: str, *, adapter: Any, device: Any, dtype: str | None) -> Pipeline:
+        loaded.update(model=model, adapter=adapter, device=device, dtype=dtype)
+        return TINY[dtype or "float32"]
+
+    def model_facts(model: str, adapter: str | None) -> dict[str, Any]:
+        return {"model_hash": model, "adapter": adapter, "adapter_hash": adapter}
+
+    monkeypatch.setattr("bokehflux.generate.load", load)
+    monkeypatch.setattr("bokehflux.identity.model_facts", model_facts)
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cup\n# no prompt\n\na tree\n")
+    assert cli.main(["generate", "--prompt", "a boat", "--bokeh-targets", "7", "--output", "."]) == 0
+    Path("bokeh-07.0.png").rename("earlier.png")
+    Path("sheet.png").unlink()
+    return loaded
+
+
+def outcome(argv: list[str], world: dict[str, Any]) -> dict[str, Any]:
+    """All that a run leaves: pixels by path, what was loaded; recipes count only for what they say of work."""
+    before = set(Path().rglob("*"))
+    assert cli.main(argv) == 0
+    made = sorted(path for path in set(Path().rglob("*")) - before if path.is_file())
+    left: dict[str, Any] = {"loaded": dict(world)}
+    for path in made:
+        if path.suffix in (".png", ".webp", ".jpg"):
+            with Image.open(path) as image:
+                left[str(path)] = (image.size, image.convert("RGB").tobytes())
+        path.unlink()
+    return left
+
+
+@pytest.mark.parametrize(("command", "flag"), CASES)
+def test_a_flag_changes_what_comes_out(world: dict[str, Any], command: str, flag: str) -> None:
+    base = [command, *BASE[command], *NEEDS.get(flag, [])]
+    if flag in ("--prompt", "--config-from", "--prompts-file"):  # these replace the prompt
+        base = [command, *base[3:]] if flag == "--prompts-file" else base
+    if flag == "--config-from":
+        with_flag = outcome([command, flag, *FLAGS[command][flag]], world)
+        assert with_flag != outcome(base, world)
+        return
+    if flag == "--max-rows":
+        batches = rows_of(base), rows_of([*base, flag, *FLAGS[command][flag]])
+        assert batches[0] > batches[1] == 1
+        return
+    if flag == "--preview-every":
+        assert previews_of([*base, flag, "2"]) < previews_of(base)
+        return
+    reference = [*base, "--prompt", "a cup"] if flag == "--prompts-file" else base
+    assert outcome([*base, flag, *FLAGS[command][flag]], world) != outcome(reference, world)
+
+
+@pytest.mark.parametrize("command", BASE)
+def test_no_flag_is_left_out_above(command: str) -> None:
+    """A new flag needs a line in the table, and a difference that it makes."""
+    actions = parsers()[1][command]._actions
+    known = {a.option_strings[0] for a in actions if not isinstance(a, argparse._HelpAction)}
+    assert known == set(FLAGS[command])
+
+
+@pytest.mark.parametrize("command", BASE)
+def test_the_same_flags_give_the_same(world: dict[str, Any], command: str) -> None:
+    """Without this the test above would prove nothing."""
+    assert outcome([command, *BASE[command]], world) == outcome([command, *BASE[command]], world)
+
+
+def rows_of(argv: list[str]) -> int:
+    """The largest batch that goes through the network."""
+    seen: list[int] = []
+    hook = TINY["float32"].mmdit.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        assert cli.main([*argv, "--output", f"rows{len(argv)}"]) == 0
+    finally:
+        hook.remove()
+    return max(seen)
+
+
+def previews_of(argv: list[str]) -> int:
+    """How often the preview file is written."""
+    from bokehflux import preview
+
+    written: list[Path] = []
+    real = preview.replace_file
+
+    def count(path: Path, data: bytes) -> None:
+        written.append(path)
+        real(path, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preview, "replace_file", count)
+        assert cli.main([*argv, "--num-inference-steps", "5", "--output", f"previews{len(argv)}"]) == 0
+    return len(written)
+
+
+def test_replay_is_bit_equal(world: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Also from the pivot and from the sheet, for every level of the batch, and without a word of warning."""
+    argv = ["generate", "--prompt", "a fox", "--bokeh-targets", "0", "4.5", "30", "--bokeh-pivot", "12.5"]
+    argv += ["--seed", "77", "--guidance-scale", "4.25", "--true-cfg", "1.5", "--negative-prompt", "fog"]
+    argv += ["--num-inference-steps", "4", "--num-grounding-steps", "2", "--height", "48", "--width", "32"]
+    assert cli.main([*argv, "--max-rows", "2", "--output", "first", "--dtype", "bfloat16"]) == 0
+    first = [Path(line) for line in capsys.readouterr().out.split()]
+    assert len(first) == 5
+    for number, source in enumerate((first[1], first[3], first[4])):
+        assert cli.main(["generate", "--config-from", str(source), "--output", f"again{number}"]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        for old, line in zip(first, out.split(), strict=True):
+            with Image.open(old) as a, Image.open(line) as b:
+                assert a.tobytes() == b.tobytes() and Path(line).name == old.name
+            assert read_recipe(old) == read_recipe(line)
+
+
+def test_flags_override_a_replay(world: dict[str, Any]) -> None:
+    argv = ["generate", "--config-from", "earlier.png", "--seed", "9", "--output", "out"]
+    assert cli.main(argv) == 0
+    recipe, earlier = read_recipe("out/bokeh-07.0.png"), read_recipe("earlier.png")
+    assert {key for key in recipe if recipe[key] != earlier[key]} == {"seed"} and recipe["seed"] == 9
+
+
+def test_a_replay_with_another_model_says_so(
+    world: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert cli.main(["generate", "--config-from", "earlier.png", "--model", "other"]) == 0
+    assert "model_hash nano, here it is other: the picture may differ" in caplog.text
+
+
+def test_a_sweep_replays_too(world: dict[str, Any]) -> None:
+    assert cli.main(["sweep", "--config-from", "earlier.png", "--output", "swept"]) == 0
+    (path,) = Path("swept").glob("a-boat-seed65578-*/bokeh-07.0.png")
+    assert read_recipe(path)["prompt"] == "a boat"
