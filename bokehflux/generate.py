@@ -36,6 +36,7 @@ from bokehflux.models.bokeh import BokehCondition, check_level
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.vae import AutoencoderKL, to_uint8
 from bokehflux.sampling.denoise import Grounding, denoiser
+from bokehflux.sampling.diagnose import explain_nonfinite
 from bokehflux.sampling.latents import LatentGrid, noise, pack, unpack
 from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import OnStep, euler
@@ -118,7 +119,8 @@ class Pipeline:
         max_rows: pictures that go through the network together; None means all. More rows cost no more work.
         pivot_cache: an empty one keeps the pivot for later; a filled one stands in for it, so that a further
             level of the same scene costs one row.
-        Raises ValueError for arguments that contradict each other or the model.
+        Raises ValueError for arguments that contradict each other or the model, MemoryError when the GPU is
+        too small, and `NonFiniteError`, with the step and the layer, when a network's output is no number.
         """
         num_steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         targets = _levels(bokeh_targets)
@@ -177,6 +179,8 @@ class Pipeline:
         start = start.expand(1 if levels is None else len(levels), -1, -1)
         with out_of_memory_advice(self.memory):
             x = euler(velocity, start, steps, on_step)
+        if not x.isfinite().all():
+            raise explain_nonfinite(self.mmdit, velocity, start, steps)
         pivot_latents = None
         if makes_pivot:
             pivot_latents, x = x[0], x[1:]

@@ -22,7 +22,7 @@ class GgufError(ValueError):
 
 
 class GgufTensor(NamedTuple):
-    """One tensor of the header."""
+    """One tensor, as the header describes it."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,6 +44,8 @@ class GgufFile:
         # Damage shows as whatever the parser stumbles over, and some of numpy's errors are MemoryError.
         except Exception as error:
             raise GgufError(f"not a complete GGUF file ({error}); download it again") from error
+        if reader.byte_order == "S":
+            raise GgufError("is written for machines of the other byte order")
         self._entries = {entry.name: entry for entry in reader.tensors}
         self.tensors = [_described(entry) for entry in reader.tensors]
 
@@ -56,7 +58,7 @@ class GgufFile:
         data = torch.from_numpy(raw.reshape(-1).copy())
         if described.packing is None:
             return data.view(described.dtype).reshape(described.shape)
-        return data.reshape(described.shape[0], -1)
+        return data.reshape(described.shape[0] if len(described.shape) > 1 else 1, -1)
 
 
 def widened(raw: Tensor, packing: str, shape: tuple[int, ...]) -> Tensor:

@@ -18,6 +18,7 @@ from bokehflux.configs import Defaults
 from bokehflux.generate import NEGATIVE_PROMPT, Pipeline
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.vae import to_uint8
+from bokehflux.sampling.diagnose import NonFiniteError
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo
 from tests.tiny import BOKEH, MMDIT, tiny_pipeline
@@ -304,3 +305,31 @@ def test_load_to_a_gpu_that_is_not_there() -> None:
 def test_load_in_an_unknown_dtype(dtype: str | torch.dtype) -> None:
     with pytest.raises(ValueError, match="unknown dtype .*'bfloat16', 'float16', 'float32'"):
         bokehflux.load("nothing", device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "name", ["double_blocks.1.img_mlp.0", "single_blocks.2.linear1", "final_layer.linear"]
+)
+def test_nan_in_a_weight_is_named(name: str) -> None:
+    broken = tiny_pipeline()
+    with torch.no_grad():
+        # The last row: in a fused projection it is the MLP's. A query's NaN ends in the CPU's attention.
+        broken.mmdit.get_submodule(name).weight[-1, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=rf"^{name} returned NaN or infinity at step 0: its weight hold"):
+        broken.generate(PROMPT, [0, 28], bokeh_pivot=15)
+    hooks = [h for m in broken.mmdit.modules() for h in m._forward_hooks]
+    assert not hooks
+
+
+def test_overflow_is_named_by_layer_and_step() -> None:
+    """A layer that overflows late, with sound weights."""
+    broken, calls = tiny_pipeline(), []
+    layer = broken.mmdit.single_blocks[0].linear2
+
+    def overflow(_: torch.nn.Module, __: object, out: torch.Tensor) -> torch.Tensor | None:
+        calls.append(1)
+        return out * torch.inf if len(calls) % 5 == 4 else None
+
+    layer.register_forward_hook(overflow)
+    with pytest.raises(NonFiniteError, match="^single_blocks.0.linear2 .* at step 3, from finite weights"):
+        broken.generate(PROMPT, [0], num_inference_steps=5)
