@@ -41,10 +41,13 @@ def explain_nonfinite(mmdit: MMDiT, velocity: Velocity, x: Tensor, sigmas: Tenso
     try:
         euler(watched, x, sigmas)
     except _Stop as stop:
-        module = stop.args[0]
-        bad = [n for n, p in module.named_parameters() if not p.float().isfinite().all()]
-        cause = f": its {' and '.join(bad)} hold(s) NaN or infinity" if bad else ", from finite weights"
-        return NonFiniteError(f"{names[module]} returned NaN or infinity at step {step_now}{cause}")
+        name = names[stop.args[0]]
+        # Parts of a fused projection run past the hooks, so the whole block is looked through.
+        block = ".".join(name.split(".")[:2])
+        suspects = mmdit.get_submodule(block).named_parameters(prefix=block)
+        bad = [n for n, p in suspects if not p.float().isfinite().all()]
+        cause = f": NaN or infinity in {', '.join(bad)}" if bad else ", from finite weights"
+        return NonFiniteError(f"{name} returned NaN or infinity at step {step_now}{cause}")
     finally:
         for hook in hooks:
             hook.remove()

@@ -20,8 +20,8 @@ MATMULS = {PAIR: 4, TARGET: 3, PLAIN: 2}
 DKV, DQ = "dkv", "dq"
 """The kernels of the backward pass."""
 
-HOPPER, PORTABLE, SMALL, INTERPRETER = "sm_90", "portable", "small", "interpreter"
-"""Hopper; sm_80 and up with at least 160 KiB of shared memory a program; with less; a CPU."""
+HOPPER, PORTABLE, INTERPRETER = "sm_90", "sm_80 and up", "interpreter"
+"""Families of devices: Hopper; every other NVIDIA GPU from sm_80 on; a CPU, where Triton only imitates one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Tail:
-    """How the last tiles of a grid are split along the keys, so that no multiprocessor waits for the others."""
+    """Which tiles at the end of a grid are split along the keys, so that no multiprocessor waits for others."""
 
     num_whole: int
     """Tiles before them, computed whole."""
@@ -103,27 +103,61 @@ TABLE: tuple[Row, ...] = (
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=64,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True, programs_per_sm=2),
-        reason="untested",
+        reason="untested; compiled for sm_90: 106 registers, 64 KiB",
     ),
     Row(
         family=HOPPER, kernel=TARGET, head_dim=64,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
-        reason="untested",
+        reason="untested; as for pairs",
     ),
     Row(
         family=HOPPER, kernel=PAIR, head_dim=64,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
-        reason="untested",
+        reason="untested; compiled for sm_90: 169 registers, 112 KiB",
     ),
     Row(
         family=HOPPER, kernel=DKV, head_dim=None,
-        tile=Tile(block_m=64, block_n=64, num_warps=8, num_stages=2),
-        reason="untested",
+        tile=Tile(block_m=32, block_n=64, num_warps=8, num_stages=2, tma=True),
+        reason="untested; compiled for sm_90: 223 registers grounded, no spills; block_m 64 spills",
     ),
     Row(
         family=HOPPER, kernel=DQ, head_dim=None,
-        tile=Tile(block_m=64, block_n=64, num_warps=4, num_stages=2),
-        reason="untested",
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
+        reason="untested; compiled for sm_90: 182 registers grounded, 160 KiB, no spills",
+    ),
+    # At most 99 KiB, which every GPU from sm_80 on has, and no spills when compiled for sm_80.
+    Row(
+        family=PORTABLE, kernel=PLAIN, head_dim=None,
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3),
+        reason="untested; compiled for sm_80: 213 registers, 96 KiB; 4 warps spill",
+    ),
+    Row(
+        family=PORTABLE, kernel=TARGET, head_dim=None,
+        tile=Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        reason="untested; compiled for sm_80: 180 registers, 44 KiB",
+    ),
+    Row(
+        family=PORTABLE, kernel=PAIR, head_dim=None,
+        tile=Tile(block_m=64, block_n=32, num_warps=4, num_stages=2),
+        reason="untested; compiled for sm_80: 255 registers, 52 KiB; a third stage or block_n 64 spills",
+    ),
+    Row(
+        family=PORTABLE, kernel=DKV, head_dim=None,
+        tile=Tile(block_m=32, block_n=32, num_warps=4, num_stages=2),
+        reason="untested; compiled for sm_80: 228 registers grounded, 42 KiB; block_n 64 spills",
+    ),
+    Row(
+        family=PORTABLE, kernel=DQ, head_dim=None,
+        tile=Tile(block_m=32, block_n=32, num_warps=4, num_stages=2),
+        reason="untested; compiled for sm_80: 220 registers grounded, 42 KiB; block_m 64 spills",
+    ),
+    *(
+        Row(
+            family=INTERPRETER, kernel=kernel, head_dim=None,
+            tile=Tile(block_m=16, block_n=16, num_warps=1, num_stages=1),
+            reason="the smallest that tl.dot takes: short toy sequences still have several tiles",
+        )
+        for kernel in (PLAIN, TARGET, PAIR, DKV, DQ)
     ),
 )  # fmt: skip
 
@@ -139,10 +173,7 @@ def device(of: torch.device) -> Device:
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    if properties.major == 9:
-        family = HOPPER
-    else:
-        family = PORTABLE if properties.shared_memory_per_block_optin >= 160 * 1024 else SMALL
+    family = HOPPER if properties.major == 9 else PORTABLE
     return Device(family=family, num_sms=properties.multi_processor_count)
 
 
@@ -165,7 +196,7 @@ def _find(family: str, kernel: str, head_dim: int, fixed: bool) -> Tile:
             and row.fixed in (None, fixed)
         ):
             return row.tile
-    raise ValueError(f"no tile for {kernel} attention with head dim {head_dim} on {family}: see tiles.TABLE")
+    raise ValueError(f"no tile for {kernel} attention with head dim {head_dim} on {family}: add a row to tiles.TABLE")
 
 
 MAX_WAVES = 12
@@ -192,7 +223,8 @@ def plan_tail(tiles: tuple[tuple[int, int], ...], num_slots: int, num_blocks: in
     for num_split in sorted({loose, min(len(costs), loose + num_slots)} - {0}):
         kept = costs[: len(costs) - num_split]
         for parts in range(2, min(8, num_blocks) + 1):
-            pieces = [cost / parts + step * PART_OVERHEAD for cost in costs[len(kept) :] for _ in range(parts)]
+            split = costs[len(kept) :]
+            pieces = [cost / parts + step * PART_OVERHEAD for cost in split for _ in range(parts)]
             span = _makespan(kept + pieces, num_slots) + step * MERGE_OVERHEAD
             if span < shortest:
                 shortest = span

@@ -65,7 +65,7 @@ def load_tile(
 
 @triton.jit
 def pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7):
-    """(query row, pivot row, own row) of a job: see `pack`. Arguments, so that a launch copies no list over."""
+    """(query row, pivot row, own row) of a job, see `pack`. As arguments: a launch copies no list to the GPU."""
     packed = job_0
     packed = tl.where(job == 1, job_1, packed)
     packed = tl.where(job == 2, job_2, packed)
@@ -130,7 +130,7 @@ def _tile(
     SPLIT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head against keys begin .. end. Names ending in _p belong to the pivot's keys."""
+    """BLOCK_M queries of one head against keys begin .. end. What ends in _p belongs to the pivot's keys."""
     q_tile = load_tile(
         q, q_row, head, start_m, len_q, stride_q_row, stride_q_len, stride_q_head, BLOCK_M, D, TMA
     )
@@ -183,7 +183,7 @@ def _tile(
                 p += tl.exp2(s_p * scale_log2 - m[:, None])
             if KIND == PAIR:
                 p_p = tl.exp2(s_p * scale_log2 - m_p[:, None])
-                # From the pivot's offset to the target's, which is never smaller: a factor a line, no exponentials.
+                # From the pivot's maximum to the target's, which is never smaller: one factor a line.
                 p += p_p * tl.exp2(m_p - m)[:, None]
                 fade_p = tl.exp2(m_p_old - m_p)
                 total_p *= fade_p
