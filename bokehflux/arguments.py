@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import re
 from collections.abc import Sequence
 from typing import NoReturn
@@ -84,6 +85,24 @@ def request_from(args: argparse.Namespace, prompt: str, seed: int) -> Request:
     )
 
 
+def loras_from(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Paths and strengths of the LoRAs. Raises ValueError for a strength that is no number."""
+    loras = []
+    for path, *scale in args.lora or []:
+        if len(scale) > 1:
+            raise ValueError(
+                f"--lora takes a path and a strength, got {len(scale) + 1} values: repeat the flag"
+            )
+        try:
+            strength = float(scale[0]) if scale else 1.0
+        except ValueError:
+            raise ValueError(f"--lora {path}: the strength must be a number, got {scale[0]!r}") from None
+        if not math.isfinite(strength):
+            raise ValueError(f"--lora {path}: the strength must be a finite number, got {scale[0]}")
+        loras.append((path, strength))
+    return loras
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"bokehflux: error: {' '.join(message.split())}\n")
@@ -114,6 +133,10 @@ def _picture_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", default="nano", metavar="MODEL",
         help="a bundled model, or a folder in the official FLUX layout (default: %(default)s)")
     add("--adapter", metavar="PATH", help="folder or file of a bokeh adapter; nano brings its own")
+    add("--lora", nargs="+", action="append", metavar=("PATH", "SCALE"),
+        help="a LoRA file and its strength (default: 1); may be given several times, effects add up")
+    add("--memory", choices=("auto", "resident", "offload", "stream"), default="auto",
+        help="what stays on the GPU; leaner is slower (default: %(default)s)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
         help="default: bfloat16 on a GPU, float32 on a CPU")

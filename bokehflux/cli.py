@@ -1,6 +1,7 @@
 """The command `bokehflux`: reads arguments, runs the pipeline, writes pictures. No other logic lives here.
 
-Bad input ends with one line on stderr and exit code 2, a failing disk with 1, Ctrl-C with 130.
+Bad input ends with one line on stderr and exit code 2, a failing disk or broken weights with 1, Ctrl-C
+with 130.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bokehflux.arguments import parse, request_from
+from bokehflux.arguments import loras_from, parse, request_from
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"bokehflux: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"bokehflux: error: {error}", file=sys.stderr)
+    except (OSError, ArithmeticError) as error:
+        # ArithmeticError: NaN in weights or activations.
+        print(f"bokehflux: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"bokehflux: interrupted{stop}", file=sys.stderr)
@@ -133,6 +135,7 @@ def _check(args: argparse.Namespace) -> None:
     """What would fail after minutes of loading, said before."""
     from bokehflux.output import check_folder
 
+    loras_from(args)
     if args.max_rows is not None and args.max_rows < 1:
         raise ValueError(f"--max-rows must be at least 1, got {args.max_rows}")
     if args.preview is not None or args.preview_every != 1:
@@ -147,10 +150,18 @@ def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[
     from bokehflux import identity
     from bokehflux.generate import load
 
+    loras = loras_from(args)
     progress.show(f"loading {args.model}")
     try:
-        pipe = load(args.model, adapter=args.adapter, device=args.device, dtype=args.dtype)
-        facts = identity.facts(pipe, args.model, args.adapter)
+        pipe = load(
+            args.model,
+            adapter=args.adapter,
+            loras=loras,
+            device=args.device,
+            dtype=args.dtype,
+            memory=args.memory,
+        )
+        facts = identity.facts(pipe, args.model, args.adapter, loras)
     finally:
         progress.end()
     if args.config_from is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -42,10 +42,12 @@ def fingerprint(paths: Iterable[Path]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
-def model_facts(model: str | Path, adapter: str | Path | None) -> dict[str, Any]:
-    """`model_hash`, `adapter` and `adapter_hash` for the arguments of `bokehflux.load`.
+def model_facts(
+    model: str | Path, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]] = ()
+) -> dict[str, Any]:
+    """`model_hash`, `adapter_hash`, `lora_hashes` and the paths, for the arguments of `bokehflux.load`.
 
-    Raises CheckpointError when there is no such model, OSError when an adapter cannot be read.
+    Raises CheckpointError when there is no such model, OSError when a file cannot be read.
     """
     from bokehflux.weights.load import BUNDLED
     from bokehflux.weights.load import __file__ as beside
@@ -59,10 +61,17 @@ def model_facts(model: str | Path, adapter: str | Path | None) -> dict[str, Any]
         "model_hash": fingerprint([*files, *scheduler]),
         "adapter": None if adapter is None else str(adapter),
         "adapter_hash": None if chosen is None else fingerprint([chosen]),
+        "loras": [[str(path), strength] for path, strength in loras],
+        "lora_hashes": [[fingerprint([Path(path)]), strength] for path, strength in loras],
     }
 
 
-def facts(pipe: Pipeline, model: str | Path, adapter: str | Path | None) -> dict[str, Any]:
+def facts(
+    pipe: Pipeline,
+    model: str | Path,
+    adapter: str | Path | None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+) -> dict[str, Any]:
     """The part of a recipe that does not depend on the request: which model, and where it runs.
 
     Of the place, what can change the bits of a picture. Errors as `model_facts`.
@@ -71,7 +80,7 @@ def facts(pipe: Pipeline, model: str | Path, adapter: str | Path | None) -> dict
 
     return {
         "model": pipe.name,
-        **model_facts(model, adapter),
+        **model_facts(model, adapter, loras),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "version": __version__,
         "torch": torch.__version__,

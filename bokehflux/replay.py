@@ -29,6 +29,11 @@ def defaults_from(image: str, command: str) -> dict[str, Any]:
             raise ValueError(f"the recipe's {name!r} must be text, got {str(recipe[name])[:80]!r}")
         if recipe.get(name) is not None:
             values[name] = recipe[name]
+    loras = recipe.get("loras", [])
+    if not isinstance(loras, list) or not all(_is_lora(lora) for lora in loras):
+        raise ValueError(f"the recipe's 'loras' must be paths and strengths, got {str(loras)[:80]!r}")
+    if loras:
+        values["lora"] = [[path, str(strength)] for path, strength in loras]
     if type(recipe.get("max_rows")) is int and recipe["max_rows"] > 0:
         values["max_rows"] = recipe["max_rows"]
     if command == "sweep":
@@ -36,10 +41,28 @@ def defaults_from(image: str, command: str) -> dict[str, Any]:
     return values
 
 
+def _is_lora(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], str)
+        and type(value[1]) in (int, float)
+    )
+
+
 def warn_of_differences(image: str, facts: Mapping[str, Any]) -> None:
     """Say what will keep the picture from coming out bit by bit the same, if anything will."""
     recipe = read_recipe(image)
-    for name in ("model_hash", "adapter_hash", "dtype", "device_name", "torch", "version", "attention"):
+    for name in (
+        "model_hash",
+        "adapter_hash",
+        "lora_hashes",
+        "dtype",
+        "device_name",
+        "torch",
+        "version",
+        "attention",
+    ):
         if name in recipe and recipe[name] != facts.get(name):
             logger.warning(
                 "%s was made with %s %s, here it is %s: the picture may differ",

@@ -110,12 +110,9 @@ class Request:
         while True:
             try:
                 return Run(result=self._generate(pipe, on_step, max_rows), max_rows=max_rows)
-            except OutOfMemoryError as error:
+            except (OutOfMemoryError, MemoryError) as error:
                 if (max_rows or rows) <= 1:
-                    raise ValueError(
-                        f"out of memory on {pipe.device} even for one picture at a time: "
-                        "choose a smaller --height and --width, a smaller --dtype, or another --device"
-                    ) from error
+                    raise ValueError(f"even one picture at a time does not fit: {error}") from error
             max_rows = max(1, min(max_rows or rows, rows) // 2)
             logger.warning("out of memory: trying again with %d pictures at a time", max_rows)
 

@@ -20,9 +20,11 @@ ALLOWED_IN = {
     "bokehflux.kernels": {"torch", "triton", "flash_attn"},
     "bokehflux.attention": {"torch"},
     "bokehflux.configs": set(),
+    "bokehflux.fetch": {"huggingface_hub"},
     "bokehflux.images": {"PIL"},
     "bokehflux.models": {"torch", "einops"},
     "bokehflux.sampling": {"torch", "einops", "numpy"},
+    "bokehflux.weights.gguf": {"torch", "numpy", "gguf"},
 }
 OWN_IN = {
     "bokehflux.configs": set(),

@@ -62,7 +62,7 @@ class GgufFile:
 
 
 def widened(raw: Tensor, packing: str, shape: tuple[int, ...]) -> Tensor:
-    """Packed bytes as float32 of `shape`, by the package's own decoder: every format that it knows, slowly."""
+    """Packed bytes as float32 of `shape`, by the package's own decoder: any format it knows, slowly."""
     package = _package()
     kind = package.GGMLQuantizationType[packing]
     try:

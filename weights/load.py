@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bokehflux.configs import CLIPConfig, Defaults, MMDiTConfig, ScheduleConfig, T5Config, VAEConfig
 from bokehflux.models.bokeh import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
@@ -25,13 +26,15 @@ from bokehflux.text.encode import TextEncoders
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 
 from .bokeh_config import read_bokeh_config
-from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from .checkpoint import CheckpointError, open_checkpoint
 from .lora import read_lora
 from .lora_apply import attach
-from .mapping import Entry, Shape, plan, recognise
+from .mapping import Entry, Shape, plan
 from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
-from .snapshot import open_snapshot
-from .tables import bokeh, flux, text, vae
+from .parts import ADAPTER, CLIP, T5, TRANSFORMER, VAE, Part, open_part, part_of
+from .precision import Stored, store
+from .resolve import Env, ModelFiles, resolve_adapter, resolve_lora, resolve_model
+from .snapshot import Snapshot, open_snapshot
 
 BUNDLED = ("nano",)
 """Models that come with the package, as folders beside this file."""
@@ -54,20 +57,25 @@ class Components:
 
 
 def load_components(
-    model: str | Path,
+    model: str | Path | ModelFiles,
     adapter: str | Path | None = None,
     *,
     loras: Sequence[LoraChoice] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    env: Env | None = None,
 ) -> Components:
-    """Every part of a model folder (`snapshot.py` says of which layouts) or of a bundled model, by its name.
+    """Every part of a model (a folder or file in any layout, a repository id, `ModelFiles`: `resolve.py`), or
+    of a bundled one, by its name.
 
-    `adapter`: folder or file; None takes the one that the model's card names, if any.
+    `adapter`: folder, file or repository id; None takes the one that the model's card names, if any.
     `loras`: attached beside the weights of the transformer and the text encoders, where they add up.
+    `env`: stands in for the environment. Weights that are stored narrow stay so; `dtype` is computed in.
     Raises CheckpointError or TokenizerError before the transformer, the largest part, is read.
     """
-    snapshot = open_snapshot(Path(__file__).parent / model if model in BUNDLED else model)
+    snapshot = find_model(model, env)
+    lora_paths = [(resolve_lora(path, env), strength) for path, strength in loras]
+    chosen = snapshot.adapter if adapter is None else resolve_adapter(adapter, env)
     clip_tokenizer = CLIPTokenizer.from_folder(snapshot.clip_tokenizer)
     t5_tokenizer = T5Tokenizer.from_folder(snapshot.t5_tokenizer)
     autoencoder = load_vae(snapshot.vae, device=device, dtype=dtype)
@@ -94,8 +102,9 @@ def load_components(
         clip_tokenizer=clip_tokenizer,
         txt_length=snapshot.defaults.txt_length,
     )
-    added = [(read_lora(path, snapshot.mmdit, clip.config, t5.config), strength) for path, strength in loras]
-    chosen = snapshot.adapter if adapter is None else adapter
+    added = [
+        (read_lora(path, snapshot.mmdit, clip.config, t5.config), strength) for path, strength in lora_paths
+    ]
     mmdit = load_mmdit(snapshot.transformer, snapshot.mmdit, chosen, device=device, dtype=dtype)
     for lora, strength in added:
         attach({"mmdit": mmdit, "clip": clip, "t5": t5}, lora, strength)
@@ -106,6 +115,13 @@ def load_components(
         schedule=snapshot.schedule,
         defaults=snapshot.defaults,
     )
+
+
+def find_model(model: str | Path | ModelFiles, env: Env | None = None) -> Snapshot:
+    """Where the parts of a model lie; a bundled model by its name, others as in `resolve_model`."""
+    if isinstance(model, str) and model in BUNDLED:
+        return open_snapshot(Path(__file__).parent / model)
+    return resolve_model(model, env)
 
 
 def load_mmdit(
@@ -122,8 +138,7 @@ def load_mmdit(
     the `config.json` beside the file is used, or, for a BFL file, what its shapes tell.
     Returns it in eval mode without gradients. Raises CheckpointError with everything that does not fit.
     """
-    base = open_checkpoint(path)
-    table = recognise(flux.TABLES, base.tensors, base.path)
+    base = open_part(path, TRANSFORMER)
     config = config or read_mmdit_config(base)
     extra = open_checkpoint(adapter) if adapter is not None else None
     adapter_config = read_bokeh_config(extra, config) if extra is not None else None
@@ -131,14 +146,15 @@ def load_mmdit(
         network = MMDiT(config, adapter_config)
     shapes = _shapes(network)
     base_shapes = {name: shape for name, shape in shapes.items() if not name.startswith(ADAPTER_PREFIX)}
-    base_plan = plan(table, base_shapes, base.shapes, base.path)
+    base_plan = _plan(base, base_shapes)
     if extra is None or network.bokeh is None:
-        return _filled(network, _tensors(base_plan, base, device, dtype))
-    adapter_plan = plan(bokeh.ADAPTER, _shapes(network.bokeh), extra.shapes, extra.path)
-    tensors = _tensors(base_plan, base, device, dtype)
-    for name, tensor in _tensors(adapter_plan, extra, device, dtype).items():
-        tensors[ADAPTER_PREFIX + name] = tensor
-    return _filled(network, tensors)
+        return _filled(network, _stored(network, base_plan, base, device, dtype))
+    adapter_part = part_of(extra, ADAPTER)
+    adapter_plan = _plan(adapter_part, _shapes(network.bokeh))
+    stored = _stored(network, base_plan, base, device, dtype)
+    for name, tensor in _stored(network.bokeh, adapter_plan, adapter_part, device, dtype).items():
+        stored[ADAPTER_PREFIX + name] = tensor
+    return _filled(network, stored)
 
 
 def load_adapter(
@@ -152,8 +168,7 @@ def load_adapter(
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         network = BokehAdapter(read_bokeh_config(checkpoint, mmdit), mmdit)
-    entries = plan(bokeh.ADAPTER, _shapes(network), checkpoint.shapes, checkpoint.path)
-    return _filled(network, _tensors(entries, checkpoint, device, dtype))
+    return _load(network, part_of(checkpoint, ADAPTER), device, dtype)
 
 
 def load_vae(
@@ -164,12 +179,10 @@ def load_vae(
     dtype: torch.dtype = torch.bfloat16,
 ) -> AutoencoderKL:
     """The autoencoder from a diffusers folder or a BFL `ae.safetensors`. As `load_mmdit`."""
-    checkpoint = open_checkpoint(path)
-    table = recognise(vae.TABLES, checkpoint.tensors, checkpoint.path)
+    part = open_part(path, VAE)
     with torch.device("meta"):
-        network = AutoencoderKL(config or read_vae_config(checkpoint))
-    entries = plan(table, _shapes(network), checkpoint.shapes, checkpoint.path)
-    return _filled(network, _tensors(entries, checkpoint, device, dtype))
+        network = AutoencoderKL(config or read_vae_config(part))
+    return _load(network, part, device, dtype)
 
 
 def load_t5(
@@ -180,11 +193,10 @@ def load_t5(
     dtype: torch.dtype = torch.bfloat16,
 ) -> T5Encoder:
     """The T5 encoder from a transformers folder (`text_encoder_2/`), or from a file and its config."""
-    checkpoint = open_checkpoint(path)
+    part = open_part(path, T5)
     with torch.device("meta"):
-        network = T5Encoder(config or read_t5_config(checkpoint))
-    entries = plan(text.T5, _shapes(network), checkpoint.shapes, checkpoint.path)
-    return _filled(network, _tensors(entries, checkpoint, device, dtype))
+        network = T5Encoder(config or read_t5_config(part))
+    return _load(network, part, device, dtype)
 
 
 def load_clip(
@@ -195,35 +207,58 @@ def load_clip(
     dtype: torch.dtype = torch.bfloat16,
 ) -> CLIPTextEncoder:
     """The CLIP text encoder from a transformers folder (`text_encoder/`), or from a file and its config."""
-    checkpoint = open_checkpoint(path)
+    part = open_part(path, CLIP)
     with torch.device("meta"):
-        network = CLIPTextEncoder(config or read_clip_config(checkpoint))
-    entries = plan(text.CLIP, _shapes(network), checkpoint.shapes, checkpoint.path)
-    return _filled(network, _tensors(entries, checkpoint, device, dtype))
+        network = CLIPTextEncoder(config or read_clip_config(part))
+    return _load(network, part, device, dtype)
 
 
 def _shapes(network: nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _tensors(
-    entries: Sequence[Entry], checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _plan(part: Part, ours: Mapping[str, Shape]) -> list[Entry]:
+    return plan(part.table, ours, part.checkpoint.shapes, part.checkpoint.path)
+
+
+def _load(network: Network, part: Part, device: torch.device | str, dtype: torch.dtype) -> Network:
+    return _filled(network, _stored(network, _plan(part, _shapes(network)), part, device, dtype))
+
+
+def _stored(
+    network: nn.Module, entries: Sequence[Entry], part: Part, device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Stored]:
     """Every planned tensor on its device, in file order so that a cold disk is read in one sweep."""
-    tensors: dict[str, Tensor] = {}
+    where, checkpoint = torch.device(device), part.checkpoint
+    # Metal has no fp8, and its bytes need not be kept for its sake alone.
+    linear = {f"{n}.weight" for n, m in network.named_modules() if isinstance(m, Linear)}
+    narrow = linear if where.type != "mps" else set()
+    stored: dict[str, Stored] = {}
     for entry in sorted(entries, key=lambda entry: checkpoint.position(entry.src[0])):
         for name in entry.tied:
-            if not torch.equal(checkpoint.read(name), checkpoint.read(entry.src[0])):
+            if not _equal(checkpoint.read(name), checkpoint.read(entry.src[0])):
                 problem = f"{name} and {entry.src[0]} must be the same tensor, but their values differ"
                 raise CheckpointError(checkpoint.path, problem)
-        # A lone source is copied, so that no parameter aliases the mapped file; joining copies anyway.
-        lone = len(entry.src) == 1
-        sources = [checkpoint.read(name).to(device, dtype, copy=lone) for name in entry.src]
-        tensors[entry.dst] = entry.transform.join(sources)
-    return tensors
+        stored[entry.dst] = store(entry, checkpoint, part.scales, where, dtype, keep=entry.dst in narrow)
+    return stored
 
 
-def _filled(network: Network, tensors: Mapping[str, Tensor]) -> Network:
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Bit by bit: fp8 has no comparison of its own."""
+    same = a.dtype == b.dtype and a.shape == b.shape
+    return same and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _filled(network: Network, stored: Mapping[str, Stored]) -> Network:
+    for name, (tensor, dequantize) in stored.items():
+        if dequantize is None:
+            continue
+        layer = network.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(layer, Linear)
+        layer.dequantize = dequantize
+        # Packed weights have the shape of their bytes.
+        layer.weight = nn.Parameter(tensor, requires_grad=False)
+    tensors = {name: tensor for name, (tensor, _) in stored.items()}
     network.load_state_dict(tensors, strict=True, assign=True)
     hollow = [n for n, t in (*network.named_parameters(), *network.named_buffers()) if t.is_meta]
     if hollow:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from .checkpoint import CheckpointError, fold
 
 Shape = tuple[int, ...]
+Value = TypeVar("Value")
 
 
 class Transform(NamedTuple):
@@ -175,6 +176,16 @@ def resolve(table: Table, ours: Mapping[str, Shape]) -> list[Entry]:
     if twice:
         raise ValueError(f"table {table.name} uses {twice[:3]} more than once")
     return entries
+
+
+def renamed(table: Table, names: Mapping[str, Value]) -> dict[str, Value]:
+    """A file's names in ours, where one tensor makes one: enough to read a config from shapes."""
+    rules = [(_pattern(rule.src), rule.dst) for rule in table.rules if isinstance(rule.src, str)]
+    result = {}
+    for name, value in names.items():
+        hits = [(match, dst) for pattern, dst in rules if (match := pattern.fullmatch(name))]
+        result[hits[0][1].format(**hits[0][0].groupdict()) if hits else name] = value
+    return result
 
 
 def _official_shapes(entry: Entry, shape: Shape) -> list[Shape]:

@@ -1,7 +1,8 @@
 """The official `config.json` files, read into our configs and written from them.
 
 Nothing is guessed: a key that our networks cannot honour is an error that names the key, as is a missing one.
-Where the official classes have a default, an absent key takes it.
+Where the official classes have a default, an absent key takes it. Bare files of the official models need no
+config: their shapes tell it. A `config.json` that says it belongs to another class is not theirs.
 """
 
 from __future__ import annotations
@@ -19,44 +20,61 @@ from bokehflux.configs import (
 )
 
 from .checkpoint import Checkpoint, CheckpointError
-from .mapping import Shape, recognise
+from .mapping import Shape, renamed
+from .parts import Part
 from .tables import flux, vae
 
 Json = Mapping[str, Any]
 
 
-def read_mmdit_config(checkpoint: Checkpoint) -> MMDiTConfig:
+def read_mmdit_config(part: Part) -> MMDiTConfig:
     """From the `config.json` beside the transformer or, in the BFL layout, from its shapes."""
-    if (
-        checkpoint.config() is None
-        and recognise(flux.TABLES, checkpoint.tensors, checkpoint.path) is flux.BFL
-    ):
+    checkpoint = part.checkpoint
+    config = _own_config(checkpoint, "_class_name", "FluxTransformer2DModel")
+    if config is not None:
+        return mmdit_config(config, checkpoint.config_path)
+    if part.table is flux.BFL:
         return mmdit_config_from_shapes(checkpoint.shapes, checkpoint.path)
-    return mmdit_config(_beside(checkpoint), checkpoint.config_path)
+    raise _no_config(checkpoint)
 
 
-def read_vae_config(checkpoint: Checkpoint) -> VAEConfig:
+def read_vae_config(part: Part) -> VAEConfig:
     """From the `config.json` beside the autoencoder or, in the BFL layout, from its shapes."""
-    if checkpoint.config() is None and recognise(vae.TABLES, checkpoint.tensors, checkpoint.path) is vae.BFL:
+    checkpoint = part.checkpoint
+    config = _own_config(checkpoint, "_class_name", "AutoencoderKL")
+    if config is not None:
+        return vae_config(config, checkpoint.config_path)
+    if part.table is vae.BFL:
         return vae_config_from_shapes(checkpoint.shapes, checkpoint.path)
-    return vae_config(_beside(checkpoint), checkpoint.config_path)
+    raise _no_config(checkpoint)
 
 
-def read_t5_config(checkpoint: Checkpoint) -> T5Config:
-    return t5_config(_beside(checkpoint), checkpoint.config_path)
+def read_t5_config(part: Part) -> T5Config:
+    """From the `config.json` beside the encoder, or from its shapes."""
+    config = _own_config(part.checkpoint, "model_type", "t5")
+    if config is not None:
+        return t5_config(config, part.checkpoint.config_path)
+    return t5_config_from_shapes(renamed(part.table, part.checkpoint.shapes), part.checkpoint.path)
 
 
-def read_clip_config(checkpoint: Checkpoint) -> CLIPConfig:
-    return clip_config(_beside(checkpoint), checkpoint.config_path)
+def read_clip_config(part: Part) -> CLIPConfig:
+    """From the `config.json` beside the encoder, or from its shapes."""
+    config = _own_config(part.checkpoint, "model_type", "clip_text_model")
+    if config is not None:
+        return clip_config(config, part.checkpoint.config_path)
+    return clip_config_from_shapes(part.checkpoint.shapes, part.checkpoint.path)
 
 
-def _beside(checkpoint: Checkpoint) -> Json:
+def _own_config(checkpoint: Checkpoint, key: str, kind: str) -> Json | None:
+    """The config beside a checkpoint unless it says that it is another network's."""
     config = checkpoint.config()
-    if config is None:
-        raise CheckpointError(
-            checkpoint.path, "no config.json beside it: add the official one, or pass a config"
-        )
-    return config
+    return config if config is not None and config.get(key, kind) == kind else None
+
+
+def _no_config(checkpoint: Checkpoint) -> CheckpointError:
+    return CheckpointError(
+        checkpoint.path, "no config.json beside it: add the official one, or pass a config"
+    )
 
 
 def _check(config: Json, where: object, required: tuple[str, ...], fixed: Json) -> None:
@@ -254,6 +272,34 @@ def t5_config(config: Json, where: object = "T5 config") -> T5Config:
     )
 
 
+def t5_config_from_shapes(shapes: Mapping[str, Shape], where: object) -> T5Config:
+    """What a bare T5 encoder says of itself; distance and epsilon are those of every T5 v1.1."""
+    block = "encoder.block.0.layer."
+    try:
+        vocab_size, width = shapes["shared.weight" if "shared.weight" in shapes else _T5_EMBEDDING]
+        num_buckets, num_heads = shapes[block + "0.SelfAttention.relative_attention_bias.weight"]
+        inner, _ = shapes[block + "0.SelfAttention.q.weight"]
+        mlp_size, _ = shapes[block + "1.DenseReluDense.wi_0.weight"]
+        head_dim, rest = divmod(inner, num_heads)
+        if rest:
+            raise ValueError(f"{num_heads} heads in {inner} rows")
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        problem = f"not a complete T5 v1.1 encoder, and no config.json of its own: {error!r}"
+        raise CheckpointError(where, problem) from None
+    return T5Config(
+        vocab_size=vocab_size,
+        width=width,
+        head_dim=head_dim,
+        mlp_size=mlp_size,
+        num_layers=_count(shapes, "encoder.block"),
+        num_heads=num_heads,
+        num_buckets=num_buckets,
+    )
+
+
+_T5_EMBEDDING = "encoder.embed_tokens.weight"
+
+
 def t5_config_dict(config: T5Config) -> dict[str, Any]:
     return {
         "architectures": ["T5EncoderModel"],
@@ -293,6 +339,33 @@ def clip_config(config: Json, where: object = "CLIP config") -> CLIPConfig:
         max_length=config.get("max_position_embeddings", 77),
         eos_token_id=config["eos_token_id"],
         eps=config.get("layer_norm_eps", 1e-5),
+    )
+
+
+_CLIP_HEAD_DIM = 64
+"""Of every published CLIP."""
+
+
+def clip_config_from_shapes(shapes: Mapping[str, Shape], where: object) -> CLIPConfig:
+    """What a bare CLIP text encoder says of itself: 64 channels a head, pooled at the largest id."""
+    model = "text_model."
+    try:
+        vocab_size, width = shapes[model + "embeddings.token_embedding.weight"]
+        max_length, _ = shapes[model + "embeddings.position_embedding.weight"]
+        mlp_size, _ = shapes[model + "encoder.layers.0.mlp.fc1.weight"]
+    except (KeyError, ValueError) as error:
+        problem = f"not a complete CLIP text encoder, and no config.json of its own: {error!r}"
+        raise CheckpointError(where, problem) from None
+    if width % _CLIP_HEAD_DIM:
+        problem = f"no config.json beside it, and width {width} does not tell the number of heads"
+        raise CheckpointError(where, f"{problem}: add the official one, or pass a config")
+    return CLIPConfig(
+        vocab_size=vocab_size,
+        width=width,
+        mlp_size=mlp_size,
+        num_layers=_count(shapes, model + "encoder.layers"),
+        num_heads=width // _CLIP_HEAD_DIM,
+        max_length=max_length,
     )
 
 

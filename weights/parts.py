@@ -13,7 +13,7 @@ from pathlib import Path
 from .checkpoint import Checkpoint, CheckpointError, fold, open_checkpoint
 from .mapping import Table, recognise
 from .precision import separate
-from .tables import flux, text, vae
+from .tables import bokeh, flux, text, vae
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ T5 = Kind(
     prefixes=("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
 )
 KINDS = (TRANSFORMER, VAE, CLIP, T5)
+"""What a model is made of."""
+ADAPTER = Kind(name="adapter", tables=(bokeh.ADAPTER,), prefixes=())
 
 LEFT_OVER = frozenset(
     f"text_encoders.{encoder}.{name}"

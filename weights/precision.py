@@ -44,7 +44,7 @@ class TensorScaled:
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """[out, in] as stored -> [out, in]: the float32 product, rounded once."""
         # A Python number takes part in float32 whatever the dtype is; fp8 fits into all of them exactly.
-        return weight.to(dtype).mul_(self.scale)
+        return weight.to(dtype, copy=True).mul_(self.scale)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,12 +150,13 @@ def store(
     """Make one parameter: in storage precision when `keep` and the file's is narrow, else in `dtype`."""
     infos = [checkpoint.tensors[name] for name in entry.src]
     lone = len(entry.src) == 1
-    if keep and lone and infos[0].packing in FORMATS:
-        raw = checkpoint.read(entry.src[0]).to(device, copy=True)
-        return Stored(entry.transform.join([raw]), Packed(packing=infos[0].packing))
-    if keep and infos[0].dtype in NARROW and len({info.dtype for info in infos}) == 1:
-        narrow = [checkpoint.read(name).to(device, copy=lone) for name in entry.src]
-        return Stored(entry.transform.join(narrow), _scaling(entry, checkpoint, scales, device))
+    alike = len({(info.dtype, info.packing) for info in infos}) == 1
+    packing = infos[0].packing
+    if keep and alike and (packing in FORMATS or infos[0].dtype in NARROW):
+        narrow = entry.transform.join([checkpoint.read(name).to(device, copy=lone) for name in entry.src])
+        if packing is not None:
+            return Stored(narrow, Packed(packing=packing))
+        return Stored(narrow, _scaling(entry, checkpoint, scales, device))
     # A lone source is copied, so that no parameter aliases the mapped file; joining copies anyway.
     wide = [_wide(name, checkpoint, scales, device, dtype, copy=lone) for name in entry.src]
     return Stored(entry.transform.join(wide))

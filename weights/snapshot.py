@@ -1,31 +1,43 @@
-"""A model folder: where each component lies, and what the folder says about schedule and defaults.
+"""A model with all its parts found: where each lies, and what the model says about schedule and defaults.
 
-Official layout: `transformer/ vae/ text_encoder/ text_encoder_2/ tokenizer/ tokenizer_2/ scheduler/`. The
-transformer and the autoencoder may instead be BFL single files in the folder itself, recognised by their
-tensors; the scheduler folder may then be absent. `bokehflux.json` is our optional card: default steps and
+Parts come from an ordered list of places (`resolve.py` makes it; `layouts.py` looks into each): the first
+place that has a part provides it. `bokehflux.json` in a model folder is our optional card: default steps and
 size, and the adapter's folder. Only configs and headers are read.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, Defaults, MMDiTConfig, ScheduleConfig
 
-from .checkpoint import SUFFIXES, CheckpointError, holds_checkpoint, open_checkpoint, read_header, read_json
-from .mapping import Table
+from .checkpoint import CheckpointError, holds_checkpoint, read_json
+from .layouts import Candidate, Findings, fits, is_flux, scan
 from .official import Json, read_mmdit_config, schedule_config
-from .tables import flux, vae
+from .parts import TRANSFORMER, open_part
 
 CARD = "bokehflux.json"
+PARTS = {
+    "transformer": "transformer/*.safetensors, and for a BFL flux1-*.safetensors",
+    "vae": "vae/*.safetensors, and for a BFL ae.safetensors",
+    "clip": "text_encoder/*.safetensors, and for a clip_l.safetensors",
+    "t5": "text_encoder_2/*.safetensors, and for a t5xxl*.safetensors",
+    "clip_tokenizer": "tokenizer/ with vocab.json, merges.txt and tokenizer_config.json",
+    "t5_tokenizer": "tokenizer_2/ with tokenizer_config.json and tokenizer.json or spiece.model",
+}
+"""What makes a model, and how errors call it."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The parts of a model folder. Paths are what the loaders of `weights/load.py` take."""
+    """The parts of a model. Paths are what the loaders of `weights/load.py` take."""
 
     root: Path
+    """Folder of the transformer, where the card and the schedule are looked for."""
     transformer: Path
     vae: Path
     clip: Path
@@ -41,64 +53,129 @@ class Snapshot:
     defaults: Defaults
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Somewhere to look."""
+
+    label: str
+    """How errors call it."""
+    findings: Findings | None
+    """None when there is nothing."""
+    has_model: bool = True
+    """Whether the transformer may come from here; the other parts always may."""
+    guided: bool | None = None
+    """Of several transformers, take only those with (dev) or without (schnell) guidance embedding."""
+
+
 def open_snapshot(path: str | Path) -> Snapshot:
-    """Find every component, read the configs. One CheckpointError names all that was looked for in vain."""
+    """A model folder that holds all its parts, in any layout; nothing is looked for elsewhere.
+
+    One CheckpointError names all that was looked for in vain.
+    """
     root = Path(path)
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
         expected = "a model folder (transformer/, vae/, text_encoder/ ...) was expected"
         raise CheckpointError(root, f"{found}; {expected}")
-    transformer = _component(root, "transformer", flux.BFL)
-    autoencoder = _component(root, "vae", vae.BFL)
+    return complete([Place(label=str(root), findings=scan(root))], f"{root} is no complete model folder")
+
+
+def complete(places: Iterable[Place], failure: str, advice: Sequence[str] = ()) -> Snapshot:
+    """Take every part from the first place that has it.
+
+    Later places are looked into only while something is missing. `failure` heads the CheckpointError that
+    names every missing part, every place, and `advice`.
+    """
+    seen: list[Place] = []
+    chosen: dict[str, Candidate] = {}
+    home: Place | None = None
+    mmdit: MMDiTConfig | None = None
+    for place in places:
+        seen.append(place)
+        if home is None:
+            candidate = _transformer(place)
+            if candidate is None:
+                continue
+            home, chosen["transformer"] = place, candidate
+            mmdit = read_mmdit_config(open_part(candidate.path, TRANSFORMER))
+        assert mmdit is not None
+        # The transformer decides what fits; places before its own may hold the rest.
+        for earlier in seen if place is home else [place]:
+            for part in PARTS:
+                if part not in chosen and (found := _choice(earlier, part, chosen["transformer"], mmdit)):
+                    chosen[part] = found
+        if len(chosen) == len(PARTS):
+            break
+    if home is None or mmdit is None or len(chosen) < len(PARTS):
+        raise _incomplete(seen, set(chosen), failure, advice)
+    assert home.findings is not None
+    for part, candidate in chosen.items():
+        log.info("%s: %s", part, candidate.path)
+    return _snapshot(home.findings.root, {part: c.path for part, c in chosen.items()}, mmdit)
+
+
+def _transformer(place: Place) -> Candidate | None:
+    if place.findings is None or not place.has_model:
+        return None
+    found = [c for c in place.findings.parts.get("transformer", ()) if is_flux(c, place.guided)]
+    return _one(place, "transformer", found)
+
+
+def _choice(place: Place, part: str, transformer: Candidate, mmdit: MMDiTConfig) -> Candidate | None:
+    found = place.findings.parts.get(part, ()) if place.findings is not None else ()
+    if part in ("vae", "clip", "t5"):
+        found = tuple(c for c in found if fits(part, c, mmdit))
+    # What comes in one file belongs together; apart from that a file of its own is meant.
+    together = [c for c in found if c.path == transformer.path]
+    alone = [c for c in found if not c.prefix]
+    return _one(place, part, together or alone or list(found))
+
+
+def _one(place: Place, part: str, found: Sequence[Candidate]) -> Candidate | None:
+    if len(found) > 1:
+        names = ", ".join(sorted(c.path.name for c in found))
+        raise CheckpointError(
+            place.label, f"holds several {part} files ({names}): pass the path of the one you mean"
+        )
+    return found[0] if found else None
+
+
+def _incomplete(
+    seen: Sequence[Place], chosen: set[str], failure: str, advice: Sequence[str]
+) -> CheckpointError:
+    problems = [f"looked in vain for {what}" for part, what in PARTS.items() if part not in chosen]
+    for place in seen:
+        if len(seen) > 1 or place.findings is None:
+            problems.append(f"looked in {place.label}{'' if place.findings else ': nothing there'}")
+        problems += place.findings.unreadable if place.findings is not None else ()
+    roots = [place.findings.root for place in seen if place.findings is not None and place.has_model]
+    if len(seen) == 1 and roots and not (roots[0] / "scheduler" / "scheduler_config.json").is_file():
+        problems.append("looked in vain for scheduler/scheduler_config.json")
+    return CheckpointError(failure, *problems, *advice)
+
+
+def _snapshot(root: Path, paths: dict[str, Path], mmdit: MMDiTConfig) -> Snapshot:
     scheduler = root / "scheduler" / "scheduler_config.json"
-    bfl = transformer is not None and transformer.is_file()
     settings = read_json(root / CARD) if (root / CARD).is_file() else {}
     adapter = root / str(settings["adapter"]) if "adapter" in settings else None
-    wanted = {
-        "transformer/*.safetensors, and for a BFL flux1-*.safetensors": transformer is not None,
-        "vae/*.safetensors, and for a BFL ae.safetensors": autoencoder is not None,
-        "text_encoder/*.safetensors": holds_checkpoint(root / "text_encoder"),
-        "text_encoder_2/*.safetensors": holds_checkpoint(root / "text_encoder_2"),
-        "tokenizer/": (root / "tokenizer").is_dir(),
-        "tokenizer_2/": (root / "tokenizer_2").is_dir(),
-        "scheduler/scheduler_config.json": bfl or scheduler.is_file(),
-        f"{adapter}/*.safetensors, the adapter in {CARD}": adapter is None or holds_checkpoint(adapter),
-    }
-    problems = [f"looked in vain for {what}" for what, found in wanted.items() if not found]
-    if problems or transformer is None or autoencoder is None:
+    problems = []
+    if paths["transformer"] == root / "transformer" and not scheduler.is_file():
+        problems.append("looked in vain for scheduler/scheduler_config.json")
+    if adapter is not None and not holds_checkpoint(adapter):
+        problems.append(f"looked in vain for {adapter}/*.safetensors, the adapter in {CARD}")
+    if problems:
         raise CheckpointError(f"{root} is no complete model folder", *problems)
-
-    mmdit = read_mmdit_config(open_checkpoint(transformer))
     schedule = FLUX_SCHEDULE if mmdit.guidance_embed else SCHNELL_SCHEDULE
     if scheduler.is_file():
         schedule = schedule_config(read_json(scheduler), scheduler)
     return Snapshot(
         root=root,
-        transformer=transformer,
-        vae=autoencoder,
-        clip=root / "text_encoder",
-        t5=root / "text_encoder_2",
-        clip_tokenizer=root / "tokenizer",
-        t5_tokenizer=root / "tokenizer_2",
+        **paths,
         adapter=adapter,
         mmdit=mmdit,
         schedule=schedule,
         defaults=card(settings, mmdit.guidance_embed, root / CARD),
     )
-
-
-def _component(root: Path, folder: str, single_file: Table) -> Path | None:
-    """The folder when it holds weights, else the one BFL file in the root that has this table's marker."""
-    if holds_checkpoint(root / folder):
-        return root / folder
-    files = sorted(p for p in root.iterdir() if p.suffix in SUFFIXES)
-    files = [p for p in files if single_file.marker in read_header(p)[0]]
-    if len(files) > 1:
-        names = ", ".join(p.name for p in files)
-        raise CheckpointError(
-            root, f"holds several {single_file.name} files ({names}): keep one, or use {folder}/"
-        )
-    return files[0] if files else None
 
 
 def default_card(guidance_embed: bool) -> Defaults:

@@ -21,7 +21,7 @@ DKV, DQ = "dkv", "dq"
 """The kernels of the backward pass."""
 
 HOPPER, PORTABLE, INTERPRETER = "sm_90", "sm_80 and up", "interpreter"
-"""Families of devices: Hopper; every other NVIDIA GPU from sm_80 on; a CPU, where Triton only imitates one."""
+"""Families of devices: Hopper; every other NVIDIA GPU from sm_80 on; a CPU, where Triton imitates one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Tile:
     """Tensor descriptors, Hopper's bulk copies, rather than pointers."""
     programs_per_sm: int = 1
     """How many fit on a multiprocessor at once: what the end of the grid is planned by."""
+    max_parts: int = 8
+    """How finely the last tiles of a forward grid may be split along the keys; 1: not at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Tail:
-    """Which tiles at the end of a grid are split along the keys, so that no multiprocessor waits for others."""
+    """Which of the last tiles are split along the keys, so that no multiprocessor waits for another."""
 
     num_whole: int
     """Tiles before them, computed whole."""
@@ -196,7 +198,7 @@ def _find(family: str, kernel: str, head_dim: int, fixed: bool) -> Tile:
             and row.fixed in (None, fixed)
         ):
             return row.tile
-    raise ValueError(f"no tile for {kernel} attention with head dim {head_dim} on {family}: add a row to tiles.TABLE")
+    raise ValueError(f"no {kernel} tile for head dim {head_dim} on {family}: add a row to tiles.TABLE")
 
 
 MAX_WAVES = 12
@@ -206,23 +208,25 @@ PART_OVERHEAD, MERGE_OVERHEAD = 2, 4
 
 
 @functools.lru_cache(maxsize=256)
-def plan_tail(tiles: tuple[tuple[int, int], ...], num_slots: int, num_blocks: int) -> Tail:
+def plan_tail(
+    tiles: tuple[tuple[int, int], ...], num_slots: int, num_blocks: int, max_parts: int = 8
+) -> Tail:
     """Which of a launch's last tiles to split, and into how many parts.
 
     tiles: (how many, cost of one step), longest first. num_slots: programs the GPU runs at once. num_blocks:
-    steps of a whole tile. The GPU hands tiles out in order, so their finish can be simulated; a split must
-    gain at least 3 %.
+    steps of a whole tile. max_parts: see `Tile`. The GPU hands tiles out in order, so their finish can be
+    simulated; a split must gain at least 3 %.
     """
     costs = [cost * num_blocks for count, cost in tiles for _ in range(count)]
     whole = Tail(num_whole=len(costs))
-    if num_blocks < 2 or not costs or len(costs) > MAX_WAVES * num_slots:
+    if min(num_blocks, max_parts) < 2 or not costs or len(costs) > MAX_WAVES * num_slots:
         return whole
     step = tiles[-1][1]
     best, shortest = whole, 0.97 * _makespan(costs, num_slots)
     loose = len(costs) % num_slots
     for num_split in sorted({loose, min(len(costs), loose + num_slots)} - {0}):
         kept = costs[: len(costs) - num_split]
-        for parts in range(2, min(8, num_blocks) + 1):
+        for parts in range(2, min(max_parts, num_blocks) + 1):
             split = costs[len(kept) :]
             pieces = [cost / parts + step * PART_OVERHEAD for cost in split for _ in range(parts)]
             span = _makespan(kept + pieces, num_slots) + step * MERGE_OVERHEAD

@@ -138,7 +138,7 @@ def _dq_kernel(
     GROUNDED: tl.constexpr, MAPPED: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BLOCK_M queries, as far as one row of output asks for it; with GROUNDED added to what is there."""
+    """What one row of output adds to dQ of BLOCK_M queries; without GROUNDED the row is the only one."""
     start_m, head, job = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     q_row, pivot_row, row = job, job, job
     if MAPPED:
@@ -193,7 +193,7 @@ def backward(
     dkv_tile: Tile | None = None,
     dq_tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of q, k, k_pivot and v, in their dtypes, from grad [B, L, H, D] and what `forward` took and gave.
+    """Gradients of q, k, k_pivot and v, from grad [B, L, H, D] and what `forward` took and gave.
 
     The gradient of a value bias is the sum of grad over tokens. Tiles stand in for the table's, for sweeps
     and tests.

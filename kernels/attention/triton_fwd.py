@@ -65,7 +65,7 @@ def load_tile(
 
 @triton.jit
 def pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7):
-    """(query row, pivot row, own row) of a job, see `pack`. As arguments: a launch copies no list to the GPU."""
+    """(query row, pivot row, own row) of a job, see `pack`. Arguments: a launch copies no list to the GPU."""
     packed = job_0
     packed = tl.where(job == 1, job_1, packed)
     packed = tl.where(job == 2, job_2, packed)
@@ -322,6 +322,10 @@ def _merge_kernel(
         )  # fmt: skip
 
 
+INTERPRETED = not isinstance(pick_job, triton.JITFunction)
+"""Whether this process imitates the kernels on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One row of output, or the two of a pair."""
@@ -392,6 +396,7 @@ def _launch(
         tuple((counts[form] * per_job, tiles.MATMULS[form]) for form in tiles.LONGEST_FIRST if counts[form]),
         device.num_sms * tile.programs_per_sm,
         triton.cdiv(len_k, tile.block_n),
+        tile.max_parts,
     )
     part_out = part_lse = lse  # never touched where nothing is split
     if tail.num_slots:
@@ -427,8 +432,8 @@ def _launch(
 def chunks(jobs: Sequence[Job]) -> list[Sequence[Job]]:
     """Jobs, longest first, in as few launches of nearly equal size as their number allows."""
     ordered = sorted(jobs, key=lambda job: -tiles.MATMULS[job.form])
-    launches = triton.cdiv(len(ordered), JOBS_PER_LAUNCH)
-    return [ordered[i * len(ordered) // launches : (i + 1) * len(ordered) // launches] for i in range(launches)]
+    total, launches = len(ordered), triton.cdiv(len(ordered), JOBS_PER_LAUNCH)
+    return [ordered[i * total // launches : (i + 1) * total // launches] for i in range(launches)]
 
 
 def pack(jobs: Sequence[Job] | None) -> list[int]:

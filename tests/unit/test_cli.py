@@ -8,8 +8,9 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,8 +63,8 @@ class FakePipeline:
         )
 
 
-def model_facts(model: str, adapter: str | None) -> dict[str, Any]:
-    return {"model_hash": f"hash of {model}", "adapter": adapter, "adapter_hash": None}
+def model_facts(model: str, adapter: str | None, loras: list[tuple[str, float]]) -> dict[str, Any]:
+    return {"model_hash": f"hash of {model}", "adapter": adapter, "adapter_hash": None, "lora_hashes": []}
 
 
 @pytest.fixture
@@ -125,7 +126,9 @@ def test_published_defaults(fake: FakePipeline) -> None:
         "negative_prompt": "bad quality, low resolution", "seed": 65578,
         "max_rows": None,
     }  # fmt: skip
-    assert fake.loaded == {"model": "nano", "adapter": None, "device": None, "dtype": None}
+    assert fake.loaded == {
+        "model": "nano", "adapter": None, "loras": [], "device": None, "dtype": None, "memory": "auto",
+    }  # fmt: skip
     assert Path("results/bokeh-15.0.png").is_file()
 
 
@@ -148,10 +151,12 @@ def test_every_flag_reaches_the_pipeline(fake: FakePipeline, spelling: str) -> N
 
 
 def test_model_flags_reach_load(fake: FakePipeline) -> None:
-    assert (
-        cli.main([*SWEEP, "--model", "m_1", "--adapter", "a", "--device", "cpu", "--dtype", "float32"]) == 0
-    )
-    assert fake.loaded == {"model": "m_1", "adapter": "a", "device": "cpu", "dtype": "float32"}
+    argv = ["--model", "m_1", "--adapter", "a", "--device", "cpu", "--dtype", "float32", "--memory", "stream"]
+    assert cli.main([*SWEEP, *argv, "--lora", "x_1", "--lora", "y", "0.5"]) == 0
+    assert fake.loaded == {
+        "model": "m_1", "adapter": "a", "loras": [("x_1", 1.0), ("y", 0.5)], "device": "cpu",
+        "dtype": "float32", "memory": "stream",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("flag", ["--output", "--output_dir", "--output-dir", "--results_dir"])
@@ -200,6 +205,10 @@ def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fa
         (["generate", "--prompt", "p", "--guidance-scale", "inf"], "guidance_scale"),
         (["generate", "--prompt", "p", "--num-inference-steps", "0"], "num_inference_steps"),
         (["generate", "--prompt", "p", "--bokeh-pivot", "3"], "bokeh_targets"),
+        (["generate", "--prompt", "p", "--lora", "a", "b"], "'b'"),
+        (["generate", "--prompt", "p", "--lora", "a", "nan"], "finite"),
+        (["generate", "--prompt", "p", "--lora", "a", "1", "b", "2"], "repeat the flag"),
+        (["generate", "--prompt", "p", "--memory", "small"], "small"),
         (["generate", "--prompt", "p", "--max-rows", "0"], "--max-rows"),
         (["generate", "--prompt", "p", "--format", "tiff"], "tiff"),
         (["generate", "--prompt", "p", "--preview", "x.txt"], "ends in"),
@@ -251,6 +260,35 @@ def test_devices_and_models_that_are_not_there(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert argv[1] in error_of([*SWEEP, *argv], capsys)
+
+
+def test_broken_weights_are_one_line(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    def nan() -> None:
+        raise FloatingPointError("NaN in step 3\n of double_blocks.7")
+
+    fake.during = nan
+    assert cli.main(SWEEP) == 1
+    assert capsys.readouterr().err == "bokehflux: error: NaN in step 3 of double_blocks.7\n"
+
+
+def test_info_shows_the_recipe(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*SWEEP, "--output", "out"]) == 0
+    capsys.readouterr()
+    assert cli.main(["info", "out/bokeh-04.2.png"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"prompt: a dog", "bokeh_level: 4.2", "model: nano", "torch: " + torch.__version__} <= set(lines)
+
+
+def test_inspect_is_there_when_its_module_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = ModuleType("bokehflux.weights.inspect")
+    module.__spec__ = ModuleSpec("bokehflux.weights.inspect", None)
+    module.describe = lambda path: f"{path} is a file"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bokehflux.weights.inspect", module)
+    monkeypatch.setattr("bokehflux.weights.inspect", module, raising=False)
+    assert cli.main(["inspect", "x.safetensors"]) == 0
+    assert capsys.readouterr().out == "x.safetensors is a file\n"
 
 
 def test_a_full_disk_is_one_line(

@@ -36,6 +36,8 @@ COMMON: dict[str, list[str]] = {
     "--max-rows": ["1"],
     "--model": ["other"],
     "--adapter": ["ada"],
+    "--lora": ["style.safetensors", "0.5"],
+    "--memory": ["stream"],
     "--device": ["cpu:0"],
     "--dtype": ["bfloat16"],
     "--output": ["elsewhere"],
@@ -62,12 +64,14 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """A folder of its own, the tiny pipeline for a model, and what `load` was asked for."""
     loaded: dict[str, Any] = {}
 
-    def load(model: str, *, adapter: Any, device: Any, dtype: str | None) -> Pipeline:
-        loaded.update(model=model, adapter=adapter, device=device, dtype=dtype)
+    def load(model: str, *, adapter: Any, loras: Any, device: Any, dtype: Any, memory: str) -> Pipeline:
+        loaded.update(model=model, adapter=adapter, loras=loras, device=device, dtype=dtype, memory=memory)
         return dataclasses.replace(TINY[dtype or "float32"], name=model)
 
-    def model_facts(model: str, adapter: str | None) -> dict[str, Any]:
-        return {"model_hash": model, "adapter": adapter, "adapter_hash": adapter}
+    def model_facts(model: str, adapter: str | None, loras: Any) -> dict[str, Any]:
+        loras = [list(lora) for lora in loras]
+        hashes = {"model_hash": model, "adapter_hash": adapter, "lora_hashes": loras}
+        return {**hashes, "adapter": adapter, "loras": loras}
 
     monkeypatch.setattr("bokehflux.generate.load", load)
     monkeypatch.setattr("bokehflux.identity.model_facts", model_facts)
@@ -80,7 +84,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
 
 def outcome(argv: list[str], world: dict[str, Any]) -> dict[str, Any]:
-    """All that a run leaves: pixels by path, what was loaded; recipes count only for what they say of work."""
+    """All that a run leaves: the pixels of its pictures by path, and what was loaded."""
     before = set(Path().rglob("*"))
     assert cli.main(argv) == 0
     made = sorted(path for path in set(Path().rglob("*")) - before if path.is_file())
@@ -130,7 +134,8 @@ def test_the_same_flags_give_the_same(world: dict[str, Any], command: str) -> No
 def rows_of(argv: list[str]) -> int:
     """The largest batch that goes through the network."""
     seen: list[int] = []
-    hook = TINY["float32"].mmdit.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    img_in = TINY["float32"].mmdit.img_in
+    hook = img_in.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     try:
         assert cli.main([*argv, "--output", f"rows{len(argv)}"]) == 0
     finally:
@@ -162,7 +167,10 @@ def test_replay_is_bit_equal(
     argv = ["generate", "--prompt", "a fox", "--bokeh-targets", "0", "4.5", "30", "--bokeh-pivot", "12.5"]
     argv += ["--seed", "77", "--guidance-scale", "4.25", "--true-cfg", "1.5", "--negative-prompt", "fog"]
     argv += ["--num-inference-steps", "4", "--num-grounding-steps", "2", "--height", "48", "--width", "32"]
-    assert cli.main([*argv, "--max-rows", "2", "--output", "first", "--dtype", "bfloat16"]) == 0
+    assert (
+        cli.main([*argv, "--max-rows", "2", "--lora", "l", "0.5", "--output", "first", "--dtype", "bfloat16"])
+        == 0
+    )
     first = [Path(line) for line in capsys.readouterr().out.split()]
     assert len(first) == 5
     for number, source in enumerate((first[1], first[3], first[4])):
@@ -182,9 +190,7 @@ def test_flags_override_a_replay(world: dict[str, Any]) -> None:
     assert {key for key in recipe if recipe[key] != earlier[key]} == {"seed"} and recipe["seed"] == 9
 
 
-def test_a_replay_with_another_model_says_so(
-    world: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_replay_with_another_model_says_so(world: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     assert cli.main(["generate", "--config-from", "earlier.png", "--model", "other"]) == 0
     assert "model_hash nano, here it is other: the picture may differ" in caplog.text
 

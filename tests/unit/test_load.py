@@ -344,8 +344,8 @@ def test_wrong_files_are_refused_before_anything_is_read(tmp_path, monkeypatch):
         assert line in message
     for loader in (load.load_mmdit, load.load_vae):
         assert "layout not recognised" in problems(loader, tmp_path / "text_encoder")
-    assert "'d_model' is missing" in problems(load.load_t5, tmp_path / "text_encoder")
-    assert "unexpected: text_model" in problems(load.load_t5, tmp_path / "text_encoder", T5)
+    assert "(T5 encoder)" in problems(load.load_t5, tmp_path / "text_encoder")
+    assert "layout not recognised" in problems(load.load_t5, tmp_path / "text_encoder", T5)
     assert "not a bokeh adapter" in problems(load.load_adapter, tmp_path / "vae", MMDIT)
 
 
@@ -364,7 +364,6 @@ def test_no_config_no_guess(tmp_path):
         ("transformer", load.load_mmdit),
         ("vae", load.load_vae),
         ("text_encoder", load.load_clip),
-        ("text_encoder_2", load.load_t5),
     ):
         (tmp_path / folder / "config.json").unlink()
         assert "no config.json beside it" in problems(loader, tmp_path / folder)

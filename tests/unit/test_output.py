@@ -178,7 +178,8 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
             real(handle)
         output.os.fsync = fsync
         image = Image.new("RGB", (16, 16))
-        output.save_pictures([output.Picture(stem=s, image=image, recipe={}) for s in "abc"], Path(sys.argv[1]))
+        pictures = [output.Picture(stem=s, image=image, recipe={}) for s in "abc"]
+        output.save_pictures(pictures, Path(sys.argv[1]))
     """)
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL

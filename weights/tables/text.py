@@ -1,4 +1,4 @@
-"""The text encoders: transformers `T5EncoderModel` and `CLIPTextModel`, whose names are ours, and GGUF's T5."""
+"""The text encoders: transformers `T5EncoderModel` and `CLIPTextModel`, whose names are ours; T5 in GGUF."""
 
 from __future__ import annotations
 

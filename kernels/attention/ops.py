@@ -1,0 +1,294 @@
+"""The Triton kernels as PyTorch operators: the backend `triton` of `interface`.
+
+Each form is a custom operator with a fake implementation and a gradient, so `torch.compile` and CUDA graphs
+take it as one opaque node. Importing this module imports triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import tiles, triton_bwd, triton_fwd
+from .triton_fwd import Job
+
+HEAD_DIMS = (64, 128)
+MAX_LOG2_SCORE = {torch.bfloat16: 96.0, torch.float16: 14.0}
+"""How large |q . k| * log2(e) / sqrt(D) may get without a running maximum: see `is_bounded`."""
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = None, logit_bound: float | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v + value_bias, as `reference.attention`.
+
+    q [B, Lq, H, D], k and v [B, Lk, H, D], bfloat16 or float16, D 64 or 128, any strides (copied where the
+    last dim is not contiguous); value_bias [B, H, D]. logit_bound: what |q . k| / sqrt(D) never exceeds,
+    known for instance from QK-norm weights; if small enough (see `is_bounded`) the softmax runs without a
+    running maximum. A bound that is not true can give infinities.
+    Returns [B, Lq, H, D]. Raises ValueError where `why_not` names a reason.
+    """
+    return _attention(q, k, v, value_bias, is_bounded(logit_bound, q.dtype))[0]
+
+
+def target_attention(
+    q: Tensor,
+    k_pivot: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pivot_index: Sequence[int],
+    *,
+    value_bias: Tensor | None = None,
+    logit_bound: float | None = None,
+) -> Tensor:
+    """Targets on pivots outside the batch, as `reference.target_attention`; the rest as `attention`."""
+    fixed = is_bounded(logit_bound, q.dtype)
+    return _target_attention(q, k_pivot, k, v, list(pivot_index), value_bias, fixed)[0]
+
+
+def grounded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pivot_of: Sequence[int],
+    *,
+    value_bias: Tensor | None = None,
+    logit_bound: float | None = None,
+) -> Tensor:
+    """Pivots and targets together, as `reference.grounded_attention`; the rest as `attention`."""
+    return _grounded_attention(q, k, v, list(pivot_of), value_bias, is_bounded(logit_bound, q.dtype))[0]
+
+
+def is_bounded(logit_bound: float | None, dtype: torch.dtype) -> bool:
+    """Whether probabilities can be left unscaled: exp(score) itself, no maximum subtracted.
+
+    With every score in -b .. b powers of two, bfloat16 and the float32 sums hold 2^-b .. 2^b to full relative
+    precision while b <= 96: 2^31 is left for the length times the largest value, 2^-30 for the smallest value
+    that counts. float16 products need b <= 14: 2^15, the sum of a target's two, is within its range, 2^-14 is
+    its smallest normal number.
+    """
+    return logit_bound is not None and 0 <= logit_bound * math.log2(math.e) <= MAX_LOG2_SCORE.get(dtype, -1.0)
+
+
+def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """The reason why these kernels cannot take such tensors, or None."""
+    if device.type == "cuda":
+        if torch.version.cuda is None or torch.cuda.get_device_properties(device).major < 8:
+            return "they need an NVIDIA GPU of compute capability 8.0 or higher"
+    elif device.type != "cpu" or not triton_fwd.INTERPRETED:
+        return f"they need a CUDA device (a CPU only with TRITON_INTERPRET=1), not {device.type}"
+    elif dtype != torch.float16:
+        return f"Triton's interpreter multiplies no {dtype} matrices; use float16 on a CPU"
+    if dtype not in MAX_LOG2_SCORE:
+        return f"they take bfloat16 and float16, not {dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"they are made for head dims {HEAD_DIMS}, not {head_dim}"
+    return None
+
+
+def _check(q: Tensor, *others: Tensor) -> None:
+    reason = why_not(q.device, q.dtype, q.shape[-1])
+    if reason is None and any((x.dtype, x.device) != (q.dtype, q.device) for x in others):
+        reason = f"all of q, k, v must be {q.dtype} on {q.device}"
+    if reason is not None:
+        raise ValueError(f"the Triton attention kernels cannot run: {reason}")
+
+
+@functools.lru_cache(maxsize=256)
+def _target_jobs(pivot_index: tuple[int, ...]) -> tuple[Job, ...]:
+    return tuple(Job(form=tiles.TARGET, q_row=p, pivot_row=p, row=i) for i, p in enumerate(pivot_index))
+
+
+@functools.lru_cache(maxsize=256)
+def _grounded_jobs(pivot_of: tuple[int, ...]) -> tuple[Job, ...]:
+    """A pair for the first target of every pivot, targets for the others, plain rows for pivots alone."""
+    jobs = []
+    for slot, pivot in enumerate(sorted(set(pivot_of))):
+        targets = [row for row, p in enumerate(pivot_of) if p == pivot and row != pivot]
+        first, *others = targets or [pivot]
+        forms = [tiles.PAIR if targets else tiles.PLAIN, *[tiles.TARGET] * len(others)]
+        for form, row in zip(forms, (first, *others), strict=True):
+            jobs.append(Job(form=form, q_row=slot, pivot_row=pivot, row=row))
+    return tuple(jobs)
+
+
+# Each operator gives beside its values the log-sum-exps of its scores, [B, H, Lq] float32, from which the
+# backward pass starts. They carry no gradient.
+
+
+@torch.library.custom_op(
+    "bokehflux::attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? value_bias, bool fixed) -> (Tensor, Tensor)",
+)
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, value_bias: Tensor | None, fixed: bool
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v)
+    with torch.cuda.device_of(q):
+        return triton_fwd.forward(q, k, None, v, value_bias, None, fixed=fixed)
+
+
+@torch.library.custom_op(
+    "bokehflux::target_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k_pivot, Tensor k, Tensor v, int[] pivot_index, Tensor? value_bias, bool fixed)"
+    " -> (Tensor, Tensor)",
+)
+def _target_attention(
+    q: Tensor,
+    k_pivot: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pivot_index: Sequence[int],
+    value_bias: Tensor | None,
+    fixed: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(q, k_pivot, k, v)
+    with torch.cuda.device_of(q):
+        return triton_fwd.forward(q, k, k_pivot, v, value_bias, _target_jobs(tuple(pivot_index)), fixed=fixed)
+
+
+@torch.library.custom_op(
+    "bokehflux::grounded_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, int[] pivot_of, Tensor? value_bias, bool fixed)"
+    " -> (Tensor, Tensor)",
+)
+def _grounded_attention(
+    q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int], value_bias: Tensor | None, fixed: bool
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v)
+    with torch.cuda.device_of(q):
+        return triton_fwd.forward(q, k, None, v, value_bias, _grounded_jobs(tuple(pivot_of)), fixed=fixed)
+
+
+def _like_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    rows, length = v.shape[0], q.shape[1]
+    out = q.new_empty((rows, length, *v.shape[2:]))
+    return out, q.new_empty((rows, v.shape[2], length), dtype=torch.float32)
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, value_bias: Tensor | None, fixed: bool) -> tuple[Tensor, Tensor]:
+    return _like_forward(q, v)
+
+
+@_target_attention.register_fake
+def _(
+    q: Tensor,
+    k_pivot: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pivot_index: Sequence[int],
+    value_bias: Tensor | None,
+    fixed: bool,
+) -> tuple[Tensor, Tensor]:
+    return _like_forward(q, v)
+
+
+@_grounded_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int], value_bias: Tensor | None, fixed: bool
+) -> tuple[Tensor, Tensor]:
+    return _like_forward(q, v)
+
+
+# One backward operator for all forms: k_pivot and the two lists say which.
+
+
+@torch.library.custom_op(
+    "bokehflux::attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor? k_pivot, Tensor v, Tensor? value_bias, Tensor out, "
+    "Tensor lse, int[]? pivots) -> Tensor[]",
+)
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    k_pivot: Tensor | None,
+    v: Tensor,
+    value_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    pivots: Sequence[int] | None,
+) -> list[Tensor]:
+    """Gradients of q, k, v and, where there is one, k_pivot. pivots: the list of the forward call."""
+    jobs = None
+    if pivots is not None:
+        jobs = (_grounded_jobs if k_pivot is None else _target_jobs)(tuple(pivots))
+    with torch.cuda.device_of(q):
+        dq, dk, dk_pivot, dv = triton_bwd.backward(grad, q, k, k_pivot, v, value_bias, out, lse, jobs)
+    return [dq, dk, dv] if dk_pivot is None else [dq, dk, dv, dk_pivot]
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    k_pivot: Tensor | None,
+    v: Tensor,
+    value_bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    pivots: Sequence[int] | None,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, k_pivot) if x is not None]
+
+
+def _save(ctx, q, k, k_pivot, v, value_bias, pivots, output) -> None:
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, k_pivot, v, value_bias, out, lse)
+    ctx.pivots = pivots
+
+
+def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv, dk_pivot, d value_bias."""
+    q, k, k_pivot, v, value_bias, out, lse = ctx.saved_tensors
+    dq, dk, dv, *rest = _attention_backward(grad, q, k, k_pivot, v, value_bias, out, lse, ctx.pivots)
+    d_bias = None
+    if value_bias is not None:
+        d_bias = grad.sum(dim=1, dtype=torch.float32).to(value_bias.dtype)
+    return dq, dk, dv, rest[0] if rest else None, d_bias
+
+
+def _setup_attention(ctx, inputs, output) -> None:
+    q, k, v, value_bias, _ = inputs
+    _save(ctx, q, k, None, v, value_bias, None, output)
+
+
+def _backward_attention(ctx, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, _, d_bias = _gradients(ctx, grad)
+    return dq, dk, dv, d_bias, None
+
+
+def _setup_target(ctx, inputs, output) -> None:
+    q, k_pivot, k, v, pivot_index, value_bias, _ = inputs
+    _save(ctx, q, k, k_pivot, v, value_bias, list(pivot_index), output)
+
+
+def _backward_target(ctx, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, dk_pivot, d_bias = _gradients(ctx, grad)
+    return dq, dk_pivot, dk, dv, None, d_bias, None
+
+
+def _setup_grounded(ctx, inputs, output) -> None:
+    q, k, v, pivot_of, value_bias, _ = inputs
+    _save(ctx, q, k, None, v, value_bias, list(pivot_of), output)
+
+
+def _backward_grounded(ctx, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, _, d_bias = _gradients(ctx, grad)
+    return dq, dk, dv, None, d_bias, None
+
+
+_attention.register_autograd(_backward_attention, setup_context=_setup_attention)
+_target_attention.register_autograd(_backward_target, setup_context=_setup_target)
+_grounded_attention.register_autograd(_backward_grounded, setup_context=_setup_grounded)

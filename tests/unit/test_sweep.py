@@ -1,0 +1,293 @@
+"""Sweeps: grids, folders, going on where one stopped, interruption, and the files they leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from bokehflux import cli, sweep
+from bokehflux.generate import Pipeline
+from bokehflux.metadata import read_recipe
+from bokehflux.request import Request, Run
+from bokehflux.sweep import finished, folder_name, grid, read_prompts, run_sweep
+from tests.tiny import tiny_pipeline
+
+PIPE = tiny_pipeline()
+FACTS = {
+    "model": "tiny", "model_hash": "h", "adapter": None, "adapter_hash": None, "loras": [],
+    "lora_hashes": [], "dtype": "float32", "version": "1", "torch": "2", "device": "cpu",
+}  # fmt: skip
+BASE = Request(prompt="a cup", bokeh_targets=(0.0, 20.0), bokeh_pivot=10.0, num_inference_steps=2)
+
+
+class Serve:
+    """Serves requests and keeps them."""
+
+    def __init__(self, before: Callable[[int], None] = lambda _: None) -> None:
+        self.served: list[Request] = []
+        self.before = before
+
+    def __call__(self, request: Request) -> Run:
+        self.before(len(self.served))
+        self.served.append(request)
+        return request.run(PIPE)
+
+
+def run(
+    requests: list[Request], output: Path, serve: Serve | None = None, kind: str = "png", **facts: Any
+) -> list[sweep.Done]:
+    return list(run_sweep(requests, PIPE.defaults, FACTS | facts, output, kind, serve or Serve()))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_prompts_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa cup\n\n# a comment\n  a caf\u00e9 \r\na cup\n", encoding="utf-8")
+    assert read_prompts(path) == ["a cup", "a caf\u00e9"]
+
+
+@pytest.mark.parametrize(("content", "says"), [
+    (b"", "has 0 prompts"), (b"# only\n", "has 0 prompts"), (b"\xff\xfe\x00", "no UTF-8"),
+    (b"".join(b"%d\n" % i for i in range(10_001)), "has 10001 prompts"),
+])  # fmt: skip
+def test_prompts_files_that_are_refused(tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        read_prompts(tmp_path / "x")
+
+
+def test_a_grid_is_prompts_times_seeds_with_levels_in_order() -> None:
+    requests = grid(dataclasses.replace(BASE, bokeh_targets=(20, 0, 20)), ["a", "b"], [1, 2, 1])
+    assert [(r.prompt, r.seed) for r in requests] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert {r.bokeh_targets for r in requests} == {(0.0, 20.0)}
+    with pytest.raises(ValueError, match="prompt is empty"):
+        grid(BASE, ["a", " "], [1])
+
+
+def test_one_batch_per_scene_and_every_view(tmp_path: Path) -> None:
+    serve = Serve()
+    done = run(grid(BASE, ["a cup", "a tree"], [1]), tmp_path, serve)
+    assert [r.bokeh_targets for r in serve.served] == [(0.0, 20.0)] * 2
+    names = {
+        "bokeh-00.0.png",
+        "bokeh-20.0.png",
+        "pivot-bokeh-10.0.png",
+        "sheet.png",
+        "sweep.gif",
+        "sweep.webp",
+    }
+    for each in done:
+        assert {path.name for path in each.paths} == names == {p.name for p in each.paths[0].parent.iterdir()}
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"index.html", "grid.png"}
+    for path in [*done[0].paths, tmp_path / "grid.png"]:
+        assert read_recipe(path)["prompt"] == "a cup"
+    with Image.open(done[0].paths[4]) as gif, Image.open(done[0].paths[5]) as webp:
+        assert gif.n_frames == webp.n_frames == 2
+    page = (tmp_path / "index.html").read_text()
+    assert page.count('"prompt": "a cup"') == 2 and page.count("data:image/webp") == 6
+
+
+def test_a_finished_sweep_makes_nothing_again(tmp_path: Path) -> None:
+    requests = grid(BASE, ["a cup"], [1, 2])
+    run(requests, tmp_path)
+    before, serve = files(tmp_path), Serve()
+    done = run(requests, tmp_path, serve, torch="3", device="cuda")
+    assert serve.served == [] and [each.num_kept for each in done] == [3, 3]
+    after = files(tmp_path)
+    pictures = [name for name in before if "bokeh-" in name]
+    assert before.keys() == after.keys() and all(before[name] == after[name] for name in pictures)
+
+
+def test_only_what_is_missing_is_made(tmp_path: Path) -> None:
+    request = grid(BASE, ["a cup"], [1])
+    (first,) = run(request, tmp_path)
+    kept, lost, pivot = first.paths[:3]
+    before = kept.read_bytes(), lost.read_bytes(), pivot.read_bytes()
+    lost.unlink()
+    serve = Serve()
+    (done,) = run(request, tmp_path, serve)
+    assert [r.bokeh_targets for r in serve.served] == [(20.0,)] and done.num_kept == 2
+    assert (kept.read_bytes(), pivot.read_bytes()) == before[::2]
+    with Image.open(lost) as again:
+        assert again.tobytes() == first.scene.targets[1].image.tobytes()
+    assert [shot.level for shot in done.scene.targets] == [0.0, 20.0]
+
+
+def test_a_further_level_joins_its_scene(tmp_path: Path) -> None:
+    run(grid(BASE, ["a cup"], [1]), tmp_path)
+    serve = Serve()
+    (done,) = run(grid(dataclasses.replace(BASE, bokeh_targets=(0, 5, 20)), ["a cup"], [1]), tmp_path, serve)
+    assert [r.bokeh_targets for r in serve.served] == [(5.0,)]
+    assert [shot.level for shot in done.scene.targets] == [0.0, 5.0, 20.0]
+    assert read_recipe(done.paths[-3])["bokeh_targets"] == [0.0, 5.0, 20.0], "the sheet shows all three"
+    assert read_recipe(done.paths[0])["bokeh_targets"] == [5.0], "the picture tells its own batch"
+
+
+def test_a_lost_pivot_comes_back_alone(tmp_path: Path) -> None:
+    request = grid(BASE, ["a cup"], [1])
+    (first,) = run(request, tmp_path)
+    before = files(tmp_path)
+    first.paths[2].unlink()
+    (done,) = run(request, tmp_path)
+    assert done.num_kept == 2 and done.paths[0] == first.paths[2]
+    assert files(tmp_path).keys() == before.keys()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another recipe", "no recipe", "empty"])
+def test_what_is_not_whole_or_not_wanted_does_not_count(tmp_path: Path, damage: str) -> None:
+    request = grid(BASE, ["a cup"], [1])
+    (first,) = run(request, tmp_path)
+    path = first.paths[0]
+    content = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) * 3 // 4])
+    elif damage == "another recipe":
+        path.write_bytes(content.replace(b'"seed": 1', b'"seed": 2'))
+    elif damage == "no recipe":
+        Image.new("RGB", (48, 32)).save(path)
+    else:
+        path.write_bytes(b"")
+    left, serve = path.read_bytes(), Serve()
+    (done,) = run(request, tmp_path, serve)
+    assert [r.bokeh_targets for r in serve.served] == [(0.0,)]
+    assert path.read_bytes() == left, "not ours to overwrite"
+    assert done.paths[0].name == "bokeh-00.0-run2.png"
+    assert run(request, tmp_path, serve := Serve())[0].num_kept == 3 and serve.served == []
+
+
+@pytest.mark.parametrize("change", [
+    {"seed": 2}, {"prompt": "a Cup"}, {"num_inference_steps": 3}, {"bokeh_pivot": 12.0},
+    {"guidance_scale": 4.0}, {"num_grounding_steps": 1}, {"true_cfg": 2.0}, {"negative_prompt": "x"}, {"height": 48}, {"width": 64},
+])  # fmt: skip
+def test_whatever_decides_a_picture_has_a_folder_of_its_own(change: dict[str, Any]) -> None:
+    def name(request: Request, **facts: Any) -> str:
+        return folder_name({**dataclasses.asdict(request.completed(PIPE.defaults)), **FACTS, **facts})
+
+    assert name(BASE) == name(dataclasses.replace(BASE, bokeh_targets=(3,)))
+    assert name(BASE) != name(dataclasses.replace(BASE, **change))
+    for key in ("model_hash", "adapter_hash", "lora_hashes", "dtype"):
+        assert name(BASE) != name(BASE, **{key: "other"})
+    assert name(BASE) == name(BASE, torch="9", device="cuda", version="9")
+
+
+@pytest.mark.parametrize("prompt", ["../../etc/passwd", "/root", "..", "a\\b:c*", "夜", "x" * 5000, "CON\0"])
+def test_no_prompt_leaves_the_output_folder(prompt: str) -> None:
+    name = folder_name({**dataclasses.asdict(dataclasses.replace(BASE, prompt=prompt)), **FACTS})
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and len(name) < 90
+    assert not name.startswith("-")
+
+
+def test_an_ungrounded_sweep_has_no_pivot(tmp_path: Path) -> None:
+    request = grid(dataclasses.replace(BASE, num_grounding_steps=0), ["a cup"], [1])
+    (done,) = run(request, tmp_path)
+    assert done.scene.pivot is None and len(done.paths) == 5
+    assert run(request, tmp_path, serve := Serve())[0].num_kept == 2 and serve.served == []
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_other_formats_are_found_again(tmp_path: Path, kind: str) -> None:
+    request = grid(BASE, ["a cup"], [1])
+    run(request, tmp_path, kind=kind)
+    assert run(request, tmp_path, serve := Serve(), kind=kind)[0].num_kept == 3 and serve.served == []
+
+
+def test_a_sweep_that_is_stopped_has_a_page_of_what_is_finished(tmp_path: Path) -> None:
+    def stop(number: int) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+
+    requests = grid(BASE, ["a cup"], [1, 2, 3])
+    with pytest.raises(KeyboardInterrupt):
+        run(requests, tmp_path, Serve(stop))
+    assert (tmp_path / "index.html").read_text().count('"curve": ') == 2
+    serve = Serve()
+    run(requests, tmp_path, serve)
+    assert [r.seed for r in serve.served] == [3]
+    assert (tmp_path / "index.html").read_text().count('"curve": ') == 3
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: PIPE)
+    hashes = {key: FACTS[key] for key in FACTS if "hash" in key}
+    monkeypatch.setattr("bokehflux.identity.model_facts", lambda *_: hashes)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+ARGV = ["sweep", "--prompt", "a cup", "--bokeh-targets", "0", "9", "--seeds", "1", "2", "--output", "out"]
+
+
+def test_ctrl_c_keeps_what_is_finished_and_says_so(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = Pipeline.generate, []
+
+    def generate(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "generate", generate)
+        assert cli.main(ARGV) == 130
+    out, err = capsys.readouterr()
+    assert err == (
+        "bokehflux: interrupted; 1 of 2 scenes are finished and kept in out; the same command continues\n"
+    )
+    paths = [Path(line) for line in out.split()]
+    assert len(paths) == 6 and all(path.is_file() for path in paths)
+    assert cli.main(ARGV) == 0
+    out, err = capsys.readouterr()
+    assert err == "bokehflux: scene 1: 3 pictures were there already\n"
+    assert len([line for line in out.split() if "bokeh-" in line]) == 3
+    assert out.split()[-2:] == ["out/grid.png", "out/index.html"]
+
+
+def test_a_sweep_with_its_defaults(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sweep", "--prompt", "a cup", "--num-inference-steps", "1"]) == 0
+    names = [Path(line).name for line in capsys.readouterr().out.split()]
+    assert names[:8] == [f"bokeh-{n:02}.0.png" for n in range(0, 31, 5)] + ["pivot-bokeh-15.0.png"]
+
+
+def test_a_full_disk_during_a_sweep(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bokehflux.output.os.fsync", full)
+    assert cli.main(ARGV) == 1
+    assert capsys.readouterr().err == "bokehflux: error: [Errno 28] No space left on device\n"
+    assert files(world) == {}
+
+
+def test_foreign_files_in_a_scene_folder_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "bokeh-notes.txt").write_text("x")
+    (tmp_path / "bokeh-00.0.png").mkdir()
+    (tmp_path / "bokeh-05.0.png").write_text("no picture")
+    assert finished(tmp_path, {**dataclasses.asdict(BASE), **FACTS}) == {}
+
+
+def test_out_of_memory_still_gives_the_whole_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Pipeline.generate
+
+    def generate(self: Pipeline, *args: Any, max_rows: int | None, **kwargs: Any) -> Any:
+        if max_rows is None or max_rows > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *args, max_rows=max_rows, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "generate", generate)
+        (done,) = run(grid(BASE, ["a cup"], [1]), tmp_path)
+    assert len(done.scene.targets) == 2 and read_recipe(done.paths[0])["max_rows"] == 1
