@@ -7,6 +7,7 @@ with 130.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -78,15 +79,17 @@ def sweep(args: argparse.Namespace) -> int:
         pipe, facts = _load(args, progress)
         serve = _server(args, pipe, progress)
         progress.batch(1, len(requests))
-        for i, done in enumerate(
-            sweeps.run_sweep(requests, pipe.defaults, facts, output, args.format, serve), 1
-        ):
-            num_done = i
-            print(*done.paths, sep="\n", flush=True)
-            if done.num_kept:
-                print(f"bokehflux: scene {i}: {done.num_kept} pictures were there already", file=sys.stderr)
-            if i < len(requests):
-                progress.batch(i + 1, len(requests))
+        scenes = sweeps.run_sweep(requests, pipe.defaults, facts, output, args.format, serve)
+        with contextlib.closing(scenes):  # Ctrl-C between two scenes, too, leaves the page
+            for num_done, done in enumerate(scenes, 1):
+                print(*done.paths, sep="\n", flush=True)
+                if done.num_kept:
+                    print(
+                        f"bokehflux: scene {num_done}: {done.num_kept} pictures were there already",
+                        file=sys.stderr,
+                    )
+                if num_done < len(requests):
+                    progress.batch(num_done + 1, len(requests))
     except KeyboardInterrupt as stop:
         finished = f"{num_done} of {len(requests)} scenes are finished and kept in {output}"
         raise Interrupted(f"; {finished}; the same command continues") from stop

@@ -36,7 +36,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
         file
         for path in paths
         for file in (path.iterdir() if path.is_dir() else [path])
-        if file.is_file() and (file.suffix in SUFFIXES or file == path)
+        if file == path or (file.suffix in SUFFIXES and file.is_file())
     }
     digests = sorted(_digest(file) for file in files)
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]

@@ -49,6 +49,8 @@ class Request:
         for name in ("prompt", "negative_prompt"):
             if len(text := getattr(self, name)) > MAX_PROMPT:
                 raise ValueError(f"{name} has {len(text)} characters, more than the {MAX_PROMPT} allowed")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"{name} is no valid Unicode: your terminal may use another encoding")
         levels = [*(self.bokeh_targets or ()), *([] if self.bokeh_pivot is None else [self.bokeh_pivot])]
         for level in levels:
             if not 0 <= level <= 30:

@@ -30,7 +30,7 @@ Json = Mapping[str, Any]
 def read_mmdit_config(part: Part) -> MMDiTConfig:
     """From the `config.json` beside the transformer or, in the BFL layout, from its shapes."""
     checkpoint = part.checkpoint
-    config = _own_config(checkpoint, "_class_name", "FluxTransformer2DModel")
+    config = _own_config(checkpoint, "FluxTransformer2DModel")
     if config is not None:
         return mmdit_config(config, checkpoint.config_path)
     if part.table is flux.BFL:
@@ -41,7 +41,7 @@ def read_mmdit_config(part: Part) -> MMDiTConfig:
 def read_vae_config(part: Part) -> VAEConfig:
     """From the `config.json` beside the autoencoder or, in the BFL layout, from its shapes."""
     checkpoint = part.checkpoint
-    config = _own_config(checkpoint, "_class_name", "AutoencoderKL")
+    config = _own_config(checkpoint, "AutoencoderKL")
     if config is not None:
         return vae_config(config, checkpoint.config_path)
     if part.table is vae.BFL:
@@ -51,7 +51,7 @@ def read_vae_config(part: Part) -> VAEConfig:
 
 def read_t5_config(part: Part) -> T5Config:
     """From the `config.json` beside the encoder, or from its shapes."""
-    config = _own_config(part.checkpoint, "model_type", "t5")
+    config = _own_config(part.checkpoint, "t5")
     if config is not None:
         return t5_config(config, part.checkpoint.config_path)
     return t5_config_from_shapes(renamed(part.table, part.checkpoint.shapes), part.checkpoint.path)
@@ -59,16 +59,19 @@ def read_t5_config(part: Part) -> T5Config:
 
 def read_clip_config(part: Part) -> CLIPConfig:
     """From the `config.json` beside the encoder, or from its shapes."""
-    config = _own_config(part.checkpoint, "model_type", "clip_text_model")
+    config = _own_config(part.checkpoint, "clip_text_model")
     if config is not None:
         return clip_config(config, part.checkpoint.config_path)
     return clip_config_from_shapes(part.checkpoint.shapes, part.checkpoint.path)
 
 
-def _own_config(checkpoint: Checkpoint, key: str, kind: str) -> Json | None:
+def _own_config(checkpoint: Checkpoint, kind: str) -> Json | None:
     """The config beside a checkpoint unless it says that it is another network's."""
     config = checkpoint.config()
-    return config if config is not None and config.get(key, kind) == kind else None
+    if config is None:
+        return None
+    declared = config.get("_class_name", config.get("model_type", kind))
+    return config if declared == kind else None
 
 
 def _no_config(checkpoint: Checkpoint) -> CheckpointError:
@@ -173,8 +176,10 @@ def _mlp_size(shapes: Mapping[str, Shape], hidden: int) -> int:
 
 def _count(shapes: Mapping[str, Shape], prefix: str) -> int:
     """The largest number that follows a prefix, plus one: a gap then shows as missing tensors."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return max((int(m[1]) + 1 for name in shapes if (m := pattern.match(name))), default=0)
+    pattern = re.compile(re.escape(prefix) + r"\.(\d{1,9})\.")
+    count = max((int(m[1]) + 1 for name in shapes if (m := pattern.match(name))), default=0)
+    # A network of a billion blocks is not built to say that they are missing.
+    return min(count, len(shapes))
 
 
 def vae_config(config: Json, where: object = "vae config") -> VAEConfig:

@@ -56,7 +56,7 @@ def _loss(vae: AutoencoderKL, x: Tensor, stage: AutoencoderStage, half_scale: bo
     error = vae.decoder(z).float() - x
     l1, edges = error.abs().mean(), laplacian_pyramid(error)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    loss = l1 + stage.edge_weight * edges + stage.kl_weight * kl
+    loss = l1 + stage.square_weight * error.square().mean() + stage.edge_weight * edges + stage.kl_weight * kl
     if half_scale:
         small = vae.decoder(F.avg_pool2d(z, 2)).float() - F.avg_pool2d(x, 2)
         loss = loss + stage.half_scale_weight * (

@@ -32,7 +32,9 @@ class AutoencoderStage:
     batch: int = 48
     """Crops of half the side; the last fifth of the steps takes a quarter as many whole images."""
     lr: float = 1.2e-3
-    kl_weight: float = 5e-4
+    kl_weight: float = 3e-4
+    square_weight: float = 3.0
+    """Weight of the mean squared error, which PSNR measures, beside the plain L1."""
     edge_weight: float = 0.6
     """Weight of the Laplacian-pyramid L1 beside the plain L1."""
     half_scale_weight: float = 0.25

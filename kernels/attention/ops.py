@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def attention(
     running maximum. A bound that is not true can give infinities.
     Returns [B, Lq, H, D]. Raises ValueError where `why_not` names a reason.
     """
-    return _attention(q, k, v, value_bias, is_bounded(logit_bound, q.dtype))[0]
+    fused, added = _split_bias(value_bias, q, k, v)
+    return _add(_attention(q, k, v, fused, is_bounded(logit_bound, q.dtype))[0], added)
 
 
 def target_attention(
@@ -46,8 +48,9 @@ def target_attention(
     logit_bound: float | None = None,
 ) -> Tensor:
     """Targets on pivots outside the batch, as `reference.target_attention`; the rest as `attention`."""
+    fused, added = _split_bias(value_bias, q, k_pivot, k, v)
     fixed = is_bounded(logit_bound, q.dtype)
-    return _target_attention(q, k_pivot, k, v, list(pivot_index), value_bias, fixed)[0]
+    return _add(_target_attention(q, k_pivot, k, v, list(pivot_index), fused, fixed)[0], added)
 
 
 def grounded_attention(
@@ -60,7 +63,9 @@ def grounded_attention(
     logit_bound: float | None = None,
 ) -> Tensor:
     """Pivots and targets together, as `reference.grounded_attention`; the rest as `attention`."""
-    return _grounded_attention(q, k, v, list(pivot_of), value_bias, is_bounded(logit_bound, q.dtype))[0]
+    fused, added = _split_bias(value_bias, q, k, v)
+    fixed = is_bounded(logit_bound, q.dtype)
+    return _add(_grounded_attention(q, k, v, list(pivot_of), fused, fixed)[0], added)
 
 
 def is_bounded(logit_bound: float | None, dtype: torch.dtype) -> bool:
@@ -88,6 +93,22 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     if head_dim not in HEAD_DIMS:
         return f"they are made for head dims {HEAD_DIMS}, not {head_dim}"
     return None
+
+
+def _split_bias(value_bias: Tensor | None, *inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The bias for the kernel's epilogue and the bias to add afterwards: the latter where gradients flow.
+
+    The backward pass needs the output without it.
+    """
+    if value_bias is None or not torch.is_grad_enabled():
+        return value_bias, None
+    if value_bias.requires_grad or any(x.requires_grad for x in inputs):
+        return None, value_bias
+    return value_bias, None
+
+
+def _add(out: Tensor, value_bias: Tensor | None) -> Tensor:
+    return out if value_bias is None else out + value_bias[:, None].to(out.dtype)
 
 
 def _check(q: Tensor, *others: Tensor) -> None:
@@ -198,14 +219,14 @@ def _(
     return _like_forward(q, v)
 
 
-# One backward operator for all forms: k_pivot and the two lists say which.
+# One backward operator for all forms: k_pivot and the list of pivots say which.
 
 
 @torch.library.custom_op(
     "bokehflux::attention_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor? k_pivot, Tensor v, Tensor? value_bias, Tensor out, "
-    "Tensor lse, int[]? pivots) -> Tensor[]",
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor? k_pivot, Tensor v, Tensor out, Tensor lse, "
+    "int[]? pivots) -> Tensor[]",
 )
 def _attention_backward(
     grad: Tensor,
@@ -213,7 +234,6 @@ def _attention_backward(
     k: Tensor,
     k_pivot: Tensor | None,
     v: Tensor,
-    value_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     pivots: Sequence[int] | None,
@@ -223,7 +243,7 @@ def _attention_backward(
     if pivots is not None:
         jobs = (_grounded_jobs if k_pivot is None else _target_jobs)(tuple(pivots))
     with torch.cuda.device_of(q):
-        dq, dk, dk_pivot, dv = triton_bwd.backward(grad, q, k, k_pivot, v, value_bias, out, lse, jobs)
+        dq, dk, dk_pivot, dv = triton_bwd.backward(grad, q, k, k_pivot, v, out, lse, jobs)
     return [dq, dk, dv] if dk_pivot is None else [dq, dk, dv, dk_pivot]
 
 
@@ -234,7 +254,6 @@ def _(
     k: Tensor,
     k_pivot: Tensor | None,
     v: Tensor,
-    value_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     pivots: Sequence[int] | None,
@@ -242,51 +261,57 @@ def _(
     return [x.new_empty(x.shape) for x in (q, k, v, k_pivot) if x is not None]
 
 
-def _save(ctx, q, k, k_pivot, v, value_bias, pivots, output) -> None:
+def _save(
+    ctx: Any,
+    q: Tensor,
+    k: Tensor,
+    k_pivot: Tensor | None,
+    v: Tensor,
+    value_bias: Tensor | None,
+    pivots: Sequence[int] | None,
+    output: tuple[Tensor, Tensor],
+) -> None:
+    if value_bias is not None:
+        raise RuntimeError("operators with a value bias have no gradient: call this module's functions")
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, k_pivot, v, value_bias, out, lse)
+    ctx.save_for_backward(q, k, k_pivot, v, out, lse)
     ctx.pivots = pivots
 
 
-def _gradients(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv, dk_pivot, d value_bias."""
-    q, k, k_pivot, v, value_bias, out, lse = ctx.saved_tensors
-    dq, dk, dv, *rest = _attention_backward(grad, q, k, k_pivot, v, value_bias, out, lse, ctx.pivots)
-    d_bias = None
-    if value_bias is not None:
-        d_bias = grad.sum(dim=1, dtype=torch.float32).to(value_bias.dtype)
-    return dq, dk, dv, rest[0] if rest else None, d_bias
+def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
+    q, k, k_pivot, v, out, lse = ctx.saved_tensors
+    return _attention_backward(grad, q, k, k_pivot, v, out, lse, ctx.pivots)
 
 
-def _setup_attention(ctx, inputs, output) -> None:
+def _setup_attention(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, value_bias, _ = inputs
     _save(ctx, q, k, None, v, value_bias, None, output)
 
 
-def _backward_attention(ctx, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, _, d_bias = _gradients(ctx, grad)
-    return dq, dk, dv, d_bias, None
+def _backward_attention(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv = _gradients(ctx, grad)
+    return dq, dk, dv, None, None
 
 
-def _setup_target(ctx, inputs, output) -> None:
+def _setup_target(ctx: Any, inputs: Any, output: Any) -> None:
     q, k_pivot, k, v, pivot_index, value_bias, _ = inputs
-    _save(ctx, q, k, k_pivot, v, value_bias, list(pivot_index), output)
+    _save(ctx, q, k, k_pivot, v, value_bias, pivot_index, output)
 
 
-def _backward_target(ctx, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, dk_pivot, d_bias = _gradients(ctx, grad)
-    return dq, dk_pivot, dk, dv, None, d_bias, None
+def _backward_target(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, dk_pivot = _gradients(ctx, grad)
+    return dq, dk_pivot, dk, dv, None, None, None
 
 
-def _setup_grounded(ctx, inputs, output) -> None:
+def _setup_grounded(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, pivot_of, value_bias, _ = inputs
-    _save(ctx, q, k, None, v, value_bias, list(pivot_of), output)
+    _save(ctx, q, k, None, v, value_bias, pivot_of, output)
 
 
-def _backward_grounded(ctx, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, _, d_bias = _gradients(ctx, grad)
-    return dq, dk, dv, None, d_bias, None
+def _backward_grounded(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv = _gradients(ctx, grad)
+    return dq, dk, dv, None, None, None
 
 
 _attention.register_autograd(_backward_attention, setup_context=_setup_attention)

@@ -29,19 +29,16 @@ DELTA_BLOCK = 32
 
 @triton.jit
 def _delta_kernel(
-    grad, out, value_bias, delta, stride_g_row, stride_g_len, stride_g_head, len_q, num_heads,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+    grad, out, delta, stride_g_row, stride_g_len, stride_g_head, len_q, num_heads,
+    BLOCK: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, H, L]: dot product of each token's gradient with its output less the bias."""
+    """delta [B, H, L]: dot product of each token's gradient with its output."""
     start, head, row = tl.program_id(0) * BLOCK, tl.program_id(1), tl.program_id(2)
     tokens, dims = start + tl.arange(0, BLOCK), tl.arange(0, D)
     exists = (tokens < len_q)[:, None]
     row_64 = tl.cast(row, tl.int64)
     offsets = ((row_64 * len_q + tokens) * num_heads + head)[:, None] * D + dims[None, :]
     values = tl.load(out + offsets, mask=exists, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(value_bias + (row_64 * num_heads + head) * D + dims)
-        values -= bias.to(tl.float32)[None, :]
     do = load_tile(grad, row, head, start, len_q, stride_g_row, stride_g_len, stride_g_head, BLOCK, D, False)
     line = tl.sum(do.to(tl.float32) * values, 1)
     tl.store(delta + (row_64 * num_heads + head) * len_q + tokens, line, mask=tokens < len_q)
@@ -185,7 +182,6 @@ def backward(
     k: Tensor,
     k_pivot: Tensor | None,
     v: Tensor,
-    value_bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
     jobs: Sequence[Job] | None,
@@ -195,8 +191,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of q, k, k_pivot and v, from grad [B, L, H, D] and what `forward` took and gave.
 
-    The gradient of a value bias is the sum of grad over tokens. Tiles stand in for the table's, for sweeps
-    and tests.
+    out must be without value bias: rounded together with one, it would blur delta. The tiles stand in for the
+    table's, for sweeps and tests.
     """
     q, k, v, grad = (last_contiguous(x) for x in (q, k, v, grad))
     device, head_dim = tiles.device(q.device), q.shape[-1]
@@ -217,7 +213,7 @@ def backward(
         k_pivot = last_contiguous(k_pivot)
         dk_pivot = torch.zeros(k_pivot.shape, dtype=sums, device=k.device)
 
-    tensors = (q, k, k_pivot, v, grad, lse, _delta(grad, out, value_bias))
+    tensors = (q, k, k_pivot, v, grad, lse, _delta(grad, out))
     if jobs is None:
         _launch(tensors, dq, dk, dk_pivot, dv, None, dkv_tile, dq_tile)
     for launch in chunks(plain):
@@ -253,14 +249,12 @@ def _rounds(targets: Sequence[Job]) -> list[list[Job]]:
     return rounds
 
 
-def _delta(grad: Tensor, out: Tensor, value_bias: Tensor | None) -> Tensor:
+def _delta(grad: Tensor, out: Tensor) -> Tensor:
     num_rows, len_q, num_heads, head_dim = out.shape
     delta = torch.empty(num_rows, num_heads, len_q, dtype=torch.float32, device=out.device)
     _delta_kernel[(triton.cdiv(len_q, DELTA_BLOCK), num_heads, num_rows)](
-        grad, out.contiguous(), delta if value_bias is None else value_bias.contiguous(), delta,
-        *grad.stride()[:3], len_q, num_heads,
-        HAS_BIAS=value_bias is not None, BLOCK=DELTA_BLOCK, D=head_dim,
-    )  # fmt: skip
+        grad, out.contiguous(), delta, *grad.stride()[:3], len_q, num_heads, BLOCK=DELTA_BLOCK, D=head_dim
+    )
     return delta
 
 

@@ -26,7 +26,9 @@ class Browser:
     def __init__(self, program: str, profile: Path) -> None:
         command_read, self._commands = os.pipe()
         self._answers, answer_write = os.pipe()
-        flags = "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --remote-debugging-pipe"
+        flags = (
+            "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --remote-debugging-pipe"
+        )
         # The pipe protocol has fixed numbers: commands on 3, answers on 4.
         script = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4)"
         script += "; os.execv(sys.argv[3], sys.argv[3:])"

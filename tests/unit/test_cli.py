@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import bokehflux
 from bokehflux import cli
+from bokehflux.configs import Defaults
 from bokehflux.generate import Pipeline, Result, load
 from bokehflux.metadata import read_recipe
 from bokehflux.sampling.samplers import StepInfo
@@ -35,6 +38,7 @@ class FakePipeline:
         self.called: dict[str, Any] = {}
         self.during: Callable[[], None] = lambda: None
         self.vae = SimpleNamespace(decoder=torch.nn.Identity())
+        self.defaults = Defaults(num_inference_steps=3, height_px=32, width_px=32, txt_length=8)
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, "fake"
 
     def load(self, *args: Any, **kwargs: Any) -> FakePipeline:
@@ -202,6 +206,8 @@ def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fa
         (["generate", "--prompt", "p", "--dtype", "int8"], "int8"),
         (["generate", "--prompt", "p", "--seed", str(2**64)], "seed must fit"),
         (["generate", "--prompt", "x" * 20_001], "20001 characters"),
+        (["generate", "--prompt", "caf\udce9"], "no valid Unicode"),
+        (["generate", "--prompt", "p", "--output", "nul\0"], "null byte"),
         (["generate", "--prompt", "p", "--guidance-scale", "inf"], "guidance_scale"),
         (["generate", "--prompt", "p", "--num-inference-steps", "0"], "num_inference_steps"),
         (["generate", "--prompt", "p", "--bokeh-pivot", "3"], "bokeh_targets"),
@@ -371,3 +377,28 @@ def test_published_commands_run_unchanged(
     assert stop.value.code == 0
     assert fake.called["bokeh_targets"] == targets and fake.called["num_grounding_steps"] == grounded
     assert fake.called["num_inference_steps"] == 30
+
+
+WORDS = st.sampled_from([
+    "generate", "sweep", "info", "doctor", "--prompt", "--seed", "--seeds", "--bokeh-targets",
+    "--bokeh_pivot", "--num-grounding-steps", "--lora", "--max-rows", "--preview", "--config-from",
+    "--prompts-file", "--output", "--device", "--format", "--memory", "a dog", "0", "-1", "31", "nan",
+    "1e999", "9" * 400, "", "-", "--", "=", "--=", "--seed=", "x.png", "../x", "\0", "caf\u00e9", "\udce9",
+    "@x", "%s", "-h",
+])  # fmt: skip
+
+
+@given(first=st.sampled_from(["generate", "sweep", "info"]), rest=st.lists(WORDS, max_size=7))
+def test_no_command_line_ends_in_a_traceback(
+    first: str, rest: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pipeline = FakePipeline()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("cli"))
+        patch.setattr("bokehflux.generate.load", pipeline.load)
+        patch.setattr("bokehflux.identity.model_facts", model_facts)
+        patch.setattr("bokehflux.doctor.report", lambda: ["well"])
+        try:
+            assert cli.main([first, *rest]) in (0, 1, 2)
+        except SystemExit as stop:
+            assert stop.code in (0, 2)

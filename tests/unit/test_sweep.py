@@ -166,7 +166,8 @@ def test_what_is_not_whole_or_not_wanted_does_not_count(tmp_path: Path, damage: 
 
 @pytest.mark.parametrize("change", [
     {"seed": 2}, {"prompt": "a Cup"}, {"num_inference_steps": 3}, {"bokeh_pivot": 12.0},
-    {"guidance_scale": 4.0}, {"num_grounding_steps": 1}, {"true_cfg": 2.0}, {"negative_prompt": "x"}, {"height": 48}, {"width": 64},
+    {"guidance_scale": 4.0}, {"num_grounding_steps": 1}, {"true_cfg": 2.0}, {"negative_prompt": "x"},
+    {"height": 48}, {"width": 64},
 ])  # fmt: skip
 def test_whatever_decides_a_picture_has_a_folder_of_its_own(change: dict[str, Any]) -> None:
     def name(request: Request, **facts: Any) -> str:

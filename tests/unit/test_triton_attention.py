@@ -101,7 +101,9 @@ def test_grounded_lengths(length: int, dim: int, bound: float | None) -> None:
     q, k, v = qkv(1, 3, length, 1, dim)
     ours = ops.grounded_attention(q, k, v, (1, 1, 1), logit_bound=bound)
     exact = reference.grounded_attention(*wide(q, k, v), (1, 1, 1))
-    assert_within_2x(ours, grounded(q, k, v, (1, 1, 1), None), exact)
+    # With one token the oracle is exact, and ours rounds a probability once.
+    atol = v.abs().max().item() * 2**-11 if length == 1 else 1e-6
+    assert_within_2x(ours, grounded(q, k, v, (1, 1, 1), None), exact, atol=atol)
 
 
 @each_softmax
@@ -220,15 +222,15 @@ def test_fixed_offset_at_its_limit(
 ) -> None:
     """Every score of a row at one end of the range, or the two sets of keys at opposite ends."""
     if not ON_GPU:
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_in_float32)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     assert ops.is_bounded(bound, dtype)
     direction = F.normalize(torch.randn(64, device=DEVICE), dim=0)
     length = math.sqrt(0.998 * bound * 8)  # less than the bound by more than bfloat16 rounds
     v = torch.randn(2, 40, 1, 64, device=DEVICE).to(dtype)
     q = (length * direction).to(dtype).expand(1, 40, 1, 64).contiguous()
     k = torch.stack([sign * length * direction for sign in signs]).to(dtype)
-    k = k[:, None, None].expand(2, 40, 1, 64).contiguous()
-    k[:, ::3] *= 0.97
+    k = k[:, None, None] * torch.linspace(0.97, 1, 40, device=DEVICE).to(dtype)[:, None, None]
     jobs = ops._grounded_jobs((0, 0))
     ours, lse = triton_fwd.forward(q, k, None, v, None, jobs, fixed=True)
     assert lse.isfinite().all()
@@ -236,12 +238,19 @@ def test_fixed_offset_at_its_limit(
     assert_within_2x(ours, grounded(q, k, v, (0, 0), None), exact)
 
 
-def dot_in_float32(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """The interpreter's product, for bfloat16 too: its own multiplies the bits as integers (triton 3.9)."""
-    a, b = (x if x.dtype.scalar != tl.bfloat16 else self.cast_impl(x, tl.float32) for x in (a, b))
-    return interpreter.TensorHandle(
-        a.data.astype("float32") @ b.data.astype("float32") + d.data, d.dtype.scalar
-    )
+# The interpreter's own bfloat16 does not do (triton 3.9): conversions cut off, products multiply the bits.
+
+
+def cast(self, src, dst_type, original=interpreter.InterpreterBuilder.cast_impl):
+    if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+        return original(self, src, dst_type)
+    bits = torch.from_numpy(src.data).bfloat16().view(torch.uint16)
+    return interpreter.TensorHandle(bits.numpy(), dst_type.scalar)
+
+
+def dot(self, a, b, d, *precision, original=interpreter.InterpreterBuilder.create_dot):
+    a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+    return original(self, a, b, d, *precision)
 
 
 # The backward pass.
@@ -322,7 +331,7 @@ def test_backward_tiles(block_m: int, block_n: int, tma: bool) -> None:
     out, lse = triton_fwd.forward(q, k, None, v, None, jobs, fixed=False)
     # [B, H, L, D] storage, as a transposed consumer would hand it back.
     grad = torch.randn(3, 1, 40, 64, device=DEVICE).half().transpose(1, 2)
-    args = grad, q, k, None, v, None, out, lse, jobs
+    args = grad, q, k, None, v, out, lse, jobs
     dq, dk, _, dv = triton_bwd.backward(*args, dkv_tile=tile, dq_tile=tile)
     theirs = gradients(lambda q, k, v: grounded(q, k, v, (0, 0, 0), None), [q, k, v], grad)
     true = gradients(lambda q, k, v: reference.grounded_attention(q, k, v, (0, 0, 0)), wide(q, k, v), grad)
@@ -356,9 +365,9 @@ FORMS: dict[str, Callable[[list[Tensor]], Tensor]] = {
 
 
 def inputs_of(form: str) -> list[Tensor]:
-    q, k, v = qkv(1, 3, 35, 2)
-    further = qkv(2 if form == "grounded, two pivots" else 1, 3, 35, 2)[0]
-    return [q, k.flip(1).contiguous(), k, v, bias_of(3), further]
+    q, k, v = qkv(1, 3, 35, 1)
+    further = qkv(2 if form == "grounded, two pivots" else 1, 3, 35, 1)[0]
+    return [q, k.flip(1).contiguous(), k, v, bias_of(3, 1), further]
 
 
 def run(form: str, inputs: list[Tensor]) -> list[Tensor]:
@@ -396,13 +405,12 @@ def test_the_same_bits_every_time(form: str) -> None:
 def test_operators_are_registered_completely() -> None:
     """Schemas, fake implementations, gradients and traced gradients, as PyTorch itself checks them."""
     q, k, v = (x.requires_grad_() for x in qkv(1, 2, 17, 1))
-    bias = bias_of(2, 1).requires_grad_()
+    bias = bias_of(2, 1)
     k_pivot = k.detach()[:1].clone().requires_grad_()
-    torch.library.opcheck(ops._attention, (k.detach().clone().requires_grad_(), k, v, bias, True))
-    torch.library.opcheck(
-        ops._attention, (k, k, v, None, False), test_utils=("test_schema", "test_faketensor")
-    )
-    torch.library.opcheck(ops._target_attention, (q, k_pivot, k, v, [0, 0], bias, False))
+    own = k.detach().clone().requires_grad_()
+    torch.library.opcheck(ops._attention, (own, k, v, None, True))
+    torch.library.opcheck(ops._attention, (*(x.detach() for x in (own, k, v, bias)), False))
+    torch.library.opcheck(ops._target_attention, (q, k_pivot, k, v, [0, 0], None, False))
     torch.library.opcheck(ops._grounded_attention, (q, k, v, [1, 1], None, False))
 
 

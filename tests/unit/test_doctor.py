@@ -1,0 +1,66 @@
+"""`bokehflux doctor`: every section is there, and says what it should about what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bokehflux import cli, doctor
+from tests.unit.test_load import write_snapshot
+
+
+def test_a_report_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "bokehflux ",
+        f"torch {torch.__version__}",
+        "device cpu:",
+        "attention: sdpa",
+        "model nano: ",
+    ):
+        assert part in out
+    if not torch.cuda.is_available():
+        assert "device cuda: none, " in out and "NVIDIA GPU, this is cpu" in out
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_package": "flying", "json": "text"})
+    lines = list(doctor.report({}))
+    assert "optional package missing: no_such_package (flying)" in lines
+    assert any(line.startswith("optional package found: json") for line in lines)
+
+
+def test_models_are_looked_for_where_people_keep_them(tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--black-forest-labs--FLUX.1-dev" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "models--openai--clip" / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    environment = {"BOKEHFLUX_MODELS": str(tmp_path / "models"), "HF_HOME": str(tmp_path), "AE": "/no/ae"}
+    lines = list(doctor.report(environment))
+    assert f"BOKEHFLUX_MODELS={tmp_path / 'models'}: exists" in lines and "AE=/no/ae: does not exist" in lines
+    for folder in (snapshot, tmp_path / "models" / "mine"):
+        assert any(line.startswith(f"model {folder}: not usable: ") for line in lines)
+    assert not any("openai" in line for line in lines)
+    assert any(str(snapshot) in line for line in doctor.report({"HF_HUB_CACHE": str(tmp_path / "hub")}))
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card 2000")
+    (line,) = [line for line in doctor.report({}) if line.startswith("device cuda:0")]
+    assert line == "device cuda:0: Card 2000, compute capability 7.5, 3.0 of 8.0 GiB free"
+    path = doctor.attention_path(torch.device("cuda", 0))
+    assert path.startswith("sdpa with PyTorch's kernels (") and "flash" not in path, "flash needs 8.0"
+
+
+def test_a_complete_model_is_described(tmp_path: Path) -> None:
+    write_snapshot(tmp_path / "mine")
+    lines = list(doctor.report({"BOKEHFLUX_MODELS": str(tmp_path)}))
+    state = "complete, 2 + 2 blocks of width 12, with its own adapter"
+    assert f"model {tmp_path / 'mine'}: {state}" in lines

@@ -1,0 +1,234 @@
+"""Every layout that people keep FLUX in loads to the same model, and what does not belong is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from bokehflux.configs import CLIP_L, FLUX_SCHEDULE, T5_XXL
+from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.weights import load, manifests, official, write
+from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights.resolve import ModelFiles, resolve_model
+from bokehflux.weights.snapshot import open_snapshot
+from tests import model_files as files
+
+STATES = files.states()
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """A machine without any models."""
+    return {"HOME": str(tmp_path / "home")}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    return folder
+
+
+def assert_loads(model: object, env: dict[str, str]) -> None:
+    parts = load.load_components(model, dtype=torch.float32, env=env)  # type: ignore[arg-type]
+    files.assert_holds(parts.mmdit, STATES["transformer"])
+    files.assert_holds(parts.vae, STATES["vae"])
+    files.assert_holds(parts.text.clip, STATES["clip"])
+    files.assert_holds(parts.text.t5, STATES["t5"])
+    assert (parts.mmdit.config, parts.vae.config) == (files.MMDIT, files.VAE)
+    assert (parts.text.clip.config, parts.text.t5.config) == (files.CLIP, files.T5)
+    assert parts.schedule == FLUX_SCHEDULE
+    encoded = parts.text.encode(["a red cup"])
+    assert encoded.txt.shape == (1, 512, 32) and encoded.pooled.shape == (1, 64)
+
+
+def problems(call, *args, **kwargs) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+# --- layouts
+
+
+def test_official_snapshot(home, env):
+    files.write_official(home, STATES)
+    files.write_tokenizers(home)
+    assert_loads(home, env)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".sft"])
+def test_bare_files_in_one_folder(home, env, suffix):
+    paths = files.write_flat(home, STATES, suffix)
+    files.write_tokenizers(home)
+    assert_loads(home, env)
+    assert_loads(paths["transformer"], env)
+
+
+def test_files_given_one_by_one(tmp_path, env):
+    paths = {}
+    for part, state in STATES.items():
+        paths[part] = tmp_path / f"{part}-here" / "weights.safetensors"
+        write.save(paths[part], {**state})
+    files.write_tokenizers(tmp_path / "tok")
+    tokenizers = {
+        "clip_tokenizer": tmp_path / "tok" / "tokenizer",
+        "t5_tokenizer": tmp_path / "tok" / "tokenizer_2",
+    }
+    assert_loads(ModelFiles(**paths, **tokenizers), env)
+    absent = ModelFiles(**paths | {"t5": tmp_path / "absent.safetensors"}, **tokenizers)
+    assert "t5: " in problems(resolve_model, absent, env) and "absent" in problems(resolve_model, absent, env)
+    swapped = ModelFiles(**paths | {"t5": paths["clip"]}, **tokenizers)
+    assert "layout not recognised" in problems(load.load_components, swapped, env=env)
+
+
+@pytest.mark.parametrize("below", ["", "models"])
+def test_comfyui_tree(home, env, below):
+    paths = files.write_comfyui(home / below, STATES)
+    files.write_tokenizers(home / below)
+    assert_loads(home, env)
+    # A file of the tree finds the rest of the tree.
+    assert_loads(paths["transformer"], env)
+    snapshot = open_snapshot(home)
+    assert (snapshot.transformer, snapshot.t5) == (paths["transformer"], paths["t5"])
+
+
+@pytest.mark.parametrize(
+    "prefixes",
+    [
+        files.PREFIXES,
+        files.PREFIXES | {"vae": "first_stage_model."},
+        files.PREFIXES | {"clip": "text_encoders.clip_l.", "t5": "text_encoders.t5xxl."},
+    ],
+)
+def test_all_in_one(home, env, prefixes):
+    path = home / "checkpoints" / "flux1-dev-all.safetensors"
+    write.save(path, files.all_in_one(STATES, prefixes))
+    files.write_tokenizers(home)
+    assert_loads(path, env)
+    assert_loads(home, env)
+
+
+def test_all_in_one_without_text_encoders(home, env):
+    some = {part: STATES[part] for part in ("transformer", "vae")}
+    write.save(home / "checkpoints" / "flux.safetensors", files.all_in_one(some))
+    files.write_comfyui(home, {part: STATES[part] for part in ("clip", "t5")})
+    files.write_tokenizers(home / "text_encoders")
+    assert_loads(home, env)
+
+
+def test_a_file_of_its_own_goes_before_an_all_in_one(home, env):
+    other = {part: {n: t + 1 for n, t in state.items()} for part, state in STATES.items()}
+    paths = files.write_comfyui(home, STATES)
+    write.save(home / "checkpoints" / "all.safetensors", files.all_in_one(other))
+    files.write_tokenizers(home)
+    assert "several transformer files (all.safetensors, flux1-dev.safetensors)" in problems(
+        resolve_model, home, env
+    )
+    assert_loads(paths["transformer"], env)
+    # But what comes in one file belongs together.
+    snapshot = resolve_model(home / "checkpoints" / "all.safetensors", env)
+    assert snapshot.vae == snapshot.t5 == snapshot.clip == snapshot.transformer
+
+
+# --- other models' files beside ours
+
+
+def test_files_of_other_models_are_passed_over(home, env):
+    files.write_comfyui(home, STATES)
+    files.write_tokenizers(home)
+    sdxl_vae = dict(STATES["vae"]) | {"decoder.conv_in.weight": torch.ones(32, 4, 3, 3)}
+    write.save(home / "vae" / "sdxl_vae.safetensors", sdxl_vae)
+    wide = dataclasses.replace(files.CLIP, width=128)
+    write.save(home / "clip" / "clip_g.safetensors", files.random_state(CLIPTextEncoder(wide)))
+    bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    write.save(home / "clip" / "umt5_xxl.safetensors", {**STATES["t5"], bias: torch.ones(8, 2)})
+    sd3 = {"model.diffusion_model.final_layer.adaLN_modulation.1.weight": torch.ones(4, 2)}
+    write.save(home / "checkpoints" / "sd3.safetensors", sd3)
+    (home / "checkpoints" / "old.ckpt").write_bytes(b"\x80\x02")
+    (home / "unet" / "half.safetensors").write_bytes(b"<html>")
+    assert_loads(home, env)
+
+
+def test_unreadable_files_are_named_when_something_lacks(home, env):
+    files.write_comfyui(home, {part: STATES[part] for part in ("clip", "t5", "vae")})
+    (home / "unet").mkdir()
+    (home / "unet" / "flux.safetensors").write_bytes(b"<!DOCTYPE html>")
+    message = problems(resolve_model, home, env)
+    assert "looked in vain for transformer/" in message and "it is a web page" in message
+
+
+def test_two_files_for_one_part_are_a_question(home, env):
+    paths = files.write_flat(home, STATES)
+    files.write_tokenizers(home)
+    write.save(home / "t5xxl_fp8.safetensors", STATES["t5"])
+    message = problems(resolve_model, home, env)
+    assert "several t5 files (t5xxl_fp16.safetensors, t5xxl_fp8.safetensors)" in message
+    assert_loads(ModelFiles(transformer=paths["transformer"], t5=paths["t5"]), env)
+
+
+def test_a_config_of_another_class_is_not_ours(home, env):
+    files.write_flat(home, STATES)
+    files.write_tokenizers(home)
+    write.write_json(home / "config.json", {"model_type": "llama", "_class_name": "Other"})
+    assert_loads(home, env)
+    write.write_json(home / "config.json", official.clip_config_dict(files.CLIP) | {"hidden_act": "gelu"})
+    assert "hidden_act = 'gelu'" in problems(load.load_components, home, env=env)
+
+
+# --- what lacks, and what is too much
+
+
+def test_missing_tokenizers_say_what_and_where_from(home, env):
+    files.write_flat(home, STATES)
+    message = problems(resolve_model, home, env)
+    for part in ("tokenizer/ with vocab.json", "tokenizer_2/ with tokenizer_config.json", "bokehflux fetch",
+                 "huggingface.co/black-forest-labs/FLUX.1-dev", str(home), "Hugging Face cache"):  # fmt: skip
+        assert part in message, part
+    assert "looked in vain for vae" not in message
+    files.write_tokenizers(home.parent / "tok")
+    assert_loads(home, env | {"BOKEHFLUX_MODELS": str(home.parent / "tok")})
+
+
+def test_a_whole_folder_is_strict(home):
+    files.write_flat(home, STATES)
+    assert "tokenizer/" in problems(open_snapshot, home)
+
+
+@pytest.mark.parametrize("part", list(files.PREFIXES))
+def test_all_in_one_is_covered_both_ways(home, env, part, monkeypatch):
+    files.write_tokenizers(home)
+    tensors = files.all_in_one(STATES)
+    name = next(n for n in sorted(tensors) if n.startswith(files.PREFIXES[part]) and n.endswith("weight"))
+    lost = dict(tensors)
+    del lost[name]
+    write.save(home / "a.safetensors", lost)
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read a tensor"))
+    loader = {"transformer": load.load_mmdit, "vae": load.load_vae, "clip": load.load_clip, "t5": load.load_t5}
+    message = problems(loader[part], home / "a.safetensors")
+    assert "missing: " in message or "not found" in message or "not a complete" in message
+    write.save(home / "a.safetensors", tensors | {files.PREFIXES[part] + "extra.weight": torch.ones(2)})
+    assert "unexpected: extra.weight [2]" in problems(loader[part], home / "a.safetensors")
+    write.save(home / "a.safetensors", tensors | {"text_encoders.clip_g.x": torch.ones(2)})
+    assert "unexpected: text_encoders.clip_g.x [2]" in problems(loader[part], home / "a.safetensors")
+
+
+def test_full_size_text_encoders_need_no_config():
+    clip = {n: s for n, s in manifests.shapes("clip_l.hf").items()}
+    assert official.clip_config_from_shapes(clip, "clip") == CLIP_L
+    assert official.t5_config_from_shapes(manifests.shapes("t5xxl.hf"), "t5") == T5_XXL
+
+
+def test_clip_files_may_hold_its_loss_scale(home):
+    extra = {"logit_scale": torch.tensor(4.6), "text_projection.weight": torch.ones(64, 64)}
+    write.save(home / "clip_l.safetensors", {**STATES["clip"], **extra})
+    files.assert_holds(load.load_clip(home / "clip_l.safetensors", dtype=torch.float32), STATES["clip"])
+
+
+def test_absurd_block_numbers_cost_nothing(home):
+    far = {n.replace("encoder.block.1.", "encoder.block.999999999."): t for n, t in STATES["t5"].items()}
+    write.save(home / "t5.safetensors", far)
+    assert "missing: encoder.block" in problems(load.load_t5, home / "t5.safetensors")

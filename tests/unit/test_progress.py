@@ -1,0 +1,91 @@
+"""The progress line: phases, time left, silence where nobody watches."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+
+from bokehflux.progress import Progress
+from bokehflux.sampling.samplers import StepInfo
+from tests.tiny import tiny_pipeline
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def lines(stream: io.StringIO) -> list[str]:
+    return [line.strip() for line in stream.getvalue().replace("\n", "\r").split("\r") if line.strip()]
+
+
+def test_time_left_follows_what_was_measured() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, clock)
+    progress.show("decoding", 0, 4)
+    clock.now += 10
+    progress.show("decoding", 1, 4)
+    clock.now += 4000
+    progress.show("decoding", 2, 4)
+    progress.show("decoding", 4, 4)
+    progress.end()
+    assert lines(stream) == [
+        "decoding 0/4", "decoding 1/4  00:30 left", "decoding 2/4  1:06:50 left", "decoding 4/4  00:00 left",
+    ]  # fmt: skip
+
+
+def test_batches_have_a_time_of_their_own() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, clock)
+    for number in (1, 2, 3):
+        progress.batch(number, 3)
+        progress.show("encoding")
+        progress.end()
+        clock.now += 60
+    assert lines(stream) == ["[1/3] encoding", "[2/3, 02:00 left] encoding", "[3/3, 01:00 left] encoding"]
+    progress = Progress(stream := io.StringIO(), clock)
+    progress.batch(1, 1)
+    progress.show("encoding")
+    assert lines(stream) == ["encoding"]
+
+
+def test_a_shorter_line_leaves_nothing_of_a_longer_one() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress.show("x" * 60)
+    progress.show("y")
+    assert len(stream.getvalue().split("\r")[2]) >= 60
+
+
+def test_silence() -> None:
+    progress = Progress(None)
+    progress.batch(1, 2)
+    progress.show("loading")
+    progress.end()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_whole_run_is_followed_and_its_hook_removed(fails: bool) -> None:
+    pipe, stream = tiny_pipeline(), io.StringIO()
+    progress = Progress(stream)
+
+    def watch(info: StepInfo) -> None:
+        on_step(info)
+        if fails:
+            raise KeyboardInterrupt
+
+    try:
+        with progress.watching(pipe, 3) as on_step:
+            pipe.generate("p", [0, 30], bokeh_pivot=10, num_inference_steps=2, on_step=watch)
+    except KeyboardInterrupt:
+        assert fails
+    seen = [" ".join(line.split()[:2]) for line in lines(stream)]
+    whole = ["encoding", "step 1/2", "step 2/2", "decoding 0/3", "decoding 1/3", "decoding 2/3"]
+    assert seen == (whole[:2] if fails else whole) and stream.getvalue().endswith("\n")
+    before = stream.getvalue()
+    pipe.vae.decode(torch.zeros(1, 16, 2, 2))
+    assert stream.getvalue() == before
