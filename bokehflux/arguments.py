@@ -6,7 +6,6 @@ Flags may be written with hyphens or underscores, and shortened as long as they 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import re
 from collections.abc import Sequence
@@ -62,9 +61,12 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     info = command("info", "show how a picture was made")
     info.add_argument("image", metavar="IMAGE", help="a picture that bokehflux wrote")
     command("doctor", "show versions, devices, memory, attention, models, and what is missing")
-    if importlib.util.find_spec("bokehflux.weights.inspect") is not None:
-        inspect = command("inspect", "show what a checkpoint file is and what bokehflux would do with it")
-        inspect.add_argument("file", metavar="FILE", help="only headers are read")
+    inspect = command("inspect", "show what a checkpoint is and what bokehflux would do with it")
+    inspect.add_argument("file", metavar="FILE", help="a file or a model folder; only headers are read")
+    fetch = command("fetch", "download a model into the Hugging Face cache; goes on where it stopped")
+    fetch.add_argument("name", metavar="NAME", help="flux-dev, flux-schnell or owner/name")
+    fetch.add_argument("--revision", default="main", metavar="R",
+                       help="branch, tag or commit (default: %(default)s)")  # fmt: skip
     return root, commands
 
 
@@ -131,7 +133,8 @@ def _picture_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-rows", type=int, metavar="N",
         help="pictures that go through the network together (default: all that fit)")
     add("--model", default="nano", metavar="MODEL",
-        help="a bundled model, or a folder in the official FLUX layout (default: %(default)s)")
+        help="a bundled model, a folder or file in any known layout, or a repository such as "
+             "black-forest-labs/FLUX.1-dev, looked up in the local cache (default: %(default)s)")
     add("--adapter", metavar="PATH", help="folder or file of a bokeh adapter; nano brings its own")
     add("--lora", nargs="+", action="append", metavar=("PATH", "SCALE"),
         help="a LoRA file and its strength (default: 1); may be given several times, effects add up")

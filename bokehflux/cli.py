@@ -123,8 +123,17 @@ def inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def fetch(args: argparse.Namespace) -> int:
+    """Downloads a model and prints its folder: the only command with a network."""
+    from bokehflux.fetch import fetch as download
+
+    print(download(args.name, revision=args.revision))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": generate, "sweep": sweep, "info": info, "doctor": doctor, "inspect": inspect,
+    "fetch": fetch,
 }  # fmt: skip
 
 

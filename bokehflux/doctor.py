@@ -16,9 +16,8 @@ from PIL import features
 
 from bokehflux import __version__
 from bokehflux.identity import attention_backend, device_name
-from bokehflux.weights.load import BUNDLED
-from bokehflux.weights.load import __file__ as _beside
-from bokehflux.weights.snapshot import open_snapshot
+from bokehflux.weights.load import BUNDLED, find_model
+from bokehflux.weights.resolve import ADAPTER_REPO, DEV, SCHNELL, hub_cache, resolve_adapter
 
 REQUIRED = ("torch", "einops", "safetensors", "sentencepiece", "tokenizers", "numpy", "pillow")
 OPTIONAL = {
@@ -86,36 +85,41 @@ def attention_path(device: torch.device) -> str:
 
 
 def _models(environment: Mapping[str, str]) -> Iterator[str]:
-    bundled = Path(_beside).parent
-    for name in BUNDLED:
-        yield f"model {name}: {_state(bundled / name)}"
-    for variable in ("BOKEHFLUX_MODELS", "FLUX_MODEL", "FLUX_AE", "FLUX_DEV", "AE"):
-        if variable in environment:
-            path = Path(environment[variable])
-            yield f"{variable}={path}: {'exists' if path.exists() else 'does not exist'}"
-    folders = [Path(environment["BOKEHFLUX_MODELS"])] if "BOKEHFLUX_MODELS" in environment else []
-    found = [
-        folder for root in folders if root.is_dir() for folder in sorted(root.iterdir()) if folder.is_dir()
+    """Models that load by name, then every folder in BOKEHFLUX_MODELS and the Hugging Face cache."""
+    for variable in ("BOKEHFLUX_MODELS", "FLUX_MODEL", "FLUX_AE", "FLUX_DEV", "FLUX_SCHNELL", "AE"):
+        if environment.get(variable):
+            paths = [Path(entry).expanduser() for entry in environment[variable].split(os.pathsep)]
+            there = ", ".join("exists" if path.exists() else "does not exist" for path in paths)
+            yield f"{variable}={environment[variable]}: {there}"
+    own = [
+        Path(entry).expanduser()
+        for entry in environment.get("BOKEHFLUX_MODELS", "").split(os.pathsep)
+        if entry
     ]
-    for folder in [*found, *_hub_snapshots(environment)]:
-        yield f"model {folder}: {_state(folder)}"
+    folders = [
+        folder for root in own if root.is_dir() for folder in sorted(root.iterdir()) if folder.is_dir()
+    ]
+    folders += sorted(
+        path
+        for path in hub_cache(environment).glob("models--*/snapshots/*")
+        if "flux" in path.parts[-3].lower()
+    )
+    models: list[str | Path] = [*BUNDLED, DEV, SCHNELL, *folders]
+    for model in models:
+        yield f"model {model}: {_state(model, environment)}"
+    try:
+        yield f"adapter {ADAPTER_REPO}: {resolve_adapter(ADAPTER_REPO, environment)}"
+    except ValueError:
+        yield f"adapter {ADAPTER_REPO}: not found"
     yield f"disk: {shutil.disk_usage('.').free / 2**30:.0f} GiB free in {Path.cwd()}"
 
 
-def _hub_snapshots(environment: Mapping[str, str]) -> Iterator[Path]:
-    """Snapshots of FLUX repositories in the Hugging Face cache."""
-    home = Path(
-        environment.get("HF_HOME") or Path(environment.get("HOME", "~")).expanduser() / ".cache/huggingface"
-    )
-    cache = Path(environment.get("HF_HUB_CACHE") or home / "hub")
-    yield from sorted(path for path in cache.glob("models--*/snapshots/*") if "flux" in str(path).lower())
-
-
-def _state(folder: Path) -> str:
+def _state(model: str | Path, environment: Mapping[str, str]) -> str:
     try:
-        parts = open_snapshot(folder)
+        parts = find_model(model, environment)
     except (ValueError, OSError) as error:
-        return "not usable: " + " ".join(str(error).split())
+        # What is wrong with it fits on a line; where it was looked for does not.
+        return "not usable: " + " ".join(str(error).split())[:200]
     config, adapter = parts.mmdit, "with" if parts.adapter else "without"
     shape = f"{config.num_double} + {config.num_single} blocks of width {config.hidden_size}"
     return f"complete, {shape}, {adapter} its own adapter"

@@ -79,6 +79,10 @@ class Pipeline:
     """Folder or bundled name the model came from."""
     memory: MemoryMode = "resident"
     """Where the weights live while it runs."""
+    adapter: str | None = None
+    """As given to `load`; None where there was none, or the model brought its own."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """File and strength of each, as given to `load`."""
 
     @property
     def device(self) -> torch.device:
@@ -144,6 +148,8 @@ class Pipeline:
             "width": grid.width_px,
             "seed": seed,
             "model": self.name,
+            "adapter": self.adapter,
+            "loras": [list(lora) for lora in self.loras],
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "version": __version__,
@@ -286,6 +292,8 @@ def load(
         defaults=parts.defaults,
         name=str(model),
         memory=mode,
+        adapter=None if adapter is None else str(adapter),
+        loras=tuple((str(path), float(strength)) for path, strength in loras),
     )
 
 

@@ -25,6 +25,7 @@ WHOLE = 64 << 20
 EDGE, BLOCK, NUM_BLOCKS = 1 << 20, 4 << 10, 256
 SUFFIXES = (".safetensors", ".sft", ".bin", ".gguf", ".json", ".txt", ".model")
 """Endings of files that decide what a model folder computes: weights, configs, tokenizers."""
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json")
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
@@ -49,20 +50,23 @@ def model_facts(
 
     Raises CheckpointError when there is no such model, OSError when a file cannot be read.
     """
-    from bokehflux.weights.load import BUNDLED
-    from bokehflux.weights.load import __file__ as beside
-    from bokehflux.weights.snapshot import open_snapshot
+    from bokehflux.weights.load import find_model
+    from bokehflux.weights.resolve import resolve_adapter, resolve_lora
 
-    parts = open_snapshot(Path(beside).parent / model if model in BUNDLED else model)
-    chosen = parts.adapter if adapter is None else Path(adapter)
-    scheduler = [folder] if (folder := parts.root / "scheduler").is_dir() else []
-    files = [parts.transformer, parts.vae, parts.clip, parts.t5, parts.clip_tokenizer, parts.t5_tokenizer]
+    parts = find_model(model)
+    chosen = parts.adapter if adapter is None else resolve_adapter(adapter)
+    # A tokenizer may lie in one folder with everything else.
+    words = [
+        folder / name for folder in (parts.clip_tokenizer, parts.t5_tokenizer) for name in TOKENIZER_FILES
+    ]
+    scheduler = parts.root / "scheduler"
+    files = [parts.transformer, parts.vae, parts.clip, parts.t5, *words, scheduler]
     return {
-        "model_hash": fingerprint([*files, *scheduler]),
+        "model_hash": fingerprint(path for path in files if path.exists()),
         "adapter": None if adapter is None else str(adapter),
         "adapter_hash": None if chosen is None else fingerprint([chosen]),
         "loras": [[str(path), strength] for path, strength in loras],
-        "lora_hashes": [[fingerprint([Path(path)]), strength] for path, strength in loras],
+        "lora_hashes": [[fingerprint([resolve_lora(path)]), strength] for path, strength in loras],
     }
 
 
@@ -105,8 +109,7 @@ def attention_backend(device_type: str) -> str:
     """Name of the attention backend that "auto" takes on a device."""
     from bokehflux.kernels.attention import interface
 
-    chosen = interface._module("auto", device_type)
-    return next(name for name, module in interface.BACKENDS.items() if module is chosen)
+    return interface.automatic(device_type).backend
 
 
 def _digest(path: Path) -> bytes:

@@ -98,6 +98,7 @@ def _temporary(folder: Path, data: bytes) -> Path:
 
 def _publish(temporary: Sequence[Path], paths: Sequence[Path]) -> list[Path] | None:
     """Give every file its name, or none of them (None) when one is taken, also by a run at the same time."""
+    # Looked at first, so that as a rule no name appears only to vanish again.
     if any(path.exists() for path in paths):
         return None
     done: list[Path] = []

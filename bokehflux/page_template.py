@@ -39,7 +39,7 @@ fieldset { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem 1rem;
   padding: 0; border: 0; }
 legend { float: left; padding: 0; margin-right: 1rem; color: var(--faint); }
 label, summary { cursor: pointer; }
-select, button { font: inherit; }
+select { font: inherit; max-width: 100%; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 svg { display: block; width: 100%; } svg text { fill: var(--faint); font-size: 11px; }
 .axis { fill: none; stroke: var(--faint); } .curve { fill: none; stroke: var(--ink); stroke-width: 1.5; }

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ def run_sweep(
     output: Path,
     kind: str,
     run: Callable[[Request], Run],
-) -> Iterator[Done]:
+) -> Generator[Done, None, None]:
     """Make what is not there yet, scene by scene; ends with the page and, for several scenes, the grid.
 
     facts: `identity`'s, with `dtype`. kind: format of the pictures. run: serves one request.
@@ -183,11 +183,11 @@ def _grid_sheet(scenes: Sequence[Scene]) -> bytes:
     rows = [scene.tiles() for scene in scenes]
     names = {scene.recipe["prompt"] for scene in scenes}
     tiles = [
-        dataclasses.replace(tile, label=f"{tile.label} \u00b7 seed {scene.recipe['seed']}")
-        for scene, row in zip(scenes, rows, strict=True)
+        dataclasses.replace(tile, label=f"{number}: {tile.label}")
+        for number, row in enumerate(rows, 1)
         for tile in row
     ]
     title = scenes[0].recipe["prompt"] if len(names) == 1 else f"{len(names)} prompts"
-    image = contact_sheet(tiles, title, f"{len(scenes)} scenes", columns=len(rows[0]))
+    image = contact_sheet(tiles, title, f"scenes are numbered as in {PAGE}", columns=len(rows[0]))
     recipe = {**scenes[0].recipe, "role": "grid", "scenes": len(scenes)}
     return metadata.encode(image, recipe)

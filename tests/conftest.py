@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +12,9 @@ import torch
 # No deadline: a shared machine is slow at times. Derandomised: a failure must come back on the next run.
 hypothesis.settings.register_profile("bokehflux", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("bokehflux")
+# Without a GPU Triton's kernels run in its interpreter, which must be said before triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Toy sizes: a second thread costs more than it brings.
 torch.set_num_threads(1)
 

@@ -91,7 +91,9 @@ def all_in_one(parts: States, prefixes: Mapping[str, str] = PREFIXES) -> dict[st
     return tensors | {"text_encoders.clip_l.logit_scale": torch.tensor(4.6)}
 
 
-def write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16", size: int = 2) -> int:
+def write_sparse(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16", size: int = 2
+) -> int:
     """A .safetensors file whose header declares tensors and whose data is a hole; returns its size."""
     header, at = {}, 0
     for name, shape in shapes.items():

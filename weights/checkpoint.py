@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .gguf import GgufError, GgufFile
+from .mapped import SafetensorsFile
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; the largest FLUX header is 0.2 MB."""
@@ -89,7 +90,7 @@ class Checkpoint:
         self.tensors = tensors
         self.metadata = metadata
         self._aside: Mapping[str, TensorInfo] = {}
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, SafetensorsFile | GgufFile] = {}
 
     def under(self, prefix: str) -> Checkpoint:
         """The part whose names start with a prefix, named without it."""
@@ -126,12 +127,20 @@ class Checkpoint:
         return str(self.tensors[name].file), self.tensors[name].place
 
     def read(self, name: str) -> Tensor:
-        """The tensor as a CPU view of the mapped file: copy it to keep it beyond the checkpoint's life."""
+        """The tensor as a CPU view of the mapped file: copy it, so that the file need not stay.
+
+        Raises CheckpointError when the file is no longer the one that was opened.
+        """
         info = self.tensors[name] if name in self.tensors else self._aside[name]
         if info.file not in self._files:
-            packed = info.file.suffix == GGUF_SUFFIX
-            self._files[info.file] = GgufFile(info.file) if packed else safe_open(info.file, framework="pt")
-        return self._files[info.file].get_tensor(info.key)
+            self._files[info.file] = _opened(info.file)
+        try:
+            tensor = self._files[info.file].get_tensor(info.key)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(info.file, f"changed since it was opened ({info.key}: {error})") from error
+        if info.packing is None and (tensor.dtype, tuple(tensor.shape)) != (info.dtype, info.shape):
+            raise CheckpointError(info.file, f"changed since it was opened ({info.key} is another tensor)")
+        return tensor
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -152,6 +161,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, tensors, metadata)
 
 
+def _opened(path: Path) -> SafetensorsFile | GgufFile:
+    try:
+        return GgufFile(path) if path.suffix == GGUF_SUFFIX else SafetensorsFile(path, DTYPES)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(path, f"cannot be read any more: {error}") from error
+
+
 def holds_checkpoint(folder: Path) -> bool:
     """Whether a folder holds any .safetensors file (a config-only folder does not)."""
     return folder.is_dir() and any(p.suffix in SUFFIXES for p in folder.iterdir())
@@ -165,7 +181,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if path.suffix == GGUF_SUFFIX:
         return _gguf_header(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        # As numpy: for PyTorch the library maps the data in a way that needs as much memory as there is data.
+        with safe_open(path, framework="np") as file:
             entries = [(name, file.get_slice(name)) for name in file.offset_keys()]
             found = [(name, entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries]
             metadata = file.metadata() or {}

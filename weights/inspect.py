@@ -24,6 +24,7 @@ from bokehflux.models.vae import AutoencoderKL
 
 from .bokeh_config import bokeh_config
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo, holds_checkpoint, open_checkpoint
+from .gguf import TYPES
 from .layouts import Findings, is_flux, scan
 from .mapping import plan
 from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
@@ -146,15 +147,8 @@ def _part(checkpoint: Checkpoint, name: str) -> list[str]:
         if info.dtype in NARROW or info.packing in FORMATS
     ]
     lines += [f"model: {model}", "complete: nothing missing, nothing unexpected"]
-    return [*lines, _plan_line(part, entries_bytes=_memory(infos, kept), kept=kept)]
-
-
-def _plan_line(part: Part, entries_bytes: int, kept: list[TensorInfo]) -> str:
-    memory = f"about {_bytes(entries_bytes)} when loaded in bf16"
-    if kept:
-        return f"loading: linear weights stay as stored and are cast at use; {memory}"
-    packed = any(info.packing for info in part.checkpoint.tensors.values())
-    return f"loading: {'unpacked at load' if packed else 'cast to the compute dtype'}; {memory}"
+    how = "linear weights stay as stored and are cast at use" if kept else "cast to the compute dtype"
+    return [*lines, f"loading: {how}; about {_bytes(_memory(infos, kept))} when that is bf16"]
 
 
 def _memory(infos: Any, kept: list[TensorInfo]) -> int:
@@ -167,8 +161,8 @@ def _stored_bytes(info: TensorInfo) -> int:
     numbers = math.prod(info.shape)
     if info.packing is None:
         return numbers * info.dtype.itemsize
-    per_block = 256 if info.packing.endswith("_K") else 32
-    return numbers // per_block * FORMATS[info.packing][0]
+    block, size = next((block, size) for name, block, size in TYPES.values() if name == info.packing)
+    return numbers // block * size
 
 
 def _precision(infos: Any, scaled: bool) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from bokehflux.models.linear import NARROW, Dequantize
 
 from .checkpoint import Checkpoint, CheckpointError, fold
-from .gguf import GgufError, widened
+from .gguf import GgufError, check_decoder, widened
 from .mapping import Entry
 from .unpack import FORMATS, Packed, unpack
 
@@ -94,6 +94,11 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
                 )
             scales[weight] = name
     problems += fold(orphans)
+    for packing in sorted({info.packing for info in names.values() if info.packing} - set(FORMATS)):
+        try:
+            check_decoder(packing)
+        except GgufError as error:
+            problems.append(str(error))
     problems += _strange_formats(checkpoint, [n for n in names if n.endswith(FORMAT)])
     if problems:
         raise CheckpointError(f"{checkpoint.path} (quantised)", *problems)
@@ -198,11 +203,8 @@ def _wide(
 ) -> Tensor:
     info, tensor = checkpoint.tensors[name], checkpoint.read(name)
     if info.packing is not None:
-        try:
-            known = info.packing in FORMATS
-            tensor = unpack(tensor, info.packing) if known else widened(tensor, info.packing, info.shape)
-        except GgufError as error:
-            raise CheckpointError(checkpoint.path, f"{name}: {error}") from None
+        known = info.packing in FORMATS
+        tensor = unpack(tensor, info.packing) if known else widened(tensor, info.packing)
         tensor = tensor.reshape(info.shape)
     elif name in scales:
         scale = _scale(name, checkpoint, scales)

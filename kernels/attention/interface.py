@@ -1,15 +1,17 @@
 """The one public attention interface: checks its arguments, picks a backend by name, runs it.
 
-Backends: `reference` (float32 definition) and `sdpa` (PyTorch's kernels). `auto` takes the fastest one that
-can run the call and logs its choice once.
+Backends: `reference` (float32 definition) and `sdpa` (PyTorch's kernels). `auto` takes the one that
+`automatic` names, and logs its choice once.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from . import eager, reference
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": eager}
+BACKENDS: dict[str, ModuleType | str] = {"reference": reference, "sdpa": eager}
+"""By name, a module with `attention`, `target_attention` and `grounded_attention`, or the name of one that is
+imported when it is first used."""
 
 
 def attention(
@@ -108,18 +112,34 @@ def _check(q: Tensor, k: Tensor, v: Tensor, value_bias: Tensor | None) -> None:
         )
 
 
+class Choice(NamedTuple):
+    """What `auto` means on a kind of device."""
+
+    backend: str
+    reason: str
+
+
+def automatic(device_type: str) -> Choice:
+    """The backend that `auto` takes, and why."""
+    if device_type == "cuda":
+        return Choice("sdpa", "the Triton kernels are asked for by name until they are measured")
+    return Choice("sdpa", f"there are no kernels of our own for {device_type}")
+
+
 def _module(backend: str, device_type: str) -> ModuleType:
     if backend == "auto":
+        backend = automatic(device_type).backend
         if not torch.compiler.is_compiling():  # a log line is no part of a traced graph
             _log_choice(device_type)
-        return eager
     if backend not in BACKENDS:
         raise ValueError(
             f"unknown attention backend {backend!r}: expected 'auto' or one of {sorted(BACKENDS)}"
         )
-    return BACKENDS[backend]
+    found = BACKENDS[backend]
+    return importlib.import_module(found, __package__) if isinstance(found, str) else found
 
 
 @functools.cache
 def _log_choice(device_type: str) -> None:
-    logger.info("attention backend for %s: sdpa", device_type)
+    choice = automatic(device_type)
+    logger.info("attention backend for %s: %s (%s)", device_type, choice.backend, choice.reason)

@@ -120,6 +120,19 @@ def _finish(
 
 
 @triton.jit
+def _row_sums(p, weights, FIXED: tl.constexpr):
+    """What values are divided by: sums of p, or with a fixed offset of its 16-bit form that weighted them.
+
+    A running maximum makes the largest weight of a line exactly 1. Without one it is rounded like any other;
+    where it dominates, dividing by the rounded sum takes that error out again (bfloat16, normal scores of
+    standard deviation 3: error against float32 1.08 times that with a running maximum, otherwise 1.27).
+    """
+    if FIXED:
+        p = weights.to(tl.float32)
+    return tl.sum(p, 1)
+
+
+@triton.jit
 def _tile(
     q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
     stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
@@ -193,16 +206,18 @@ def _tile(
             acc *= fade[:, None]
 
         if KIND == PAIR:
-            total_p += tl.sum(p_p, 1)
             v_tile_p = load_tile(
                 v, pivot_row, head, start, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, TMA
             )
-            acc_p = tl.dot(p_p.to(v_tile_p.dtype), v_tile_p, acc_p)
-        total += tl.sum(p, 1)
+            weights_p = p_p.to(v_tile_p.dtype)
+            total_p += _row_sums(p_p, weights_p, FIXED)
+            acc_p = tl.dot(weights_p, v_tile_p, acc_p)
         v_tile = load_tile(
             v, row, head, start, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, TMA
         )
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc)
+        weights = p.to(v_tile.dtype)
+        total += _row_sums(p, weights, FIXED)
+        acc = tl.dot(weights, v_tile, acc)
 
     if KIND == PAIR:
         _finish(

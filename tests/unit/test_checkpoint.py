@@ -335,3 +335,38 @@ def test_long_reports_are_cut_but_complete_in_problems():
     error = CheckpointError("f", *[f"p{i}" for i in range(100)])
     assert len(error.problems) == 100
     assert "100 problems" in str(error) and "... and 60 more" in str(error)
+
+
+def test_tensors_of_unaligned_files_are_read(tmp_path):
+    """Writers before safetensors 0.3 did not pad the header."""
+    data = torch.arange(6, dtype=torch.float32)
+    header = {"a": f32(2, 3), "b": f32(0, at=24)}
+    text = json.dumps(header).encode()
+    text += b" " * (1 - len(text) % 4)
+    assert (8 + len(text)) % 4
+    (tmp_path / "a.safetensors").write_bytes(raw(text, data.numpy().tobytes()))
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    assert torch.equal(checkpoint.read("a"), data.reshape(2, 3)) and checkpoint.read("b").shape == (0,)
+
+
+@pytest.mark.parametrize("other", [{"b": torch.ones(3)}, {"a": torch.ones(4)}, {"a": torch.ones(3).half()}])
+def test_a_file_that_was_replaced_is_not_read(tmp_path, other):
+    save(tmp_path / "a.safetensors", {"a": torch.ones(3)})
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    save(tmp_path / "a.safetensors", other)
+    with pytest.raises(CheckpointError, match="changed since it was opened"):
+        checkpoint.read("a")
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read any more"):
+        checkpoint.read(next(iter(other)))
+
+
+def test_parts_and_what_is_out_of_sight(tmp_path):
+    save(tmp_path / "a.safetensors", {"x.a": torch.ones(1), "x.b": torch.zeros(1), "y": torch.ones(2)})
+    part = open_checkpoint(tmp_path / "a.safetensors").under("x.")
+    assert part.shapes == {"a": (1,), "b": (1,)} and part.read("b") == 0
+    bare = part.without({"b"})
+    assert set(bare.tensors) == {"a"} and bare.read("b") == 0 and bare.read("a") == 1
+    with pytest.raises(KeyError):
+        bare.read("y")

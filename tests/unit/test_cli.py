@@ -8,9 +8,8 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -285,16 +284,21 @@ def test_info_shows_the_recipe(fake: FakePipeline, capsys: pytest.CaptureFixture
     assert {"prompt: a dog", "bokeh_level: 4.2", "model: nano", "torch: " + torch.__version__} <= set(lines)
 
 
-def test_inspect_is_there_when_its_module_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_inspect_describes_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    module = ModuleType("bokehflux.weights.inspect")
-    module.__spec__ = ModuleSpec("bokehflux.weights.inspect", None)
-    module.describe = lambda path: f"{path} is a file"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "bokehflux.weights.inspect", module)
-    monkeypatch.setattr("bokehflux.weights.inspect", module, raising=False)
+    assert "no_such_file" in error_of(["inspect", str(tmp_path / "no_such_file.safetensors")], capsys)
+    monkeypatch.setattr("bokehflux.weights.inspect.describe", lambda path: f"{path} is a file")
     assert cli.main(["inspect", "x.safetensors"]) == 0
     assert capsys.readouterr().out == "x.safetensors is a file\n"
+
+
+def test_fetch_downloads_a_revision_and_prints_its_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bokehflux.fetch.fetch", lambda name, *, revision: Path("cache", name, revision))
+    assert cli.main(["fetch", "flux-dev"]) == cli.main(["fetch", "flux-dev", "--revision", "v2"]) == 0
+    assert capsys.readouterr().out.split() == ["cache/flux-dev/main", "cache/flux-dev/v2"]
 
 
 def test_a_full_disk_is_one_line(

@@ -46,6 +46,7 @@ def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     whole = digest(base)
     assert digest(base) == whole and digest(base + b"\0") != whole
+    assert digest(bytes(size)) != digest(bytes(size + 1)), "nothing but zeros, and one more of them"
     for start in (0, 700, size - 1):  # header and end
         changed = bytearray(base)
         changed[start] ^= 1

@@ -207,7 +207,12 @@ def test_all_in_one_is_covered_both_ways(home, env, part, monkeypatch):
     del lost[name]
     write.save(home / "a.safetensors", lost)
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read a tensor"))
-    loader = {"transformer": load.load_mmdit, "vae": load.load_vae, "clip": load.load_clip, "t5": load.load_t5}
+    loader = {
+        "transformer": load.load_mmdit,
+        "vae": load.load_vae,
+        "clip": load.load_clip,
+        "t5": load.load_t5,
+    }
     message = problems(loader[part], home / "a.safetensors")
     assert "missing: " in message or "not found" in message or "not a complete" in message
     write.save(home / "a.safetensors", tensors | {files.PREFIXES[part] + "extra.weight": torch.ones(2)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import zlib
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -111,6 +112,15 @@ def test_texts_that_are_no_recipe(tmp_path: Path, text: str) -> None:
     solid().save(tmp_path / "x.png", pnginfo=info)
     with pytest.raises(NoRecipe):
         read_recipe(tmp_path / "x.png")
+
+
+def test_a_picture_of_absurd_size_is_not_opened(tmp_path: Path) -> None:
+    data = bytearray(encode(solid(), RECIPE))
+    data[16:24] = (200_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(data)
+    with pytest.raises(NoRecipe, match="decompression bomb"):
+        read_recipe(tmp_path / "bomb.png")
 
 
 @given(kind=st.sampled_from([*STILLS, "gif", "animated-webp"]), data=st.data())

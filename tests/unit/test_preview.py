@@ -98,9 +98,17 @@ def test_one_step_is_shown_too(tmp_path: Path) -> None:
 def test_a_second_batch_begins_afresh(tmp_path: Path) -> None:
     """The last latents of one batch and the first of the next make no velocity."""
     pipe = tiny_pipeline()
-    preview = Preview(pipe.vae, Request(prompt="p").completed(pipe.defaults), tmp_path / "p.png", 1)
+    path, written = tmp_path / "p.png", []
+    preview = Preview(pipe.vae, Request(prompt="p").completed(pipe.defaults), path, 1)
+
+    def watch(info: StepInfo) -> None:
+        preview(info)
+        written.append(path.exists())
+        path.unlink(missing_ok=True)
+
     for targets in ([0], [0, 30]):
-        pipe.generate("p", targets, num_inference_steps=2, on_step=preview)
+        pipe.generate("p", targets, num_inference_steps=3, on_step=watch)
+    assert written == [False, True, True] * 2
 
 
 @pytest.mark.parametrize(("name", "every", "says"), [

@@ -202,7 +202,11 @@ def test_the_error_names_every_place(tmp_path, env):
     own = tmp_path / "own"
     own.mkdir()
     write.save(tmp_path / "ae.sft", STATES["vae"])
-    env |= {"BOKEHFLUX_MODELS": str(own), "FLUX_AE": str(tmp_path / "ae.sft"), "HF_HOME": str(tmp_path / "hf")}
+    env |= {
+        "BOKEHFLUX_MODELS": str(own),
+        "FLUX_AE": str(tmp_path / "ae.sft"),
+        "HF_HOME": str(tmp_path / "hf"),
+    }
     message = problems(resolve_model, DEV, env)
     for part in (f"{own} (BOKEHFLUX_MODELS)", "FLUX_MODEL and FLUX_AE", "FLUX_DEV and AE",
                  str(tmp_path / "hf" / "hub"), "which does not exist", "bokehflux fetch",

@@ -34,7 +34,7 @@ if not ON_GPU and not triton_fwd.INTERPRETED:
 DEVICE = "cuda" if ON_GPU else "cpu"
 BOUND = 8.0
 """No scaled score of `qkv` exceeds it; float16 without a running maximum takes up to 9.7."""
-GROUPINGS = [(0,), (0, 0), (1, 1), (0, 0, 0), (1, 1, 1, 3), (2, 1, 2, 1, 2), (0, 1, 2), (3, 3, 2, 3)]
+GROUPINGS = [(0,), (1, 1), (0, 0, 0), (1, 1, 1, 3), (2, 1, 2, 1, 2), (0, 1)]
 each_softmax = pytest.mark.parametrize("bound", [None, BOUND], ids=["running-maximum", "fixed-offset"])
 each_load = pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 
@@ -75,10 +75,10 @@ def bias_of(rows: int, heads: int = 2, dim: int = 64) -> Tensor:
 
 @each_softmax
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("length", "length_k"), [(1, 1), (17, 17), (63, 16), (5, 100), (100, 100)])
+@pytest.mark.parametrize(("length", "length_k"), [(1, 1), (17, 17), (63, 16), (5, 100), (65, 65)])
 def test_plain(length: int, length_k: int, dim: int, bound: float | None) -> None:
-    q, k, v = qkv(2, 2, length, 2, dim, length_k)
-    bias = bias_of(2, 2, dim)
+    q, k, v = qkv(2, 2, length, 1, dim, length_k)
+    bias = bias_of(2, 1, dim)
     ours = ops.attention(q, k, v, value_bias=bias, logit_bound=bound)
     exact = reference.attention(*wide(q, k, v), value_bias=bias)
     assert_within_2x(ours, plain(q, k, v, bias), exact)
@@ -87,8 +87,8 @@ def test_plain(length: int, length_k: int, dim: int, bound: float | None) -> Non
 @each_softmax
 @pytest.mark.parametrize("pivot_of", GROUPINGS, ids=str)
 def test_every_grouping(pivot_of: tuple[int, ...], bound: float | None) -> None:
-    q, k, v = qkv(len(set(pivot_of)), len(pivot_of), 17)
-    bias = bias_of(len(pivot_of))
+    q, k, v = qkv(len(set(pivot_of)), len(pivot_of), 17, 1)
+    bias = bias_of(len(pivot_of), 1)
     ours = ops.grounded_attention(q, k, v, pivot_of, value_bias=bias, logit_bound=bound)
     exact = reference.grounded_attention(*wide(q, k, v), pivot_of, value_bias=bias)
     assert_within_2x(ours, grounded(q, k, v, pivot_of, bias), exact)
@@ -137,16 +137,12 @@ def test_tiles_and_loads(block_m: int, block_n: int, tma: bool, bound: float | N
     ours, lse = triton_fwd.forward(q, k, None, v, None, jobs, fixed=bound is not None, tile=tile)
     exact = reference.grounded_attention(*wide(q, k, v), pivot_of)
     assert_within_2x(ours, grounded(q, k, v, pivot_of, None), exact)
-    rows, slots = list(pivot_of), [0, 0, 0, 1]
-    keys = torch.cat([k, k[rows]], dim=1)
-    keys[3, 63:] = -torch.inf  # a pivot sees its keys once
-    scores = torch.einsum("blhd,bmhd->bhlm", q[slots].double(), keys.double().nan_to_num(neginf=0)) / 8
-    for row in (1, 2):
-        torch.testing.assert_close(lse[row], scores[row].logsumexp(-1).float(), atol=1e-5, rtol=1e-6)
-    for row in (0, 3):
-        torch.testing.assert_close(
-            lse[row], scores[row, ..., :63].logsumexp(-1).float(), atol=1e-5, rtol=1e-6
-        )
+    # Log-sum-exps, of one set of keys for pivots. A fixed offset sums probabilities rounded to float16.
+    atol = 2**-11 if bound else 1e-5
+    for row, slot, key_rows in ((0, 0, [0]), (1, 0, [1, 0]), (2, 0, [2, 0]), (3, 1, [3])):
+        keys = torch.cat([k[r] for r in key_rows]).double()
+        scores = torch.einsum("lhd,mhd->hlm", q[slot].double(), keys) / 8
+        assert max_error(lse[row], scores.logsumexp(-1).float()) <= atol
 
 
 def test_descriptors_are_used_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,21 +264,22 @@ def check_gradients(ours: Callable, oracle: Callable, exact: Callable, inputs: l
     results = gradients(ours, inputs, weight), gradients(oracle, inputs, weight)
     for mine, theirs, true in zip(*results, gradients(exact, wide(*inputs), weight), strict=True):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        # Where a gradient is exactly zero (one key) the rounding of a softmax's output is all there is.
-        assert_within_2x(mine, theirs, true, atol=5e-3 if true.abs().max() < 1e-5 else 1e-6)
+        # With one key the oracle is exact, zeros included, and ours keeps roundings of size 1.
+        atol = 4 * 2**-11 * weight.abs().max().item() if shape[1] == 1 else 1e-6
+        assert_within_2x(mine, theirs, true, atol=atol)
 
 
 @each_softmax
 @pytest.mark.parametrize(
-    ("length", "length_k", "dim"), [(1, 1, 64), (17, 40, 64), (63, 63, 64), (33, 20, 128)]
+    ("length", "length_k", "dim"), [(1, 1, 64), (17, 40, 64), (49, 49, 64), (33, 20, 128)]
 )
 def test_plain_backward(length: int, length_k: int, dim: int, bound: float | None) -> None:
-    bias = bias_of(2, 2, dim) if length != 17 else None
+    bias = bias_of(2, 1, dim) if length != 17 else None
     check_gradients(
         lambda q, k, v, b: ops.attention(q, k, v, value_bias=b, logit_bound=bound),
         plain,
         lambda q, k, v, b: reference.attention(q, k, v, value_bias=b),
-        [*qkv(2, 2, length, 2, dim, length_k), bias],
+        [*qkv(2, 2, length, 1, dim, length_k), bias],
     )
 
 
@@ -414,8 +411,9 @@ def test_operators_are_registered_completely() -> None:
     torch.library.opcheck(ops._grounded_attention, (q, k, v, [1, 1], None, False))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "backend"), [*((form, "aot_eager") for form in FORMS), ("grounded", "eager")]
+)
 def test_compiled_without_a_break(form: str, backend: str) -> None:
     inputs = inputs_of(form)
     plainly = run(form, inputs)
@@ -492,7 +490,7 @@ def test_split_tiles(pivot_of: tuple[int, ...], bound: float | None, monkeypatch
     plan = Tail(num_whole=1, num_parts=3, num_slots=3 * (total - 1))
     monkeypatch.setattr(tiles, "plan_tail", lambda *_: plan)
     parts = triton_fwd.forward(*args, fixed=bound is not None, tile=tile)
-    for a, b, tolerance in zip(parts, whole, (2e-3, 2e-5), strict=True):
+    for a, b, tolerance in zip(parts, whole, (2e-3, 1e-5 if bound is None else 2**-11), strict=True):
         assert max_error(a, b.float()) <= tolerance
     exact = reference.grounded_attention(*wide(q, k, v), pivot_of, value_bias=bias)
     assert_within_2x(parts[0], grounded(q, k, v, pivot_of, bias), exact)

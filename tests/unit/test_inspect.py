@@ -1,0 +1,204 @@
+"""What `bokehflux inspect` says, of every kind of file; from headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bokehflux.configs import BokehConfig
+from bokehflux.models.bokeh import BokehAdapter
+from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.weights import manifests, write
+from bokehflux.weights import save as export
+from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights.inspect import describe
+from tests import model_files as files
+
+STATES = files.states()
+E4M3 = torch.float8_e4m3fn
+
+
+def lines(path: Path) -> list[str]:
+    found = describe(path).split("\n")
+    assert found[0].startswith(str(path))
+    return [line.strip() for line in found[1:]]
+
+
+@pytest.fixture
+def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read a tensor"))
+
+
+def test_a_24_gb_file_is_described_at_once(tmp_path, no_reading):
+    path = tmp_path / "flux1-dev.safetensors"
+    assert files.write_sparse(path, manifests.shapes("flux1-dev.bfl")) > 23 * 10**9
+    start = time.process_time()
+    found = lines(path)
+    assert time.process_time() - start < 2
+    assert found[0] == "transformer, 23.8 GB, 780 tensors"
+    for line in ("layout: FLUX transformer, BFL layout", "parameters: 11.90 billion", "precision: bf16",
+                 "model: FLUX.1-dev", "complete: nothing missing, nothing unexpected"):  # fmt: skip
+        assert line in found
+    assert "cast to the compute dtype; about 23.8 GB" in found[-2] and found[-1].startswith("use: --model")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "title", "model"),
+    [
+        ("flux1-schnell.bfl", "transformer", "FLUX.1-schnell"),
+        ("ae.bfl", "autoencoder", "FLUX.1"),
+        ("clip_l.hf", "CLIP text encoder", "CLIP-L"),
+        ("t5xxl.hf", "T5 text encoder", "T5-XXL"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "size", "precision"), [("F16", 2, "fp16"), ("F8_E4M3", 1, "fp8 e4m3"), ("F32", 4, "fp32")]
+)
+def test_official_files(tmp_path, no_reading, manifest, title, model, dtype, size, precision):
+    files.write_sparse(tmp_path / "a.sft", manifests.shapes(manifest), dtype, size)
+    found = lines(tmp_path / "a.sft")
+    assert found[0].startswith(f"{title}, ") and f"model: {model}" in found
+    assert f"precision: {precision}" in found
+    assert any("stay as stored" in line for line in found) == (size == 1 and title != "autoencoder")
+
+
+def test_diffusers_folders_and_indexes(tmp_path):
+    tensors = export.to_official(export.flux.DIFFUSERS, STATES["transformer"])
+    index = export.save_sharded(tmp_path, tensors, "diffusion_pytorch_model", 100_000)
+    write.write_json(tmp_path / "config.json", export.mmdit_config_dict(files.MMDIT))
+    assert index.name.endswith("index.json")
+    for path in (tmp_path, index):
+        found = lines(path)
+        assert "layout: FLUX transformer, diffusers layout" in found
+        assert any(line.startswith("model: MMDiTConfig(in_channels=64") for line in found)
+
+
+def test_all_in_one(tmp_path):
+    parts = {name: {n: t.to(E4M3) for n, t in STATES[name].items()} for name in ("transformer", "clip")}
+    tensors = files.all_in_one(parts) | {"stray.weight": torch.ones(2)}
+    write.save(tmp_path / "a.safetensors", tensors)
+    found = lines(tmp_path / "a.safetensors")
+    assert found[0].startswith("all-in-one checkpoint")
+    assert "transformer, under 'model.diffusion_model.'" in found
+    assert "CLIP text encoder, under 'text_encoders.clip_l.transformer.'" in found
+    assert "unexpected: stray.weight" in found and "ignored: text_encoders.clip_l.logit_scale" in found
+    assert "not in this file: autoencoder, T5 text encoder" in found
+
+
+def test_scaled_fp8_and_mixtures(tmp_path):
+    state = dict(STATES["t5"])
+    name = "encoder.block.0.layer.0.SelfAttention.q."
+    state |= {name + "weight": state[name + "weight"].to(E4M3), name + "scale_weight": torch.tensor(0.1)}
+    write.save(tmp_path / "a.safetensors", state)
+    precision = next(line for line in lines(tmp_path / "a.safetensors") if line.startswith("precision"))
+    assert "fp32 9" in precision and "fp8 e4m3 with scales" in precision
+
+
+def test_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "flux")
+    for name, tensor in STATES["transformer"].items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = lines(tmp_path / "a.gguf")
+    assert found[0].startswith("transformer, ") and any(line.startswith("precision: Q8_0") for line in found)
+    assert any("stay as stored" in line for line in found)
+
+
+def test_what_lacks_and_what_is_too_much(tmp_path):
+    state = dict(STATES["t5"]) | {"extra": torch.ones(3)}
+    del state["encoder.block.1.layer.1.layer_norm.weight"]
+    write.save(tmp_path / "a.safetensors", state)
+    found = lines(tmp_path / "a.safetensors")
+    assert "problem: missing: encoder.block.1.layer.1.layer_norm.weight [32]" in found
+    assert "problem: unexpected: extra [3]" in found
+    assert not any("complete" in line for line in found)
+    state = {n: t for n, t in STATES["transformer"].items() if "txt_in" not in n}
+    write.save(tmp_path / "b.safetensors", state)
+    assert any("'txt_in.weight'" in line for line in lines(tmp_path / "b.safetensors"))
+    odd = dict(STATES["clip"]) | {"x.scale_weight": torch.ones(())}
+    write.save(tmp_path / "c.safetensors", odd)
+    assert "problem: x.scale_weight has no weight beside it" in lines(tmp_path / "c.safetensors")
+
+
+def test_a_model_without_heads_that_shapes_tell(tmp_path):
+    small = dataclasses.replace(files.CLIP, width=8)
+    write.save(tmp_path / "a.safetensors", files.random_state(CLIPTextEncoder(small)))
+    assert any("no config.json beside it" in line for line in lines(tmp_path / "a.safetensors"))
+
+
+def test_adapters(tmp_path, no_reading):
+    files.write_sparse(tmp_path / "a.safetensors", manifests.shapes("bokeh_adapter.all57-qk"))
+    found = lines(tmp_path / "a.safetensors")
+    assert found[0].startswith("bokeh adapter, 291.5 MB")
+    assert "model: for FLUX.1-dev, 57 of 57 blocks, rank 128, updates queries and keys" in found
+    assert found[-1] == "use: --adapter"
+    config = BokehConfig(blocks=(0, 1), rank=2, hidden_dim=3, context_dim=5)
+    write.save(tmp_path / "b.safetensors", files.random_state(BokehAdapter(config, files.MMDIT)))
+    assert any("made for width 128" in line for line in lines(tmp_path / "b.safetensors"))
+
+
+def test_loras(tmp_path, no_reading):
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    shapes = {f"{layer}.lora_A.weight": (4, 8), f"{layer}.lora_B.weight": (8, 4), f"{layer}.alpha": ()}
+    files.write_sparse(tmp_path / "a.safetensors", shapes)
+    found = lines(tmp_path / "a.safetensors")
+    assert found[0].startswith("LoRA, ") and "changes: 1 layers of mmdit, rank 4" in found
+    assert found[-1] == "use: --lora"
+    shapes = {"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": (4, 8)}
+    files.write_sparse(tmp_path / "b.safetensors", shapes)
+    assert lines(tmp_path / "b.safetensors")[0].startswith("LoHa adapter")
+
+
+def test_anything_else(tmp_path):
+    write.save(tmp_path / "a.safetensors", {"something.weight": torch.ones(3)})
+    found = lines(tmp_path / "a.safetensors")
+    assert found[0].startswith("not known: ") and "something.weight" in found[0]
+    assert found[-1].startswith("use: none")
+    write.save(tmp_path / "b.safetensors", {})
+    assert "nothing" in lines(tmp_path / "b.safetensors")[0]
+
+
+def test_folders(tmp_path, no_reading):
+    files.write_official(tmp_path / "snapshot", STATES)
+    found = lines(tmp_path / "snapshot")
+    assert "transformer: transformer" in found and "t5: text_encoder_2" in found
+    assert any(line.startswith("clip_tokenizer: missing; looked for tokenizer/") for line in found)
+    assert found[-1].endswith("clip_tokenizer, t5_tokenizer must lie in another known place")
+    files.write_tokenizers(tmp_path / "snapshot")
+    assert lines(tmp_path / "snapshot")[-1] == "use: --model with this folder"
+    files.write_comfyui(tmp_path / "comfy" / "models", STATES)
+    write.save(tmp_path / "comfy" / "models" / "unet" / "b.safetensors", STATES["transformer"])
+    (tmp_path / "comfy" / "models" / "unet" / "c.safetensors").write_bytes(b"<html>     ")
+    found = lines(tmp_path / "comfy")
+    assert "transformer: models/unet/b.safetensors (one of several)" in found
+    assert any(line.startswith("unreadable: ") and "web page" in line for line in found)
+    (tmp_path / "empty").mkdir()
+    found = lines(tmp_path / "empty")
+    assert sum(": missing; looked for " in line for line in found) == 6
+    assert found[-1] == "use: none as a model, it has no transformer"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02}q", "Python pickle"),
+        (b"PK\x03\x04", "PyTorch pickle"),
+        (b"", "empty"),
+        (b"\xff" * 40, "not a .safetensors file"),
+    ],
+)
+def test_what_cannot_be_read_is_an_error(tmp_path, content, message):
+    (tmp_path / "a.safetensors").write_bytes(content.ljust(40 if content else 0, b" "))
+    with pytest.raises(CheckpointError, match=message):
+        describe(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="no such file"):
+        describe(tmp_path / "absent")
