@@ -169,11 +169,12 @@ def test_settings(pipe: Pipeline) -> None:
     }  # fmt: skip
 
 
+NOT_ARGUMENTS = ("model", "adapter", "loras", "device", "dtype", "version", "memory")
+
+
 def test_settings_repeat_the_run(pipe: Pipeline) -> None:
     first = pipe.generate(PROMPT, [3, 28], bokeh_pivot=12, seed=11, guidance_scale=4.5)
-    words = {
-        k: v for k, v in first.settings.items() if k not in ("model", "device", "dtype", "version", "memory")
-    }
+    words = {k: v for k, v in first.settings.items() if k not in NOT_ARGUMENTS}
     assert torch.equal(pipe.generate(**words).latents, first.latents)
 
 
