@@ -35,11 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[args.command](args)
     except ValueError as error:
-        print(f"bokehflux: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"bokehflux: error: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except (OSError, ArithmeticError) as error:
         # ArithmeticError: NaN in weights or activations.
-        print(f"bokehflux: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"bokehflux: error: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"bokehflux: interrupted{stop}", file=sys.stderr)
@@ -102,7 +102,7 @@ def info(args: argparse.Namespace) -> int:
     from bokehflux.metadata import read_recipe
 
     for name, value in read_recipe(args.image).items():
-        print(f"{name}: {value}")
+        print(_plain(f"{name}: {value}"))
     return 0
 
 
@@ -119,7 +119,7 @@ def inspect(args: argparse.Namespace) -> int:
     """What a checkpoint file is."""
     from bokehflux.weights.inspect import describe
 
-    print(describe(args.file))
+    print(*map(_plain, describe(args.file).split("\n")), sep="\n")
     return 0
 
 
@@ -135,6 +135,11 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": generate, "sweep": sweep, "info": info, "doctor": doctor, "inspect": inspect,
     "fetch": fetch,
 }  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    """With control characters spelled out: what strangers wrote into a file must not rule the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _required(prompt: str | None) -> str:

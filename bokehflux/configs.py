@@ -7,7 +7,52 @@ end are the official models; `weights/load.py` reads the same classes out of a s
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
+from typing import Any
+
+MAX_LAYERS = 1000
+"""Of any kind; the largest published network has 57. A config file must not make us build without end."""
+MAX_SIDE_PX = 16_383
+"""The largest side that every picture format can hold (WebP's limit)."""
+MAX_STEPS = 10_000
+
+
+def check_fields(config: Any) -> None:
+    """Raise ValueError unless every number of a config has its declared type and can be a size.
+
+    Whole numbers are positive, but for counts that may be zero (`num_...`) and ids; floats are finite.
+    """
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), str(field.type)
+        if value is None and kind.endswith("| None"):
+            continue
+        if kind == "bool":
+            good, wanted = isinstance(value, bool), "true or false"
+        elif kind == "int":
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            most = MAX_LAYERS if field.name in _LAYERS else 2**31 - 1
+            good, wanted = _whole(value, least, most), f"a whole number from {least} to {most}"
+        elif kind.startswith("tuple"):
+            good = isinstance(value, tuple) and all(_whole(v, 0, 2**31 - 1) for v in value)
+            good, wanted = good and 0 < len(value) <= MAX_LAYERS, "a list of whole numbers"
+        else:
+            good, wanted = _finite(value), "a finite number"
+        if not good:
+            raise ValueError(f"{field.name} must be {wanted}, got {value!r:.80}")
+
+
+_LAYERS = frozenset({"num_double", "num_single", "num_layers", "layers_per_block"})
+_MAY_BE_ZERO = frozenset({"num_double", "num_single", "num_layers", "eos_token_id"})
+
+
+def _whole(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _finite(value: object) -> bool:
+    # A whole number may be too large for a float: compared, not converted.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +81,7 @@ class MMDiTConfig:
     """Base of the rotary frequencies."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         if sum(self.axes_dim) != self.head_dim or any(d % 2 for d in self.axes_dim):
@@ -79,6 +125,7 @@ class BokehConfig:
     """Default strength of the level's value vector."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
             raise ValueError(f"blocks must be ascending, distinct and non-negative, got {self.blocks}")
         if self.rank < 1:
@@ -103,6 +150,9 @@ class T5Config:
     max_distance: int = 128
     eps: float = 1e-6
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
@@ -117,6 +167,9 @@ class CLIPConfig:
     eos_token_id: int = 2
     """Where to pool: the first such id; 2 is the historical value that means "the largest id" instead."""
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +187,7 @@ class VAEConfig:
     """Model latents are (z - shift) * scale."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         bad = [c for c in self.channels if c % self.norm_groups]
         if bad:
             raise ValueError(f"channels {bad} are not divisible by norm_groups {self.norm_groups}")
@@ -156,6 +210,11 @@ class ScheduleConfig:
     base_shift: float = 0.5
     max_shift: float = 1.15
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.dynamic and self.base_tokens == self.max_tokens:
+            raise ValueError(f"base_tokens and max_tokens must differ, both are {self.max_tokens}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
@@ -166,6 +225,17 @@ class Defaults:
     width_px: int
     txt_length: int
     """T5 tokens a prompt is padded to."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+
+
+_MOST = {
+    "num_inference_steps": MAX_STEPS, "height_px": MAX_SIDE_PX, "width_px": MAX_SIDE_PX, "txt_length": 65_536,
+}  # fmt: skip
 
 
 FLUX_DEV = MMDiTConfig(

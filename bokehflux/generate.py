@@ -9,10 +9,10 @@ transfer (`color`). To change one, call the others yourself; there is no other s
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,12 +25,11 @@ from bokehflux.configs import Defaults, ScheduleConfig
 from bokehflux.memory import (
     MODES,
     MemoryMode,
+    Placement,
     choose,
     footprint,
     free_memory,
-    out_of_memory_advice,
     place,
-    visiting,
 )
 from bokehflux.models.bokeh import BokehCondition, check_level
 from bokehflux.models.mmdit import MMDiT
@@ -42,6 +41,9 @@ from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import OnStep, euler
 from bokehflux.sampling.schedule import sigmas
 from bokehflux.text.encode import TextEncoders
+
+if TYPE_CHECKING:
+    from bokehflux.weights.resolve import ModelFiles
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class Pipeline:
     defaults: Defaults
     name: str
     """Folder or bundled name the model came from."""
-    memory: MemoryMode = "resident"
+    memory: Placement = Placement()
     """Where the weights live while it runs."""
     adapter: str | None = None
     """As given to `load`; None where there was none, or the model brought its own."""
@@ -86,7 +88,8 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.mmdit.device
+        """Where the work is done."""
+        return self.memory.device or self.mmdit.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -164,29 +167,29 @@ class Pipeline:
             pivot_cache.check(scene)
         levels = None if targets is None else ([bokeh_pivot] if makes_pivot else []) + list(targets)
 
-        steps = sigmas(self.schedule, num_steps, grid.num_tokens)
         grounding = Grounding(pivot_row=0 if makes_pivot else None, num_steps=num_grounded, cache=pivot_cache)
-        with visiting(self.text.networks, self.device):
+        with self.memory.phase("text"):
             conditioning = self.text.encode([prompt])
             negative = self.text.encode([negative_prompt]) if true_cfg > 1 else None
-        velocity = denoiser(
-            self.mmdit,
-            conditioning,
-            grid,
-            guidance=guidance_scale,
-            bokeh=None if levels is None else BokehCondition.of(levels),
-            grounding=grounding if grounded else None,
-            true_cfg=true_cfg,
-            negative=negative,
-            sigmas=steps,
-            max_rows=max_rows,
-        )
-        start = pack(noise(grid, seed, self.dtype)).to(self.device)
-        start = start.expand(1 if levels is None else len(levels), -1, -1)
-        with out_of_memory_advice(self.memory):
+        with self.memory.phase("denoise"):
+            steps = sigmas(self.schedule, num_steps, grid.num_tokens)
+            velocity = denoiser(
+                self.mmdit,
+                conditioning,
+                grid,
+                guidance=guidance_scale,
+                bokeh=None if levels is None else BokehCondition.of(levels),
+                grounding=grounding if grounded else None,
+                true_cfg=true_cfg,
+                negative=negative,
+                sigmas=steps,
+                max_rows=max_rows,
+            )
+            start = pack(noise(grid, seed, self.dtype)).to(self.device)
+            start = start.expand(1 if levels is None else len(levels), -1, -1)
             x = euler(velocity, start, steps, on_step)
-        if not x.isfinite().all():
-            raise explain_nonfinite(self.mmdit, velocity, start, steps)
+            if not x.isfinite().all():
+                raise explain_nonfinite(self.mmdit, velocity, start, steps)
         pivot_latents = None
         if makes_pivot:
             pivot_latents, x = x[0], x[1:]
@@ -195,7 +198,7 @@ class Pipeline:
         elif pivot_cache is not None:
             pivot_latents = pivot_cache.latents
 
-        with visiting([self.vae], self.device):
+        with self.memory.phase("decode"):
             pixels = [self._decode(row, grid) for row in x]
             pivot = None if pivot_latents is None else self._decode(pivot_latents, grid)
         if pivot is not None:
@@ -205,7 +208,7 @@ class Pipeline:
             pivot_image=None if pivot is None else Image.fromarray(pivot),
             latents=x,
             pivot_latents=pivot_latents,
-            settings={**scene, "bokeh_targets": targets, "memory": self.memory},
+            settings={**scene, "bokeh_targets": targets, "memory": self.memory.mode},
         )
 
     def _decode(self, latents: Tensor, grid: LatentGrid) -> np.ndarray:
@@ -246,23 +249,27 @@ class Pipeline:
 
 
 def load(
-    model: str | Path = "nano",
+    model: str | Path | ModelFiles = "nano",
     *,
     adapter: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     memory: MemoryMode | Literal["auto"] = "auto",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Pipeline:
     """Load a model with its text encoders, autoencoder and, if given, a bokeh adapter and LoRAs.
 
-    model: a folder in the official FLUX snapshot layout, or the name of a bundled model ("nano", which
-        brings its adapter). adapter: an adapter folder or file; None loads plain FLUX.
+    model: the name of a bundled model ("nano", which brings its adapter); a folder or file in any layout; a
+        repository in the Hugging Face cache, such as "black-forest-labs/FLUX.1-dev"; or `ModelFiles`
+        (`weights/resolve.py`), part by part. The pipeline's `name` is this as text.
+    adapter: an adapter's folder, file or repository; None takes the model's own, if it has one.
     loras: (file, strength) of each, in any of the known key families; their effects add up.
     device: None takes CUDA, then MPS, then the CPU. dtype: "bfloat16", "float32" or "float16"; None takes
         bfloat16 on a GPU and float32 on a CPU.
     memory: "resident", "offload" or "stream" (`memory.py`); "auto" takes the first that fits in the GPU's
         free memory, and "resident" on other devices.
+    on_progress: called with the bytes read so far and those of the whole model, first with 0.
     Raises ValueError (`CheckpointError` for files) with everything that is wrong in one message.
     """
     # The only place where the networks and the checkpoint code meet.
@@ -277,13 +284,15 @@ def load(
         raise ValueError(f"memory mode {memory!r} needs a CUDA device, got {where}")
     # What will not stay on the device is never put there.
     home = where if resident else torch.device("cpu")
-    parts = load_components(model, adapter=adapter, loras=loras, device=home, dtype=kind)
-    mode: MemoryMode = "resident"
+    parts = load_components(
+        model, adapter=adapter, loras=loras, device=home, dtype=kind, on_progress=on_progress
+    )
+    placement = Placement()
     if not resident:
-        visitors = [*parts.text.networks, parts.vae]
-        mode = choose(footprint(parts.mmdit, visitors), free_memory(where)) if memory == "auto" else memory
+        networks = (parts.mmdit, parts.text.networks, parts.vae)
+        mode = choose(footprint(*networks), free_memory(where)) if memory == "auto" else memory
         logger.info("memory mode %s", mode)
-        place(parts.mmdit, visitors, mode, where)
+        placement = place(*networks, mode, where)
     return Pipeline(
         mmdit=parts.mmdit,
         text=parts.text,
@@ -291,7 +300,7 @@ def load(
         schedule=parts.schedule,
         defaults=parts.defaults,
         name=str(model),
-        memory=mode,
+        memory=placement,
         adapter=None if adapter is None else str(adapter),
         loras=tuple((str(path), float(strength)) for path, strength in loras),
     )

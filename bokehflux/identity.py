@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from bokehflux.generate import Pipeline
+    from bokehflux.weights.resolve import ModelFiles
 
 WHOLE = 64 << 20
 EDGE, BLOCK, NUM_BLOCKS = 1 << 20, 4 << 10, 256
@@ -44,7 +45,7 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 
 def model_facts(
-    model: str | Path, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]] = ()
+    model: str | Path | ModelFiles, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]] = ()
 ) -> dict[str, Any]:
     """`model_hash`, `adapter_hash`, `lora_hashes` and the paths, for the arguments of `bokehflux.load`.
 
@@ -72,18 +73,26 @@ def model_facts(
 
 def facts(
     pipe: Pipeline,
-    model: str | Path,
+    model: str | Path | ModelFiles,
     adapter: str | Path | None,
     loras: Sequence[tuple[str | Path, float]] = (),
 ) -> dict[str, Any]:
     """The part of a recipe that does not depend on the request: which model, and where it runs.
 
-    Of the place, what can change the bits of a picture. Errors as `model_facts`.
+    Of `ModelFiles` all parts that were given, each by its name. Of the place, what can change the bits of a
+    picture. Errors as `model_facts`.
     """
     import torch
 
+    from bokehflux.weights.resolve import ModelFiles
+
+    named: dict[str, str] = {"model": pipe.name}
+    if isinstance(model, ModelFiles):
+        given = {name: str(path) for name, path in vars(model).items() if path is not None}
+        named = {"model": given.pop("transformer"), **given}
+
     return {
-        "model": pipe.name,
+        **named,
         **model_facts(model, adapter, loras),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "version": __version__,

@@ -1,15 +1,17 @@
 """Where a model's weights live while it runs: all on the device, or only what is at work.
 
-resident: everything on the device. offload: text encoders and autoencoder visit it for their phase, the
-modulation layers (27 % of FLUX) for the one table a run needs. stream: also every block visits it, the next
-one's copy hidden behind the current one's work. Pictures are the same bits in every mode.
+resident: everything on the device. offload: each network visits it for its phase (text, denoising, decoding),
+the modulation layers (27 % of FLUX) only for the one table a run needs. stream: T5's and the transformer's
+blocks visit it one by one, the next one's copy hidden behind the current one's work. Pictures are the same
+bits in every mode.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -17,34 +19,69 @@ from torch import Tensor, nn
 
 from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.t5 import T5Encoder
 
 logger = logging.getLogger(__name__)
 
 MemoryMode = Literal["resident", "offload", "stream"]
 MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
+Phase = Literal["text", "denoise", "decode"]
+Unit = tuple[nn.Module, list[nn.Parameter]]
+"""A module that is called, and the parameters that are there only while it runs."""
 WORKSPACE_BYTES = 3 * 10**9
 """Activations of one 1024 x 1024 picture and the allocator's own share, kept free when a mode is chosen."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What `place` decided: the phases of a run bring in what they need."""
+
+    mode: MemoryMode = "resident"
+    device: torch.device | None = None
+    """Where the work is done; None: wherever the networks are."""
+    visitors: Mapping[Phase, tuple[nn.Parameter, ...]] = field(default_factory=dict)
+    """Parameters that are on the device only during a phase."""
+
+    @contextlib.contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Inside, the phase's networks are on the device; afterwards where they were.
+
+        Running out of GPU memory becomes a MemoryError that names what would fit.
+        """
+        homes = [(parameter, parameter.data) for parameter in self.visitors.get(phase, ())]
+        try:
+            for parameter, home in homes:
+                parameter.data = home.to(self.device, non_blocking=True)
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            leaner = MODES[MODES.index(self.mode) + 1 :]
+            advice = "fewer pictures at once (max_rows) or a smaller size"
+            if leaner:
+                advice = f"memory={leaner[0]!r}, or {advice}"
+            raise MemoryError(
+                f"the GPU is out of memory in mode {self.mode!r}; try {advice} ({error})"
+            ) from error
+        finally:
+            for parameter, home in homes:
+                parameter.data = home
+
+
 class Footprint(NamedTuple):
-    """Bytes of the weights that each mode holds on the device at once."""
+    """Bytes of the weights that each mode holds on the device at once, at its worst moment."""
 
     resident: int
     offload: int
     stream: int
 
 
-def footprint(mmdit: MMDiT, visitors: Sequence[nn.Module]) -> Footprint:
-    """visitors: text encoders and autoencoder."""
-    blocks = [_bytes(block) - _bytes_of(_modulation(block)) for block in _blocks(mmdit)]
-    modulation = sum(_bytes_of(_modulation(block)) for block in _blocks(mmdit))
+def footprint(mmdit: MMDiT, text: Sequence[nn.Module], vae: nn.Module) -> Footprint:
+    modulation, blocks = _size(_modulation_units(mmdit)), _block_units(mmdit)
     loop = _bytes(mmdit) - modulation
-    largest = max((_bytes(visitor) for visitor in visitors), default=0)
+    streamed_text = sum(_bytes(n) - _size(_block_units(n)) + 2 * _largest(_block_units(n)) for n in text)
     return Footprint(
-        resident=_bytes(mmdit) + sum(map(_bytes, visitors)),
-        # A visitor is there beside the loop's weights.
-        offload=loop + largest,
-        stream=max(loop - sum(blocks) + 2 * max(blocks), largest),
+        resident=sum(map(_bytes, (mmdit, *text, vae))),
+        offload=max(sum(map(_bytes, text)), loop, _bytes(vae)),
+        stream=loop - _size(blocks) + max(2 * _largest(blocks), streamed_text, _bytes(vae)),
     )
 
 
@@ -61,74 +98,61 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def place(mmdit: MMDiT, visitors: Sequence[nn.Module], mode: MemoryMode, device: torch.device) -> None:
+def place(
+    mmdit: MMDiT, text: Sequence[nn.Module], vae: nn.Module, mode: MemoryMode, device: torch.device
+) -> Placement:
     """Put weights where the mode wants them. Call once, after loading; the networks work as before."""
+    networks = (mmdit, *text, vae)
     if mode == "resident":
-        for module in (mmdit, *visitors):
-            module.to(device)
-        return
-    layers = [layer for block in _blocks(mmdit) for layer in _modulation(block)]
-    streamed = [(layer, list(layer.parameters())) for layer in layers]
-    Stream(streamed, device)
+        for network in networks:
+            network.to(device)
+        return Placement(mode=mode, device=device)
+    away: set[int] = set()
+
+    def stream(units: list[Unit], again: bool) -> None:
+        Stream(units, device, again=again)
+        away.update(id(parameter) for _, parameters in units for parameter in parameters)
+
+    stream(_modulation_units(mmdit), again=False)
     if mode == "stream":
-        mine = {id(p) for _, parameters in streamed for p in parameters}
-        units = [(block, [p for p in block.parameters() if id(p) not in mine]) for block in _blocks(mmdit)]
-        Stream(units, device)
-        streamed += units
-    away = {id(p) for _, parameters in streamed for p in parameters}
-    for parameter in mmdit.parameters():
-        if id(parameter) not in away:
+        stream(_block_units(mmdit), again=True)
+        for network in text:
+            stream(_block_units(network), again=False)
+
+    def rest(*networks: nn.Module) -> tuple[nn.Parameter, ...]:
+        return tuple(p for network in networks for p in network.parameters() if id(p) not in away)
+
+    visitors: dict[Phase, tuple[nn.Parameter, ...]] = {"text": rest(*text), "decode": rest(vae)}
+    if mode == "offload":
+        visitors["denoise"] = rest(mmdit)
+    else:  # what is left of the transformer is small
+        for parameter in rest(mmdit):
             parameter.data = parameter.data.to(device)
-    for module in (mmdit, *visitors):
-        for layer in module.modules():
+    for parameters in visitors.values():
+        for parameter in parameters:
+            parameter.data = _host(parameter.data, device)
+    for network in networks:
+        for layer in network.modules():
             if isinstance(layer, Linear):  # LoRA terms are small and used by every step: they stay there
                 layer.terms = tuple(term.moved(lambda t: t.to(device)) for term in layer.terms)
-
-
-@contextlib.contextmanager
-def visiting(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Inside, the modules are on the device; afterwards where they were."""
-    homes = [(p, p.data) for module in modules for p in module.parameters() if p.device != device]
-    for parameter, home in homes:
-        parameter.data = home.to(device, non_blocking=True)
-    try:
-        yield
-    finally:
-        for parameter, home in homes:
-            parameter.data = home
-
-
-@contextlib.contextmanager
-def out_of_memory_advice(mode: MemoryMode) -> Iterator[None]:
-    """Inside, running out of GPU memory becomes a MemoryError that names what would fit."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        leaner = MODES[MODES.index(mode) + 1 :]
-        advice = "fewer pictures at once (max_rows) or a smaller size"
-        if leaner:
-            advice = f"memory={leaner[0]!r}, or {advice}"
-        raise MemoryError(f"the GPU is out of memory in mode {mode!r}; try {advice} ({error})") from error
+    return Placement(mode=mode, device=device, visitors=visitors)
 
 
 class Stream:
     """Modules that run one after the other, each with its parameters on the device only while it runs.
 
     The parameters' home is host memory (pinned for a GPU). While module i runs, those of module i + 1 are
-    copied on a stream of their own; after the last comes the first, for the next step.
+    copied on a stream of their own. again: after the last comes the first, for the next step.
     """
 
-    def __init__(
-        self, units: Sequence[tuple[nn.Module, Sequence[nn.Parameter]]], device: torch.device
-    ) -> None:
-        self.device = device
-        self.parameters = [list(parameters) for _, parameters in units]
+    def __init__(self, units: Sequence[Unit], device: torch.device, *, again: bool) -> None:
+        self.device, self.again = device, again
+        self.parameters = [parameters for _, parameters in units]
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ready: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
         for group in self.parameters:
             for parameter in group:
-                home = parameter.data.cpu()
-                parameter.data = home.pin_memory() if self.copies is not None else home
+                parameter.data = _host(parameter.data, device)
         self.homes = [[parameter.data for parameter in group] for group in self.parameters]
         for i, (module, _) in enumerate(units):
             module.register_forward_pre_hook(lambda *_, i=i: self._arrive(i))
@@ -154,24 +178,48 @@ class Stream:
                 tensor.record_stream(work)  # not to be reused for the next copy before this work is done
         for parameter, tensor in zip(self.parameters[i], tensors, strict=True):
             parameter.data = tensor
-        self._fetch((i + 1) % len(self.parameters))
+        if i + 1 < len(self.parameters) or self.again:
+            self._fetch((i + 1) % len(self.parameters))
 
     def _leave(self, i: int) -> None:
         for parameter, home in zip(self.parameters[i], self.homes[i], strict=True):
             parameter.data = home
 
 
-def _blocks(mmdit: MMDiT) -> list[nn.Module]:
-    return [*mmdit.double_blocks, *mmdit.single_blocks]
+def _modulation_units(mmdit: MMDiT) -> list[Unit]:
+    """In the order in which `MMDiT.modulations` calls them."""
+    double = [layer for block in mmdit.double_blocks for layer in (block.img_mod, block.txt_mod)]
+    layers = [*double, *(block.modulation for block in mmdit.single_blocks)]
+    return [(layer, list(layer.parameters())) for layer in layers]
 
 
-def _modulation(block: nn.Module) -> list[nn.Module]:
-    return [getattr(block, name) for name in ("img_mod", "txt_mod", "modulation") if hasattr(block, name)]
+def _block_units(network: nn.Module) -> list[Unit]:
+    """Blocks in the order in which they run, with what only their own call uses; none for other networks."""
+    if isinstance(network, MMDiT):
+        blocks, shared = [*network.double_blocks, *network.single_blocks], ("_mod.", "modulation.")
+    elif isinstance(network, T5Encoder):
+        blocks, shared = [*network.encoder.block], ("relative_attention_bias.",)
+    else:
+        return []
+    return [
+        (block, [p for name, p in block.named_parameters() if not any(part in name for part in shared)])
+        for block in blocks
+    ]
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(p.nbytes for p in module.parameters())
+def _host(x: Tensor, device: torch.device) -> Tensor:
+    """In host memory, pinned if that is where a GPU will copy it from."""
+    x = x.cpu()
+    return x.pin_memory() if device.type == "cuda" and not x.is_pinned() else x
 
 
-def _bytes_of(modules: Iterable[nn.Module]) -> int:
-    return sum(map(_bytes, modules))
+def _bytes(network: nn.Module) -> int:
+    return sum(p.nbytes for p in network.parameters())
+
+
+def _size(units: Sequence[Unit]) -> int:
+    return sum(p.nbytes for _, parameters in units for p in parameters)
+
+
+def _largest(units: Sequence[Unit]) -> int:
+    return max((sum(p.nbytes for p in parameters) for _, parameters in units), default=0)

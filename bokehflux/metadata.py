@@ -27,6 +27,8 @@ SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 _DESCRIPTION, _SOFTWARE, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x0131, 0x8769, 0x9286
 _ASCII = b"ASCII\0\0\0"
+READABLE = ("PNG", "JPEG", "WEBP", "GIF")
+"""All that is ever read: Pillow knows dozens more, some of which run other programs (EPS) or are seldom tested."""
 _MAX_RECIPE = 1 << 20
 """Bytes of JSON that are looked at: a file from a stranger must not make us work without bound."""
 # What Pillow raises for files that are no pictures, or broken ones.
@@ -90,22 +92,21 @@ def encode_animation(
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The recipe of a picture that bokehflux wrote, in any format. Raises NoRecipe for other files."""
-    texts: list[str | bytes] = []
     try:
-        with Image.open(path) as image:
-            texts.append(image.info.get(KEY, ""))
-            comment = _json(image.info.get("comment", b""))
+        with Image.open(path, formats=READABLE) as image:
+            if isinstance(recipe := _json(image.info.get(KEY)), dict):
+                return recipe
+            comment = _json(image.info.get("comment"))
             if isinstance(comment, dict) and isinstance(comment.get(KEY), dict):
                 return comment[KEY]
-            user = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT, b"")
-            if isinstance(user, bytes) and user.startswith(_ASCII):
-                texts.append(user.removeprefix(_ASCII))
+            # PNG's own getexif() decodes the whole picture, to look for EXIF behind it.
+            user = Image.Image.getexif(image).get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise NoRecipe(f"cannot read {path}: {error.strerror}") from error
     except _UNREADABLE as error:
         raise NoRecipe(f"{path} is no picture that can be read: {error}") from error
-    for text in texts:
-        if isinstance(recipe := _json(text), dict):
+    if isinstance(user, bytes) and user.startswith(_ASCII):
+        if isinstance(recipe := _json(user.removeprefix(_ASCII)), dict):
             return recipe
     raise NoRecipe(f"{path} holds no bokehflux recipe: not written by bokehflux, or edited since")
 

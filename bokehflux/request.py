@@ -7,9 +7,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from bokehflux.configs import MAX_SIDE_PX, MAX_STEPS
 
 if TYPE_CHECKING:
     from bokehflux.configs import Defaults
@@ -59,12 +62,15 @@ class Request:
             raise ValueError("bokeh_pivot needs bokeh_targets: a pivot anchors pictures at other levels")
         if self.num_grounding_steps and self.bokeh_pivot is None:
             raise ValueError("num_grounding_steps needs bokeh_pivot: steps are grounded on a pivot")
-        if self.num_inference_steps is not None and self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}")
+        if self.num_inference_steps is not None and not 1 <= self.num_inference_steps <= MAX_STEPS:
+            raise ValueError(
+                f"num_inference_steps must be at least 1 and at most {MAX_STEPS}, "
+                f"got {self.num_inference_steps}"
+            )
         for name in ("height", "width"):
             side = getattr(self, name)
-            if side is not None and side < 16:
-                raise ValueError(f"{name} must be at least 16 pixels, got {side}")
+            if side is not None and not 16 <= side <= MAX_SIDE_PX:
+                raise ValueError(f"{name} must be at least 16 and at most {MAX_SIDE_PX} pixels, got {side}")
         for name in ("guidance_scale", "true_cfg"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
@@ -156,4 +162,5 @@ def _fits(kind: str, value: object) -> bool:
         return isinstance(value, str)
     if base == "int":
         return type(value) is int
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    # A whole number may be too large to be a float at all.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]

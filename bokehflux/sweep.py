@@ -41,6 +41,7 @@ DECIDES = (
 """Parts of a recipe that decide a picture, beside its level. Where it was made (library, device) is not
 among them: a sweep may be continued elsewhere."""
 MAX_PROMPTS = 10_000
+MAX_PROMPTS_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,11 @@ class Done:
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; empty lines and those that begin with # are skipped. Raises ValueError."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        with path.open("rb") as file:  # /dev/zero has no end
+            data = file.read(MAX_PROMPTS_BYTES + 1)
+        if len(data) > MAX_PROMPTS_BYTES:
+            raise ValueError(f"{path} is larger than {MAX_PROMPTS_BYTES} bytes: no list of prompts")
+        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
     except OSError as error:
         raise ValueError(f"cannot read prompts from {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -121,7 +126,7 @@ def finished(folder: Path, wanted: dict[str, Any]) -> dict[tuple[str, float], Sh
     for path in sorted(p for p in folder.glob("*bokeh-*") if p.suffix in metadata.SUFFIXES.values()):
         try:
             recipe = metadata.read_recipe(path)
-            with Image.open(path) as file:
+            with Image.open(path, formats=metadata.READABLE) as file:
                 image = file.convert("RGB")  # decodes: a truncated file is not finished
         except (OSError, ValueError, SyntaxError):
             continue

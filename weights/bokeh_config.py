@@ -8,14 +8,16 @@ from typing import Any
 
 from bokehflux.configs import BokehConfig, MMDiTConfig
 
-from .checkpoint import Checkpoint, CheckpointError
-from .mapping import Shape
+from .checkpoint import CheckpointError
+from .mapping import Shape, renamed
 from .official import Json
+from .parts import Part
 
 
-def read_bokeh_config(checkpoint: Checkpoint, mmdit: MMDiTConfig) -> BokehConfig:
+def read_bokeh_config(part: Part, mmdit: MMDiTConfig) -> BokehConfig:
     """Of an opened adapter for a transformer of config `mmdit`."""
-    return bokeh_config(checkpoint.config(), checkpoint.shapes, mmdit, checkpoint.path)
+    checkpoint = part.checkpoint
+    return bokeh_config(checkpoint.config(), renamed(part.table, checkpoint.shapes), mmdit, checkpoint.path)
 
 
 def bokeh_config(
@@ -41,7 +43,7 @@ def bokeh_config(
 
 def _bokeh_shape(shapes: Mapping[str, Shape], mmdit: MMDiTConfig) -> tuple[dict[str, Any], list[str]]:
     needed = ("embedding_layer.0.weight", "embedding_layer.2.weight")
-    pattern = re.compile(r"adapter_modules\.(\d+)\.(\w+)\.down\.weight")
+    pattern = re.compile(r"adapter_modules\.(\d{1,9})\.(\w+)\.down\.weight")
     downs = {(int(m[1]), m[2]): shape for name, shape in shapes.items() if (m := pattern.fullmatch(name))}
     if any(name not in shapes for name in needed) or not downs:
         some = ", ".join(sorted(shapes)[:3]) or "nothing"

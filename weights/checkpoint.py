@@ -8,6 +8,7 @@ time. Knows names and shapes, and no network. Format: https://huggingface.co/doc
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .gguf import GgufError, GgufFile
+from .gguf import TYPES, GgufError, GgufFile
 from .mapped import SafetensorsFile
+from .pickled import PICKLE_SUFFIX, PickledFile
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; the largest FLUX header is 0.2 MB."""
@@ -81,6 +83,15 @@ class TensorInfo(NamedTuple):
     packing: str | None = None
     """GGUF's name of a block format such as "Q8_0"; the tensor is then read as raw bytes [rows, bytes]."""
 
+    @property
+    def num_bytes(self) -> int:
+        """In the file."""
+        numbers = math.prod(self.shape)
+        if self.packing is None:
+            return numbers * self.dtype.itemsize
+        block, size = next((block, size) for name, block, size in TYPES.values() if name == self.packing)
+        return numbers // block * size
+
 
 class Checkpoint:
     """An opened checkpoint: the headers of all its files. Build it with `open_checkpoint`."""
@@ -90,7 +101,7 @@ class Checkpoint:
         self.tensors = tensors
         self.metadata = metadata
         self._aside: Mapping[str, TensorInfo] = {}
-        self._files: dict[Path, SafetensorsFile | GgufFile] = {}
+        self._files: dict[Path, SafetensorsFile | GgufFile | PickledFile] = {}
 
     def under(self, prefix: str) -> Checkpoint:
         """The part whose names start with a prefix, named without it."""
@@ -161,8 +172,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, tensors, metadata)
 
 
-def _opened(path: Path) -> SafetensorsFile | GgufFile:
+def _opened(path: Path) -> SafetensorsFile | GgufFile | PickledFile:
     try:
+        if path.suffix == PICKLE_SUFFIX:  # `adapter.py` has looked into it
+            return PickledFile(path)
         return GgufFile(path) if path.suffix == GGUF_SUFFIX else SafetensorsFile(path, DTYPES)
     except (OSError, ValueError) as error:
         raise CheckpointError(path, f"cannot be read any more: {error}") from error

@@ -22,13 +22,12 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
 
-from .bokeh_config import bokeh_config
+from .adapter import adapter_part, open_any, pickle_in
+from .bokeh_config import read_bokeh_config
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo, holds_checkpoint, open_checkpoint
-from .gguf import TYPES
 from .layouts import Findings, is_flux, scan
-from .mapping import plan
 from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
-from .parts import KINDS, LEFT_OVER, Part, part_of, prefixes, strangers
+from .parts import KINDS, LEFT_OVER, Part, part_of, plan_part, prefixes, strangers
 from .snapshot import PARTS
 from .tables import bokeh
 from .tables import lora as lora_names
@@ -63,15 +62,16 @@ _NETWORKS = {
 def describe(path: str | Path) -> str:
     """Several lines about a checkpoint file, a shard index, or a folder in any layout.
 
-    Raises CheckpointError for what cannot be read at all: missing, damaged, a pickle, GGUF without `gguf`.
+    Raises CheckpointError for what cannot be read at all: missing, damaged, a pickle that is
+    no bokeh adapter, GGUF without `gguf`.
     """
     path = Path(path)
     if path.is_dir():
         findings = scan(path)
         networks = [kind.name for kind in KINDS if findings.parts.get(kind.name)]
-        if networks or not holds_checkpoint(path):
+        if networks or not (holds_checkpoint(path) or pickle_in(path)):
             return "\n".join([str(path), *_folder(findings)])
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_any(path)
     return "\n".join([str(checkpoint.path), *_indented(_checkpoint(checkpoint))])
 
 
@@ -132,7 +132,7 @@ def _part(checkpoint: Checkpoint, name: str) -> list[str]:
         with torch.device("meta"):
             module = network.build(config)
         shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
-        entries = plan(part.table, shapes, part.checkpoint.shapes, part.checkpoint.path)
+        entries = plan_part(part, shapes)
     except CheckpointError as error:
         return [*lines, *(f"problem: {problem}" for problem in error.problems[:_SHOWN])]
     except ValueError as error:
@@ -152,17 +152,9 @@ def _part(checkpoint: Checkpoint, name: str) -> list[str]:
 
 
 def _memory(infos: Any, kept: list[TensorInfo]) -> int:
-    narrow = sum(_stored_bytes(info) for info in kept)
+    narrow = sum(info.num_bytes for info in kept)
     places = {(info.file, info.key) for info in kept}
     return narrow + sum(2 * math.prod(i.shape) for i in infos if (i.file, i.key) not in places)
-
-
-def _stored_bytes(info: TensorInfo) -> int:
-    numbers = math.prod(info.shape)
-    if info.packing is None:
-        return numbers * info.dtype.itemsize
-    block, size = next((block, size) for name, block, size in TYPES.values() if name == info.packing)
-    return numbers // block * size
 
 
 def _precision(infos: Any, scaled: bool) -> str:
@@ -188,10 +180,12 @@ def _adapter(checkpoint: Checkpoint) -> list[str]:
         f"precision: {_precision(infos, False)}",
     ]
     try:
-        config = bokeh_config(checkpoint.config(), checkpoint.shapes, FLUX_DEV, checkpoint.path)
+        part = adapter_part(checkpoint)
+        config = read_bokeh_config(part, FLUX_DEV)
     except CheckpointError as error:
         lines += [f"not for FLUX.1-dev: {problem}" for problem in error.problems[:_SHOWN]]
     else:
+        lines.insert(0, f"layout: {part.table.name}")
         kinds = " and ".join(n for n, on in (("queries", config.adapt_q), ("keys", config.adapt_k)) if on)
         lines.append(
             f"model: for FLUX.1-dev, {len(config.blocks)} of {FLUX_DEV.num_blocks} blocks, "

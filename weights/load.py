@@ -7,7 +7,8 @@ Layouts are recognised by tensor names, never by file names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -25,13 +26,14 @@ from bokehflux.models.vae import AutoencoderKL
 from bokehflux.text.encode import TextEncoders
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 
+from .adapter import open_adapter
 from .bokeh_config import read_bokeh_config
-from .checkpoint import CheckpointError, open_checkpoint
+from .checkpoint import CheckpointError
 from .lora import read_lora
 from .lora_apply import attach
-from .mapping import Entry, Shape, plan
+from .mapping import Entry, Shape
 from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
-from .parts import ADAPTER, CLIP, T5, TRANSFORMER, VAE, Part, open_part, part_of
+from .parts import CLIP, T5, TRANSFORMER, VAE, Part, open_part, plan_part
 from .precision import Stored, store
 from .resolve import Env, ModelFiles, resolve_adapter, resolve_lora, resolve_model
 from .snapshot import Snapshot, open_snapshot
@@ -42,6 +44,10 @@ ADAPTER_PREFIX = "bokeh."
 """Where MMDiT keeps its adapter."""
 LoraChoice = tuple[str | Path, float]
 """A LoRA file (or a folder with one) and its strength."""
+OnProgress = Callable[[int, int], None]
+"""Called with the bytes that are read and the bytes of the whole model, also before the first."""
+OnRead = Callable[[int], None]
+"""Called with the bytes of each parameter in its file, when it is on its device."""
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -64,6 +70,7 @@ def load_components(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     env: Env | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Components:
     """Every part of a model (a folder or file in any layout, a repository id, `ModelFiles`: `resolve.py`), or
     of a bundled one, by its name.
@@ -71,6 +78,7 @@ def load_components(
     `adapter`: folder, file or repository id; None takes the one that the model's card names, if any.
     `loras`: attached beside the weights of the transformer and the text encoders, where they add up.
     `env`: stands in for the environment. Weights that are stored narrow stay so; `dtype` is computed in.
+    `on_progress`: hears of every parameter of the networks and the adapter.
     Raises CheckpointError or TokenizerError before the transformer, the largest part, is read.
     """
     snapshot = find_model(model, env)
@@ -78,9 +86,10 @@ def load_components(
     chosen = snapshot.adapter if adapter is None else resolve_adapter(adapter, env)
     clip_tokenizer = CLIPTokenizer.from_folder(snapshot.clip_tokenizer)
     t5_tokenizer = T5Tokenizer.from_folder(snapshot.t5_tokenizer)
-    autoencoder = load_vae(snapshot.vae, device=device, dtype=dtype)
-    clip = load_clip(snapshot.clip, device=device, dtype=dtype)
-    t5 = load_t5(snapshot.t5, device=device, dtype=dtype)
+    on_read = None if on_progress is None else _counter(on_progress, _num_bytes(snapshot, chosen))
+    autoencoder = load_vae(snapshot.vae, device=device, dtype=dtype, on_read=on_read)
+    clip = load_clip(snapshot.clip, device=device, dtype=dtype, on_read=on_read)
+    t5 = load_t5(snapshot.t5, device=device, dtype=dtype, on_read=on_read)
     facts = (
         (
             "the autoencoder's packed latents have",
@@ -105,7 +114,9 @@ def load_components(
     added = [
         (read_lora(path, snapshot.mmdit, clip.config, t5.config), strength) for path, strength in lora_paths
     ]
-    mmdit = load_mmdit(snapshot.transformer, snapshot.mmdit, chosen, device=device, dtype=dtype)
+    mmdit = load_mmdit(
+        snapshot.transformer, snapshot.mmdit, chosen, device=device, dtype=dtype, on_read=on_read
+    )
     for lora, strength in added:
         attach({"mmdit": mmdit, "clip": clip, "t5": t5}, lora, strength)
     return Components(
@@ -117,8 +128,37 @@ def load_components(
     )
 
 
+def _num_bytes(snapshot: Snapshot, adapter: Path | None) -> int:
+    """Of all that `on_read` will be told, by the headers alone."""
+    places = (
+        (snapshot.vae, VAE), (snapshot.clip, CLIP), (snapshot.t5, T5), (snapshot.transformer, TRANSFORMER),
+    )  # fmt: skip
+    parts = [open_part(path, kind) for path, kind in places]
+    parts += [] if adapter is None else [open_adapter(adapter)]
+    return sum(
+        info.num_bytes
+        for part in parts
+        for name, info in part.checkpoint.tensors.items()
+        if name not in part.table.ignored
+    )
+
+
+def _counter(on_progress: OnProgress, total: int) -> OnRead:
+    done = 0
+
+    def on_read(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(done, total)
+
+    on_read(0)
+    return on_read
+
+
 def find_model(model: str | Path | ModelFiles, env: Env | None = None) -> Snapshot:
     """Where the parts of a model lie; a bundled model by its name, others as in `resolve_model`."""
+    if isinstance(model, ModelFiles) and model.transformer in BUNDLED:
+        model = dataclasses.replace(model, transformer=Path(__file__).parent / model.transformer)
     if isinstance(model, str) and model in BUNDLED:
         return open_snapshot(Path(__file__).parent / model)
     return resolve_model(model, env)
@@ -131,6 +171,7 @@ def load_mmdit(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    on_read: OnRead | None = None,
 ) -> MMDiT:
     """The transformer, with the bokeh adapter of the folder or file `adapter` built in when it is given.
 
@@ -140,19 +181,18 @@ def load_mmdit(
     """
     base = open_part(path, TRANSFORMER)
     config = config or read_mmdit_config(base)
-    extra = open_checkpoint(adapter) if adapter is not None else None
+    extra = open_adapter(adapter) if adapter is not None else None
     adapter_config = read_bokeh_config(extra, config) if extra is not None else None
     with torch.device("meta"):
         network = MMDiT(config, adapter_config)
     shapes = _shapes(network)
     base_shapes = {name: shape for name, shape in shapes.items() if not name.startswith(ADAPTER_PREFIX)}
-    base_plan = _plan(base, base_shapes)
+    base_plan = plan_part(base, base_shapes)
     if extra is None or network.bokeh is None:
-        return _filled(network, _stored(network, base_plan, base, device, dtype))
-    adapter_part = part_of(extra, ADAPTER)
-    adapter_plan = _plan(adapter_part, _shapes(network.bokeh))
-    stored = _stored(network, base_plan, base, device, dtype)
-    for name, tensor in _stored(network.bokeh, adapter_plan, adapter_part, device, dtype).items():
+        return _filled(network, _stored(network, base_plan, base, device, dtype, on_read))
+    adapter_plan = plan_part(extra, _shapes(network.bokeh))
+    stored = _stored(network, base_plan, base, device, dtype, on_read)
+    for name, tensor in _stored(network.bokeh, adapter_plan, extra, device, dtype, on_read).items():
         stored[ADAPTER_PREFIX + name] = tensor
     return _filled(network, stored)
 
@@ -165,10 +205,10 @@ def load_adapter(
     dtype: torch.dtype = torch.float32,
 ) -> BokehAdapter:
     """The adapter alone, for a transformer of config `mmdit`; its `config` holds what was read."""
-    checkpoint = open_checkpoint(path)
+    part = open_adapter(path)
     with torch.device("meta"):
-        network = BokehAdapter(read_bokeh_config(checkpoint, mmdit), mmdit)
-    return _load(network, part_of(checkpoint, ADAPTER), device, dtype)
+        network = BokehAdapter(read_bokeh_config(part, mmdit), mmdit)
+    return _load(network, part, device, dtype)
 
 
 def load_vae(
@@ -177,12 +217,13 @@ def load_vae(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    on_read: OnRead | None = None,
 ) -> AutoencoderKL:
     """The autoencoder from a diffusers folder or a BFL `ae.safetensors`. As `load_mmdit`."""
     part = open_part(path, VAE)
     with torch.device("meta"):
         network = AutoencoderKL(config or read_vae_config(part))
-    return _load(network, part, device, dtype)
+    return _load(network, part, device, dtype, on_read)
 
 
 def load_t5(
@@ -191,12 +232,13 @@ def load_t5(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    on_read: OnRead | None = None,
 ) -> T5Encoder:
     """The T5 encoder from a transformers folder (`text_encoder_2/`), or from a file and its config."""
     part = open_part(path, T5)
     with torch.device("meta"):
         network = T5Encoder(config or read_t5_config(part))
-    return _load(network, part, device, dtype)
+    return _load(network, part, device, dtype, on_read)
 
 
 def load_clip(
@@ -205,28 +247,36 @@ def load_clip(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    on_read: OnRead | None = None,
 ) -> CLIPTextEncoder:
     """The CLIP text encoder from a transformers folder (`text_encoder/`), or from a file and its config."""
     part = open_part(path, CLIP)
     with torch.device("meta"):
         network = CLIPTextEncoder(config or read_clip_config(part))
-    return _load(network, part, device, dtype)
+    return _load(network, part, device, dtype, on_read)
 
 
 def _shapes(network: nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _plan(part: Part, ours: Mapping[str, Shape]) -> list[Entry]:
-    return plan(part.table, ours, part.checkpoint.shapes, part.checkpoint.path)
-
-
-def _load(network: Network, part: Part, device: torch.device | str, dtype: torch.dtype) -> Network:
-    return _filled(network, _stored(network, _plan(part, _shapes(network)), part, device, dtype))
+def _load(
+    network: Network,
+    part: Part,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    on_read: OnRead | None = None,
+) -> Network:
+    return _filled(network, _stored(network, plan_part(part, _shapes(network)), part, device, dtype, on_read))
 
 
 def _stored(
-    network: nn.Module, entries: Sequence[Entry], part: Part, device: torch.device | str, dtype: torch.dtype
+    network: nn.Module,
+    entries: Sequence[Entry],
+    part: Part,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    on_read: OnRead | None,
 ) -> dict[str, Stored]:
     """Every planned tensor on its device, in file order so that a cold disk is read in one sweep."""
     where, checkpoint = torch.device(device), part.checkpoint
@@ -240,6 +290,8 @@ def _stored(
                 problem = f"{name} and {entry.src[0]} must be the same tensor, but their values differ"
                 raise CheckpointError(checkpoint.path, problem)
         stored[entry.dst] = store(entry, checkpoint, part.scales, where, dtype, keep=entry.dst in narrow)
+        if on_read is not None:
+            on_read(sum(checkpoint.tensors[name].num_bytes for name in (*entry.src, *entry.tied)))
     return stored
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-
 _NO_RESERVE = 0x4000
 """Linux's MAP_NORESERVE, which Python's `mmap` does not name before 3.13."""
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import Checkpoint, CheckpointError, fold, open_checkpoint
-from .mapping import Table, recognise
+from .mapping import Entry, Shape, Table, plan, recognise
 from .precision import separate
-from .tables import bokeh, flux, text, vae
+from .tables import flux, text, vae
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,6 @@ T5 = Kind(
 )
 KINDS = (TRANSFORMER, VAE, CLIP, T5)
 """What a model is made of."""
-ADAPTER = Kind(name="adapter", tables=(bokeh.ADAPTER,), prefixes=())
 
 LEFT_OVER = frozenset(
     f"text_encoders.{encoder}.{name}"
@@ -89,6 +88,21 @@ def open_part(path: str | Path, kind: Kind) -> Part:
     Raises CheckpointError when the checkpoint does not hold it, or holds tensors that belong to nothing.
     """
     return part_of(open_checkpoint(path), kind)
+
+
+def plan_part(part: Part, ours: Mapping[str, Shape]) -> list[Entry]:
+    """How the part makes the parameters `ours`, exactly, as `mapping.plan`; all must be numbers."""
+    checkpoint = part.checkpoint
+    entries = plan(part.table, ours, checkpoint.shapes, checkpoint.path)
+    used = {name: checkpoint.tensors[name] for entry in entries for name in entry.src}
+    odd = [
+        (name, f"is stored as {str(info.dtype).removeprefix('torch.')}, whose meaning nothing tells")
+        for name, info in used.items()
+        if info.packing is None and not info.dtype.is_floating_point
+    ]
+    if odd:
+        raise CheckpointError(f"{checkpoint.path} ({part.table.name})", *fold(odd))
+    return entries
 
 
 def part_of(checkpoint: Checkpoint, kind: Kind) -> Part:

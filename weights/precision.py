@@ -32,6 +32,8 @@ INPUT_SCALES = (".scale_input", ".input_scale")
 FORMAT = ".comfy_quant"
 METADATA = "_quantization_metadata"
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+BITSANDBYTES = ".absmax"
+"""Ends a name that every file of this library has."""
 _MAX_FORMAT_BYTES = 4096
 
 
@@ -94,6 +96,8 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
                 )
             scales[weight] = name
     problems += fold(orphans)
+    if any(name.endswith(BITSANDBYTES) for name in names):
+        problems.append("is stored by bitsandbytes (NF4, FP4), which cannot be used: take fp8 or GGUF")
     for packing in sorted({info.packing for info in names.values() if info.packing} - set(FORMATS)):
         try:
             check_decoder(packing)

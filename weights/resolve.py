@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .checkpoint import FILE_SUFFIXES, CheckpointError
+from .checkpoint import FILE_SUFFIXES, CheckpointError, holds_checkpoint, read_json
 from .layouts import COMFYUI, Candidate, Findings, candidates, scan
 from .parts import TRANSFORMER
 from .snapshot import Place, Snapshot, complete
@@ -32,6 +32,7 @@ NAMES = {
 """Short names of repositories."""
 GUIDED = {DEV: True, SCHNELL: False}
 OWN = "BOKEHFLUX_MODELS"
+DIFFUSERS = "FluxTransformer2DModel"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ADVICE = (
     "get what is missing with `bokehflux fetch`, or from https://huggingface.co/black-forest-labs/FLUX.1-dev",
@@ -42,10 +43,10 @@ Env = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """A model given part by part; None: look for it in the places above."""
+    """A model given part by part; None: take the transformer's own, or look for it in the places above."""
 
-    transformer: Path
-    """A file in any precision, or a diffusers folder."""
+    transformer: str | Path
+    """A file in any precision, or anything else that names a model."""
     vae: Path | None = None
     clip: Path | None = None
     t5: Path | None = None
@@ -53,6 +54,9 @@ class ModelFiles:
     """Folder with vocab.json, merges.txt and tokenizer_config.json."""
     t5_tokenizer: Path | None = None
     """Folder with tokenizer_config.json and tokenizer.json or spiece.model."""
+
+    def __str__(self) -> str:
+        return " + ".join(str(path) for path in vars(self).values() if path is not None)
 
 
 def resolve_model(model: str | Path | ModelFiles, env: Env | None = None) -> Snapshot:
@@ -62,7 +66,7 @@ def resolve_model(model: str | Path | ModelFiles, env: Env | None = None) -> Sna
     env: stands in for the environment. Raises CheckpointError that names every place looked at.
     """
     env = os.environ if env is None else env
-    return complete(_places(model, env), f"{_label(model)}: no complete model", _ADVICE)
+    return complete(_places(model, env), f"{model}: no complete model", _ADVICE)
 
 
 def resolve_adapter(adapter: str | Path, env: Env | None = None) -> Path:
@@ -139,10 +143,6 @@ def _home(env: Env) -> Path:
     return Path(env["HOME"]) if env.get("HOME") else Path.home()
 
 
-def _label(model: str | Path | ModelFiles) -> str:
-    return str(model.transformer if isinstance(model, ModelFiles) else model)
-
-
 def _repo(name: str | Path) -> str | None:
     """The repository that a name means, if it can mean one."""
     text = name.as_posix() if isinstance(name, Path) else name
@@ -158,19 +158,19 @@ def _places(model: str | Path | ModelFiles, env: Env) -> Iterator[Place]:
     repo = None
     if isinstance(model, ModelFiles):
         yield _explicit(model)
-        yield from _around(model.transformer)
+        yield from _places(model.transformer, env)
+        return
+    path = Path(model).expanduser()
+    if path.is_file() or _is_transformer(path):
+        yield _file(path)
+        yield from _around(path)
+    elif path.is_dir():
+        yield Place(label=str(path), findings=scan(path))
     else:
-        path = Path(model).expanduser()
-        if path.is_dir():
-            yield Place(label=str(path), findings=scan(path))
-        elif path.is_file():
-            yield _file(path)
-            yield from _around(path)
-        else:
-            yield Place(label=f"{path}, which does not exist", findings=None)
-            repo = _repo(model)
-            if repo is None:
-                return
+        yield Place(label=f"{path}, which does not exist", findings=None)
+        repo = _repo(model)
+        if repo is None:
+            return
     yield from _own_folders(repo, env)
     yield from _bfl(repo, env)
     for name in dict.fromkeys((repo, DEV, SCHNELL)):
@@ -215,19 +215,27 @@ def _bfl(repo: str | None, env: Env) -> Iterator[Place]:
 
 
 def _explicit(files: ModelFiles) -> Place:
-    parts = {f.name: getattr(files, f.name) for f in fields(files)}
-    missing = [f"{name}: {path} does not exist" for name, path in parts.items() if path and not path.exists()]
+    """All but the transformer, whose place is looked at like any model's."""
+    given = {f.name: getattr(files, f.name) for f in fields(files) if f.name != TRANSFORMER.name}
+    parts = {name: path.expanduser() for name, path in given.items() if path is not None}
+    missing = [f"{name}: {path} does not exist" for name, path in parts.items() if not path.exists()]
     if missing:
         raise CheckpointError("files of the model", *missing)
-    found = {name: (Candidate(path=path),) for name, path in parts.items() if path is not None}
-    return Place(label="the given files", findings=Findings(root=files.transformer.parent, parts=found))
+    found = {name: (Candidate(path=path),) for name, path in parts.items()}
+    return Place(label="the given files", findings=Findings(root=Path(), parts=found), has_model=False)
 
 
 def _file(path: Path) -> Place:
-    """A file as the model: it holds the transformer, or the loader will say what it is instead."""
+    """A file or component folder as the model: it holds the transformer, or the loader will object."""
     parts = {kind: (candidate,) for kind, candidate in candidates(path)}
     parts[TRANSFORMER.name] = (Candidate(path=path),)
     return Place(label=str(path), findings=Findings(root=path.parent, parts=parts))
+
+
+def _is_transformer(path: Path) -> bool:
+    """Whether a path is the component folder `transformer/` of a snapshot."""
+    config = path / "config.json"
+    return holds_checkpoint(path) and config.is_file() and read_json(config).get("_class_name") == DIFFUSERS
 
 
 def _around(path: Path) -> Iterator[Place]:

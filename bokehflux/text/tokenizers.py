@@ -25,6 +25,11 @@ from bokehflux.text.words import END, START, words
 
 log = logging.getLogger(__name__)
 
+MAX_FILE_BYTES = 100_000_000
+"""T5's largest file has 2.4 MB."""
+MAX_ID = 10_000_000
+"""Ids of tokens are below this; T5's largest is 32127, CLIP's 49407."""
+
 
 class TokenizerError(ValueError):
     """A tokenizer folder lacks a file, or a file in it cannot be used."""
@@ -76,6 +81,9 @@ class CLIPTokenizer:
         added = {token.content: token_id for token_id, token in _added_tokens(folder, config).items()}
         merges = _read_merges(folder / "merges.txt")
         length = _length(folder, config)
+        strange = [token_id for token_id in [*vocab.values(), *added.values()] if not _is_id(token_id)]
+        if strange:
+            raise TokenizerError(f"{folder}: ids must be whole numbers below {MAX_ID}, found {strange[0]!r:.80}")
         unknown = [token for token in special.values() if token not in vocab and token not in added]
         if unknown:
             raise TokenizerError(f"{folder}: special tokens {unknown} have no id in vocab.json")
@@ -141,10 +149,13 @@ class T5Tokenizer:
         sources = [folder / name for name in ("tokenizer.json", "spiece.model") if (folder / name).is_file()]
         if not sources:
             raise TokenizerError(f"{folder}: expected tokenizer.json or spiece.model, found neither")
+        _check_size(sources[0])
         try:
             pieces = _t5_pieces(sources[0], config, added, special)
             t5 = cls(pieces=pieces, eos=special["eos_token"], pad=special["pad_token"], length=length)
-        except Exception as error:  # what `tokenizers` raises has no class of its own
+        except BaseException as error:  # what `tokenizers` raises has no class of its own
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise TokenizerError(f"{sources[0]} cannot be used, fetch it again: {error}") from error
         for token_id, token in added.items():
             found = pieces.token_to_id(token.content)
@@ -212,13 +223,16 @@ def _t5_pieces(
     refused += ["single_word"] if any(entry.get("single_word") for entry in entries) else []
     if refused:
         raise ValueError(f"{refused} in tokenizer_config.json are supported with a tokenizer.json only")
+    extra_ids = config.get("extra_ids", 100)
+    if not _is_id(extra_ids):
+        raise ValueError(f"extra_ids in tokenizer_config.json must be a whole number, got {extra_ids!r:.80}")
     listed = config.get("additional_special_tokens") or []
     return SentencePieces(
         source.read_bytes(),
         added=added,
         special=[*special.values(), *(x["content"] if isinstance(x, dict) else x for x in listed)],
         unk=special["unk_token"],
-        extra_ids=int(config.get("extra_ids", 100)),
+        extra_ids=extra_ids,
         # transformers takes a missing key for True.
         legacy=config.get("legacy") is not False,
         add_prefix_space=config.get("add_prefix_space", True),
@@ -235,7 +249,11 @@ def _special_tokens(folder: Path, config: dict[str, Any], **defaults: str) -> di
     if "added_tokens_decoder" not in config and table.is_file():
         stated |= _read_json(table)
     tokens = {role: stated.get(role) or default for role, default in defaults.items()}
-    return {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
+    special = {role: t.get("content") if isinstance(t, dict) else t for role, t in tokens.items()}
+    strange = [role for role, token in special.items() if not isinstance(token, str) or not token]
+    if strange:
+        raise TokenizerError(f"{folder}: {strange[0]} must be text, found {tokens[strange[0]]!r:.80}")
+    return special
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
@@ -249,6 +267,8 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]
             token_id: AddedToken(entry["content"], bool(entry.get("lstrip")), bool(entry.get("rstrip")))
             for token_id, entry in entries.items()
         }
+        if not all(_is_id(token_id) and isinstance(t.content, str) for token_id, t in tokens.items()):
+            raise ValueError("ids must be whole numbers and contents text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TokenizerError(f"{path}: bad added_tokens_decoder, fetch it again: {error!r}") from error
     return tokens
@@ -273,8 +293,18 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     return merges
 
 
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < MAX_ID
+
+
+def _check_size(path: Path) -> None:
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise TokenizerError(f"{path} has {size} bytes, no tokenizer needs more than {MAX_FILE_BYTES}")
+
+
 def _read_text(path: Path) -> str:
     try:
+        _check_size(path)
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise TokenizerError(f"{path} is missing; fetch the snapshot again") from error
@@ -285,7 +315,9 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except TokenizerError:
+        raise
+    except (ValueError, RecursionError) as error:  # the latter when it is nested too deep
         raise TokenizerError(f"{path} is not JSON, fetch it again: {error}") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: expected a JSON object, found {type(value).__name__}")

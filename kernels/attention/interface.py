@@ -1,7 +1,7 @@
 """The one public attention interface: checks its arguments, picks a backend by name, runs it.
 
-Backends: `reference` (float32 definition) and `sdpa` (PyTorch's kernels). `auto` takes the one that
-`automatic` names, and logs its choice once.
+Backends: `reference` (float32 definition), `sdpa` (PyTorch's kernels) and `triton` (ours, 16-bit types, head
+dim 64 or 128; not yet run on a GPU). `auto` takes the one that `automatic` names, and logs its choice once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import eager, reference
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType | str] = {"reference": reference, "sdpa": eager}
+BACKENDS: dict[str, ModuleType | str] = {"reference": reference, "sdpa": eager, "triton": ".ops"}
 """By name, a module with `attention`, `target_attention` and `grounded_attention`, or the name of one that is
 imported when it is first used."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from bokehflux.memory import place, visiting
+from bokehflux.memory import place
 from tests.tiny import tiny_pipeline
 
 
@@ -15,19 +17,10 @@ def test_every_mode_makes_the_same_picture(dtype: torch.dtype) -> None:
     made = {}
     for mode in ("resident", "offload", "stream"):
         pipe = tiny_pipeline(dtype=dtype)
-        place(pipe.mmdit, [pipe.vae], mode, device)
+        pipe = dataclasses.replace(pipe, memory=place(pipe.mmdit, (), pipe.vae, mode, device))
         for _ in range(2):
             made[mode] = pipe.generate("a mug", [0, 28], bokeh_pivot=15)
         away = [p for p in pipe.mmdit.parameters() if p.device.type == "cpu"]
         assert bool(away) == (mode != "resident") and all(p.is_pinned() for p in away)
     for mode in ("offload", "stream"):
         assert torch.equal(made[mode].latents, made["resident"].latents)
-
-
-def test_visiting_puts_modules_back() -> None:
-    layer = torch.nn.Linear(4, 4)
-    home = layer.weight.data_ptr()
-    with pytest.raises(KeyError), visiting([layer], torch.device("cuda")):
-        assert layer.weight.is_cuda
-        raise KeyError
-    assert layer.weight.data_ptr() == home and not layer.weight.is_cuda

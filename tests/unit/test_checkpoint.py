@@ -20,6 +20,7 @@ from bokehflux.weights.checkpoint import CheckpointError, fold, open_checkpoint,
 from bokehflux.weights.load import load_clip
 from bokehflux.weights.save import save_clip
 from bokehflux.weights.write import replacing, save, save_sharded, write_json
+from tests.model_files import write_sparse
 
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -370,3 +371,12 @@ def test_parts_and_what_is_out_of_sight(tmp_path):
     assert set(bare.tensors) == {"a"} and bare.read("b") == 0 and bare.read("a") == 1
     with pytest.raises(KeyError):
         bare.read("y")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="Linux: elsewhere files may be no holes")
+def test_files_larger_than_memory_are_read(tmp_path):
+    """A mapping is no promise of memory: 256 GB of which one row is touched."""
+    rows = 1 << 26
+    write_sparse(tmp_path / "a.safetensors", {"big": (rows, 1024), "small": (3,)}, "F32", 4)
+    checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+    assert checkpoint.read("big")[rows - 1].sum() == 0 and checkpoint.read("small").shape == (3,)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from bokehflux import cli, fetch
 from bokehflux.configs import CLIP_L, FLUX_SCHEDULE, T5_XXL
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.weights import load, manifests, official, write
@@ -58,6 +61,8 @@ def test_official_snapshot(home, env):
     files.write_official(home, STATES)
     files.write_tokenizers(home)
     assert_loads(home, env)
+    # The transformer's own folder means the model around it.
+    assert_loads(home / "transformer", env)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".sft"])
@@ -237,3 +242,20 @@ def test_absurd_block_numbers_cost_nothing(home):
     far = {n.replace("encoder.block.1.", "encoder.block.999999999."): t for n, t in STATES["t5"].items()}
     write.save(home / "t5.safetensors", far)
     assert "missing: encoder.block" in problems(load.load_t5, home / "t5.safetensors")
+
+
+def test_the_document(tmp_path, monkeypatch, capsys):
+    """Every code block of docs/files.md runs."""
+    text = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    write.save("flux1-dev-fp8.safetensors", {n: t.to(torch.float8_e4m3fn) for n, t in STATES["clip"].items()})
+    monkeypatch.setattr(fetch, "fetch", lambda name, **_: tmp_path / name)
+    commands = [line.split("#")[0] for kind, block in blocks if kind == "bash" for line in block.split("\n")]
+    ran = [cli.main(shlex.split(line)[1:]) for line in commands if line.startswith("bokehflux")]
+    assert ran == [0, 0, 0]
+    out = capsys.readouterr().out
+    assert "precision: fp8 e4m3" in out and str(tmp_path / "atfortes" / "BokehDiffusion") in out
+    for kind, block in blocks:
+        if kind == "python":
+            exec(compile(block, "docs/files.md", "exec"), {})

@@ -252,6 +252,8 @@ def test_metadata_declares_formats(tmp_path):
             },
             "rotated",
         ),
+        ({"img_in.weight.absmax": torch.ones(9)}, "bitsandbytes"),
+        ({"txt_in.weight": torch.ones(128, 32).to(torch.int8)}, "txt_in.weight is stored as int8"),
         ({"img_in.comfy_quant": torch.ones(9)}, "a few bytes of JSON were expected"),
         ({"img_in.comfy_quant": torch.zeros(5000, dtype=torch.uint8)}, "a few bytes of JSON were expected"),
     ],

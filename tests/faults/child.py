@@ -1,0 +1,44 @@
+"""A function in a process of its own, which may die, lose its rights, or run out of room without harm to the test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+import pytest
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+
+
+def forked(action: Callable[[], object]) -> tuple[int, str]:
+    """Run `action` in a fork: exit code (minus the signal that killed it) and what it returned, or its traceback."""
+    child, receive = start(action)
+    return finish(child, receive)
+
+
+def start(action: Callable[[], object]) -> tuple[int, int]:
+    """As `forked`, without waiting: what `finish` takes."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(send)
+        return child, receive
+    code = 1
+    try:
+        signal.alarm(60)
+        said = str(action())
+        code = 0
+    except BaseException:
+        said = traceback.format_exc()
+    finally:
+        os.write(send, said.encode()[-60_000:])
+        os._exit(code)  # not through pytest, which runs in this process, too
+
+
+def finish(child: int, receive: int) -> tuple[int, str]:
+    with os.fdopen(receive) as stream:
+        said = stream.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said

@@ -1,0 +1,60 @@
+"""Files of `torch.save`, read without running anything in them: for bokeh adapters alone (`adapter.py`).
+
+A pickle is a program. PyTorch's restricted reader runs none: it knows tensors and plain containers, and stops
+at any other name. What it returns is checked here once more.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+PICKLE_SUFFIX = ".bin"
+_ADVICE = "convert it to .safetensors where you trust it"
+
+
+class PickledFile:
+    """The tensors of one file, by name; views of the mapped file.
+
+    Raises OSError, and ValueError for anything but a flat table of plain tensors that the file really holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        size = path.stat().st_size
+        try:
+            with zipfile.ZipFile(path) as archive:
+                packed = any(entry.compress_type for entry in archive.infolist())
+            # An archive that `torch.save` wrote is never compressed: one that is may unpack to any size.
+            found = None if packed else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except OSError:
+            raise
+        except pickle.UnpicklingError:
+            # The reader's own advice is to run the file.
+            problem = f"it is a Python pickle of more than tensors, which is never executed: {_ADVICE}"
+            raise ValueError(problem) from None
+        except Exception as error:  # a damaged archive or pickle can fail in any way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"no PyTorch file, or damaged: download it again ({reason:.200})") from None
+        if not isinstance(found, dict) or not found or not all(map(_is_plain, found, found.values())):
+            raise ValueError(f"its pickle is not a flat table of plain tensors: {_ADVICE}")
+        if sum(tensor.nbytes for tensor in found.values()) > size:
+            raise ValueError(f"declares tensors larger than the {size} bytes of the file")
+        self.tensors: dict[str, Tensor] = found
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A CPU view of one tensor."""
+        return self.tensors[name].detach()
+
+
+def _is_plain(name: object, value: object) -> bool:
+    """Whether this is a named tensor of numbers that lie one after the other."""
+    if not isinstance(name, str) or type(value) not in (Tensor, nn.Parameter):
+        return False
+    assert isinstance(value, Tensor)
+    # An attribute of a tensor could hide a method that is called below.
+    strided = value.layout == torch.strided and not value.is_nested and not value.is_quantized
+    return not vars(value) and strided and value.device.type == "cpu" and value.is_contiguous()
