@@ -9,10 +9,14 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from bokehflux import __version__
 from bokehflux.request import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED, Request
+
+if TYPE_CHECKING:
+    from bokehflux.weights.resolve import ModelFiles
 
 ABOUT = " Flags may be written with hyphens or underscores, and shortened as long as they stay unambiguous."
 
@@ -65,6 +69,8 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     inspect.add_argument("file", metavar="FILE", help="a file or a model folder; only headers are read")
     fetch = command("fetch", "download a model into the Hugging Face cache; goes on where it stopped")
     fetch.add_argument("name", metavar="NAME", help="flux-dev, flux-schnell or owner/name")
+    fetch.add_argument("--tokenizers-only", action="store_true",
+                       help="3 MB that no single file of a model holds")  # fmt: skip
     fetch.add_argument("--revision", default="main", metavar="R",
                        help="branch, tag or commit (default: %(default)s)")  # fmt: skip
     return root, commands
@@ -85,6 +91,17 @@ def request_from(args: argparse.Namespace, prompt: str, seed: int) -> Request:
         width=args.width,
         seed=seed,
     )
+
+
+def model_from(args: argparse.Namespace) -> str | ModelFiles:
+    """The model: by its name, or with parts that were given as files."""
+    parts = {name: getattr(args, name) for name in ("vae", "clip", "t5", "tokenizers")}
+    if not any(parts.values()):
+        return args.model
+    from bokehflux.weights.resolve import ModelFiles
+
+    paths = {name: None if path is None else Path(path) for name, path in parts.items()}
+    return ModelFiles(transformer=args.model, **paths)
 
 
 def loras_from(args: argparse.Namespace) -> list[tuple[str, float]]:
@@ -135,6 +152,10 @@ def _picture_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", default="nano", metavar="MODEL",
         help="a bundled model, a folder or file in any known layout, or a repository such as "
              "black-forest-labs/FLUX.1-dev, looked up in the local cache (default: %(default)s)")
+    add("--vae", metavar="PATH", help="file of the autoencoder, where it is not the model's own")
+    add("--clip", metavar="PATH", help="likewise of the CLIP-L text encoder")
+    add("--t5", metavar="PATH", help="likewise of the T5-XXL text encoder")
+    add("--tokenizers", metavar="FOLDER", help="likewise, the folder that holds tokenizer/ and tokenizer_2/")
     add("--adapter", metavar="PATH", help="folder or file of a bokeh adapter; nano brings its own")
     add("--lora", nargs="+", action="append", metavar=("PATH", "SCALE"),
         help="a LoRA file and its strength (default: 1); may be given several times, effects add up")

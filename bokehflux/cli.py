@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bokehflux.arguments import loras_from, parse, request_from
+from bokehflux.arguments import loras_from, model_from, parse, request_from
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
@@ -125,9 +125,11 @@ def inspect(args: argparse.Namespace) -> int:
 
 def fetch(args: argparse.Namespace) -> int:
     """Downloads a model and prints its folder: the only command with a network."""
+    from bokehflux.fetch import TOKENIZERS_ONLY
     from bokehflux.fetch import fetch as download
 
-    print(download(args.name, revision=args.revision))
+    patterns = TOKENIZERS_ONLY if args.tokenizers_only else None
+    print(download(args.name, patterns=patterns, revision=args.revision))
     return 0
 
 
@@ -167,18 +169,19 @@ def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[
     from bokehflux import identity
     from bokehflux.generate import load
 
-    loras = loras_from(args)
+    model, loras = model_from(args), loras_from(args)
     progress.show(f"loading {args.model}")
     try:
         pipe = load(
-            args.model,
+            model,
             adapter=args.adapter,
             loras=loras,
             device=args.device,
             dtype=args.dtype,
             memory=args.memory,
+            on_progress=progress.loading,
         )
-        facts = identity.facts(pipe, args.model, args.adapter, loras)
+        facts = identity.facts(pipe, model, args.adapter, loras)
     finally:
         progress.end()
     if args.config_from is not None:

@@ -88,11 +88,11 @@ def _models(environment: Mapping[str, str]) -> Iterator[str]:
     """Models that load by name, then every folder in BOKEHFLUX_MODELS and the Hugging Face cache."""
     for variable in ("BOKEHFLUX_MODELS", "FLUX_MODEL", "FLUX_AE", "FLUX_DEV", "FLUX_SCHNELL", "AE"):
         if environment.get(variable):
-            paths = [Path(entry).expanduser() for entry in environment[variable].split(os.pathsep)]
+            paths = [Path(os.path.expanduser(entry)) for entry in environment[variable].split(os.pathsep)]
             there = ", ".join("exists" if path.exists() else "does not exist" for path in paths)
             yield f"{variable}={environment[variable]}: {there}"
     own = [
-        Path(entry).expanduser()
+        Path(os.path.expanduser(entry))
         for entry in environment.get("BOKEHFLUX_MODELS", "").split(os.pathsep)
         if entry
     ]

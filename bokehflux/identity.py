@@ -90,7 +90,6 @@ def facts(
     if isinstance(model, ModelFiles):
         given = {name: str(path) for name, path in vars(model).items() if path is not None}
         named = {"model": given.pop("transformer"), **given}
-
     return {
         **named,
         **model_facts(model, adapter, loras),

@@ -28,7 +28,7 @@ SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmic
 _DESCRIPTION, _SOFTWARE, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x0131, 0x8769, 0x9286
 _ASCII = b"ASCII\0\0\0"
 READABLE = ("PNG", "JPEG", "WEBP", "GIF")
-"""All that is ever read: Pillow knows dozens more, some of which run other programs (EPS) or are seldom tested."""
+"""All that is ever read: Pillow knows dozens more, some of which run other programs (EPS)."""
 _MAX_RECIPE = 1 << 20
 """Bytes of JSON that are looked at: a file from a stranger must not make us work without bound."""
 # What Pillow raises for files that are no pictures, or broken ones.

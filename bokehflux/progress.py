@@ -52,6 +52,10 @@ class Progress:
             parts.append(f"{_clock_face(self._left(self._since, done, total - done))} left")
         self._draw(self._batch + "  ".join(parts))
 
+    def loading(self, done_bytes: int, total_bytes: int) -> None:
+        """`on_progress` of `bokehflux.load`."""
+        self.show("loading", done_bytes // 10**6, -(-total_bytes // 10**6), "MB")
+
     def end(self) -> None:
         """The line is finished; whatever is printed next begins below it."""
         if self._drawn and self._stream is not None:

@@ -12,7 +12,7 @@ from bokehflux.request import Request
 
 logger = logging.getLogger(__name__)
 
-TEXT = ("model", "vae", "clip", "t5", "clip_tokenizer", "t5_tokenizer", "adapter", "device", "dtype")
+TEXT = ("model", "vae", "clip", "t5", "tokenizers", "adapter", "device", "dtype")
 
 
 def defaults_from(image: str, command: str) -> dict[str, Any]:

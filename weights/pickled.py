@@ -27,9 +27,10 @@ class PickledFile:
         size = path.stat().st_size
         try:
             with zipfile.ZipFile(path) as archive:
-                packed = any(entry.compress_type for entry in archive.infolist())
-            # An archive that `torch.save` wrote is never compressed: one that is may unpack to any size.
-            found = None if packed else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                if any(entry.compress_type for entry in archive.infolist()):
+                    # A small one may unpack to any size.
+                    raise ValueError("compressed, as torch.save never writes")
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except OSError:
             raise
         except pickle.UnpicklingError:

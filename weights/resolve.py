@@ -15,11 +15,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import FILE_SUFFIXES, CheckpointError, holds_checkpoint, read_json
-from .layouts import COMFYUI, Candidate, Findings, candidates, scan
+from .layouts import COMFYUI, TOKENIZERS, Candidate, Findings, candidates, scan
 from .parts import TRANSFORMER
 from .snapshot import Place, Snapshot, complete
 
@@ -50,10 +50,8 @@ class ModelFiles:
     vae: Path | None = None
     clip: Path | None = None
     t5: Path | None = None
-    clip_tokenizer: Path | None = None
-    """Folder with vocab.json, merges.txt and tokenizer_config.json."""
-    t5_tokenizer: Path | None = None
-    """Folder with tokenizer_config.json and tokenizer.json or spiece.model."""
+    tokenizers: Path | None = None
+    """Folder that holds `tokenizer/` and `tokenizer_2/`, as a snapshot does."""
 
     def __str__(self) -> str:
         return " + ".join(str(path) for path in vars(self).values() if path is not None)
@@ -216,7 +214,9 @@ def _bfl(repo: str | None, env: Env) -> Iterator[Place]:
 
 def _explicit(files: ModelFiles) -> Place:
     """All but the transformer, whose place is looked at like any model's."""
-    given = {f.name: getattr(files, f.name) for f in fields(files) if f.name != TRANSFORMER.name}
+    given = {"vae": files.vae, "clip": files.clip, "t5": files.t5}
+    if files.tokenizers is not None:
+        given |= {name: files.tokenizers / folder for name, folder in TOKENIZERS.items()}
     parts = {name: path.expanduser() for name, path in given.items() if path is not None}
     missing = [f"{name}: {path} does not exist" for name, path in parts.items() if not path.exists()]
     if missing:

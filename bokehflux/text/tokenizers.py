@@ -83,7 +83,7 @@ class CLIPTokenizer:
         length = _length(folder, config)
         strange = [token_id for token_id in [*vocab.values(), *added.values()] if not _is_id(token_id)]
         if strange:
-            raise TokenizerError(f"{folder}: ids must be whole numbers below {MAX_ID}, found {strange[0]!r:.80}")
+            raise TokenizerError(f"{folder}: ids must be numbers below {MAX_ID}, found {strange[0]!r:.80}")
         unknown = [token for token in special.values() if token not in vocab and token not in added]
         if unknown:
             raise TokenizerError(f"{folder}: special tokens {unknown} have no id in vocab.json")

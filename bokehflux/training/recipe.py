@@ -101,10 +101,10 @@ class Recipe:
 
 NANO = Recipe(
     mmdit=MMDiTConfig(
-        in_channels=64, txt_dim=192, pooled_dim=128, hidden_size=256, num_heads=4, num_double=3, num_single=9,
+        in_channels=64, txt_dim=192, pooled_dim=128, hidden_size=256, num_heads=4, num_double=3, num_single=8,
         axes_dim=(16, 24, 24), guidance_embed=True,
     ),
-    bokeh=BokehConfig(blocks=tuple(range(12)), rank=32, hidden_dim=64, context_dim=128),
+    bokeh=BokehConfig(blocks=tuple(range(11)), rank=32, hidden_dim=64, context_dim=128),
     # Vocabulary sizes are upper bounds: the tokenizers decide, and the trainer writes what they decided.
     t5=T5Config(vocab_size=512, width=192, head_dim=48, mlp_size=384, num_layers=2, num_heads=4),
     clip=CLIPConfig(
@@ -113,7 +113,7 @@ NANO = Recipe(
     ),
     # Scale and shift are measured after training.
     vae=VAEConfig(
-        channels=(32, 64, 128, 160), layers_per_block=2, latent_channels=16, norm_groups=8,
+        channels=(32, 64, 128, 144), layers_per_block=2, latent_channels=16, norm_groups=8,
         scale=1.0, shift=0.0,
     ),
     schedule=ScheduleConfig(dynamic=True, shift=3.0),

@@ -1,7 +1,8 @@
-"""A function in a process of its own, which may die, lose its rights, or run out of room without harm to the test."""
+"""A function in a process of its own, which may die, lose its rights, or run out of room."""
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
 def forked(action: Callable[[], object]) -> tuple[int, str]:
-    """Run `action` in a fork: exit code (minus the signal that killed it) and what it returned, or its traceback."""
+    """Run `action` in a fork: exit code (minus its signal) and what it returned, or its traceback."""
     child, receive = start(action)
     return finish(child, receive)
 
@@ -28,6 +29,7 @@ def start(action: Callable[[], object]) -> tuple[int, int]:
         return child, receive
     code = 1
     try:
+        faulthandler.disable()  # a signal is what some children are for
         signal.alarm(60)
         said = str(action())
         code = 0

@@ -1,4 +1,4 @@
-"""What the fuzz tests share: hostile JSON values, files made of bytes, and a command line that may only say one line."""
+"""What the fuzz tests share: hostile JSON values, files made of bytes, command lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,17 @@ JSON = st.recursive(
     max_leaves=5,
 )  # fmt: skip
 """Values that no file of ours should hold."""
-TEXTS = ("", "{", "[]", "null", "\0", "[" * 100_000, '{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", "\ufeff{}")
+TEXTS = (
+    "",
+    "{",
+    "[]",
+    "null",
+    "\0",
+    "[" * 100_000,
+    '{"a":' * 100_000,
+    '{"a": ' + "9" * 5000 + "}",
+    "\ufeff{}",
+)
 """Files that are no JSON object, or none that can be read."""
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints from strangers: refused in words, never a crash, and never more memory than the file is worth."""
+"""Checkpoints from strangers: refused in words, never a crash, never more memory than they fill."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ NUMBERS = st.sampled_from([0, 1, 2, 4, 8, 12, 16, -1, 2**32, *HUGE]) | st.intege
 ENTRIES = st.fixed_dictionaries(
     {},
     optional={
-        "dtype": st.sampled_from(["F32", "BF16", "F8_E4M3", "BOOL", "U64", "f32", "", "F6_E2M3", "C64"]) | JSON,
+        "dtype": st.sampled_from(["F32", "BF16", "F8_E4M3", "BOOL", "U64", "f32", "", "F6_E2M3", "C64"])
+        | JSON,
         "shape": st.lists(NUMBERS, max_size=4) | JSON,
         "data_offsets": st.lists(NUMBERS, max_size=3) | JSON,
         "extra": JSON,
@@ -71,12 +72,21 @@ def test_a_damaged_file_is_read_or_refused(tmp_path_factory, data):
 
 @pytest.mark.parametrize(
     "spans",
-    [[(0, 8), (0, 8)], [(0, 8), (4, 12)], [(8, 0)], [(4, 12)], [(0, 8), (8, 8)], [(-8, 0)], [(0, 2**63), (8, 16)]],
+    [
+        [(0, 8), (0, 8)],
+        [(0, 8), (4, 12)],
+        [(8, 0)],
+        [(4, 12)],
+        [(0, 8), (8, 8)],
+        [(-8, 0)],
+        [(0, 2**63), (8, 16)],
+    ],
     ids=str,
 )
 def test_tensors_may_not_overlap_leave_gaps_or_lie_outside(tmp_path, spans):
     header = {
-        str(i): {"dtype": "F32", "shape": [2], "data_offsets": [start, end]} for i, (start, end) in enumerate(spans)
+        str(i): {"dtype": "F32", "shape": [2], "data_offsets": [start, end]}
+        for i, (start, end) in enumerate(spans)
     }
     (tmp_path / "a.safetensors").write_bytes(raw(header, bytes(16)))
     with pytest.raises(CheckpointError):
@@ -88,10 +98,14 @@ BOMBS: dict[str, bytes] = {
     "header of 99 MB that is not there": raw(b"{}", length=99_000_000),
     "negative length": raw(b"{}", length=(1 << 64) - 1),
     "tensor of an exabyte": raw({"a": {"dtype": "F32", "shape": [1 << 58], "data_offsets": [0, 1 << 60]}}),
-    "shape that overflows": raw({"a": {"dtype": "F32", "shape": [1 << 62] * 9, "data_offsets": [0, 8]}}, bytes(8)),
+    "shape that overflows": raw(
+        {"a": {"dtype": "F32", "shape": [1 << 62] * 9, "data_offsets": [0, 8]}}, bytes(8)
+    ),
     "empty of huge shape": raw({"a": {"dtype": "F32", "shape": [0, 1 << 62], "data_offsets": [0, 0]}}),
     "deep": raw(b'{"a":' * 300_000),
-    "a million dimensions": raw({"a": {"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]}}, bytes(4)),
+    "a million dimensions": raw(
+        {"a": {"dtype": "F32", "shape": [1] * 100_000, "data_offsets": [0, 4]}}, bytes(4)
+    ),
 }
 GGUF_BOMBS = {
     f"gguf {what}": b"GGUF" + struct.pack("<IQQ", 3, tensors, values) + rest
@@ -116,7 +130,8 @@ def test_no_number_in_a_header_makes_us_allocate(tmp_path, what):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         read_all(path)
         # Python's own memory, and that of the libraries: kilobytes on Linux.
-        return f"{tracemalloc.get_traced_memory()[1]} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before}"
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        return f"{tracemalloc.get_traced_memory()[1]} {grown}"
 
     code, said = forked(peak)
     assert code == 0, said
@@ -133,9 +148,25 @@ def test_a_gguf_bomb_is_refused_and_not_only_skipped(tmp_path):
 
 
 FILES = st.sampled_from(
-    ["../x.safetensors", "/etc/passwd", "..", ".", "", "a/b.safetensors", "./s.safetensors", "\\x", "C:x", "\0",
-     "s.safetensors\0", "~", "no.safetensors", "s.safetensors", "s.bin", "model.safetensors.index.json"]
-)  # fmt: skip
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        "a/b.safetensors",
+        "./s.safetensors",
+        "\\x",
+        "C:x",
+        "\0",
+        "s.safetensors\0",
+        "~",
+        "no.safetensors",
+        "s.safetensors",
+        "s.bin",
+        "model.safetensors.index.json",
+    ]
+)
 
 
 @settings(max_examples=80)
@@ -155,16 +186,20 @@ def test_a_shard_index_names_files_beside_it_or_is_refused(tmp_path_factory, wei
         assert {info.file for info in checkpoint.tensors.values()} == {folder / "s.safetensors"}
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="weights/checkpoint.py _open_index: is_file of a long name")
+@pytest.mark.xfail(
+    strict=True, raises=OSError, reason="weights/checkpoint.py _open_index: is_file of a long name"
+)
 def test_a_shard_whose_name_no_file_can_have(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
     with pytest.raises(CheckpointError):
         open_checkpoint(tmp_path / "model.safetensors.index.json")
 
 
-@pytest.mark.parametrize("target", ["/etc/passwd", "/dev/zero", "../secret.txt", "model.safetensors.index.json", "."])
+@pytest.mark.parametrize(
+    "target", ["/etc/passwd", "/dev/zero", "../secret.txt", "model.safetensors.index.json", "."]
+)
 def test_a_shard_that_is_a_link_to_something_else_is_refused_without_its_contents(tmp_path, target):
-    """Links are followed, because the Hugging Face cache is made of them; what is no checkpoint stays unseen."""
+    """Links are followed, as in the Hugging Face cache; what is no checkpoint stays unseen."""
     (tmp_path / "secret.txt").write_text("root:hunter2:password\n" * 9)
     folder = tmp_path / "model"
     index = save_sharded(folder, {"a": torch.ones(4), "b": torch.ones(4)}, "model", max_shard_bytes=16)
@@ -177,7 +212,9 @@ def test_a_shard_that_is_a_link_to_something_else_is_refused_without_its_content
 
 
 def test_shards_of_the_hugging_face_cache_are_links_and_are_read(tmp_path):
-    index = save_sharded(tmp_path / "blobs", {"a": torch.ones(4), "b": torch.ones(4)}, "model", max_shard_bytes=16)
+    index = save_sharded(
+        tmp_path / "blobs", {"a": torch.ones(4), "b": torch.ones(4)}, "model", max_shard_bytes=16
+    )
     snapshot = tmp_path / "snapshots" / "0123abcd"
     snapshot.mkdir(parents=True)
     for file in index.parent.iterdir():

@@ -44,8 +44,20 @@ PENDING = {
     "vae/config.json": {"block_out_channels", "down_block_types", "up_block_types"},
     "adapter/config.json": {"blocks"},
 }
-FURTHER = ["adapter", "added_tokens_decoder", "additional_special_tokens", "extra_ids", "legacy", "eos_token",
-           "model_max_length", "_class_name", "model_type", "out_channels", "lora_alpha", "shift"]  # fmt: skip
+FURTHER = [
+    "adapter",
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "extra_ids",
+    "legacy",
+    "eos_token",
+    "model_max_length",
+    "_class_name",
+    "model_type",
+    "out_channels",
+    "lora_alpha",
+    "shift",
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +105,9 @@ def test_files_that_are_no_json_object(model, name):
             assert path.name in outcome(LOADERS[name], path), text[:20]
 
 
-@pytest.mark.parametrize("name", [n for n in LOADERS if n.startswith("tokenizer_2")] + ["tokenizer/vocab.json"])
+@pytest.mark.parametrize(
+    "name", [n for n in LOADERS if n.startswith("tokenizer_2")] + ["tokenizer/vocab.json"]
+)
 @settings(max_examples=60)
 @given(data=st.data())
 def test_tokenizers_with_any_value_anywhere_below(model, name, data):
@@ -158,16 +172,30 @@ def test_no_network_of_a_billion_blocks_is_built(model, key, count):
         assert "whole number" in outcome(load_mmdit, path)
 
 
-@pytest.mark.parametrize("build", [
-    lambda: T5Config(vocab_size=8, width=4, head_dim=4, mlp_size=4, num_layers=True, num_heads=1),
-    lambda: T5Config(vocab_size=8, width=4, head_dim=4, mlp_size=4, num_layers=1, num_heads=0),
-    lambda: T5Config(vocab_size=8, width=4, head_dim=4, mlp_size=4, num_layers=1, num_heads=1, eps=float("nan")),
-    lambda: BokehConfig(blocks=(0,), rank=2, alpha="1"),  # type: ignore[arg-type]
-    lambda: BokehConfig(blocks=[0], rank=2),  # type: ignore[arg-type]
-    lambda: Defaults(num_inference_steps=1, height_px=10**9, width_px=16, txt_length=8),
-    lambda: MMDiTConfig(in_channels=4, txt_dim=4, pooled_dim=4, hidden_size=8, num_heads=1, num_double=1,
-                        num_single=0, axes_dim=(8,), guidance_embed=1),  # type: ignore[arg-type]
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: T5Config(vocab_size=8, width=4, head_dim=4, mlp_size=4, num_layers=True, num_heads=1),
+        lambda: T5Config(vocab_size=8, width=4, head_dim=4, mlp_size=4, num_layers=1, num_heads=0),
+        lambda: T5Config(
+            vocab_size=8, width=4, head_dim=4, mlp_size=4, num_layers=1, num_heads=1, eps=float("nan")
+        ),
+        lambda: BokehConfig(blocks=(0,), rank=2, alpha="1"),  # type: ignore[arg-type]
+        lambda: BokehConfig(blocks=[0], rank=2),  # type: ignore[arg-type]
+        lambda: Defaults(num_inference_steps=1, height_px=10**9, width_px=16, txt_length=8),
+        lambda: MMDiTConfig(
+            in_channels=4,
+            txt_dim=4,
+            pooled_dim=4,
+            hidden_size=8,
+            num_heads=1,
+            num_double=1,
+            num_single=0,
+            axes_dim=(8,),
+            guidance_embed=1,
+        ),  # type: ignore[arg-type]
+    ],
+)
 def test_configs_refuse_values_of_other_types_by_name(build):
     with pytest.raises(ValueError, match="must be"):
         build()
@@ -176,8 +204,12 @@ def test_configs_refuse_values_of_other_types_by_name(build):
 # Reported: these files are still being worked on. Remove the marks with the fix.
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="weights/official.py, bokeh_config.py: tuple(), len() of any")
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in PENDING.items() for key in sorted(keys)])
+@pytest.mark.xfail(
+    strict=True, raises=TypeError, reason="weights/official.py, bokeh_config.py: tuple(), len() of any"
+)
+@pytest.mark.parametrize(
+    ("name", "key"), [(name, key) for name, keys in PENDING.items() for key in sorted(keys)]
+)
 def test_lists_that_are_no_lists(model, name, key):
     path = model / name
     with changed(path, {**json.loads(path.read_text()), key: 3}):
@@ -186,18 +218,25 @@ def test_lists_that_are_no_lists(model, name, key):
 
 def adapter_file(folder: Path, name: str, shape: list[int]) -> Path:
     config = BokehConfig(blocks=(0, 1), rank=4)
-    save(folder / "a.safetensors", {**BokehAdapter(config, model_files.MMDIT).state_dict(), name: torch.ones(shape)})
+    save(
+        folder / "a.safetensors",
+        {**BokehAdapter(config, model_files.MMDIT).state_dict(), name: torch.ones(shape)},
+    )
     return folder / "a.safetensors"
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="weights/bokeh_config.py _bokeh_shape: shapes of any rank")
+@pytest.mark.xfail(
+    strict=True, raises=IndexError, reason="weights/bokeh_config.py _bokeh_shape: shapes of any rank"
+)
 @pytest.mark.parametrize("name", ["embedding_layer.0.weight", "adapter_modules.0.to_q_adp.down.weight"])
 def test_adapters_with_tensors_that_are_no_matrices(tmp_path, name):
     with pytest.raises(CheckpointError):
         load_adapter(adapter_file(tmp_path, name, []), model_files.MMDIT)
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="weights/checkpoint.py holds_checkpoint: is_dir of a long name")
+@pytest.mark.xfail(
+    strict=True, raises=OSError, reason="weights/checkpoint.py holds_checkpoint: is_dir of a long name"
+)
 def test_a_card_that_names_an_adapter_no_file_can_be_called(model):
     path = model / "bokehflux.json"
     with changed(path, {**json.loads(path.read_text()), "adapter": "x" * 5000}):
@@ -218,7 +257,9 @@ def lora_tensors() -> dict[str, torch.Tensor]:
 @settings(max_examples=80)
 @given(
     st.dictionaries(
-        st.sampled_from(["lora_alpha", "alpha_pattern", "rank_pattern", "use_dora", "use_rslora", "r", "peft_type"]),
+        st.sampled_from(
+            ["lora_alpha", "alpha_pattern", "rank_pattern", "use_dora", "use_rslora", "r", "peft_type"]
+        ),
         JSON | st.dictionaries(st.sampled_from([STEM, "to_q", "", "x", "attn.to_q"]), JSON, max_size=2),
     )
     | JSON
@@ -246,10 +287,14 @@ def near_misses() -> Iterator[str]:
 
 @settings(max_examples=80)
 @given(
-    st.dictionaries(st.sampled_from(sorted({*lora_tensors(), *near_misses()})), st.lists(st.integers(0, 3), max_size=3),
-                    min_size=1, max_size=3),
+    st.dictionaries(
+        st.sampled_from(sorted({*lora_tensors(), *near_misses()})),
+        st.lists(st.integers(0, 3), max_size=3),
+        min_size=1,
+        max_size=3,
+    ),
     st.sampled_from([torch.float32, torch.int8, torch.bool, torch.float8_e4m3fn]),
-)  # fmt: skip
+)
 def test_names_and_shapes_near_those_of_a_lora(tmp_path_factory, shapes, dtype):
     tensors = lora_tensors() | {name: torch.ones(shape).to(dtype) for name, shape in shapes.items()}
     path = tmp_path_factory.mktemp("lora") / "a.safetensors"

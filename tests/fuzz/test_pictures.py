@@ -1,4 +1,4 @@
-"""Pictures from strangers: their recipes are looked at, never trusted, and never cost more than their file."""
+"""Pictures from strangers: their recipes are looked at, never trusted, never cost more than their file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,26 @@ from tests.fuzz.hostile import JSON, assert_one_line, command
 
 FIELDS = list(Request.__dataclass_fields__)
 RECIPE: dict[str, Any] = {
-    "prompt": "a cup", "bokeh_targets": [0.0, 9.0], "bokeh_pivot": 12.0, "num_inference_steps": 2,
-    "num_grounding_steps": 1, "guidance_scale": 3.0, "true_cfg": 1.0, "negative_prompt": "", "height": 32,
-    "width": 32, "seed": 1, "model": "nano", "adapter": None, "device": "cpu", "dtype": "float32", "loras": [],
-}  # fmt: skip
-CONTROL = st.text(st.sampled_from("a\x1b]0;\x07\x9b2J\n\r\t\0\u202e\u2028\U0001f33c\x7f "), min_size=1, max_size=12)
+    "prompt": "a cup",
+    "bokeh_targets": [0.0, 9.0],
+    "bokeh_pivot": 12.0,
+    "num_inference_steps": 2,
+    "num_grounding_steps": 1,
+    "guidance_scale": 3.0,
+    "true_cfg": 1.0,
+    "negative_prompt": "",
+    "height": 32,
+    "width": 32,
+    "seed": 1,
+    "model": "nano",
+    "adapter": None,
+    "device": "cpu",
+    "dtype": "float32",
+    "loras": [],
+}
+CONTROL = st.text(
+    st.sampled_from("a\x1b]0;\x07\x9b2J\n\r\t\0\u202e\u2028\U0001f33c\x7f "), min_size=1, max_size=12
+)
 
 
 def picture(folder: Path, recipe: object, name: str = "x.png") -> Path:
@@ -41,7 +56,8 @@ def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (1, 1), rows: byte
     data = zlib.compress(b"\0" * (size[1] * (size[0] + 1)) if rows is None else rows)
     every = [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in every
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in every
     )
 
 
@@ -50,7 +66,12 @@ def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (1, 1), rows: byte
 @given(st.sampled_from([b"tEXt", b"zTXt", b"iTXt", b"eXIf"]), st.binary(max_size=60), JSON, st.booleans())
 def test_any_chunk_holds_a_recipe_or_none(tmp_path_factory, kind, junk, value, named):
     text = json.dumps(value).encode() if named else junk
-    prefix = {b"tEXt": b"bokehflux\0", b"zTXt": b"bokehflux\0\0", b"iTXt": b"bokehflux\0\0\0\0\0", b"eXIf": b"II*\0\x08\0\0\0"}
+    prefix = {
+        b"tEXt": b"bokehflux\0",
+        b"zTXt": b"bokehflux\0\0",
+        b"iTXt": b"bokehflux\0\0\0\0\0",
+        b"eXIf": b"II*\0\x08\0\0\0",
+    }
     body = prefix[kind] + (zlib.compress(text) if kind == b"zTXt" else text)
     path = tmp_path_factory.mktemp("chunk") / "x.png"
     path.write_bytes(png((kind, body)))
@@ -78,11 +99,13 @@ def test_any_exif_directory_is_walked_to_an_end(tmp_path_factory, entries):
 
 
 def test_a_recipe_is_read_without_decoding_the_picture(tmp_path, monkeypatch):
-    """8192 x 8192 pixels in 60 KB: 64 MB that looking for a recipe must not cost, with or without one in it."""
+    """8192 x 8192 pixels in 60 KB: 64 MB that looking for a recipe must not cost."""
     bomb = png(size=(8192, 8192))
     assert len(bomb) < 100_000
     (tmp_path / "without.png").write_bytes(bomb)
-    (tmp_path / "with.png").write_bytes(png((b"tEXt", b"bokehflux\0" + json.dumps(RECIPE).encode()), size=(8192, 8192)))
+    (tmp_path / "with.png").write_bytes(
+        png((b"tEXt", b"bokehflux\0" + json.dumps(RECIPE).encode()), size=(8192, 8192))
+    )
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("the picture was decoded"))
     assert read_recipe(tmp_path / "with.png") == RECIPE
     with pytest.raises(NoRecipe):
@@ -91,10 +114,9 @@ def test_a_recipe_is_read_without_decoding_the_picture(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iTXt"])
 def test_texts_that_grow_a_thousandfold_are_refused(tmp_path, kind):
-    text = zlib.compress(b'{"prompt": "' + b"x" * 200_000_000 + b'"}')
+    text = zlib.compress(b'{"prompt": "' + b"x" * 30_000_000 + b'"}')
     prefix = b"bokehflux\0\0" if kind == b"zTXt" else b"bokehflux\0\1\0\0\0"
     (tmp_path / "x.png").write_bytes(png((kind, prefix + text)))
-    del text
     tracemalloc.start()
     try:
         with pytest.raises(NoRecipe):
@@ -125,8 +147,13 @@ def test_no_recipe_rules_the_terminal(tmp_path_factory, recipe):
 
 
 @settings(max_examples=100)
-@given(st.dictionaries(st.sampled_from([*FIELDS, "model", "adapter", "device", "dtype", "loras", "max_rows"]),
-                       JSON | CONTROL | st.lists(st.tuples(CONTROL, JSON), max_size=2), max_size=3))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.sampled_from([*FIELDS, "model", "adapter", "device", "dtype", "loras", "max_rows"]),
+        JSON | CONTROL | st.lists(st.tuples(CONTROL, JSON), max_size=2),
+        max_size=3,
+    )
+)
 def test_any_recipe_gives_arguments_or_one_message(tmp_path_factory, changes):
     """--config-from of a stranger's picture: what is taken from it is text and numbers, checked."""
     recipe = json.loads(json.dumps({**RECIPE, **changes}))
@@ -146,7 +173,7 @@ def test_any_recipe_gives_arguments_or_one_message(tmp_path_factory, changes):
 @pytest.mark.parametrize("lies", [
     {"seed": 10**400}, {"guidance_scale": 10**400}, {"height": 2**62}, {"num_inference_steps": 10**12},
     {"bokeh_targets": [10**400]}, {"prompt": "\ud800"}, {"bokeh_targets": [0.0] * 2000}, {"dtype": "int8"},
-    {"device": "\x1b[2J"}, {"model": "\x1b]0;owned\x07"}, {"model": "x" * 300}, {"loras": [["a", 10**400]]},
+    {"device": "\x1b[2J"}, {"model": "\x1b]0;owned\x07"}, {"model": "x" * 200}, {"loras": [["a", 10**400]]},
     {"adapter": "/dev/zero"}, {"max_rows": 10**400, "model": "absent"},
 ], ids=str)  # fmt: skip
 def test_lies_in_a_recipe_end_in_one_line(tmp_path, monkeypatch, lies):

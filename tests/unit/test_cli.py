@@ -129,6 +129,7 @@ def test_published_defaults(fake: FakePipeline) -> None:
         "negative_prompt": "bad quality, low resolution", "seed": 65578,
         "max_rows": None,
     }  # fmt: skip
+    assert callable(fake.loaded.pop("on_progress"))
     assert fake.loaded == {
         "model": "nano", "adapter": None, "loras": [], "device": None, "dtype": None, "memory": "auto",
     }  # fmt: skip
@@ -156,6 +157,7 @@ def test_every_flag_reaches_the_pipeline(fake: FakePipeline, spelling: str) -> N
 def test_model_flags_reach_load(fake: FakePipeline) -> None:
     argv = ["--model", "m_1", "--adapter", "a", "--device", "cpu", "--dtype", "float32", "--memory", "stream"]
     assert cli.main([*SWEEP, *argv, "--lora", "x_1", "--lora", "y", "0.5"]) == 0
+    assert callable(fake.loaded.pop("on_progress"))
     assert fake.loaded == {
         "model": "m_1", "adapter": "a", "loras": [("x_1", 1.0), ("y", 0.5)], "device": "cpu",
         "dtype": "float32", "memory": "stream",
@@ -296,7 +298,9 @@ def test_inspect_describes_a_file(
 def test_fetch_downloads_a_revision_and_prints_its_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bokehflux.fetch.fetch", lambda name, *, revision: Path("cache", name, revision))
+    monkeypatch.setattr(
+        "bokehflux.fetch.fetch", lambda name, *, patterns, revision: Path("cache", name, revision)
+    )
     assert cli.main(["fetch", "flux-dev"]) == cli.main(["fetch", "flux-dev", "--revision", "v2"]) == 0
     assert capsys.readouterr().out.split() == ["cache/flux-dev/main", "cache/flux-dev/v2"]
 

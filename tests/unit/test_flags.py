@@ -13,8 +13,10 @@ from PIL import Image
 
 from bokehflux import cli
 from bokehflux.arguments import parsers
+from bokehflux.fetch import TOKENIZERS_ONLY
 from bokehflux.generate import Pipeline
 from bokehflux.metadata import read_recipe
+from bokehflux.weights.resolve import ModelFiles
 from tests.tiny import tiny_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,6 +37,10 @@ COMMON: dict[str, list[str]] = {
     "--width": ["64"],
     "--max-rows": ["1"],
     "--model": ["other"],
+    "--vae": ["ae.safetensors"],
+    "--clip": ["clip_l.safetensors"],
+    "--t5": ["t5xxl.safetensors"],
+    "--tokenizers": ["snapshot"],
     "--adapter": ["ada"],
     "--lora": ["style.safetensors", "0.5"],
     "--memory": ["stream"],
@@ -64,13 +70,16 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """A folder of its own, the tiny pipeline for a model, and what `load` was asked for."""
     loaded: dict[str, Any] = {}
 
-    def load(model: str, *, adapter: Any, loras: Any, device: Any, dtype: Any, memory: str) -> Pipeline:
+    def load(
+        model: str | ModelFiles, *, adapter: Any, loras: Any, device: Any, dtype: Any, memory: str,
+        on_progress: Any,
+    ) -> Pipeline:  # fmt: skip
         loaded.update(model=model, adapter=adapter, loras=loras, device=device, dtype=dtype, memory=memory)
-        return dataclasses.replace(TINY[dtype or "float32"], name=model)
+        return dataclasses.replace(TINY[dtype or "float32"], name=str(model))
 
-    def model_facts(model: str, adapter: str | None, loras: Any) -> dict[str, Any]:
+    def model_facts(model: str | ModelFiles, adapter: str | None, loras: Any) -> dict[str, Any]:
         loras = [list(lora) for lora in loras]
-        hashes = {"model_hash": model, "adapter_hash": adapter, "lora_hashes": loras}
+        hashes = {"model_hash": str(model), "adapter_hash": adapter, "lora_hashes": loras}
         return {**hashes, "adapter": adapter, "loras": loras}
 
     monkeypatch.setattr("bokehflux.generate.load", load)
@@ -129,6 +138,25 @@ def test_no_flag_is_left_out_above(command: str) -> None:
 def test_the_same_flags_give_the_same(world: dict[str, Any], command: str) -> None:
     """Without this the test above would prove nothing."""
     assert outcome([command, *BASE[command]], world) == outcome([command, *BASE[command]], world)
+
+
+FETCH = {"--tokenizers-only": [], "--revision": ["v2"]}
+
+
+@pytest.mark.parametrize("flag", FETCH)
+def test_flags_of_fetch_change_what_is_asked_for(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("bokehflux.fetch.fetch", lambda name, **how: asked.append(how))
+    assert cli.main(["fetch", "flux-dev"]) == cli.main(["fetch", "flux-dev", flag, *FETCH[flag]]) == 0
+    plain = {"patterns": None, "revision": "main"}
+    changed = {"--tokenizers-only": {"patterns": TOKENIZERS_ONLY}, "--revision": {"revision": "v2"}}
+    assert asked == [plain, plain | changed[flag]]
+
+
+@pytest.mark.parametrize("command", ["info", "doctor", "inspect", "fetch"])
+def test_the_other_commands_have_no_other_flags(command: str) -> None:
+    flags = {word for action in parsers()[1][command]._actions for word in action.option_strings}
+    assert flags == {"-h", "--help"} | (FETCH.keys() if command == "fetch" else set())
 
 
 def rows_of(argv: list[str]) -> int:
@@ -193,6 +221,19 @@ def test_flags_override_a_replay(world: dict[str, Any]) -> None:
 def test_a_replay_with_another_model_says_so(world: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     assert cli.main(["generate", "--config-from", "earlier.png", "--model", "other"]) == 0
     assert "model_hash nano, here it is other: the picture may differ" in caplog.text
+
+
+def test_parts_that_were_given_are_replayed(world: dict[str, Any]) -> None:
+    parts = {"vae": "ae.sft", "clip": "clip_l.sft", "t5": "t5.sft", "tokenizers": "some"}
+    argv = ["generate", "--prompt", "a boat", "--model", "flux.sft", "--output", "first"]
+    assert cli.main([*argv, *(word for part, path in parts.items() for word in (f"--{part}", path))]) == 0
+    given = world["model"]
+    assert given == ModelFiles(transformer="flux.sft", **{part: Path(path) for part, path in parts.items()})
+    recipe = read_recipe("first/plain.png")
+    assert {name: recipe[name] for name in ("model", *parts)} == {"model": "flux.sft", **parts}
+    world.clear()
+    assert cli.main(["generate", "--config-from", "first/plain.png", "--t5", "other", "--output", "two"]) == 0
+    assert world["model"] == dataclasses.replace(given, t5=Path("other"))
 
 
 def test_a_sweep_replays_too(world: dict[str, Any]) -> None:

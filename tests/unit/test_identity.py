@@ -9,6 +9,7 @@ import torch
 
 from bokehflux import identity
 from bokehflux.identity import device_name, facts, fingerprint, model_facts
+from bokehflux.weights.resolve import ModelFiles
 from tests.tiny import tiny_pipeline
 from tests.unit.test_load import write_snapshot
 
@@ -81,6 +82,12 @@ def test_every_part_of_a_model_counts(tmp_path: Path) -> None:
         now = model_facts(tmp_path, None)["model_hash"]
         assert now != before["model_hash"], part
         before["model_hash"] = now
+
+
+def test_facts_name_every_part_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "model_facts", lambda *_: {})
+    found = facts(tiny_pipeline(), ModelFiles(transformer="flux-dev", t5=Path("t5.sft")), None)
+    assert (found["model"], found["t5"]) == ("flux-dev", "t5.sft") and "vae" not in found
 
 
 def test_facts_name_model_and_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,15 +79,31 @@ def test_files_given_one_by_one(tmp_path, env):
         paths[part] = tmp_path / f"{part}-here" / "weights.safetensors"
         write.save(paths[part], {**state})
     files.write_tokenizers(tmp_path / "tok")
-    tokenizers = {
-        "clip_tokenizer": tmp_path / "tok" / "tokenizer",
-        "t5_tokenizer": tmp_path / "tok" / "tokenizer_2",
-    }
-    assert_loads(ModelFiles(**paths, **tokenizers), env)
-    absent = ModelFiles(**paths | {"t5": tmp_path / "absent.safetensors"}, **tokenizers)
+    tokenizers = tmp_path / "tok"
+    assert_loads(ModelFiles(**paths, tokenizers=tokenizers), env)
+    absent = ModelFiles(**paths | {"t5": tmp_path / "absent.safetensors"}, tokenizers=tokenizers)
     assert "t5: " in problems(resolve_model, absent, env) and "absent" in problems(resolve_model, absent, env)
-    swapped = ModelFiles(**paths | {"t5": paths["clip"]}, **tokenizers)
+    swapped = ModelFiles(**paths | {"t5": paths["clip"]}, tokenizers=tokenizers)
     assert "layout not recognised" in problems(load.load_components, swapped, env=env)
+    message = problems(resolve_model, ModelFiles(**paths, tokenizers=tmp_path), env)
+    assert f"clip_tokenizer: {tmp_path / 'tokenizer'} does not exist" in message
+
+
+def test_one_part_of_any_model_may_be_another(home, env, monkeypatch):
+    """An explicit file wins over the model's own, in whatever way the model was named."""
+    files.write_flat(home, STATES)
+    files.write_tokenizers(home)
+    own = home.parent / "own.safetensors"
+    write.save(own, STATES["t5"])
+    for name in (home, str(home), home / "flux1-dev.safetensors", "flux-dev"):
+        snapshot = resolve_model(ModelFiles(transformer=name, t5=own), env | {"BOKEHFLUX_MODELS": str(home)})
+        assert snapshot.t5 == own and snapshot.transformer == home / "flux1-dev.safetensors"
+        assert snapshot.vae == home / "ae.safetensors"
+    monkeypatch.setattr(load, "BUNDLED", (home.name,))
+    monkeypatch.setattr(load, "__file__", str(home.parent / "load.py"))
+    assert load.find_model(ModelFiles(transformer=home.name, t5=own), env).t5 == own
+    assert str(ModelFiles(transformer="flux-dev", t5=own)) == f"flux-dev + {own}"
+    assert "no complete model" in problems(resolve_model, ModelFiles(transformer=home / "absent"), env)
 
 
 @pytest.mark.parametrize("below", ["", "models"])

@@ -34,7 +34,7 @@ from bokehflux.models.vae import AutoencoderKL
 from bokehflux.weights import load, manifests, official, write
 from bokehflux.weights import save as export
 from bokehflux.weights.bokeh_config import bokeh_config, bokeh_config_dict
-from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from bokehflux.weights.snapshot import CARD, default_card, open_snapshot
 from tests.helpers import needs_shared, shared
 
@@ -483,6 +483,31 @@ def test_the_golden_snapshot_loads_whole():
     assert parts.mmdit.bokeh.config.blocks == (1, 2, 4)
     assert parts.text.encode(["a cat"]).txt.shape == (1, 512, 32)
     assert parts.schedule == FLUX_SCHEDULE
+
+
+@needs_shared
+def test_progress_reaches_the_bytes_of_all_files():
+    heard: list[tuple[int, int]] = []
+    load.load_components(
+        shared("golden/snapshot"), shared("golden/adapter"), on_progress=lambda *at: heard.append(at), **F32
+    )
+    done, totals = [at for at, _ in heard], {total for _, total in heard}
+    folders = [shared("golden/adapter"), *shared("golden/snapshot").iterdir()]
+    sizes = [path.stat().st_size for f in folders if f.is_dir() for path in f.glob("*.safetensors")]
+    assert done[0] == 0 and done == sorted(set(done)) and totals == {done[-1]}
+    # All but the headers.
+    assert 0.95 * sum(sizes) < done[-1] < sum(sizes)
+
+
+def test_tied_and_fused_tensors_are_counted_too(tmp_path):
+    states = write_snapshot(tmp_path)
+    network, seen = states["transformer"], []
+    load.load_mmdit(tmp_path / "transformer", on_read=seen.append, **F32)
+    assert sum(seen) == sum(t.nbytes for t in network.values()) and len(seen) == len(network)
+    seen.clear()
+    load.load_t5(tmp_path / "text_encoder_2", on_read=seen.append, **F32)
+    file = next((tmp_path / "text_encoder_2").glob("*.safetensors"))
+    assert sum(seen) == sum(i.num_bytes for i in open_checkpoint(file).tensors.values())
 
 
 @needs_shared

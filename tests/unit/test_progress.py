@@ -53,6 +53,19 @@ def test_batches_have_a_time_of_their_own() -> None:
     assert lines(stream) == ["encoding"]
 
 
+def test_loading_counts_megabytes() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, clock)
+    for done in (0, 6_000_000_000, 23_800_500_000):
+        progress.loading(done, 23_800_500_000)
+        clock.now += 3
+    progress.loading(0, 9)  # less than one is not none
+    assert lines(stream) == [
+        "loading 0/23801  MB", "loading 6000/23801  MB  00:09 left", "loading 23800/23801  MB  00:00 left",
+        "loading 0/1  MB",
+    ]  # fmt: skip
+
+
 def test_a_shorter_line_leaves_nothing_of_a_longer_one() -> None:
     stream = io.StringIO()
     progress = Progress(stream)

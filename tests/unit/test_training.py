@@ -491,3 +491,12 @@ def test_recipe_fits_together() -> None:
     assert NANO.mmdit.txt_dim == NANO.t5.width and NANO.mmdit.pooled_dim == NANO.clip.width
     assert NANO.mmdit.in_channels == 4 * NANO.vae.latent_channels == 64
     assert math.isclose(NANO.vae.downscale, 8) and BOKEH.rank < NANO.bokeh.rank
+
+
+def test_nano_fits_in_its_parcel() -> None:
+    """At most 48 MB in bfloat16, tokenizers and logs included."""
+    with torch.device("meta"):
+        networks = [
+            MMDiT(NANO.mmdit, NANO.bokeh), AutoencoderKL(NANO.vae), T5Encoder(NANO.t5), CLIPTextEncoder(NANO.clip)
+        ]  # fmt: skip
+    assert sum(p.numel() for network in networks for p in network.parameters()) * 2 < 47.5e6

@@ -1,0 +1,71 @@
+"""Commands with a tiny model, for the faults that befall them; as a program, fills a disk."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from bokehflux import cli
+from bokehflux.generate import Pipeline
+from tests.tiny import tiny_pipeline
+
+PIPE = tiny_pipeline()
+HASHES = {"model_hash": "h", "adapter": None, "adapter_hash": None, "loras": [], "lora_hashes": []}
+Outcome = tuple[int, str, str]
+"""Exit code, stdout, stderr."""
+
+
+def generate(
+    folder: Path | None, output: str, side: int = 32, during: Callable[[], None] | None = None
+) -> Outcome:
+    """Two levels, their pivot and sheet, in this folder if it is None. during: called while they are made."""
+    return _run(folder, during, "generate", "--prompt", "a cup", "--output", output, *_flags(side))
+
+
+def sweep(
+    folder: Path | None, output: str, seeds: int = 1, during: Callable[[], None] | None = None
+) -> Outcome:
+    """As many scenes as seeds, with all their views."""
+    numbers = [str(seed) for seed in range(seeds)]
+    return _run(
+        folder, during, "sweep", "--prompt", "a cup", "--output", output, "--seeds", *numbers, *_flags(32)
+    )
+
+
+def _flags(side: int) -> list[str]:
+    size = ["--height", str(side), "--width", str(side)]
+    return [*size, "--bokeh-targets", "0", "9", "--bokeh-pivot", "5", "--num-inference-steps", "1"]
+
+
+def _run(folder: Path | None, during: Callable[[], None] | None, *argv: str) -> Outcome:
+    made = Pipeline.generate
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = made(*args, **kwargs)
+        if during is not None:
+            during()
+        return result
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("bokehflux.generate.load", lambda *_, **__: PIPE))
+        stack.enter_context(mock.patch("bokehflux.identity.model_facts", lambda *_: HASHES))
+        stack.enter_context(mock.patch.object(Pipeline, "generate", watched))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        if folder is not None:
+            stack.callback(os.chdir, os.getcwd())
+            os.chdir(folder)
+        code = cli.main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+if __name__ == "__main__":
+    code, out, err = sweep(Path(sys.argv[1]), "out", seeds=40)
+    print((code, len({Path(line).parent for line in out.splitlines()}), err))
