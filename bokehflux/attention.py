@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from bokehflux.kernels.attention import interface
@@ -87,7 +88,7 @@ class PivotStore(Protocol):
 
     def put(self, step: int, block: int, q: Tensor, k: Tensor) -> None: ...
 
-    def get(self, step: int, block: int, device: object) -> tuple[Tensor, Tensor]: ...
+    def get(self, step: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,15 +188,17 @@ class Stream:
 
 def _modulation_units(mmdit: MMDiT) -> list[Unit]:
     """In the order in which `MMDiT.modulations` calls them."""
-    double = [layer for block in mmdit.double_blocks for layer in (block.img_mod, block.txt_mod)]
-    layers = [*double, *(block.modulation for block in mmdit.single_blocks)]
+    double = [layer for block in mmdit.doubles for layer in (block.img_mod, block.txt_mod)]
+    layers = [*double, *(block.modulation for block in mmdit.singles)]
     return [(layer, list(layer.parameters())) for layer in layers]
 
 
 def _block_units(network: nn.Module) -> list[Unit]:
     """Blocks in the order in which they run, with what only their own call uses; none for other networks."""
+    blocks: list[nn.Module]
+    shared: tuple[str, ...]
     if isinstance(network, MMDiT):
-        blocks, shared = [*network.double_blocks, *network.single_blocks], ("_mod.", "modulation.")
+        blocks, shared = [*network.doubles, *network.singles], ("_mod.", "modulation.")
     elif isinstance(network, T5Encoder):
         blocks, shared = [*network.encoder.block], ("relative_attention_bias.",)
     else:

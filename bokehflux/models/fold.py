@@ -69,9 +69,9 @@ def _projections(mmdit: MMDiT) -> Iterator[tuple[Linear, BlockAdapter]]:
     assert mmdit.bokeh is not None
     for i in mmdit.bokeh.config.blocks:
         if i < len(mmdit.double_blocks):
-            linear = mmdit.double_blocks[i].img_attn.qkv
+            linear = mmdit.doubles[i].img_attn.qkv
         else:
-            linear = mmdit.single_blocks[i - len(mmdit.double_blocks)].linear1
+            linear = mmdit.singles[i - len(mmdit.double_blocks)].linear1
         yield linear, mmdit.bokeh.block(i)
 
 

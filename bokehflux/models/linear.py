@@ -75,8 +75,8 @@ class Linear(nn.Linear):
 
     def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Output columns start ... stop alone, at their share of the cost: parts of a fused projection."""
-        weight = self.weight if self.is_dense else self.dense(x.dtype)
-        bias = self.bias
+        weight: Tensor = self.weight if self.is_dense else self.dense(x.dtype)
+        bias: Tensor | None = self.bias
         if (start, stop) != (0, self.out_features):
             weight, bias = weight[start:stop], bias[start:stop] if bias is not None else None
         out = F.linear(x, weight, bias)

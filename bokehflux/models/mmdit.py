@@ -64,6 +64,14 @@ class MMDiT(nn.Module):
         self.bokeh = BokehAdapter(bokeh, config) if bokeh is not None else None
 
     @property
+    def doubles(self) -> list[DoubleStreamBlock]:
+        return list(self.double_blocks)  # type: ignore[arg-type]
+
+    @property
+    def singles(self) -> list[SingleStreamBlock]:
+        return list(self.single_blocks)  # type: ignore[arg-type]
+
+    @property
     def dtype(self) -> torch.dtype:
         """What it computes in; weights may be stored narrower."""
         return self.img_in.bias.dtype
@@ -111,8 +119,8 @@ class MMDiT(nn.Module):
             vec = vec + self.guidance_in(sinusoid(guidance.to(self.dtype)).to(self.dtype))
         vec = vec + self.vector_in(pooled)
         return Modulations(
-            double=tuple(block.modulation_of(vec) for block in self.double_blocks),
-            single=tuple(block.modulation_of(vec) for block in self.single_blocks),
+            double=tuple(block.modulation_of(vec) for block in self.doubles),
+            single=tuple(block.modulation_of(vec) for block in self.singles),
             final=self.final_layer.modulation_of(vec),
         )
 
@@ -130,11 +138,11 @@ class MMDiT(nn.Module):
             raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
         terms = self._block_terms(attention if attention is not None else Plain(), bokeh)
         img, txt = self.img_in(img), self.txt_in(txt)
-        for block, mod, term in zip(self.double_blocks, mods.double, terms, strict=False):
+        for block, mod, term in zip(self.doubles, mods.double, terms, strict=False):
             img, txt = block(img, txt, mod, rope, term)
         x = torch.cat([txt, img], dim=1)
-        for block, mod, term in zip(self.single_blocks, mods.single, terms[len(mods.double) :], strict=True):
-            x = block(x, mod, rope, term)
+        for single, shift, term in zip(self.singles, mods.single, terms[len(mods.double) :], strict=True):
+            x = single(x, shift, rope, term)
         return self.final_layer(x[:, txt.shape[1] :], mods.final)
 
     def _block_terms(self, spec: AttentionSpec, bokeh: BokehCondition | None) -> list[BlockTerms]:

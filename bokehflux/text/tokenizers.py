@@ -249,7 +249,9 @@ def _special_tokens(folder: Path, config: dict[str, Any], **defaults: str) -> di
     if "added_tokens_decoder" not in config and table.is_file():
         stated |= _read_json(table)
     tokens = {role: stated.get(role) or default for role, default in defaults.items()}
-    special = {role: t.get("content") if isinstance(t, dict) else t for role, t in tokens.items()}
+    special: dict[str, Any] = {
+        role: t.get("content") if isinstance(t, dict) else t for role, t in tokens.items()
+    }
     strange = [role for role, token in special.items() if not isinstance(token, str) or not token]
     if strange:
         raise TokenizerError(f"{folder}: {strange[0]} must be text, found {tokens[strange[0]]!r:.80}")
