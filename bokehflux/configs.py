@@ -35,7 +35,10 @@ def check_fields(config: Any) -> None:
             good, wanted = _whole(value, least, most), f"a whole number from {least} to {most}"
         elif kind.startswith("tuple"):
             good = isinstance(value, tuple) and all(_whole(v, 0, 2**31 - 1) for v in value)
-            good, wanted = good and 0 < len(value) <= MAX_LAYERS, "a list of whole numbers"
+            good, wanted = (
+                good and 0 < len(value) <= MAX_LAYERS,
+                "a list of whole numbers, none of them negative",
+            )
         else:
             good, wanted = _finite(value), "a finite number"
         if not good:

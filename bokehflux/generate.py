@@ -330,6 +330,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         where = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"unknown device {device!r}: expected cpu, cuda, cuda:N or mps") from error
+    if where.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"unknown device {device!r}: expected cpu, cuda, cuda:N or mps")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device {device} is not there: this machine shows {torch.cuda.device_count()} CUDA device(s)"

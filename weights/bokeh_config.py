@@ -10,7 +10,7 @@ from bokehflux.configs import BokehConfig, MMDiTConfig
 
 from .checkpoint import CheckpointError
 from .mapping import Shape, renamed
-from .official import Json
+from .official import Json, faults_of
 from .parts import Part
 
 
@@ -33,12 +33,13 @@ def bokeh_config(
     if problems or not found:
         raise CheckpointError(where, *problems)
     settings = config or {}
-    return BokehConfig(
-        **found,
-        alpha=settings.get("lora_alpha"),
-        lora_scale=settings.get("lora_scale", 1.0),
-        bokeh_scale=settings.get("bokeh_scale", 1.0),
-    )
+    with faults_of(where):
+        return BokehConfig(
+            **found,
+            alpha=settings.get("lora_alpha"),
+            lora_scale=settings.get("lora_scale", 1.0),
+            bokeh_scale=settings.get("bokeh_scale", 1.0),
+        )
 
 
 def _bokeh_shape(shapes: Mapping[str, Shape], mmdit: MMDiTConfig) -> tuple[dict[str, Any], list[str]]:
@@ -48,6 +49,10 @@ def _bokeh_shape(shapes: Mapping[str, Shape], mmdit: MMDiTConfig) -> tuple[dict[
     if any(name not in shapes for name in needed) or not downs:
         some = ", ".join(sorted(shapes)[:3]) or "nothing"
         return {}, [f"not a bokeh adapter: expected {needed[0]!r} and 'adapter_modules.*', found {some}"]
+    flat = [f"{n} {list(shapes[n])} is no matrix" for n in needed if len(shapes[n]) != 2]
+    flat += [f"{kind} of block {i} {list(s)} is no matrix" for (i, kind), s in downs.items() if len(s) != 2]
+    if flat:
+        return {}, flat
     blocks = tuple(sorted({i for i, _ in downs}))
     problems = []
     if blocks[-1] >= mmdit.num_blocks:
@@ -83,9 +88,12 @@ def _bokeh_conflicts(config: Json, found: Json, mmdit: MMDiTConfig) -> list[str]
         for key, value in facts.items()
         if key in config and config[key] != value
     ]
-    if config.get("blocks") is not None:
+    named = config.get("blocks")
+    if named is not None and not (isinstance(named, list) and all(isinstance(n, str) for n in named)):
+        problems.append(f"config.json says blocks = {named!r:.80}, a list of names was expected")
+    elif named is not None:
         try:
-            blocks = {_block_index(name, mmdit) for name in config["blocks"]}
+            blocks = {_block_index(name, mmdit) for name in named}
         except ValueError as error:
             return [*problems, str(error)]
         if blocks != set(found["blocks"]):

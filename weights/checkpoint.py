@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -183,7 +184,7 @@ def _opened(path: Path) -> SafetensorsFile | GgufFile | PickledFile:
 
 def holds_checkpoint(folder: Path) -> bool:
     """Whether a folder holds any .safetensors file (a config-only folder does not)."""
-    return folder.is_dir() and any(p.suffix in SUFFIXES for p in folder.iterdir())
+    return os.path.isdir(folder) and any(p.suffix in SUFFIXES for p in folder.iterdir())
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -290,7 +291,7 @@ def _open_index(path: Path) -> Checkpoint:
         expected = {name for name, shard in weight_map.items() if shard == file}
         if file != Path(file).name or file in ("", ".", ".."):
             problems.append(f"{file!r} is not a plain file name beside the index")
-        elif not (path.parent / file).is_file():
+        elif not os.path.isfile(path.parent / file):  # False, too, for names that no file can have
             problems.append(f"shard {file} is missing ({len(expected)} tensors)")
         else:
             try:

@@ -38,6 +38,9 @@ class MappedFile:
         count = math.prod(shape)
         if not count:
             return torch.empty(shape, dtype=dtype)
+        # Touching a page behind the end of the file would kill the process (SIGBUS).
+        if start + count * dtype.itemsize > self._map.size():
+            raise ValueError(f"the file was cut to {self._map.size()} bytes")
         if start % dtype.itemsize:  # old files; some kernels want their numbers aligned
             copied = bytearray(self._map[start : start + count * dtype.itemsize])
             return torch.frombuffer(copied, dtype=dtype).reshape(shape)

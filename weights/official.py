@@ -7,8 +7,9 @@ config: their shapes tell it. A `config.json` that says it belongs to another cl
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bokehflux.configs import (
@@ -80,13 +81,25 @@ def _no_config(checkpoint: Checkpoint) -> CheckpointError:
     )
 
 
+_LISTS = ("block_out_channels", "axes_dims_rope", "down_block_types", "up_block_types")
+
+
+@contextlib.contextmanager
+def faults_of(where: object) -> Iterator[None]:
+    """What our configs refuse meanwhile is the fault of a file."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(where, str(error)) from None
+
+
 def _check(config: Json, where: object, required: tuple[str, ...], fixed: Json) -> None:
     """Raise CheckpointError unless `required` keys are there and `fixed` keys, if there, have their value."""
     problems = [f"key {key!r} is missing" for key in required if key not in config]
     problems += [
-        f"{key} = {config[key]!r} is not a number or a list of numbers"
-        for key in required
-        if key in config and not isinstance(config[key], (int, float, list))
+        f"{key} = {config[key]!r:.80} is not {'a list' if key in _LISTS else 'a number'}"
+        for key in dict.fromkeys((*required, *_LISTS))
+        if key in config and not isinstance(config[key], list if key in _LISTS else (int, float))
     ]
     for key, value in fixed.items():
         allowed = value if isinstance(value, tuple) else (value,)
@@ -104,17 +117,18 @@ def mmdit_config(config: Json, where: object = "transformer config") -> MMDiTCon
     fixed = {"_class_name": "FluxTransformer2DModel", "patch_size": 1}
     _check(config, where, required, fixed)
     _check(config, where, (), {"out_channels": (None, config["in_channels"])})
-    return MMDiTConfig(
-        in_channels=config["in_channels"],
-        txt_dim=config["joint_attention_dim"],
-        pooled_dim=config["pooled_projection_dim"],
-        hidden_size=config["attention_head_dim"] * config["num_attention_heads"],
-        num_heads=config["num_attention_heads"],
-        num_double=config["num_layers"],
-        num_single=config["num_single_layers"],
-        axes_dim=tuple(config.get("axes_dims_rope", (16, 56, 56))),
-        guidance_embed=config["guidance_embeds"],
-    )
+    with faults_of(where):
+        return MMDiTConfig(
+            in_channels=config["in_channels"],
+            txt_dim=config["joint_attention_dim"],
+            pooled_dim=config["pooled_projection_dim"],
+            hidden_size=config["attention_head_dim"] * config["num_attention_heads"],
+            num_heads=config["num_attention_heads"],
+            num_double=config["num_layers"],
+            num_single=config["num_single_layers"],
+            axes_dim=tuple(config.get("axes_dims_rope", (16, 56, 56))),
+            guidance_embed=config["guidance_embeds"],
+        )
 
 
 def mmdit_config_dict(config: MMDiTConfig) -> dict[str, Any]:
@@ -154,18 +168,19 @@ def mmdit_config_from_shapes(shapes: Mapping[str, Shape], where: object) -> MMDi
             f"head dim {head_dim} does not imply rotary axes (128 does): pass a config or add config.json"
         )
         raise CheckpointError(where, problem)
-    return MMDiTConfig(
-        in_channels=in_channels,
-        txt_dim=txt_dim,
-        pooled_dim=pooled_dim,
-        hidden_size=hidden,
-        num_heads=hidden // head_dim,
-        num_double=_count(shapes, "double_blocks"),
-        num_single=_count(shapes, "single_blocks"),
-        axes_dim=(16, 56, 56),
-        guidance_embed="guidance_in.in_layer.weight" in shapes,
-        mlp_ratio=mlp_size / hidden,
-    )
+    with faults_of(where):
+        return MMDiTConfig(
+            in_channels=in_channels,
+            txt_dim=txt_dim,
+            pooled_dim=pooled_dim,
+            hidden_size=hidden,
+            num_heads=hidden // head_dim,
+            num_double=_count(shapes, "double_blocks"),
+            num_single=_count(shapes, "single_blocks"),
+            axes_dim=(16, 56, 56),
+            guidance_embed="guidance_in.in_layer.weight" in shapes,
+            mlp_ratio=mlp_size / hidden,
+        )
 
 
 def _mlp_size(shapes: Mapping[str, Shape], hidden: int) -> int:
@@ -198,14 +213,15 @@ def vae_config(config: Json, where: object = "vae config") -> VAEConfig:
         if list(config.get(key, [kind] * depth)) != [kind] * depth:
             problem = f"{key} = {config[key]!r} is not supported, expected {depth} x {kind}"
             raise CheckpointError(where, problem)
-    return VAEConfig(
-        channels=tuple(config["block_out_channels"]),
-        layers_per_block=config.get("layers_per_block", 1),
-        latent_channels=config["latent_channels"],
-        norm_groups=config.get("norm_num_groups", 32),
-        scale=config["scaling_factor"],
-        shift=config["shift_factor"],
-    )
+    with faults_of(where):
+        return VAEConfig(
+            channels=tuple(config["block_out_channels"]),
+            layers_per_block=config.get("layers_per_block", 1),
+            latent_channels=config["latent_channels"],
+            norm_groups=config.get("norm_num_groups", 32),
+            scale=config["scaling_factor"],
+            shift=config["shift_factor"],
+        )
 
 
 def vae_config_dict(config: VAEConfig) -> dict[str, Any]:
@@ -243,14 +259,15 @@ def vae_config_from_shapes(shapes: Mapping[str, Shape], where: object) -> VAECon
     if latent_channels != 16:
         problem = f"{latent_channels} latent channels do not imply a scale (16 do)"
         raise CheckpointError(where, f"{problem}: pass a config or add config.json")
-    return VAEConfig(
-        channels=channels,
-        layers_per_block=_count(shapes, "encoder.down.0.block"),
-        latent_channels=latent_channels,
-        norm_groups=32,
-        scale=0.3611,
-        shift=0.1159,
-    )
+    with faults_of(where):
+        return VAEConfig(
+            channels=channels,
+            layers_per_block=_count(shapes, "encoder.down.0.block"),
+            latent_channels=latent_channels,
+            norm_groups=32,
+            scale=0.3611,
+            shift=0.1159,
+        )
 
 
 def t5_config(config: Json, where: object = "T5 config") -> T5Config:
@@ -264,17 +281,18 @@ def t5_config(config: Json, where: object = "T5 config") -> T5Config:
     if "feed_forward_proj" not in config and "is_gated_act" not in config:
         problem = "neither feed_forward_proj nor is_gated_act is there: T5 v1.1 with gated GELU is expected"
         raise CheckpointError(where, problem)
-    return T5Config(
-        vocab_size=config["vocab_size"],
-        width=config["d_model"],
-        head_dim=config["d_kv"],
-        mlp_size=config["d_ff"],
-        num_layers=config["num_layers"],
-        num_heads=config["num_heads"],
-        num_buckets=config.get("relative_attention_num_buckets", 32),
-        max_distance=config.get("relative_attention_max_distance", 128),
-        eps=config.get("layer_norm_epsilon", 1e-6),
-    )
+    with faults_of(where):
+        return T5Config(
+            vocab_size=config["vocab_size"],
+            width=config["d_model"],
+            head_dim=config["d_kv"],
+            mlp_size=config["d_ff"],
+            num_layers=config["num_layers"],
+            num_heads=config["num_heads"],
+            num_buckets=config.get("relative_attention_num_buckets", 32),
+            max_distance=config.get("relative_attention_max_distance", 128),
+            eps=config.get("layer_norm_epsilon", 1e-6),
+        )
 
 
 def t5_config_from_shapes(shapes: Mapping[str, Shape], where: object) -> T5Config:
@@ -291,15 +309,16 @@ def t5_config_from_shapes(shapes: Mapping[str, Shape], where: object) -> T5Confi
     except (KeyError, ValueError, ZeroDivisionError) as error:
         problem = f"not a complete T5 v1.1 encoder, and no config.json of its own: {error!r}"
         raise CheckpointError(where, problem) from None
-    return T5Config(
-        vocab_size=vocab_size,
-        width=width,
-        head_dim=head_dim,
-        mlp_size=mlp_size,
-        num_layers=_count(shapes, "encoder.block"),
-        num_heads=num_heads,
-        num_buckets=num_buckets,
-    )
+    with faults_of(where):
+        return T5Config(
+            vocab_size=vocab_size,
+            width=width,
+            head_dim=head_dim,
+            mlp_size=mlp_size,
+            num_layers=_count(shapes, "encoder.block"),
+            num_heads=num_heads,
+            num_buckets=num_buckets,
+        )
 
 
 _T5_EMBEDDING = "encoder.embed_tokens.weight"
@@ -335,16 +354,17 @@ def clip_config(config: Json, where: object = "CLIP config") -> CLIPConfig:
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "eos_token_id")  # fmt: skip
     _check(config, where, required, {"model_type": "clip_text_model", "hidden_act": "quick_gelu"})
-    return CLIPConfig(
-        vocab_size=config["vocab_size"],
-        width=config["hidden_size"],
-        mlp_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        max_length=config.get("max_position_embeddings", 77),
-        eos_token_id=config["eos_token_id"],
-        eps=config.get("layer_norm_eps", 1e-5),
-    )
+    with faults_of(where):
+        return CLIPConfig(
+            vocab_size=config["vocab_size"],
+            width=config["hidden_size"],
+            mlp_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            max_length=config.get("max_position_embeddings", 77),
+            eos_token_id=config["eos_token_id"],
+            eps=config.get("layer_norm_eps", 1e-5),
+        )
 
 
 _CLIP_HEAD_DIM = 64
@@ -364,14 +384,15 @@ def clip_config_from_shapes(shapes: Mapping[str, Shape], where: object) -> CLIPC
     if width % _CLIP_HEAD_DIM:
         problem = f"no config.json beside it, and width {width} does not tell the number of heads"
         raise CheckpointError(where, f"{problem}: add the official one, or pass a config")
-    return CLIPConfig(
-        vocab_size=vocab_size,
-        width=width,
-        mlp_size=mlp_size,
-        num_layers=_count(shapes, model + "encoder.layers"),
-        num_heads=width // _CLIP_HEAD_DIM,
-        max_length=max_length,
-    )
+    with faults_of(where):
+        return CLIPConfig(
+            vocab_size=vocab_size,
+            width=width,
+            mlp_size=mlp_size,
+            num_layers=_count(shapes, model + "encoder.layers"),
+            num_heads=width // _CLIP_HEAD_DIM,
+            max_length=max_length,
+        )
 
 
 def clip_config_dict(config: CLIPConfig) -> dict[str, Any]:
@@ -403,14 +424,15 @@ def schedule_config(config: Json, where: object = "scheduler config") -> Schedul
         "time_shift_type": "exponential", **dict.fromkeys(off, (False, None)),
     }  # fmt: skip
     _check(config, where, (), fixed)
-    return ScheduleConfig(
-        dynamic=config.get("use_dynamic_shifting", False),
-        shift=config.get("shift", 1.0),
-        base_tokens=config.get("base_image_seq_len", 256),
-        max_tokens=config.get("max_image_seq_len", 4096),
-        base_shift=config.get("base_shift", 0.5),
-        max_shift=config.get("max_shift", 1.15),
-    )
+    with faults_of(where):
+        return ScheduleConfig(
+            dynamic=config.get("use_dynamic_shifting", False),
+            shift=config.get("shift", 1.0),
+            base_tokens=config.get("base_image_seq_len", 256),
+            max_tokens=config.get("max_image_seq_len", 4096),
+            base_shift=config.get("base_shift", 0.5),
+            max_shift=config.get("max_shift", 1.15),
+        )
 
 
 def schedule_config_dict(config: ScheduleConfig) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def resolve_adapter(adapter: str | Path, env: Env | None = None) -> Path:
     Raises CheckpointError that names every place looked at.
     """
     env = os.environ if env is None else env
-    path = Path(adapter).expanduser()
-    if path.exists():
+    path = _given(adapter)
+    if os.path.exists(path):
         return path
     looked = [f"{path}: no such file or folder"]
     if repo := _repo(adapter):
@@ -97,8 +97,8 @@ def resolve_lora(lora: str | Path, env: Env | None = None) -> Path:
     Raises CheckpointError that names every place looked at.
     """
     env = os.environ if env is None else env
-    path = Path(lora).expanduser()
-    if path.exists():
+    path = _given(lora)
+    if os.path.exists(path):
         return path
     looked = [path]
     for folder in _model_folders(env) if len(path.parts) == 1 else ():
@@ -114,11 +114,11 @@ def hub_cache(env: Env) -> Path:
     """The folder in which huggingface_hub keeps repositories."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if env.get(name):
-            return Path(env[name]).expanduser()
+            return _given(env[name])
     if env.get("HF_HOME"):
-        return Path(env["HF_HOME"]).expanduser() / "hub"
+        return _given(env["HF_HOME"]) / "hub"
     base = Path(env["XDG_CACHE_HOME"]) if env.get("XDG_CACHE_HOME") else _home(env) / ".cache"
-    return base.expanduser() / "huggingface" / "hub"
+    return _given(base) / "huggingface" / "hub"
 
 
 def cached_snapshot(repo: str, env: Env, revision: str = "main") -> Path | None:
@@ -137,6 +137,11 @@ def cached_snapshot(repo: str, env: Env, revision: str = "main") -> Path | None:
     return folder if re.fullmatch(r"[0-9a-f]{4,64}", commit) and folder.is_dir() else None
 
 
+def _given(path: str | Path) -> Path:
+    """A path as people write it. A user that does not exist has no home: the name is then taken as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def _home(env: Env) -> Path:
     return Path(env["HOME"]) if env.get("HOME") else Path.home()
 
@@ -148,7 +153,7 @@ def _repo(name: str | Path) -> str | None:
 
 
 def _model_folders(env: Env) -> list[Path]:
-    return [Path(entry).expanduser() for entry in env.get(OWN, "").split(os.pathsep) if entry]
+    return [_given(entry) for entry in env.get(OWN, "").split(os.pathsep) if entry]
 
 
 def _places(model: str | Path | ModelFiles, env: Env) -> Iterator[Place]:
@@ -158,7 +163,7 @@ def _places(model: str | Path | ModelFiles, env: Env) -> Iterator[Place]:
         yield _explicit(model)
         yield from _places(model.transformer, env)
         return
-    path = Path(model).expanduser()
+    path = _given(model)
     if path.is_file() or _is_transformer(path):
         yield _file(path)
         yield from _around(path)
@@ -202,7 +207,7 @@ def _bfl(repo: str | None, env: Env) -> Iterator[Place]:
         for part, name in (("transformer", transformer), ("vae", autoencoder)):
             if not env.get(name):
                 continue
-            path = Path(env[name]).expanduser()
+            path = _given(env[name])
             if not path.exists():
                 raise CheckpointError(path, f"{name} names this file, which does not exist")
             parts[part] = (Candidate(path=path),)
@@ -217,7 +222,7 @@ def _explicit(files: ModelFiles) -> Place:
     given = {"vae": files.vae, "clip": files.clip, "t5": files.t5}
     if files.tokenizers is not None:
         given |= {name: files.tokenizers / folder for name, folder in TOKENIZERS.items()}
-    parts = {name: path.expanduser() for name, path in given.items() if path is not None}
+    parts = {name: _given(path) for name, path in given.items() if path is not None}
     missing = [f"{name}: {path} does not exist" for name, path in parts.items() if not path.exists()]
     if missing:
         raise CheckpointError("files of the model", *missing)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,6 +73,8 @@ def save_sharded(
                 "weight_map": {n: name for name, shard in zip(names, shards, strict=True) for n in shard},
             }
             temporary_index.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            # Whoever is killed between two shards must not leave an old index over some of the new ones.
+            index_path.unlink(missing_ok=True)
     ours = {*names} if single else {*names, index_path.name}
     pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     for stale in [p for p in folder.iterdir() if pattern.fullmatch(p.name) and p.name not in ours]:
@@ -105,7 +108,10 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     # The library makes its files private to the user; ours get the rights that any new file gets here.
     path.touch()
     rights = path.stat().st_mode
-    save_file(plain, path, {"format": "pt", **metadata})
+    try:
+        save_file(plain, path, {"format": "pt", **metadata})
+    except SafetensorError as error:  # all that is left to fail is the disk
+        raise OSError(f"cannot write {path}: {error}") from error
     path.chmod(rights)
     with path.open("r+b") as file:
         os.fsync(file.fileno())

@@ -41,9 +41,6 @@ def test_a_file_that_was_cut_before_it_is_read(tmp_path, size):
 
 
 @needs_linux
-@pytest.mark.xfail(
-    strict=True, reason="weights/mapped.py: SIGBUS, the size of the file is not looked at again"
-)
 def test_a_file_that_is_cut_while_it_is_mapped(tmp_path):
     """Copied over in place: reading past the new end kills the process, so the end is looked at first."""
     path = tmp_path / "x.safetensors"

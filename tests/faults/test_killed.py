@@ -104,9 +104,6 @@ def test_a_first_save_in_shards_that_is_killed_is_no_checkpoint(tmp_path, calls)
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="weights/write.py save_sharded: shards are renamed over those of the old index"
-)
 @pytest.mark.parametrize("calls", range(2, 4))
 def test_a_second_save_in_shards_that_is_killed_mixes_nothing(tmp_path, calls):
     """The old checkpoint or the new one, or an error: never some weights of each."""

@@ -186,9 +186,6 @@ def test_a_shard_index_names_files_beside_it_or_is_refused(tmp_path_factory, wei
         assert {info.file for info in checkpoint.tensors.values()} == {folder / "s.safetensors"}
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OSError, reason="weights/checkpoint.py _open_index: is_file of a long name"
-)
 def test_a_shard_whose_name_no_file_can_have(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
     with pytest.raises(CheckpointError):

@@ -125,12 +125,6 @@ def test_any_command_line_ends_well_or_in_one_line(tmp_path_factory, name, flags
         assert err.count("\n") == 1 and err.startswith("bokehflux: error: "), err
 
 
-# Reported: remove the marks with the fix.
-
-
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="weights/resolve.py: expanduser of an unknown user"
-)
 @pytest.mark.parametrize("flag", ["--model", "--adapter", "--lora"])
 def test_the_home_of_nobody(tmp_path, monkeypatch, model, flag):
     monkeypatch.chdir(tmp_path)
@@ -139,9 +133,6 @@ def test_the_home_of_nobody(tmp_path, monkeypatch, model, flag):
     assert_one_line(err)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bokehflux/generate.py _device lets through what no model was written for"
-)
 @pytest.mark.parametrize("device", ["meta", "xla", "privateuseone"])
 def test_devices_that_nobody_meant(tmp_path, monkeypatch, model, device):
     monkeypatch.chdir(tmp_path)

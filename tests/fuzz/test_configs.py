@@ -38,8 +38,7 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "tokenizer_2/tokenizer.json": T5Tokenizer.from_folder,
 }
 """Every JSON file of a model, and who reads its folder."""
-# TypeErrors that weights/official.py and weights/bokeh_config.py let through; see the strict xfails below.
-PENDING = {
+LISTS = {
     "transformer/config.json": {"axes_dims_rope"},
     "vae/config.json": {"block_out_channels", "down_block_types", "up_block_types"},
     "adapter/config.json": {"blocks"},
@@ -91,7 +90,7 @@ def outcome(load: Callable[[Path], object], path: Path) -> str:
 def test_any_value_in_any_file_is_used_or_refused(model, name, data):
     path = model / name
     good = json.loads(path.read_text())
-    keys = [key for key in list(good)[:40] + FURTHER if key not in PENDING.get(name, ())]
+    keys = [key for key in list(good)[:40] + FURTHER]
     value = data.draw(JSON)
     with changed(path, {**good, data.draw(st.sampled_from(keys)): value}):
         outcome(LOADERS[name], path)
@@ -201,14 +200,8 @@ def test_configs_refuse_values_of_other_types_by_name(build):
         build()
 
 
-# Reported: these files are still being worked on. Remove the marks with the fix.
-
-
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="weights/official.py, bokeh_config.py: tuple(), len() of any"
-)
 @pytest.mark.parametrize(
-    ("name", "key"), [(name, key) for name, keys in PENDING.items() for key in sorted(keys)]
+    ("name", "key"), [(name, key) for name, keys in LISTS.items() for key in sorted(keys)]
 )
 def test_lists_that_are_no_lists(model, name, key):
     path = model / name
@@ -225,18 +218,12 @@ def adapter_file(folder: Path, name: str, shape: list[int]) -> Path:
     return folder / "a.safetensors"
 
 
-@pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="weights/bokeh_config.py _bokeh_shape: shapes of any rank"
-)
 @pytest.mark.parametrize("name", ["embedding_layer.0.weight", "adapter_modules.0.to_q_adp.down.weight"])
 def test_adapters_with_tensors_that_are_no_matrices(tmp_path, name):
     with pytest.raises(CheckpointError):
         load_adapter(adapter_file(tmp_path, name, []), model_files.MMDIT)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OSError, reason="weights/checkpoint.py holds_checkpoint: is_dir of a long name"
-)
 def test_a_card_that_names_an_adapter_no_file_can_be_called(model):
     path = model / "bokehflux.json"
     with changed(path, {**json.loads(path.read_text()), "adapter": "x" * 5000}):

@@ -497,6 +497,7 @@ def test_nano_fits_in_its_parcel() -> None:
     """At most 48 MB in bfloat16, tokenizers and logs included."""
     with torch.device("meta"):
         networks = [
-            MMDiT(NANO.mmdit, NANO.bokeh), AutoencoderKL(NANO.vae), T5Encoder(NANO.t5), CLIPTextEncoder(NANO.clip)
+            MMDiT(NANO.mmdit, NANO.bokeh), AutoencoderKL(NANO.vae),
+            T5Encoder(NANO.t5), CLIPTextEncoder(NANO.clip),
         ]  # fmt: skip
     assert sum(p.numel() for network in networks for p in network.parameters()) * 2 < 47.5e6
