@@ -138,10 +138,11 @@ class MMDiT(nn.Module):
             raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
         terms = self._block_terms(attention if attention is not None else Plain(), bokeh)
         img, txt = self.img_in(img), self.txt_in(txt)
-        for block, mod, term in zip(self.doubles, mods.double, terms, strict=False):
+        count = len(mods.double)
+        for block, mod, term in zip(self.doubles, mods.double, terms[:count], strict=True):
             img, txt = block(img, txt, mod, rope, term)
         x = torch.cat([txt, img], dim=1)
-        for single, shift, term in zip(self.singles, mods.single, terms[len(mods.double) :], strict=True):
+        for single, shift, term in zip(self.singles, mods.single, terms[count:], strict=True):
             x = single(x, shift, rope, term)
         return self.final_layer(x[:, txt.shape[1] :], mods.final)
 

@@ -8,6 +8,7 @@ corpus must give the same files. transformers' `CLIPTokenizer` and `T5TokenizerF
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import string
@@ -65,7 +66,7 @@ def learn_merges(seen: Mapping[tuple[str, ...], int], max_merges: int) -> tuple[
     while len(merges) < max_merges:
         pairs: Counter[Merge] = Counter()
         for word, parts in segmented.items():
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in itertools.pairwise(parts):
                 pairs[pair] += seen[word]
         candidates = [pair for pair in pairs if pairs[pair] > 1 and "".join(pair) not in symbols]
         if not candidates:
