@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def curve_svg(points: Sequence[tuple[float, float]], pivot: tuple[float, float] 
     levels, values = zip(*points, *([pivot] if pivot else []), strict=True)
     low, high = min(values), max(values)
     margin = max(0.1 * (high - low), 0.5)  # a flat curve must look flat
-    low, high = low - margin, high + margin
+    low, high = math.floor(low - margin), math.ceil(high + margin)  # what the axis says is where it ends
     right = max(30.0, *levels)
 
     def place(level: float, value: float) -> tuple[float, float]:
@@ -87,8 +88,8 @@ def curve_svg(points: Sequence[tuple[float, float]], pivot: tuple[float, float] 
         f'<path class="axis" d="M{PAD} 8V{base}H{WIDTH - 8}"/>{ticks}'
         f'<text x="{WIDTH - 8}" y="{HEIGHT - 4}" text-anchor="end">bokeh level</text>'
         f'<text text-anchor="middle" transform="translate(10 {base // 2}) rotate(-90)">sharpness</text>'
-        f'<text x="{PAD - 4}" y="16" text-anchor="end">{high:.0f}</text>'
-        f'<text x="{PAD - 4}" y="{base}" text-anchor="end">{low:.0f}</text>'
+        f'<text x="{PAD - 4}" y="16" text-anchor="end">{high}</text>'
+        f'<text x="{PAD - 4}" y="{base}" text-anchor="end">{low}</text>'
         f'<polyline class="curve" points="{line}"/>{mark}{dots}</svg>'
     )
 

@@ -110,3 +110,13 @@ def test_a_page_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"] and path.read_bytes() == before
     write_page([scene("new", pivot=None)], path)
     assert data(path.read_text())[0]["pivot"] is None
+
+
+def test_the_axis_of_the_curve_ends_where_it_says() -> None:
+    """A value equal to a label of the axis is drawn at that label's height."""
+    svg = curve_svg([(0.0, 2.96), (28.0, 2.93)], None)
+    top, bottom = (int(label) for label in re.findall(r'text-anchor="end">(\d+)</text>', svg))
+    drawn = [float(y) for y in re.findall(r'<circle[^>]* cy="([\d.]+)"', svg)]
+    base = float(re.search(r"M\d+ 8V(\d+)H", svg)[1])  # type: ignore[index]
+    expected = base - (2.96 - bottom) / (top - bottom) * (base - 12)
+    assert bottom < 2.93 < 2.96 < top and abs(drawn[0] - expected) < 0.1
