@@ -1,0 +1,277 @@
+"""The networks that step, generate and memory benchmarks run: full size or toy, random weights, any device.
+
+Weights are drawn on the device as `full_size_error.randomise` does (repeated here because that module needs
+diffusers, which is optional for these). Arms share them: a further module on the same weights costs nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bokehflux.attention import AttentionSpec, Grounded, Plain
+from bokehflux.configs import (
+    CLIP_L,
+    FLUX_BOKEH,
+    FLUX_DEV,
+    FLUX_SCHEDULE,
+    FLUX_VAE,
+    T5_XXL,
+    BokehConfig,
+    CLIPConfig,
+    Defaults,
+    MMDiTConfig,
+    T5Config,
+    VAEConfig,
+)
+from bokehflux.generate import Pipeline
+from bokehflux.models.bokeh import BokehCondition
+from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.models.embeddings import rope_table
+from bokehflux.models.fold import fold_adapter
+from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.t5 import T5Encoder
+from bokehflux.models.vae import AutoencoderKL
+from bokehflux.sampling.latents import LatentGrid, position_ids
+from bokehflux.types import Conditioning
+
+PIVOT_LEVEL = 15.0
+TARGET_LEVELS = (0.0, 30.0, 22.5, 7.5, 3.75, 26.25)
+"""Thirtieths of these, and of the pivot's, are exact in bfloat16: every arm gets what float32 gets."""
+GUIDANCE, SIGMA = 4.0, 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Sizes of every network and of the pictures."""
+
+    mmdit: MMDiTConfig
+    bokeh: BokehConfig
+    t5: T5Config
+    clip: CLIPConfig
+    vae: VAEConfig
+    txt_length: int
+    sides_px: tuple[int, ...]
+    dtype: torch.dtype
+
+
+FULL = Setting(
+    mmdit=FLUX_DEV, bokeh=FLUX_BOKEH, t5=T5_XXL, clip=CLIP_L, vae=FLUX_VAE, txt_length=512,
+    sides_px=(1024, 512), dtype=torch.bfloat16,
+)  # fmt: skip
+TINY = Setting(
+    mmdit=MMDiTConfig(
+        in_channels=64, txt_dim=48, pooled_dim=32, hidden_size=64, num_heads=2,
+        num_double=1, num_single=2, axes_dim=(8, 12, 12), guidance_embed=True,
+    ),
+    bokeh=BokehConfig(blocks=(0, 1, 2), rank=4, hidden_dim=8, context_dim=16),
+    t5=T5Config(vocab_size=99, width=48, head_dim=8, mlp_size=64, num_layers=2, num_heads=2),
+    clip=CLIPConfig(vocab_size=99, width=32, mlp_size=64, num_layers=1, num_heads=2),
+    vae=VAEConfig(
+        channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=16, norm_groups=4, scale=0.36, shift=0.12
+    ),
+    txt_length=8, sides_px=(64, 32), dtype=torch.bfloat16,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One step's inputs. Row 0 is the pivot where the batch is grounded; all rows share all but the level."""
+
+    img: Tensor
+    """[1, N, 64] float32; noise, exact in bfloat16"""
+    txt: Tensor
+    pooled: Tensor
+    ids: Tensor
+    """[T + N, 3]"""
+    levels: tuple[float, ...] | None
+    """None: the base model, without adapter."""
+
+    @property
+    def num_rows(self) -> int:
+        return 1 if self.levels is None else len(self.levels)
+
+    @property
+    def num_targets(self) -> int:
+        """Grounded rows."""
+        return self.num_rows - 1
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class RandomText:
+    """Stands in for `TextEncoders` where there are no tokenizer files: the same work on made-up ids."""
+
+    t5: T5Encoder
+    clip: CLIPTextEncoder
+    txt_length: int
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return self.t5, self.clip
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        device = self.t5.shared.weight.device
+        return Conditioning(
+            txt=self.t5(_ids(prompts, self.t5.config.vocab_size, self.txt_length).to(device)),
+            pooled=self.clip(
+                _ids(prompts, self.clip.config.vocab_size, self.clip.config.max_length).to(
+                    self.clip.text_model.final_layer_norm.weight.device
+                )
+            ),
+        )
+
+
+def _ids(prompts: Sequence[str], vocab_size: int, length: int) -> Tensor:
+    rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
+    return torch.stack([torch.randint(vocab_size, (length,), generator=g) for g in rows])
+
+
+@torch.no_grad()
+def build_mmdit(setting: Setting, device: torch.device, seed: int = 0) -> MMDiT:
+    """Every parameter drawn on the device; scores spread by about 2, as `full_size_error` explains."""
+    with torch.device("meta"):
+        mmdit = MMDiT(setting.mmdit, setting.bokeh).to(setting.dtype)
+    mmdit = mmdit.to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in mmdit.named_parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        elif name.endswith(".scale"):
+            parameter.data.normal_(1.5, 0.1, generator=generator)
+        else:
+            parameter.data.normal_(0.0, 0.02, generator=generator)
+    return mmdit
+
+
+@torch.no_grad()
+def build_pipeline(setting: Setting, device: torch.device, seed: int = 0) -> Pipeline:
+    """All networks on the device. T5 takes 19 GB there for a moment: it is drawn in float32."""
+    torch.manual_seed(seed)
+    with device:
+        t5, clip, vae = T5Encoder(setting.t5), CLIPTextEncoder(setting.clip), AutoencoderKL(setting.vae)
+    for network in (t5, clip, vae):
+        network.to(setting.dtype).eval().requires_grad_(False)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    side = setting.sides_px[0]
+    return Pipeline(
+        mmdit=build_mmdit(setting, device, seed),
+        text=RandomText(t5, clip, setting.txt_length),  # type: ignore[arg-type]
+        vae=vae,
+        schedule=FLUX_SCHEDULE,
+        defaults=Defaults(
+            num_inference_steps=30, height_px=side, width_px=side, txt_length=setting.txt_length
+        ),
+        name="random",
+    )
+
+
+def on_same_weights(mmdit: MMDiT) -> MMDiT:
+    """A further network on the same tensors, so that one can be compiled and the other not."""
+    assert mmdit.bokeh is not None
+    with torch.device("meta"):
+        twin = MMDiT(mmdit.config, mmdit.bokeh.config).to(mmdit.dtype)
+    twin.load_state_dict(mmdit.state_dict(), assign=True)
+    return twin.eval().requires_grad_(False)
+
+
+def compiled(mmdit: MMDiT) -> MMDiT:
+    twin = on_same_weights(mmdit)
+    twin.compile_blocks()
+    return twin
+
+
+def folded(mmdit: MMDiT) -> MMDiT:
+    """A copy with the adapter folded in and its blocks compiled: 24 GB more at full size."""
+    twin = copy.deepcopy(mmdit)
+    fold_adapter(twin)
+    twin.compile_blocks()
+    return twin
+
+
+def draw_batch(
+    setting: Setting, side_px: int, levels: tuple[float, ...] | None, device: torch.device, seed: int = 0
+) -> Batch:
+    """levels: the pivot's, then the targets'; one level: a row by itself."""
+    generator = torch.Generator(device).manual_seed(seed)
+    grid = LatentGrid(height_px=side_px, width_px=side_px)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, device=device, generator=generator).to(torch.bfloat16).float()
+
+    return Batch(
+        img=normal(grid.num_tokens, setting.mmdit.in_channels),
+        txt=normal(setting.txt_length, setting.mmdit.txt_dim),
+        pooled=normal(setting.mmdit.pooled_dim),
+        ids=position_ids(grid, setting.txt_length, device),
+        levels=levels,
+    )
+
+
+def our_step(mmdit: MMDiT, batch: Batch, backend: str = "auto") -> Callable[[], Tensor]:
+    """The velocity [B, N, 64] as a run computes it: modulations and rotations are made once, before.
+
+    sigma and guidance are exact in bfloat16, times 1000 too.
+    """
+    rows, device, dtype = batch.num_rows, batch.img.device, mmdit.dtype
+    img = batch.img.to(dtype).expand(rows, -1, -1)
+    txt = batch.txt.to(dtype).expand(rows, -1, -1)
+    sigma, guidance = (torch.full((1,), value, device=device) for value in (SIGMA, GUIDANCE))
+    mods = mmdit.modulations(batch.pooled.to(dtype), sigma, guidance)
+    rope = rope_table(batch.ids, mmdit.config.axes_dim, mmdit.config.theta)
+    spec: AttentionSpec = Plain(backend=backend)
+    if batch.num_targets:
+        spec = Grounded(pivot_of=(0,) * rows, backend=backend)
+    condition = None if batch.levels is None else BokehCondition.of(batch.levels)
+    return lambda: mmdit.velocity(img, txt, mods, rope, spec, condition)
+
+
+@torch.inference_mode()
+def exact(wide: MMDiT, batch: Batch) -> Tensor:
+    """The float32 velocity of the pivot, the first and the last target [2 or 3, N, 64], by the definition.
+
+    A pair at a time (written-out attention takes gigabytes a row); `checked_rows` says which rows these are.
+    """
+    if batch.levels is None or not batch.num_targets:
+        return our_step(wide, batch, "reference")()
+    pivot, *targets = batch.levels
+    parts = []
+    for level in dict.fromkeys((targets[0], targets[-1])):
+        pair = our_step(wide, Batch(**{**vars(batch), "levels": (pivot, level)}), "reference")()
+        parts.append(pair[1:] if parts else pair)
+    return torch.cat(parts)
+
+
+def checked_rows(batch: Batch) -> list[int]:
+    return sorted({0, min(1, batch.num_rows - 1), batch.num_rows - 1})
+
+
+def relative_error(velocity: Tensor, batch: Batch, exact: Tensor) -> float:
+    """Norm of the difference over the norm of the float32 result, over the rows that are checked."""
+    difference = velocity[checked_rows(batch)].float() - exact
+    return (difference.norm() / exact.norm()).item()
+
+
+def num_bytes(network: nn.Module) -> int:
+    return sum(p.nbytes for p in network.parameters())
+
+
+def gemm_flop(config: MMDiTConfig, length: int, rows: int, targets: int = 0) -> float:
+    """Matrix products of all blocks; targets: rows whose queries are not computed. Adapter not counted."""
+    weights = (12 * rows - targets) * config.hidden_size**2
+    return 2.0 * config.num_blocks * length * weights
+
+
+def attention_flop(config: MMDiTConfig, length: int, products: int) -> float:
+    """products: L x L x D products of all heads: 2 a plain row, 3 N + 1 a pivot with N targets."""
+    return 2.0 * config.num_blocks * products * length**2 * config.hidden_size

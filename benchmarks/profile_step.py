@@ -1,0 +1,248 @@
+"""Where the time of one denoising step goes: a table by kernel, from torch.profiler.
+
+    python -m benchmarks.profile_step [--case "pivot + 6, 1024"] [--arm "ours, folded, compiled"]
+    python -m benchmarks.profile_step --tiny
+
+Of each kernel: calls, time, share of the step, and what it achieves: TFLOP/s for matrix products (from the
+shapes of the operators that launched them) and for attention (whose work per step is known), TB/s for kernels
+that torch.compile made (from the tensors they are given). A machine without a GPU shows operators instead.
+Cases and arms are those of bench_step. Writes profile_step.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import networks
+from benchmarks.bench_step import Arm, allow_recompiling, build_arms, cases
+from benchmarks.networks import FULL, TINY, Batch, Setting
+from benchmarks.report import RESULTS, Row, bars, milliseconds, save, table
+from benchmarks.timing import environment, gemm_ceiling
+
+ATTENTION = re.compile(
+    r"flash|fmha|sdpa|scaled_dot_product|cudnn.*attention|bokehflux::|^_(forward|merge)_kernel", re.I
+)
+"""Names of attention kernels: PyTorch's, cuDNN's and ours."""
+ITEM_BYTES = {
+    "c10::BFloat16": 2, "c10::Half": 2, "float": 4, "double": 8, "long int": 8, "int": 4, "bool": 1,
+    "c10::Float8_e4m3fn": 1, "unsigned char": 1,
+}  # fmt: skip
+"""By the profiler's names of element types."""
+COLUMNS = {"kernel": "s", "calls": "d", "ms": ".3f", "share": ".1%", "tflops": ".0f", "tb_s": ".2f"}
+NAME_WIDTH = 80
+Event = Mapping[str, Any]
+
+
+@dataclass(kw_only=True)
+class Total:
+    """One kernel over a step."""
+
+    calls: int = 0
+    us: float = 0.0
+    flop: float = 0.0
+    bytes: float = 0.0
+
+
+def trace(run: Callable[[], object], device: torch.device) -> list[Event]:
+    """Events of one call, as PyTorch writes them for a browser's trace viewer."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, record_shapes=True) as profiler:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        raw = path.read_bytes()
+    text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    return json.loads(text)["traceEvents"]
+
+
+def kernels(events: Sequence[Event]) -> Iterator[tuple[Event, Event | None]]:
+    """Every kernel or copy on the GPU and the operator that launched it; without any, operators' own time."""
+    operators = [event for event in events if event.get("cat") == "cpu_op"]
+    launched = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not launched:
+        for event in without_children(operators):
+            yield event, event
+        return
+    by_id = {event["args"]["External id"]: event for event in operators if "External id" in event["args"]}
+    for event in launched:
+        yield event, by_id.get(event.get("args", {}).get("External id"))
+
+
+def without_children(operators: Sequence[Event]) -> list[Event]:
+    """The operators, their duration less that of those they call."""
+    result: list[dict[str, Any]] = []
+    open_ones: list[dict[str, Any]] = []
+    for event in sorted(operators, key=lambda event: (event["tid"], event["ts"], -event["dur"])):
+        while open_ones and not (open_ones[-1]["tid"] == event["tid"] and event["ts"] < open_ones[-1]["end"]):
+            open_ones.pop()
+        if open_ones:
+            open_ones[-1]["dur"] -= event["dur"]
+        result.append({**event, "end": event["ts"] + event["dur"]})
+        open_ones.append(result[-1])
+    return result
+
+
+FACTORS = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "_addmm_activation": 1, "baddbmm": 1}
+"""Matrix products by operator: the place of the first factor among the arguments, the second follows."""
+
+
+def product_flop(operator: Event) -> float:
+    """Of a matrix product, by the shapes of its inputs; 0 for other operators."""
+    first = FACTORS.get(operator["name"].removeprefix("aten::"))
+    dims = operator.get("args", {}).get("Input Dims", [])
+    if first is None or len(dims) < first + 2:
+        return 0.0
+    return 2.0 * math.prod(dims[first]) * dims[first + 1][-1]
+
+
+def tensor_bytes(operator: Event) -> float:
+    """Size of the tensors given to a kernel of torch.compile: read or written once each."""
+    args = operator.get("args", {})
+    pairs = zip(args.get("Input Dims", []), args.get("Input type", []), strict=False)
+    return float(
+        sum(
+            math.prod(dims) * ITEM_BYTES[kind]
+            for dims, kind in pairs
+            if kind in ITEM_BYTES and dims and all(isinstance(n, int) for n in dims)
+        )
+    )
+
+
+def totals(events: Sequence[Event]) -> dict[str, Total]:
+    """By kernel, longest first."""
+    found: dict[str, Total] = {}
+    longest: dict[int, tuple[Event, Event]] = {}
+    for event, operator in kernels(events):
+        total = found.setdefault(event["name"], Total())
+        total.calls += 1
+        total.us += event["dur"]
+        if operator is None:
+            continue
+        if event["name"].startswith("triton_"):
+            total.bytes += tensor_bytes(operator)
+        known = longest.get(id(operator))
+        if known is None or event["dur"] > known[0]["dur"]:
+            longest[id(operator)] = event, operator
+    # A product may take several kernels (a reduction over its parts): its work is the longest one's.
+    for event, operator in longest.values():
+        found[event["name"]].flop += product_flop(operator)
+    return dict(sorted(found.items(), key=lambda item: -item[1].us))
+
+
+def rows_of(found: Mapping[str, Total], attention_flop: float) -> list[Row]:
+    """attention_flop: of the step, shared by all attention kernels in proportion to their time."""
+    whole = sum(total.us for total in found.values())
+    attention = sum(total.us for name, total in found.items() if ATTENTION.search(name))
+    rows: list[Row] = []
+    for name, total in found.items():
+        flop = total.flop
+        if ATTENTION.search(name):
+            flop = attention_flop * total.us / attention
+        seconds = total.us / 1e6
+        rows.append(
+            {
+                "kernel": name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 3] + "...",
+                "calls": total.calls,
+                "ms": total.us / 1000,
+                "share": total.us / whole,
+                "tflops": flop / seconds / 1e12 if flop and seconds else None,
+                "tb_s": total.bytes / seconds / 1e12 if total.bytes and seconds else None,
+            }
+        )
+    return rows
+
+
+def attention_work(setting: Setting, arm: Arm, batch: Batch) -> float:
+    n = batch.num_targets
+    products = 2 if not n else 3 * n + 1 if arm.is_ours else 8 * n
+    return networks.attention_flop(setting.mmdit, batch.length, products)
+
+
+def pick(names: Sequence[str], wanted: str, what: str) -> int:
+    """The first name that contains `wanted`. Raises ValueError when none does."""
+    for i, name in enumerate(names):
+        if wanted in name:
+            return i
+    raise ValueError(f"no {what} is called {wanted!r}: there are {', '.join(map(repr, names))}")
+
+
+@torch.inference_mode()
+def measure(
+    setting: Setting, device: torch.device, case_name: str, arm_name: str, backend: str
+) -> dict[str, Any]:
+    """The table of one arm in one case, with the step's time without the profiler."""
+    with torch.inference_mode(False):  # the networks outlive this call's mode
+        some = cases(setting, device, "")
+        case = some[pick([case.name for case in some], case_name, "case")]
+        arms = [
+            arm
+            for arm in build_arms(networks.build_mmdit(setting, device), backend)
+            if arm.takes_levels in (None, case.batch.levels is not None)
+        ]
+        arm = arms[pick([arm.name for arm in arms], arm_name, "arm of this case")]
+    call = arm.prepare(case.batch)
+    for _ in range(3):
+        call()
+    step_ms = sorted(milliseconds(call, device) for _ in range(5))[2]
+    rows = rows_of(totals(trace(call, device)), attention_work(setting, arm, case.batch))
+    return {"case": case.name, "arm": arm.name, "step_ms": step_ms, "rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--case", default="", help="part of a case's name; default: six targets, the larger size"
+    )
+    parser.add_argument("--arm", default="", help="part of an arm's name; default: ours, folded, compiled")
+    parser.add_argument("--backend", default="auto", help="attention of our arms: auto, sdpa, triton")
+    parser.add_argument("--rows", type=int, default=30, help="lines of the table and bars of the plot")
+    parser.add_argument("--name", default="profile_step", help="of the files")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not args.tiny:
+        parser.error("there is no GPU; --tiny tries everything on toys")
+    allow_recompiling()
+    found = environment(device)
+    print(", ".join(f"{key} {value}" for key, value in found.items()))
+    ceiling = gemm_ceiling(device)
+    try:
+        result = measure(TINY if args.tiny else FULL, device, args.case, args.arm, args.backend)
+    except ValueError as error:
+        parser.error(str(error))
+    rows = result.pop("rows")
+    busy = sum(row["ms"] for row in rows)
+    print(f"{result['case']}; {result['arm']}: {result['step_ms']:.2f} ms a step, kernels {busy:.2f} ms")
+    print(f"bf16 matrix product: {ceiling:.0f} TFLOP/s")
+    print(table(rows[: args.rows], COLUMNS))
+    top = [row | {"short": row["kernel"][:30], "of": "kernel"} for row in rows[: args.rows]]
+    title = f"{result['case']}; {result['arm']}; {found['device']}: milliseconds"
+    plot = bars(title, top, "short", "of", "ms", "ms")
+    save(
+        args.out, args.name + ("_tiny" if args.tiny else ""), found, rows, plot,
+        ceiling_tflops=ceiling, kernels_ms=busy, **result,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What ours is measured against: plain diffusers and the published formulation. Needs diffusers 0.32.2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.networks import GUIDANCE, SIGMA, Batch, on_same_weights
+from benchmarks.published import Published, build_diffusers, build_published
+from bokehflux.models.mmdit import MMDiT
+
+
+def diffusers_model(mmdit: MMDiT, *, compile: bool) -> nn.Module:
+    """diffusers' transformer on the weights of `mmdit`, without adapter."""
+    model = build_diffusers(on_same_weights(mmdit))
+    if compile:
+        compile_blocks(model)
+    return model
+
+
+def published_model(mmdit: MMDiT, *, compile: bool) -> Published:
+    """The published formulation on the weights of `mmdit`, adapter included."""
+    model = build_published(on_same_weights(mmdit))
+    if compile:
+        compile_blocks(model.transformer)
+    return model
+
+
+def compile_blocks(transformer: nn.Module) -> None:
+    """As `MMDiT.compile_blocks`."""
+    for blocks in (transformer.transformer_blocks, transformer.single_transformer_blocks):
+        for block in blocks:  # type: ignore[union-attr]
+            block.compile(dynamic=False)
+
+
+def diffusers_step(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
+    """[1, N, 64]."""
+    device, dtype, text = batch.img.device, torch.bfloat16, batch.txt.shape[1]
+    inputs = {
+        "hidden_states": batch.img.to(dtype),
+        "encoder_hidden_states": batch.txt.to(dtype),
+        "pooled_projections": batch.pooled.to(dtype),
+        "timestep": torch.full((1,), SIGMA, device=device),
+        "guidance": torch.full((1,), GUIDANCE, device=device),
+        "txt_ids": batch.ids[:text],
+        "img_ids": batch.ids[text:],
+        "return_dict": False,
+    }
+    return lambda: model(**inputs)[0]
+
+
+def published_step(model: Published, batch: Batch) -> Callable[[], Tensor]:
+    """Rows as in the batch; with targets one call of two rows for each, as the published script runs them."""
+    assert batch.levels is not None
+    if not batch.num_targets:
+        return published_rows(model, batch, batch.levels, grounded=False)
+    pivot, *targets = batch.levels
+    calls = [published_rows(model, batch, (level, pivot), grounded=True) for level in targets]
+
+    def run() -> Tensor:
+        pairs = [call() for call in calls]
+        return torch.cat([pairs[0][1:], *(pair[:1] for pair in pairs)])
+
+    return run
+
+
+def published_rows(
+    model: Published, batch: Batch, levels: tuple[float, ...], *, grounded: bool
+) -> Callable[[], Tensor]:
+    """Rows of these levels; grounded: on the last of them."""
+    rows, device, dtype, text = len(levels), batch.img.device, torch.bfloat16, batch.txt.shape[1]
+    img, txt, pooled = (
+        x.to(dtype).repeat(rows, *[1] * (x.ndim - 1)) for x in (batch.img, batch.txt, batch.pooled)
+    )
+    sigma, guidance = (torch.full((rows,), value, device=device) for value in (SIGMA, GUIDANCE))
+    annotation = (torch.tensor(levels, dtype=torch.float64) / 30)[:, None].to(device, dtype)
+    ids = [rows - 1] * rows if grounded else None
+    return lambda: model(
+        img, txt, pooled, sigma, guidance, batch.ids[:text], batch.ids[text:], annotation, ids
+    )

@@ -1,0 +1,388 @@
+"""The benchmarks on toys: they run whole, wrong arms are not timed, and their arithmetic is right."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks import (
+    bench_generate,
+    bench_memory,
+    bench_step,
+    bench_train_attention,
+    networks,
+    profile_step,
+    report,
+)
+from benchmarks.networks import TINY
+from benchmarks.shapes import AttentionShape
+
+CPU = torch.device("cpu")
+HAS_RIVALS = importlib.util.find_spec("diffusers") is not None
+FOREVER = report.Budget(1e6)
+ALL = (bench_step, bench_generate, bench_memory, bench_train_attention, profile_step)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, and blocks traced but not compiled: a compiler would take most of a minute."""
+    threads, compile = torch.get_num_threads(), nn.Module.compile
+    torch.set_num_threads(1)
+
+    def traced(self: nn.Module, *args: Any, **options: Any) -> None:
+        compile(self, *args, **{**options, "backend": "eager"})
+
+    monkeypatch.setattr(nn.Module, "compile", traced)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # toys on a GPU prove nothing about this
+    config = torch._dynamo.config
+    names = ("recompile_limit", "cache_size_limit", "fail_on_recompile_limit_hit")
+    before = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    yield
+    for name, value in before.items():  # what the benchmarks set ends with the test
+        setattr(config, name, value)
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+
+
+def results(folder: Path, name: str) -> dict[str, Any]:
+    with Image.open(folder / f"{name}.png") as image:
+        assert image.height > 50
+    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.json", f"{name}.png"]
+    found = json.loads((folder / f"{name}.json").read_text())
+    assert {"device", "driver", "torch", "triton", "commit"} <= set(found["environment"])
+    return found
+
+
+# What they share.
+
+
+def test_turns_take_one_round_of_every_arm_when_time_is_up() -> None:
+    calls: list[str] = []
+    arms = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    assert set(report.turns(arms, CPU, 5, report.Budget(0))) == {"a", "b"}
+    assert calls == ["a", "b"]
+    report.turns(arms, CPU, 2, FOREVER)
+    assert calls[2:] == ["a", "b", "a", "b"]
+
+
+def test_table_aligns_and_shows_what_is_unknown() -> None:
+    rows = [{"arm": "ours", "ms": 1.25}, {"arm": "long name", "ms": None}]
+    lines = report.table(rows, {"arm": "s", "ms": ".1f"}).splitlines()
+    assert lines == ["arm         ms", "ours       1.2", "long name    -"]
+
+
+def test_bars_leave_out_rows_without_a_value() -> None:
+    rows = [{"case": "x", "arm": "a", "ms": 2.0}, {"case": "x", "arm": "b"}]
+    tall = report.bars("t", [*rows, {"case": "x", "arm": "c", "ms": 1.0}], "case", "arm", "ms", "ms")
+    assert report.bars("t", rows, "case", "arm", "ms", "ms").height < tall.height
+    assert report.bars("t", [], "case", "arm", "ms", "ms").width == tall.width
+
+
+@pytest.mark.parametrize("bench", ALL)
+def test_without_a_gpu_only_toys_run(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main([])
+    assert "--tiny" in capsys.readouterr().err
+
+
+def test_work_is_that_of_the_performance_notes() -> None:
+    """Section 7 of the notes: TFLOP of a step, ours and published, at 1024 x 1024."""
+    batch = networks.Batch(
+        img=torch.empty(0),
+        txt=torch.empty(0),
+        pooled=torch.empty(0),
+        ids=torch.empty(4608, 3),
+        levels=(15.0,) * 7,
+    )
+
+    def work(is_ours: bool, rows: int) -> float:
+        arm = bench_step.Arm(name="", prepare=lambda _: Tensor, weight_bytes=0, is_ours=is_ours)
+        levels = (15.0,) * rows
+        return bench_step.tera_flop(networks.FULL, arm, dataclasses.replace(batch, levels=levels))
+
+    assert work(True, 1) == pytest.approx(74.39, rel=0.002)
+    assert work(False, 7) == pytest.approx(1071.0, rel=0.002)
+    # 490.9 with the pivot's scores shared by all: 14 products; ours computes them again for targets: 19.
+    assert work(True, 7) == pytest.approx(490.9 + 5 * 7.436, rel=0.005)
+
+
+# One step.
+
+
+def test_step_runs_every_arm_of_every_case(tmp_path: Path) -> None:
+    options = ["--tiny", "--repeats", "1", "--cases", "32 px", "--out", str(tmp_path)]
+    assert bench_step.main(options) == 0
+    rows = results(tmp_path, "step_tiny")["rows"]
+    assert {row["case"] for row in rows} == {f"{kind}, 32 px" for kind in bench_step.LEVELS}
+    assert [row["arm"] for row in rows if row["verdict"] != "ok"] == []
+    assert all(row["ms"] > 0 and 0 < row["error"] < 0.05 for row in rows)
+    arms = {row["arm"] for row in rows if row["case"] == "pair, 32 px"}
+    ours = {"ours, folded, compiled", "ours, compiled", "ours, eager"}
+    assert arms == (ours | {"published, compiled", "published, eager"} if HAS_RIVALS else ours)
+
+
+def test_step_stops_when_time_is_up(tmp_path: Path) -> None:
+    assert bench_step.main(["--tiny", "--seconds", "0", "--out", str(tmp_path)]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exact_pairs_are_the_whole_batch() -> None:
+    mmdit = networks.build_mmdit(TINY, CPU).float()
+    batch = networks.draw_batch(TINY, 32, bench_step.LEVELS["pivot + 6"], CPU)
+    whole = networks.our_step(mmdit, batch, "reference")()
+    assert networks.checked_rows(batch) == [0, 1, 6]
+    torch.testing.assert_close(networks.exact(mmdit, batch), whole[[0, 1, 6]], atol=1e-4, rtol=1e-4)
+    assert (whole[1] - whole[6]).norm() > 1e-2 * whole[1].norm(), "levels show, so rows that swap would too"
+
+
+def test_wrong_and_failing_arms_are_not_timed() -> None:
+    mmdit = networks.build_mmdit(TINY, CPU)
+    case = bench_step.Case(name="pair", batch=networks.draw_batch(TINY, 32, bench_step.LEVELS["pair"], CPU))
+    exact = bench_step.references(mmdit, [case])["pair"]
+    right = networks.our_step(mmdit, case.batch)
+    timed: list[str] = []
+
+    def arm(name: str, change: Callable[[Tensor], Tensor], is_ours: bool = True) -> bench_step.Arm:
+        def run() -> Tensor:
+            timed.append(name)
+            return change(right())
+
+        return bench_step.Arm(name=name, prepare=lambda _: run, weight_bytes=0, is_ours=is_ours)
+
+    def broken(_: Tensor) -> Tensor:
+        raise RuntimeError("no kernel\nlong story")
+
+    arms = [
+        arm("stock", lambda x: x, is_ours=False),
+        arm("right", lambda x: x),
+        arm("swapped", lambda x: x.flip(0)),
+        arm("nan", lambda x: x * float("nan")),
+        arm("broken", broken),
+    ]
+    rows = bench_step.measure(TINY, case, arms, exact, 1.0, 1, FOREVER)
+    verdicts = {row["arm"]: row["verdict"] for row in rows}
+    assert verdicts.pop("broken") == "failed: RuntimeError: no kernel"
+    assert {name: verdict.split(":")[0] for name, verdict in verdicts.items()} == {
+        "stock": "ok", "right": "ok", "swapped": "wrong", "nan": "wrong",
+    }  # fmt: skip
+    assert [row["arm"] for row in rows if "ms" in row] == ["stock", "right"]
+    assert [timed.count(name) for name in ("swapped", "nan", "broken")] == [1, 1, 1]
+
+
+def test_a_wrong_yardstick_lets_nothing_wrong_through() -> None:
+    assert bench_step.limit_of({"stock": 0.01}, ["stock"]) == pytest.approx(0.02)
+    assert bench_step.limit_of({"stock": 1.0}, ["stock"]) == bench_step.SANE_ERROR
+    assert not 0.0 <= bench_step.limit_of({"stock": "failed"}, ["stock"])
+
+
+# The whole job.
+
+
+def test_generate_runs_and_adds_up(tmp_path: Path) -> None:
+    assert bench_generate.main(["--tiny", "--sides", "32", "--out", str(tmp_path)]) == 0
+    rows = results(tmp_path, "generate_tiny")["rows"]
+    assert [row["verdict"] for row in rows] == ["ok"] * (3 if HAS_RIVALS else 1)
+    for row in rows:
+        assert row["total_s"] == pytest.approx(row["text_s"] + row["denoise_s"] + row["decode_s"])
+
+
+def test_our_job_is_the_pipelines() -> None:
+    pipeline = networks.build_pipeline(TINY, CPU)
+    job = bench_generate.Job(side_px=32, num_steps=3, num_grounded=2)
+    clock = bench_generate.Clock(device=CPU)
+    with torch.inference_mode():
+        found = bench_generate.run_ours(pipeline, pipeline.mmdit, job, "auto", clock)
+    expected = pipeline.generate(
+        bench_generate.PROMPT, job.targets, bokeh_pivot=networks.PIVOT_LEVEL, num_inference_steps=3,
+        num_grounding_steps=2, height=32, width=32,
+    )  # fmt: skip
+    assert [image.tobytes() for image in found] == [image.tobytes() for image in expected.images]
+    assert set(clock.seconds) == {"text", "denoise", "decode"}
+
+
+def test_a_published_job_counts_for_all_its_runs() -> None:
+    ran: list[int] = []
+
+    def run(job: bench_generate.Job, clock: bench_generate.Clock) -> list[Any]:
+        ran.append(job.num_steps)
+        clock.seconds["denoise"] = clock.seconds.get("denoise", 0.0) + 2.0
+        return []
+
+    batch = networks.draw_batch(TINY, 32, bench_step.LEVELS["pair"], CPU)
+    exact = torch.ones(2, 4, 64)
+    arms = [
+        bench_generate.Arm(name=name, prepare=lambda _: lambda: exact * 1.001, run=run, runs=runs)
+        for name, runs in (("ours", 1), ("published", 6))
+    ]
+    job = bench_generate.Job(side_px=32, num_steps=30, num_grounded=24)
+    ours, published = bench_generate.measure(job, arms, batch, exact, 2, FOREVER)
+    assert ran == [2, 30, 2, 30, 30], "a warm-up each, then one and two of six"
+    assert (ours["total_s"], published["total_s"], published["measured_runs"]) == (2.0, 12.0, 2)
+    assert ours["speedup"] == published["speedup"] == 6.0
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("storage", bench_memory.STORAGES)
+def test_memory_modes_make_the_same_bits(storage: str) -> None:
+    rows: list[report.Row] = []
+    for mode in bench_memory.MODES:
+        bench_memory.measure(
+            TINY, mode, storage, CPU, cap_gb=None, num_steps=2, emit=rows.append, budget=FOREVER
+        )
+    compared = bench_memory.compared(rows)
+    assert [row["job"] for row in compared[:4]] == [f"{n} at {side} px" for n in (6, 1) for side in (64, 32)]
+    assert {row["same_bits"] for row in compared} == {"yes"}
+    assert len({row["crc"] for row in compared}) == 4, "and each job its own"
+    other = [*rows[:4], {**rows[4], "crc": 0}]
+    assert bench_memory.compared(other)[4]["same_bits"] == "NO"
+
+
+def test_fp8_storage_is_used_and_smaller() -> None:
+    pipeline = bench_memory.build(TINY, "resident", "fp8", CPU)
+    assert pipeline.mmdit.doubles[0].img_attn.qkv.weight.dtype == torch.float8_e4m3fn
+    assert pipeline.dtype == torch.bfloat16
+    assert networks.num_bytes(pipeline.mmdit) < 0.7 * networks.num_bytes(networks.build_mmdit(TINY, CPU))
+
+
+@pytest.mark.parametrize(
+    ("failures", "verdict"),
+    [(0, "ok"), (1, "ok, row by row"), (2, "over the cap, measured without"), (3, "MemoryError: too small")],
+)
+def test_a_job_over_the_cap_is_tried_leaner(
+    monkeypatch: pytest.MonkeyPatch, failures: int, verdict: str
+) -> None:
+    tried: list[tuple[float | None, int | None]] = []
+    caps: list[float | None] = []
+
+    @contextlib.contextmanager
+    def capped(device: torch.device, cap_gb: float | None) -> Iterator[None]:
+        caps.append(cap_gb)
+        yield
+
+    def run_job(_: Any, side: int, targets: int, steps: int, max_rows: int | None = None) -> report.Row:
+        if not caps:
+            return {}  # the warm-up
+        tried.append((caps[-1], max_rows))
+        if len(tried) % (failures + 1) or failures == 3:
+            raise MemoryError("too small")
+        return {"step_ms": 1.0}
+
+    monkeypatch.setattr(bench_memory, "run_job", run_job)
+    monkeypatch.setattr(bench_memory, "capped", capped)
+    rows: list[report.Row] = []
+    setting = dataclasses.replace(TINY, sides_px=(32,))
+    options = {"cap_gb": 2.0, "num_steps": 2, "emit": rows.append, "budget": FOREVER}
+    bench_memory.measure(setting, "resident", "bf16", CPU, **options)
+    assert [row["verdict"] for row in rows] == [verdict] * 2
+    ways = [(2.0, None), (2.0, 1), (None, None)]
+    assert tried == ways[: failures + 1] * 2
+
+
+def test_memory_measures_in_a_process_of_its_own(tmp_path: Path) -> None:
+    options = ["--tiny", "--steps", "2", "--modes", "resident", "--storages", "bf16", "--out", str(tmp_path)]
+    assert bench_memory.main(options) == 0
+    rows = results(tmp_path, "memory_tiny")["rows"]
+    assert [row["vs_resident"] for row in rows] == [1.0] * 4
+
+
+def test_rows_survive_a_child_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"print('{bench_memory.ROW_MARK}' + '{{\"verdict\": \"ok\"}}'); raise SystemExit(3)"
+    run = bench_memory.subprocess.run
+    monkeypatch.setattr(
+        bench_memory.subprocess, "run", lambda _, **options: run([sys.executable, "-c", script], **options)
+    )
+    rows = bench_memory.in_child("stream", "bf16", [], report.Budget(60))
+    assert [row["verdict"] for row in rows] == ["ok", "exit status 3"]
+
+
+# Training attention.
+
+
+def test_train_attention_runs(tmp_path: Path) -> None:
+    options = ["--tiny", "--repeats", "1", "--backends", "sdpa", "reference", "--out", str(tmp_path)]
+    assert bench_train_attention.main(options) == 0
+    rows = results(tmp_path, "train_attention_tiny")["rows"]
+    assert {row["shape"] for row in rows} == {"plain-1-40", "grounded-1-40", "grounded-2-40"}
+    assert {row["verdict"] for row in rows} == {"ok"}
+    assert all(row["ms"] > 0 and row["error"] < 2e-3 for row in rows)
+
+
+def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = bench_train_attention.by_name
+
+    def without_k(shape: AttentionShape, backend: str) -> Any:
+        attend = true(shape, backend)
+        return lambda q, k, v: attend(q, k.detach() + 1e-6 * k, v)
+
+    monkeypatch.setattr(bench_train_attention, "by_name", without_k)
+    shape = AttentionShape(form="grounded", num_targets=1, length=20, num_heads=2, head_dim=16)
+    rows = bench_train_attention.measure(shape, ["sdpa"], CPU, torch.float32, 1.0, 1, FOREVER)
+    assert [row["verdict"].split(":")[0] for row in rows] == ["ok", "wrong"]
+    assert "ms" not in rows[1]
+
+
+# The profile.
+
+
+def op(name: str, number: int, ts: float, dur: float, dims: Any = (), types: Any = ()) -> dict[str, Any]:
+    args = {"External id": number, "Input Dims": list(dims), "Input type": list(types)}
+    return {"cat": "cpu_op", "name": name, "ts": ts, "dur": dur, "tid": 1, "args": args}
+
+
+def kernel(name: str, number: int, dur: float) -> dict[str, Any]:
+    return {"cat": "kernel", "name": name, "ts": 0, "dur": dur, "args": {"External id": number}}
+
+
+def test_profile_gives_kernels_the_work_of_their_operators() -> None:
+    half = "c10::BFloat16"
+    events = [
+        op("aten::addmm", 1, 0, 9, [[30], [10, 20], [20, 30], [], []]),
+        op("aten::mm", 2, 10, 9, [[10, 20], [20, 30]]),
+        op("triton_poi_fused", 3, 20, 9, [[100, 5], [100, 5], []], [half, "float", "Scalar"]),
+        {"cat": "gpu_user_annotation", "name": "whole step", "ts": 0, "dur": 1e6, "args": {}},
+        kernel("gemm", 1, 10.0), kernel("splitK", 1, 2.0), kernel("gemm", 2, 10.0),
+        kernel("triton_poi_fused", 3, 4.0), kernel("flash_fwd", 7, 24.0), {"name": "no category"},
+    ]  # fmt: skip
+    rows = {row["kernel"]: row for row in profile_step.rows_of(profile_step.totals(events), 24e6)}
+    assert list(rows) == ["flash_fwd", "gemm", "triton_poi_fused", "splitK"], "longest first"
+    assert rows["gemm"]["calls"] == 2 and rows["gemm"]["share"] == pytest.approx(0.4)
+    assert rows["gemm"]["tflops"] == pytest.approx(2 * 2 * 10 * 20 * 30 / 20e-6 / 1e12)
+    assert rows["splitK"]["tflops"] is None and rows["splitK"]["tb_s"] is None
+    assert rows["flash_fwd"]["tflops"] == pytest.approx(1.0)
+    assert rows["triton_poi_fused"]["tb_s"] == pytest.approx(500 * (2 + 4) / 4e-6 / 1e12)
+
+
+def test_profile_without_gpu_counts_each_operators_own_time() -> None:
+    events = [op("outer", 1, 0, 10), op("inner", 2, 1, 4), op("innermost", 3, 2, 1), op("next", 4, 10, 5)]
+    found = profile_step.totals(events)
+    assert {name: total.us for name, total in found.items()} == {
+        "outer": 6, "next": 5, "inner": 3, "innermost": 1,
+    }  # fmt: skip
+
+
+def test_profile_runs(tmp_path: Path) -> None:
+    options = ["--tiny", "--case", "pair, 32", "--arm", "ours, eager", "--out", str(tmp_path)]
+    assert profile_step.main(options) == 0
+    found = results(tmp_path, "profile_step_tiny")
+    assert (found["case"], found["arm"]) == ("pair, 32 px", "ours, eager")
+    assert sum(row["share"] for row in found["rows"]) == pytest.approx(1)
+    assert any(row["kernel"] == "aten::addmm" and row["tflops"] for row in found["rows"])
+
+
+def test_profile_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        profile_step.main(["--tiny", "--case", "seven"])
+    assert "pivot + 6" in capsys.readouterr().err
