@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.networks import randomise
 from benchmarks.published import Published, build_published
 from bokehflux.attention import AttentionSpec, Grounded, Plain
 from bokehflux.configs import FLUX_BOKEH, FLUX_DEV, BokehConfig, MMDiTConfig
@@ -116,21 +117,6 @@ def build(setting: Setting, device: torch.device, generator: torch.Generator) ->
     mmdit = mmdit.to_empty(device=device).eval().requires_grad_(False)
     randomise(mmdit, generator)
     return mmdit
-
-
-def randomise(mmdit: MMDiT, generator: torch.Generator) -> None:
-    """Draw every parameter, those that start as zero or one too, so that signals keep their size with depth.
-
-    Query and key scales lie around 1.5: scores then spread by about 2, and attention picks a few tokens
-    rather than averaging all of them, which would hide its errors.
-    """
-    for name, parameter in mmdit.named_parameters():
-        if parameter.ndim == 2:
-            parameter.data.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-        elif name.endswith(".scale"):
-            parameter.data.normal_(1.5, 0.1, generator=generator)
-        else:
-            parameter.data.normal_(0.0, 0.02, generator=generator)
 
 
 def draw_inputs(

@@ -1,7 +1,6 @@
 """The networks that step, generate and memory benchmarks run: full size or toy, random weights, any device.
 
-Weights are drawn on the device as `full_size_error.randomise` does (repeated here because that module needs
-diffusers, which is optional for these). Arms share them: a further module on the same weights costs nothing.
+Weights are drawn on the device. Arms share them: a further module on the same weights costs nothing.
 """
 
 from __future__ import annotations
@@ -137,12 +136,12 @@ def _ids(prompts: Sequence[str], vocab_size: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def build_mmdit(setting: Setting, device: torch.device, seed: int = 0) -> MMDiT:
-    """Every parameter drawn on the device; scores spread by about 2, as `full_size_error` explains."""
-    with torch.device("meta"):
-        mmdit = MMDiT(setting.mmdit, setting.bokeh).to(setting.dtype)
-    mmdit = mmdit.to_empty(device=device).eval().requires_grad_(False)
-    generator = torch.Generator(device).manual_seed(seed)
+def randomise(mmdit: MMDiT, generator: torch.Generator) -> None:
+    """Draw every parameter, those that start as zero or one too, so that signals keep their size with depth.
+
+    Query and key scales lie around 1.5: scores then spread by about 2, and attention picks a few tokens
+    rather than averaging all of them, which would hide its errors.
+    """
     for name, parameter in mmdit.named_parameters():
         if parameter.ndim == 2:
             parameter.data.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
@@ -150,6 +149,15 @@ def build_mmdit(setting: Setting, device: torch.device, seed: int = 0) -> MMDiT:
             parameter.data.normal_(1.5, 0.1, generator=generator)
         else:
             parameter.data.normal_(0.0, 0.02, generator=generator)
+
+
+def build_mmdit(setting: Setting, device: torch.device, seed: int = 0) -> MMDiT:
+    """Every parameter drawn on the device; see `randomise`."""
+    with torch.device("meta"):
+        mmdit = MMDiT(setting.mmdit, setting.bokeh).to(setting.dtype)
+    mmdit = mmdit.to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    randomise(mmdit, generator)
     return mmdit
 
 

@@ -3,7 +3,7 @@
 resident: everything on the device. offload: each network visits it for its phase (text, denoising, decoding),
 the modulation layers (27 % of FLUX) only for the one table a run needs. stream: T5's and the transformer's
 blocks visit it one by one, the next one's copy hidden behind the current one's work. Pictures are the same
-bits in every mode.
+bits in every mode (tested on a CPU; `tests/gpu/test_memory.py` waits for a GPU).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train the bundled model, one command a stage, each under ten minutes on one H200:
+"""Train the bundled model, one command a stage, each planned for under ten minutes on one H200:
 
     python scripts/train_nano.py vae     --out weights/nano
     python scripts/train_nano.py base    --out weights/nano

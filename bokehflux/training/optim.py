@@ -12,8 +12,7 @@ from torch import Tensor, nn
 class Optimizer:
     """Muon for the block matrices, AdamW for everything else, one learning rate for both.
 
-    Muon's update is scaled to the RMS of an AdamW update, so the two share a learning rate. On nano it
-    reached AdamW's loss in about a third of the steps.
+    Muon's update is scaled to the RMS of an AdamW update, so the two share a learning rate.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """The recipe of nano: every shape and hyper-parameter of its training, as data. Seeds included.
 
-Steps are fixed numbers, so a run can be repeated; each stage stays under ten minutes on one H200.
+Steps are fixed numbers, so a run can be repeated; each stage is planned for under ten minutes on one H200
+(not yet timed: `minutes` paces a stage by the clock and logs the steps it took).
 """
 
 from __future__ import annotations

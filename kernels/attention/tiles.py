@@ -83,23 +83,26 @@ TABLE: tuple[Row, ...] = (
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=128, fixed=True,
         tile=Tile(block_m=64, block_n=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2),
-        reason="H200, 24 heads: 0.461 ms at L 4608 (566 TFLOP/s), 0.074 at 1536; 128x128 w8 s3 took 0.484",
+        reason="untested; an earlier probe kernel on an H200, 24 heads: 0.461 ms at L 4608, 0.074 at 1536; "
+        "128x128 w8 s3 took 0.484",
     ),
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=128, fixed=False,
         tile=Tile(block_m=128, block_n=128, num_warps=8, num_stages=3, tma=True),
-        reason="H200, 24 heads: 0.537 ms at L 4608 (485 TFLOP/s)",
+        reason="untested; an earlier probe kernel on an H200, 24 heads: 0.537 ms at L 4608",
     ),
     Row(
         family=HOPPER, kernel=TARGET, head_dim=128,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=4, tma=True),
-        reason="H200, 24 heads, fixed: 0.745 ms at L 4608 (526 TFLOP/s), 0.120 at 1536 with 3 stages; "
+        reason="untested; an earlier probe kernel on an H200, 24 heads, fixed: 0.745 ms at L 4608, 0.120 at "
+        "1536 with 3 stages; "
         "running maximum: 0.911 and 0.144",
     ),
     Row(
         family=HOPPER, kernel=PAIR, head_dim=128,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
-        reason="H200, 24 heads, fixed: 1.155 ms at L 4608 (452 TFLOP/s), 0.181 at 1536; running maximum: "
+        reason="untested; an earlier probe kernel on an H200, 24 heads, fixed: 1.155 ms at L 4608, 0.181 at "
+        "1536; running maximum: "
         "1.29 and 0.197; a fourth stage exceeds shared memory",
     ),
     Row(
