@@ -15,11 +15,14 @@ from torch import Tensor
 from . import triton_forms
 from .eager import EPS, Projected
 
-TILE = 4096
-"""Numbers that a program of the norms takes: all are bound by memory, and at four warps (128 threads) this is
-four 16-byte loads a thread, in at most 120 registers for sm_90 (four programs a multiprocessor). Untested on a GPU."""
-GELU_BLOCK = 2048
-NUM_WARPS = 4
+# All are bound by memory, so a thread should have several 16-byte loads under way. Untested on a GPU; compiled for
+# sm_90 by triton 3.6.0 at E 3072, bfloat16: no spills, and every load and store of tokens is 16 bytes.
+NORM_TILE, NORM_WARPS = 4096, 4
+"""Numbers that a program takes: four loads a thread. 62 registers (modulate) and 72 (with a gate)."""
+HEADS_WARPS = 8
+"""A token at a time, two loads a thread. 40 registers; with 4 warps 62, and norm weights go round by shared memory."""
+GELU_BLOCK, GELU_WARPS = 2048, 4
+"""Columns that a program takes: two loads a thread. 32 registers."""
 
 
 @torch.library.custom_op("bokehflux::modulate", mutates_args=())
@@ -76,13 +79,13 @@ def _residual_norm(
     y, gate = (y, gate) if y is not None and gate is not None else (x, x)
     scale, shift = (scale, shift) if scale is not None and shift is not None else (x, x)
     block = triton.next_power_of_2(width)
-    rows = max(1, TILE // block)
+    rows = max(1, NORM_TILE // block)
     with torch.cuda.device_of(x):
         triton_forms.residual_norm[(triton.cdiv(length, rows), batch)](
             x, y, gate, scale, shift,
             x if x_out is None else x_out, x if norm_out is None else norm_out, length, width, EPS,
             *_strides(x), *_strides(y), *(_strides(vector)[0] for vector in (gate, scale, shift)),
-            GATED=gated, NORMED=normed, ROWS=rows, BLOCK_E=block, num_warps=NUM_WARPS,
+            GATED=gated, NORMED=normed, ROWS=rows, BLOCK_E=block, num_warps=NORM_WARPS,
         )  # fmt: skip
 
 
@@ -122,7 +125,7 @@ def _joint_heads(
                 len(stream[0]), first, joint_length, num_heads, EPS,
                 *_strides(stream[0]), *_strides(stream[1]), *_strides(stream[2]),
                 COPY_V=len(outs) > 2, BLOCK_H=triton.next_power_of_2(num_heads), D=dim,
-                num_warps=NUM_WARPS,
+                num_warps=HEADS_WARPS,
             )  # fmt: skip
         first += length
     return outs
@@ -151,7 +154,7 @@ def concat_gelu(joint: Tensor, hidden: Tensor) -> Tensor:
     with torch.cuda.device_of(joint):
         triton_forms.concat_gelu[(length, triton.cdiv(width, GELU_BLOCK), batch)](
             joint, hidden, out, joint.shape[2], hidden.shape[2], length, *_strides(joint), *_strides(hidden),
-            BLOCK=GELU_BLOCK, num_warps=NUM_WARPS,
+            BLOCK=GELU_BLOCK, num_warps=GELU_WARPS,
         )  # fmt: skip
     return out
 
