@@ -76,9 +76,7 @@ class StreamAttention(nn.Module):
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
 
-def project_heads(
-    linear: Linear, norm: QKNorm, x: Tensor, terms: BlockTerms
-) -> tuple[Projected, Tensor]:
+def project_heads(linear: Linear, norm: QKNorm, x: Tensor, terms: BlockTerms) -> tuple[Projected, Tensor]:
     """Queries, keys and values of x [B, L, E], and what else the fused projection holds [B, L, *].
 
     Queries are computed for the rows that the attention asks for, no others. The adapter acts on projected
@@ -149,7 +147,9 @@ class DoubleStreamBlock(nn.Module):
         txt_heads, _ = project_heads(
             self.txt_attn.qkv, self.txt_attn.norm, modulate(txt, mod.txt_attn), txt_terms
         )
-        img_heads, _ = project_heads(self.img_attn.qkv, self.img_attn.norm, modulate(img, mod.img_attn), terms)
+        img_heads, _ = project_heads(
+            self.img_attn.qkv, self.img_attn.norm, modulate(img, mod.img_attn), terms
+        )
         q, k, v = pointwise.joint_heads((txt_heads, img_heads), rope.cos, rope.sin)
         joint = self.attention(terms.spec, q, k, v).flatten(2)
         txt_out, img_out = joint.split([txt.shape[1], img.shape[1]], dim=1)

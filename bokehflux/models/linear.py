@@ -86,7 +86,7 @@ class Linear(nn.Linear):
 
 
 class GeluLinear(Linear):
-    """A linear layer and the tanh form of GELU; on CUDA, without gradients, in the epilogue of its product."""
+    """A linear layer and GELU (tanh form); on CUDA, without gradients, in the epilogue of the product."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._has_epilogue(x):

@@ -1,4 +1,4 @@
-"""RMS normalisation of queries and keys: its weights. `kernels.pointwise` applies them, rotations included."""
+"""Weights of the RMS norms of queries and keys; `kernels.pointwise` applies them, rotations included."""
 
 from __future__ import annotations
 

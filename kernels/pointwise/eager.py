@@ -1,7 +1,7 @@
 """The passes in plain PyTorch: their definition, and what runs without Triton, with gradients or compiled.
 
-On float32 (or float64) tensors this is the reference of the Triton forms. In 16-bit types every operation rounds,
-in the order in which the published networks round.
+On float32 tensors this is the reference of the Triton forms. In 16-bit types every operation rounds, in the
+order in which the published networks round.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def add_gated_modulate(
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
     """x / rms(x) * scale over the last dim; statistics in float32, scaled in the input's dtype."""
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)).to(x.dtype) * scale.to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)).to(x.dtype) * scale.to(
+        x.dtype
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

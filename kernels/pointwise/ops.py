@@ -1,7 +1,7 @@
 """The Triton forms as PyTorch operators, with fake implementations. Importing this module imports triton.
 
-Arguments and results as in `interface`, any floating-point dtype; they have no gradient. Without a GPU they run
-in Triton's interpreter (TRITON_INTERPRET=1).
+Arguments and results as in `interface`, any floating-point dtype; they have no gradient. Without a GPU they
+run in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from . import triton_forms
 from .eager import EPS, Projected
 
-# All are bound by memory, so a thread should have several 16-byte loads under way. Untested on a GPU; compiled for
-# sm_90 by triton 3.6.0 at E 3072, bfloat16: no spills, and every load and store of tokens is 16 bytes.
+# All are bound by memory, so a thread should have several 16-byte loads under way. Untested on a GPU; compiled
+# for sm_90 by triton 3.6.0 at E 3072, bfloat16: no spills, and tokens move by 16 bytes everywhere.
 NORM_TILE, NORM_WARPS = 4096, 4
 """Numbers that a program takes: four loads a thread. 62 registers (modulate) and 72 (with a gate)."""
 HEADS_WARPS = 8
-"""A token at a time, two loads a thread. 40 registers; with 4 warps 62, and norm weights go round by shared memory."""
+"""A token at a time, two loads a thread. 40 registers; 62 with 4 warps, norm weights through shared memory."""
 GELU_BLOCK, GELU_WARPS = 2048, 4
 """Columns that a program takes: two loads a thread. 32 registers."""
 
@@ -90,7 +90,7 @@ def _residual_norm(
 
 
 def joint_heads(streams: Sequence[Projected], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `interface.joint_heads`. The values of one stream alone are no result of the operator, but a view."""
+    """See `interface.joint_heads`. One stream's values are a view, which no operator may return."""
     columns = [list(column) for column in zip(*streams, strict=True)]
     if len(streams) > 1:
         q, k, v = _joint_heads(*columns, cos, sin)
@@ -165,7 +165,7 @@ def _like_concat(joint: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
-    """Of batch rows, 0 where all share one, and of tokens. Raises ValueError for channels that are strided."""
+    """Of batch rows (0 where all share one) and of tokens. Raises ValueError for strided channels."""
     if x.stride(2) != 1:
         raise ValueError(f"expected contiguous channels, got strides {x.stride()} for {tuple(x.shape)}")
     return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)

@@ -1,7 +1,7 @@
 """The Triton kernels of this folder; `ops` launches them. Importing this module imports triton.
 
 Every kernel reads its tokens once, computes in float32 and rounds once, where it stores. Tokens may lie at any
-stride (views of a fused projection), channels are contiguous; results are contiguous.
+stride (views of a fused projection); channels and results are contiguous.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def residual_norm(
     mask = (tokens < length)[:, None] & inside[None, :]
     out = (batch * length + tokens)[:, None] * width + columns[None, :]
 
-    value = tl.load(x + batch * x_stride_b + tokens[:, None] * x_stride_l + columns[None, :], mask=mask, other=0.0)
+    value = tl.load(
+        x + batch * x_stride_b + tokens[:, None] * x_stride_l + columns[None, :], mask=mask, other=0.0
+    )
     value = value.to(tl.float32)
     if GATED:
         strength = tl.load(gate + batch * gate_stride_b + columns, mask=inside, other=0.0).to(tl.float32)
@@ -42,7 +44,9 @@ def residual_norm(
         centred = tl.where(mask, value - mean[:, None], 0.0)
         variance = tl.sum(centred * centred, axis=1) / width
         normed = centred * tl.rsqrt(variance + eps)[:, None]
-        factor = 1.0 + tl.load(scale + batch * scale_stride_b + columns, mask=inside, other=0.0).to(tl.float32)
+        factor = 1.0 + tl.load(scale + batch * scale_stride_b + columns, mask=inside, other=0.0).to(
+            tl.float32
+        )
         offset = tl.load(shift + batch * shift_stride_b + columns, mask=inside, other=0.0).to(tl.float32)
         normed = normed * factor[None, :] + offset[None, :]
         tl.store(norm_out + out, normed.to(norm_out.dtype.element_ty), mask=mask)
@@ -67,8 +71,8 @@ def norm_rotate(
 
 @triton.jit
 def stream_heads(
-    q, k, v, q_weight, k_weight, cos, sin, q_out, k_out, v_out, num_queries, first, joint_length, num_heads, eps,
-    q_stride_b, q_stride_l, k_stride_b, k_stride_l, v_stride_b, v_stride_l,
+    q, k, v, q_weight, k_weight, cos, sin, q_out, k_out, v_out,
+    num_queries, first, joint_length, num_heads, eps, q_stride_b, q_stride_l, k_stride_b, k_stride_l, v_stride_b, v_stride_l,
     COPY_V: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One token of one stream into its place in the joint sequence, from token `first` on.

@@ -16,7 +16,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from bokehflux.kernels.pointwise import eager, interface, ops  # noqa: E402
+from bokehflux.kernels.pointwise import eager, ops  # noqa: E402
 from bokehflux.kernels.pointwise.eager import Projected  # noqa: E402
 from tests.helpers import assert_within_2x  # noqa: E402
 
@@ -29,7 +29,9 @@ each_shape = pytest.mark.parametrize(("rows", "length", "width"), [(1, 1, 16), (
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a kernel leaves unwritten is NaN."""
     empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan)
+    )
 
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:

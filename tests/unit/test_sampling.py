@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bokehflux.attention import Grounded, PivotQuery, Plain
 from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, ScheduleConfig
-from bokehflux.models.bokeh import BokehCondition
 from bokehflux.kernels.pointwise.eager import rotate
+from bokehflux.models.bokeh import BokehCondition
 from bokehflux.models.embeddings import rope_table, sinusoid
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser, model_sigma
 from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
