@@ -1,8 +1,8 @@
 """The public functions of this folder: each picks its Triton form or its eager form, by one rule.
 
-Triton runs on CUDA tensors of one 16-bit type when no gradient is needed: float32 inside, one rounding where a
-result is stored, where the eager forms round after every operation. Everything else is eager, and so is code
-that is being compiled: Inductor fuses the eager forms, and could only work around an opaque kernel.
+Triton runs on CUDA tensors of one 16-bit type when no gradient is needed: float32 inside, one rounding where
+a result is stored, where the eager forms round after every operation. Everything else is eager, and so is
+code that is being compiled: Inductor fuses the eager forms, and could only work around an opaque kernel.
 
 B rows, L tokens, E width, H heads, D head dim (a power of two of at least 16). Shifts, scales and gates are
 [B, 1, E], or [1, 1, E] for all rows. Only last dims need be contiguous.

@@ -15,12 +15,12 @@ from torch import Tensor
 from . import triton_forms
 from .eager import EPS, Projected
 
-# All are bound by memory, so a thread should have several 16-byte loads under way. Untested on a GPU; compiled
-# for sm_90 by triton 3.6.0 at E 3072, bfloat16: no spills, and tokens move by 16 bytes everywhere.
+# All are bound by memory, so a thread should have several 16-byte loads under way. Untested on a GPU;
+# compiled for sm_90 by triton 3.6.0 at E 3072, bfloat16: no spills, and tokens move by 16 bytes everywhere.
 NORM_TILE, NORM_WARPS = 4096, 4
 """Numbers that a program takes: four loads a thread. 62 registers (modulate) and 72 (with a gate)."""
 HEADS_WARPS = 8
-"""A token at a time, two loads a thread. 40 registers; 62 with 4 warps, norm weights through shared memory."""
+"""A token at a time, two loads a thread. 40 registers; 62 with 4 warps and weights through shared memory."""
 GELU_BLOCK, GELU_WARPS = 2048, 4
 """Columns that a program takes: two loads a thread. 32 registers."""
 

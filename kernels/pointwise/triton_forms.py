@@ -1,7 +1,7 @@
 """The Triton kernels of this folder; `ops` launches them. Importing this module imports triton.
 
-Every kernel reads its tokens once, computes in float32 and rounds once, where it stores. Tokens may lie at any
-stride (views of a fused projection); channels and results are contiguous.
+Every kernel reads its tokens once, computes in float32 and rounds once, where it stores. Tokens may lie at
+any stride (views of a fused projection); channels and results are contiguous.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def norm_rotate(
 @triton.jit
 def stream_heads(
     q, k, v, q_weight, k_weight, cos, sin, q_out, k_out, v_out,
-    num_queries, first, joint_length, num_heads, eps, q_stride_b, q_stride_l, k_stride_b, k_stride_l, v_stride_b, v_stride_l,
+    num_queries, first, joint_length, num_heads, eps,
+    q_stride_b, q_stride_l, k_stride_b, k_stride_l, v_stride_b, v_stride_l,
     COPY_V: tl.constexpr, BLOCK_H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One token of one stream into its place in the joint sequence, from token `first` on.
