@@ -49,7 +49,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal by five Newton-Schulz steps (Jordan et al. 2024), for matrices and filters.
 
     `torch.optim.Muon` does the same one matrix after the other, thousands of small kernels a step; here all
-    matrices of one shape go through in one batched product. A filter [O, I, h, w] counts as an O x Ihw matrix.
+    matrices of one shape go through in one batched product. A filter [O, I, h, w] counts as an O x Ihw
+    matrix.
     """
 
     MOMENTUM = 0.95
@@ -97,7 +98,7 @@ def is_block_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def is_filter(name: str, parameter: Tensor) -> bool:
-    """Whether Muon should update it: a convolution inside an autoencoder, its first and last ones excepted."""
+    """Whether Muon should update it: a convolution inside an autoencoder, not its first or last."""
     return parameter.ndim == 4 and "conv_in." not in name and "conv_out." not in name
 
 

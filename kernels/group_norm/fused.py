@@ -1,8 +1,8 @@
 """silu(group_norm(x)) for channels-last tensors in Triton, forward and backward.
 
-B images, P = H W positions, C channels, G groups of C / G channels; memory is [B, P, C]. A program takes a chunk of
-positions of one image with all its channels, so that every access is contiguous. Statistics are summed per
-channel and chunk, then per group by whoever needs them: no atomics, so equal inputs give equal bits.
+B images, P = H W positions, C channels, G groups of C / G channels; memory is [B, P, C]. A program takes a
+chunk of positions of one image with all its channels, so that every access is contiguous. Statistics are summed
+per channel and chunk, then per group by whoever needs them: no atomics, so equal inputs give equal bits.
 
     n = (x - mean) / std       z = n w + b       y = z s, s = sigmoid(z)
     dz = dy s (1 + z (1 - s))  dw = sum n dz     db = sum dz
@@ -37,10 +37,8 @@ def _sums(partial, image, num_chunks, channels, C: tl.constexpr, BLOCK_C: tl.con
     """Per channel sums of one image: its chunks' partial sums [B, chunks, C], added up."""
     chunks = tl.arange(0, CHUNKS)
     offsets = (tl.cast(image, tl.int64) * num_chunks + chunks)[:, None] * C + channels[None, :]
-    values = tl.load(
-        partial + offsets, mask=(chunks < num_chunks)[:, None] & (channels < C)[None, :], other=0.0
-    )
-    return tl.sum(values, 0)
+    exists = (chunks < num_chunks)[:, None] & (channels < C)[None, :]
+    return tl.sum(tl.load(partial + offsets, mask=exists, other=0.0), 0)
 
 
 @triton.jit
@@ -204,7 +202,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 
 
 def _plan(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, int, int], tuple[int, int, int]]:
-    """Grid (chunks, images), the sizes (positions, positions a chunk, chunks), and the shape of partial sums."""
+    """Grid (chunks, images), sizes (positions, positions a chunk, chunks), shape of partial sums."""
     images, channels, height, width = x.shape
     positions, block = height * width, _blocks(x)["BLOCK_P"]
     # Enough chunks to fill the GPU eight times over, each of at least four blocks.

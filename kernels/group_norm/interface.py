@@ -1,7 +1,7 @@
 """silu(group_norm(x)) in one call: PyTorch's operators, or our kernels where those would copy.
 
-PyTorch's CUDA group norm knows no channels-last layout and turns every activation twice. A 16-bit channels-last
-tensor on an NVIDIA GPU therefore goes through `fused`, two passes over the tensor instead of seven.
+PyTorch's CUDA group norm knows no channels-last layout and turns every activation twice. A 16-bit
+channels-last tensor on an NVIDIA GPU therefore goes through `fused`, which reads it twice and writes it once.
 """
 
 from __future__ import annotations
