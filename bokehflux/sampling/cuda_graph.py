@@ -1,8 +1,8 @@
 """Evaluations of the network as CUDA graphs: recorded once, then replayed with one launch each.
 
 A step is more than a thousand kernels, and Python may need longer to launch them than a GPU needs to run them
-for a small picture. A graph launches all at once: the same kernels on the same numbers, so no picture changes.
-It costs the activations of one evaluation, reserved while the run lasts, and as much again for every further
+for a small picture. A graph launches all at once, the same kernels on the same numbers: no picture changes. It
+costs the activations of one evaluation, reserved while the run lasts, and as much again for every further
 kind of step (grounded, plain, negative). Untested on a GPU.
 """
 
@@ -84,9 +84,9 @@ class _Captured:
 def worth_capturing(mmdit: MMDiT, spec: AttentionSpec, x: Tensor, txt_length: int) -> bool:
     """Whether an evaluation on x [B, N, C] is small enough to gain by it, and only launches kernels.
 
-    Hooks, among them those that stream weights, are Python and would not run again. Neither would an attention
-    of somebody's own, or one that stores keys. Pivots in other rows than the first are gathered by an index
-    that comes from the host.
+    Hooks, among them those that stream weights, are Python and would not run again; nor would an attention of
+    somebody's own, or one that stores keys. Pivots in other rows than the first are gathered by an index that
+    comes from the host.
     """
     if not x.is_cuda or x.shape[0] * (txt_length + x.shape[1]) > MAX_TOKENS:
         return False
