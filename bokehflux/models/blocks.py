@@ -75,6 +75,10 @@ class StreamAttention(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
+    def project(self, x: Tensor, terms: BlockTerms) -> Projected:
+        """x [B, L, E] -> queries of the spec's query rows, keys and values."""
+        return project_heads(self.qkv, self.norm, x, terms)[0]
+
 
 def project_heads(linear: Linear, norm: QKNorm, x: Tensor, terms: BlockTerms) -> tuple[Projected, Tensor]:
     """Queries, keys and values of x [B, L, E], and what else the fused projection holds [B, L, *].
@@ -143,13 +147,8 @@ class DoubleStreamBlock(nn.Module):
         self, img: Tensor, txt: Tensor, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
     ) -> tuple[Tensor, Tensor]:
         """img [B, N, E], txt [B, T, E] -> (img, txt)."""
-        txt_terms = BlockTerms(spec=terms.spec)
-        txt_heads, _ = project_heads(
-            self.txt_attn.qkv, self.txt_attn.norm, modulate(txt, mod.txt_attn), txt_terms
-        )
-        img_heads, _ = project_heads(
-            self.img_attn.qkv, self.img_attn.norm, modulate(img, mod.img_attn), terms
-        )
+        txt_heads = self.txt_attn.project(modulate(txt, mod.txt_attn), BlockTerms(spec=terms.spec))
+        img_heads = self.img_attn.project(modulate(img, mod.img_attn), terms)
         q, k, v = pointwise.joint_heads((txt_heads, img_heads), rope.cos, rope.sin)
         joint = self.attention(terms.spec, q, k, v).flatten(2)
         txt_out, img_out = joint.split([txt.shape[1], img.shape[1]], dim=1)

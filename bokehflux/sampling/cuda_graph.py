@@ -1,8 +1,8 @@
 """Evaluations of the network as CUDA graphs: recorded once, then replayed with one launch each.
 
 A step is more than a thousand kernels, and Python may need longer to launch them than a GPU needs to run them
-for a small picture. A graph launches all at once, the same kernels on the same numbers: no picture changes. It
-costs the activations of one evaluation, reserved while the run lasts, and as much again for every further
+for a small picture. A graph launches all at once, the same kernels on the same numbers: no picture changes.
+It costs the activations of one evaluation, reserved while the run lasts, and as much again for every further
 kind of step (grounded, plain, negative). Untested on a GPU.
 """
 

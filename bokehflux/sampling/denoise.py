@@ -90,6 +90,8 @@ class Denoiser:
     """velocity(x, sigma, step) for a batch of rows that share prompt and size; built by `denoiser`."""
 
     positive: Guide
+    bokeh: BokehCondition | None
+    """Levels of the rows."""
     grounding: Grounding | None
     attention: AttentionAt | None
     """A specification of the caller's own in place of `grounding`."""
@@ -206,6 +208,7 @@ def denoiser(
     null = bokeh.null() if bokeh is not None else None
     return Denoiser(
         positive=guide(conditioning, guidance, bokeh),
+        bokeh=bokeh,
         grounding=grounding,
         attention=attention,
         true_cfg=true_cfg,

@@ -56,7 +56,8 @@ def joint_heads(streams: Sequence[Projected], cos: Tensor, sin: Tensor) -> tuple
     streams: text, then image, or one alone; cos, sin: [L, D/2] float32 of all tokens together. Returns q
     [Q, L, H, D], k and v [B, L, H, D]; the values of one stream alone are a view.
     """
-    if _fuses(*(t for s in streams for t in (s.q, s.k, s.v))):
+    weights = [t for s in streams for t in (s.q_scale, s.k_scale)]
+    if _fuses(*(t for s in streams for t in (s.q, s.k, s.v)), weights=weights):
         from . import ops
 
         return ops.joint_heads(streams, cos, sin)
@@ -72,14 +73,16 @@ def concat_gelu(joint: Tensor, hidden: Tensor) -> Tensor:
     return eager.concat_gelu(joint, hidden)
 
 
-def _fuses(*tensors: Tensor) -> bool:
-    """Whether the Triton form runs on these."""
+def _fuses(*tensors: Tensor, weights: Sequence[Tensor] = ()) -> bool:
+    """Whether the Triton form runs on these; weights may be of another type."""
     if torch.compiler.is_compiling() or not all(t.is_cuda for t in tensors):
         return False
     dtype = tensors[0].dtype
     if dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != dtype for t in tensors):
         return False
-    return _has_triton() and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return _has_triton() and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights))
+    )
 
 
 @functools.cache

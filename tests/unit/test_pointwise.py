@@ -5,6 +5,7 @@ As for attention: in Triton's interpreter without a GPU, compiled with one.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 
@@ -16,9 +17,18 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from bokehflux.kernels.pointwise import eager, ops  # noqa: E402
+from bokehflux.attention import Grounded, Plain  # noqa: E402
+from bokehflux.kernels.pointwise import (  # noqa: E402
+    eager,
+    interface,  # noqa: E402
+    ops,
+)
 from bokehflux.kernels.pointwise.eager import Projected  # noqa: E402
+from bokehflux.models.bokeh import BokehCondition  # noqa: E402
+from bokehflux.models.embeddings import rope_table  # noqa: E402
+from bokehflux.sampling.latents import LatentGrid, position_ids  # noqa: E402
 from tests.helpers import assert_within_2x  # noqa: E402
+from tests.tiny import tiny_mmdit  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -147,3 +157,75 @@ def test_concat_gelu(rows: int, length: int, width: int, dtype: torch.dtype) -> 
     joint = slices(rows, length, width, dtype=dtype)
     check("concat_gelu", joint, hidden)
     assert torch.equal(ops.concat_gelu(joint, hidden)[..., :width], joint)
+
+
+def test_operators_are_registered() -> None:
+    """Schemas that tell the truth, and fake implementations that give what the kernels give."""
+    x, y = (randn(2, 3, 48, dtype=torch.float32) for _ in range(2))
+    gate, scale, shift = vectors(3, 2, 48, torch.float32)
+    columns = [list(column) for column in zip(*streams((2, 3), 2, 1, 3, 16, torch.float32), strict=True)]
+    calls = [
+        (ops.modulate, (x, scale, shift)),
+        (ops.add_gated, (x, y, gate)),
+        (ops.add_gated_modulate, (x, y, gate, scale, shift)),
+        (ops._joint_heads, (*columns, *rotations(5, 16))),
+        (ops.concat_gelu, (x, y)),
+    ]
+    for op, args in calls:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_strided_channels_are_refused() -> None:
+    x, scale, shift = randn(1, 48, 3, dtype=torch.float32).mT, *vectors(2, 1, 48, torch.float32)
+    with pytest.raises(ValueError, match="expected contiguous channels, got strides"):
+        ops.modulate(x, scale, shift)
+
+
+@pytest.mark.parametrize("spec", [Plain(), Grounded(pivot_of=(0, 0, 0))], ids=["plain", "grounded"])
+def test_a_network_through_them(spec: Plain | Grounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass of every block, strides and row counts as they come."""
+    low = tiny_mmdit().half().to(DEVICE)
+    exact, config = copy.deepcopy(low).float(), low.config
+    rope = rope_table(position_ids(LatentGrid(height_px=32, width_px=48), 5), config.axes_dim, config.theta)
+    rope = type(rope)(*(t.to(DEVICE) for t in rope))
+    img, txt = (randn(3, n, c, dtype=torch.float16) for n, c in ((6, 64), (5, config.txt_dim)))
+    pooled = randn(3, config.pooled_dim, dtype=torch.float16)
+    sigma, guidance = torch.full((3,), 0.7, device=DEVICE), torch.full((3,), 3.0, device=DEVICE)
+    levels, called = BokehCondition.of([15, 0, 30]), []
+    for name in ("modulate", "add_gated", "add_gated_modulate", "joint_heads", "concat_gelu"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: called.append(name) or op(*args))
+    with torch.no_grad():
+        truth = exact(img.float(), txt.float(), pooled.float(), sigma, guidance, rope, spec, levels)
+        monkeypatch.setattr(interface, "_fuses", lambda *tensors, weights=(): False)
+        oracle = low(img, txt, pooled, sigma, guidance, rope, spec, levels)
+        assert not called
+        monkeypatch.setattr(interface, "_fuses", lambda *tensors, weights=(): True)
+        ours = low(img, txt, pooled, sigma, guidance, rope, spec, levels)
+    double, single = config.num_double, config.num_single
+    counts = {name: called.count(name) for name in set(called)}
+    assert counts == {
+        "modulate": 2 * double + single + 1,
+        "add_gated": 2 * double + single,
+        "add_gated_modulate": 2 * double,
+        "joint_heads": double + single,
+        "concat_gelu": single,
+    }
+    assert_within_2x(ours, oracle, truth)
+
+
+def test_a_cpu_and_gradients_take_the_eager_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not interface._fuses(torch.zeros(1, dtype=torch.float16))
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    half, wide_one = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
+    learned = torch.zeros(1, dtype=torch.float16, requires_grad=True)
+    monkeypatch.setattr(interface, "_has_triton", lambda: True)
+    assert interface._fuses(half, half, weights=[wide_one])
+    assert not interface._fuses(half, wide_one)
+    assert not interface._fuses(wide_one)
+    assert not interface._fuses(half, learned)
+    assert not interface._fuses(half, weights=[learned])
+    with torch.no_grad():
+        assert interface._fuses(half, learned, weights=[learned])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not interface._fuses(half)
