@@ -181,6 +181,7 @@ def measure(
             continue
         row |= timed(pipeline, job, arm, published_runs, budget, device)
         yield with_speedups(rows)
+    yield rows
 
 
 def timed(

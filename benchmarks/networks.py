@@ -66,9 +66,9 @@ FULL = Setting(
 TINY = Setting(
     mmdit=MMDiTConfig(
         in_channels=64, txt_dim=48, pooled_dim=32, hidden_size=64, num_heads=2,
-        num_double=1, num_single=2, axes_dim=(8, 12, 12), guidance_embed=True,
+        num_double=2, num_single=3, axes_dim=(8, 12, 12), guidance_embed=True,
     ),
-    bokeh=BokehConfig(blocks=(0, 1, 2), rank=4, hidden_dim=8, context_dim=16),
+    bokeh=BokehConfig(blocks=tuple(range(5)), rank=4, hidden_dim=8, context_dim=16),
     t5=T5Config(vocab_size=99, width=48, head_dim=8, mlp_size=64, num_layers=2, num_heads=2),
     clip=CLIPConfig(vocab_size=99, width=32, mlp_size=64, num_layers=1, num_heads=2),
     vae=VAEConfig(
