@@ -79,7 +79,9 @@ class Linear(nn.Linear):
         bias: Tensor | None = self.bias
         if (start, stop) != (0, self.out_features):
             weight, bias = weight[start:stop], bias[start:stop] if bias is not None else None
-        out = F.linear(x, weight, bias)
+        # PyTorch copies a strided x (one stream of several rows) in any case, and would then add the bias in
+        # another pass, with another rounding.
+        out = F.linear(x.contiguous(), weight, bias)
         for term in self.terms:
             out = term.add_to(out, x, start)
         return out

@@ -61,7 +61,7 @@ class Guide:
 
     def velocity(self, x: Tensor, mods: Modulations, rows: slice, spec: AttentionSpec) -> Tensor:
         """Of some rows of x [B, N, C]."""
-        part = x[rows].contiguous()  # the first step's rows are one; PyTorch adds biases to such otherwise
+        part = x[rows]
         txt = self.conditioning.txt.expand(len(part), -1, -1)
         bokeh = self.bokeh.rows(rows) if self.bokeh is not None else None
         constants = self.constants.rows(rows)
