@@ -1,4 +1,4 @@
-"""The ways to compute a denoising step that benchmarks compare. A further way of ours is an entry of `OURS`."""
+"""The ways to compute a denoising step that benchmarks compare. Another way of ours: an entry of `OURS`."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def digest(outcomes: Sequence[Outcome], results: Path, size: int = PRINTED_CHARA
         if outcome.log is not None:
             lines = outcome.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
             text = "\n".join(lines if outcome.status == 0 else lines[-TAIL_LINES:])
-            parts.append(f"== {outcome.name}\n{text[-max(room, 0):]}")
+            parts.append(f"== {outcome.name}\n{text[-max(room, 0) :]}")
     return "\n".join([*parts, "== figures", figures, "== jobs", ends])[-size:]
 
 

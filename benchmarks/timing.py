@@ -125,7 +125,7 @@ def gemm_ceiling(device: torch.device, size: int = 8192) -> float:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a figure depends on besides the code: GPU, driver, versions, commit, and the command that made it."""
+    """What a figure depends on besides the code: GPU, driver, versions, commit, command."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     program = Path(sys.argv[0])
     found = {
