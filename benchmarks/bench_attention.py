@@ -3,11 +3,12 @@
     python -m benchmarks.bench_attention [--seconds 200] [--shapes grounded plain-1] [--arms published triton]
     python -m benchmarks.bench_attention --tiny
 
-Every arm's output is compared with float32 before it is timed; a wrong arm is named and not timed. Every arm
-is replayed as a CUDA graph over inputs that fill the cache several times; arms take turns. Ours are the backends
-of `kernels.attention.interface` that are kernels of our own, each with the logits' bound known (a fixed softmax
-offset) and without (a running maximum). Prints a table and writes attention.json and .png, again after every
-shape. `--tiny` runs toys anywhere (on a CPU in Triton's interpreter): its times mean nothing.
+Every arm's output is compared with float32 before it is timed; a wrong arm is named and not timed. Every
+arm is replayed as a CUDA graph over inputs that fill the cache several times; arms take turns. Ours are the
+backends of `kernels.attention.interface` that are kernels of our own, each with the logits' bound known (a
+fixed softmax offset) and without (a running maximum). Prints a table and writes attention.json and .png,
+again after every shape. `--tiny` runs toys anywhere (on a CPU in Triton's interpreter): its times mean
+nothing.
 """
 
 from __future__ import annotations
