@@ -39,7 +39,8 @@ class Ours:
 
 OURS: dict[str, Ours] = {
     "ours, compiled": Ours(
-        with_levels=lambda mmdit: networks.compiled(networks.folded(mmdit)), base=networks.compiled
+        with_levels=lambda mmdit: networks.compiled(networks.folded(mmdit)),
+        base=lambda mmdit: networks.compiled(networks.on_same_weights(mmdit)),
     ),
     "ours, eager": Ours(with_levels=lambda mmdit: mmdit, base=lambda mmdit: mmdit),
 }

@@ -34,6 +34,8 @@ TAIL_LINES = 15
 """Of a failed job's log."""
 RESERVE_SECONDS = 10.0
 """Kept for the last job's end, packing and printing."""
+SHORTEST_SECONDS = 15.0
+"""With less left no job is begun."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def run(name: str, options: Sequence[str], folder: Path, budget: Budget) -> Outc
     """Run one job; its log and results go below `folder`."""
     job = JOBS[name]
     limit = min(job.limit_s, budget.left - RESERVE_SECONDS)
-    if limit < 15:
+    if limit < SHORTEST_SECONDS:
         return Outcome(name=name, status=None, seconds=0.0, log=None)
     log = _unused(folder / "logs" / f"{name}.log")
     filled = {"{out}": str(folder / "results"), "{seconds}": f"{0.75 * limit:.0f}"}

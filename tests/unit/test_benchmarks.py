@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib
 import importlib.util
 import json
 import sys
@@ -34,7 +35,7 @@ from benchmarks import (
     sweep_tiles,
 )
 from benchmarks.networks import TINY
-from benchmarks.shapes import ATTENTION, AttentionShape
+from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
 
 CPU = torch.device("cpu")
 HAS_RIVALS = importlib.util.find_spec("diffusers") is not None
@@ -119,9 +120,7 @@ def test_work_is_that_of_the_performance_notes() -> None:
     )
 
     def work(is_ours: bool, rows: int) -> float:
-        return bench_step.tera_flop(
-            networks.FULL, is_ours, dataclasses.replace(batch, levels=(15.0,) * rows)
-        )
+        return bench_step.tera_flop(networks.FULL, is_ours, dataclasses.replace(batch, levels=(15.0,) * rows))
 
     assert work(True, 1) == pytest.approx(74.39, rel=0.002)
     assert work(False, 7) == pytest.approx(1071.0, rel=0.002)
@@ -448,3 +447,175 @@ def test_profile_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         profile_step.main(["--tiny", "--case", "seven"])
     assert "pivot + 6" in capsys.readouterr().err
+
+
+# Attention.
+
+
+def test_attention_runs_and_knows_ours(tmp_path: Path) -> None:
+    options = ["--tiny", "--shapes", "grounded-1", "plain", "--arms", "sdpa", "--out", str(tmp_path)]
+    assert bench_attention.main(options) == 1, "without an arm of ours nothing has been shown"
+    rows = results(tmp_path, "attention_tiny")["rows"]
+    assert [(row["shape"], row["arm"]) for row in rows] == [
+        ("grounded-1-40", "sdpa, two calls merged"), ("grounded-1-40", "published, sdpa"), ("plain-1-40", "sdpa"),
+    ]  # fmt: skip
+    assert {row["verdict"] for row in rows} == {"ok"} and not any(row["ours"] for row in rows)
+    names = {arm.name: arm.is_ours for arm in bench_attention.backend_arms(TOYS[-1])}
+    assert names["triton"] and names["triton, running maximum"] and not names["sdpa, two calls merged"]
+
+
+def test_wrong_and_failing_attention_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = bench_attention.stock_kernels
+
+    def with_others(shape: AttentionShape, device: torch.device) -> list[Any]:
+        def broken(*_: Tensor) -> Tensor:
+            raise NotImplementedError("no such head dim")
+
+        (name, right), *_ = stock(shape, device)
+        return [(name, right), ("swapped", lambda q, k, v: right(k, q, v)), ("broken", broken)]
+
+    monkeypatch.setattr(bench_attention, "stock_kernels", with_others)
+    shape = AttentionShape(form="plain", num_targets=1, length=40, num_heads=2, head_dim=16)
+    wanted = ("sdpa", "swapped", "broken")
+    rows = bench_attention.measure(shape, CPU, torch.float32, 1.0, 1, wanted)
+    assert [row["verdict"].split(":")[0] for row in rows] == ["ok", "wrong", "failed"]
+    assert [row["arm"] for row in rows if "ms" in row] == ["sdpa"]
+
+
+# A session on a GPU.
+
+
+def job(code: str, limit_s: float = 60.0) -> gpu_session.Job:
+    return gpu_session.Job(arguments=("-c", code, "{out}"), limit_s=limit_s)
+
+
+def test_a_session_runs_jobs_in_turn_and_packs_what_they_leave(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.mkdir(exist_ok=True); "
+    write += "(p / 'a.json').write_text('{}'); print('wrote', *sys.argv[2:])"
+    sleep = "import subprocess, sys, time; print('begun', flush=True); time.sleep(60)"
+    monkeypatch.setattr(gpu_session, "RESERVE_SECONDS", 0.0)
+    monkeypatch.setattr(gpu_session, "SHORTEST_SECONDS", 0.1)
+    jobs = {"write": job(write), "fail": job("raise SystemExit('\\n'.join(map(str, range(99))))")}
+    monkeypatch.setattr(gpu_session, "JOBS", {**jobs, "sleep": job(sleep, 2.0)})
+    wanted = ["write", "fail", "sleep", "write --again 'twice over'"]
+    assert gpu_session.main(["--out", str(tmp_path), "--seconds", "50", "--jobs", *wanted]) == 1
+    printed = capsys.readouterr().out
+    ends = printed[printed.index("== jobs") :].splitlines()[1:]
+    assert [line.split(",")[0] for line in ends] == [
+        "write: ok", "fail: EXIT STATUS 1", "sleep: ENDED AT ITS LIMIT", "write: ok",
+    ]  # fmt: skip
+    assert "\n98\n" in printed and "\n5\n" not in printed, "the end of a failed job's log, no more"
+    assert "wrote --again twice over" in printed
+    with tarfile.open(tmp_path / "session.tar.gz") as archive:
+        names = {"logs/write.log", "logs/write-2.log", "logs/fail.log", "logs/sleep.log", "results/a.json"}
+        assert set(archive.getnames()) == names
+    assert list(tmp_path.iterdir()) == [tmp_path / "session.tar.gz"]
+
+
+def test_a_session_begins_nothing_it_has_no_time_for(tmp_path: Path) -> None:
+    outcome = gpu_session.run("step", [], tmp_path, report.Budget(20))
+    assert outcome.line() == "step: not begun, 0 s" and list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit):
+        gpu_session.main(["--out", str(tmp_path), "--jobs", "stepp"])
+
+
+def test_a_sessions_options_are_their_programs() -> None:
+    """A misspelt option would be found out on a rented machine."""
+    names = ("attention", "step", "profile", "profile_base", "generate", "memory", "train_attention", "tiles")
+    for name in names:
+        arguments = [a.replace("{seconds}", "0") for a in gpu_session.JOBS[name].arguments]
+        program = importlib.import_module(arguments[1])
+        with pytest.raises(SystemExit) as stopped:
+            program.main([*arguments[2:], "--help"])
+        assert stopped.value.code == 0, name
+
+
+def test_the_digest_fits_where_it_is_read(tmp_path: Path) -> None:
+    log = tmp_path / "long.log"
+    log.write_text("x" * 5000 + "\nlast line\n")
+    outcomes = [gpu_session.Outcome(name=f"job {i}", status=0, seconds=1.0, log=log) for i in range(9)]
+    text = gpu_session.digest(outcomes, tmp_path, 4000)
+    assert len(text) <= 4000 and text.count("last line") == 9 and text.endswith("job 8: ok, 1 s")
+
+
+# The goals' table.
+
+
+def write_results(folder: Path, name: str, rows: list[report.Row]) -> None:
+    environment = {
+        "device": "a GPU", "torch": "2", "triton": "3", "commit": "c" * 40,
+        "command": f"python -m benchmarks.{name} --out /tmp/x --repeats 3",
+    }  # fmt: skip
+    (folder / f"{name}.json").write_text(json.dumps({"environment": environment, "rows": rows}))
+
+
+def test_figures_come_from_the_files(tmp_path: Path) -> None:
+    def arm(name: str, ms: float, verdict: str = "ok", **more: Any) -> report.Row:
+        return {"arm": name, "ms": ms, "verdict": verdict, "error": 0.01, **more}
+
+    case, small = {"case": "pair, 1024 px"}, {"case": "base, 512 px"}
+    step = [
+        arm("ours, compiled", 200.0, **case), arm("ours, eager", 250.0, **case) | {"error": 0.012},
+        arm("published, compiled", 260.0, **case), arm("published, eager", 440.0, **case),
+        arm("ours, wrong", 1.0, "wrong: 1", **case), arm("ours, fp8", 2.0, **case) | {"error": 0.2},
+        arm("ours, compiled", 30.0, **small), arm("diffusers, compiled", 40.0, **small),
+    ]  # fmt: skip
+    write_results(tmp_path, "step", step)
+    total = [{"arm": "ours, fp8", "total_s": 10.0}, {"arm": "published, eager", "total_s": 50.0}]
+    write_results(tmp_path, "generate", [row | {"side": "512 px", "verdict": "ok"} for row in total])
+    kernels = [arm("triton", 2.0, ours=True), arm("cuDNN", 1.9, ours=False), arm("FA3", 1.0, ours=False)]
+    write_results(tmp_path, "attention", [row | {"shape": "plain-1-1536"} for row in kernels])
+    stream = {"mode": "stream", "storage": "bf16", "job": "6 at 1024 px", "vs_resident": 1.1}
+    write_results(tmp_path, "memory", [stream | {"verdict": "ok", "gpu_gb": 2.0}])
+
+    found = {(f.what, f.against): (round(f.value, 3), f.reached) for f in summary.findings(tmp_path)}
+    assert found == {
+        ("plain attention, S 1536", "cuDNN"): (0.95, "NO"),
+        ("plain attention, S 1536", "FA3"): (0.5, "NO"),
+        ("step 512², one row", "diffusers, compiled"): (1.333, "aim"),
+        ("grounded pair 1024²", "published, eager"): (2.2, "aim"),
+        ("grounded pair 1024²", "published, compiled"): (1.3, "NO"),
+        ("six targets, 30 steps, 512², fp8", "published, eager"): (5.0, "yes"),
+        ("time of a streamed step", ""): (1.1, "yes"),
+        ("error of each bf16 arm against fp32", "published, eager"): (1.2, "NO"),
+    }
+    text = summary.markdown(summary.findings(tmp_path))
+    assert (
+        "| grounded pair 1024² | published, compiled | 1.35x | 1.50x | 1.30x | NO | ours, compiled: 200"
+        in text
+    )
+    assert (
+        "`python -m benchmarks.step --repeats 3` on a GPU, torch 2, triton 3, commit `cccccccccccc`" in text
+    )
+
+
+def test_documents_change_between_the_markers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = tmp_path / "README.md"
+    monkeypatch.setattr(summary, "DOCUMENTS", (document,))
+    before = f"head\n\n{summary.BEGIN}\nold\n{summary.END}\n\ntail\n"
+    document.write_text(before)
+    assert summary.main(["--results", str(tmp_path), "--write"]) == 0
+    assert document.read_text() == before and "no figures yet" in capsys.readouterr().out
+    rows = [{"case": "base, 1024 px", "arm": "ours, eager", "ms": 1.0, "share": 0.9, "tflops": 650.0}]
+    write_results(tmp_path, "step", rows)
+    for _ in range(2):
+        assert summary.main(["--results", str(tmp_path), "--write"]) == 0
+    after = document.read_text()
+    assert after.startswith(f"head\n\n{summary.BEGIN}\n| what |") and after.endswith(
+        f"{summary.END}\n\ntail\n"
+    )
+    assert "| 90% | yes |" in after and "old" not in after
+    document.write_text("no markers")
+    with pytest.raises(ValueError, match="README.md"):
+        summary.write(document, "text")
+
+
+def test_the_documents_have_their_markers() -> None:
+    root = Path(__file__).parents[2]
+    for document in summary.DOCUMENTS:
+        text = (root / document).read_text(encoding="utf-8")
+        assert text.count(summary.BEGIN) == text.count(summary.END) == 1, document
