@@ -41,7 +41,8 @@ CPU = torch.device("cpu")
 HAS_RIVALS = importlib.util.find_spec("diffusers") is not None
 FOREVER = report.Budget(1e6)
 ALL = (
-    bench_attention, bench_step, bench_generate, bench_memory, bench_train_attention, profile_step, sweep_tiles,
+    bench_attention, bench_step, bench_generate, bench_memory, bench_train_attention, profile_step,
+    sweep_tiles,
 )  # fmt: skip
 
 
@@ -457,7 +458,8 @@ def test_attention_runs_and_knows_ours(tmp_path: Path) -> None:
     assert bench_attention.main(options) == 1, "without an arm of ours nothing has been shown"
     rows = results(tmp_path, "attention_tiny")["rows"]
     assert [(row["shape"], row["arm"]) for row in rows] == [
-        ("grounded-1-40", "sdpa, two calls merged"), ("grounded-1-40", "published, sdpa"), ("plain-1-40", "sdpa"),
+        ("grounded-1-40", "sdpa, two calls merged"), ("grounded-1-40", "published, sdpa"),
+        ("plain-1-40", "sdpa"),
     ]  # fmt: skip
     assert {row["verdict"] for row in rows} == {"ok"} and not any(row["ours"] for row in rows)
     names = {arm.name: arm.is_ours for arm in bench_attention.backend_arms(TOYS[-1])}
