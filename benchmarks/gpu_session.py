@@ -52,14 +52,15 @@ def _bench(name: str, limit_s: float, *options: str) -> Job:
 
 
 TIMED = ("--seconds", "{seconds}")
+STEP_CASES = ("base", "pair, 1024", "pivot + 6, 1024", "pair, 512")
 JOBS: dict[str, Job] = {
     "imports": Job(
         arguments=("-c", "import benchmarks.rivals; import fa3_fwd_interface; print('all there')"), limit_s=60
     ),
     # Most of the time of these is compiling, which several processes share.
-    "tests": Job(arguments=("-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-n", "6"), limit_s=240),
-    "attention": _bench("bench_attention", 150, "--repeats", "20", *TIMED),
-    "step": _bench("bench_step", 270, "--repeats", "9", "--cases", "base", "pair", "pivot + 6, 1024", *TIMED),
+    "tests": Job(arguments=("-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-n", "8"), limit_s=240),
+    "attention": _bench("bench_attention", 170, "--repeats", "20", *TIMED),
+    "step": _bench("bench_step", 270, "--repeats", "9", "--cases", *STEP_CASES, *TIMED),
     "profile": _bench("profile_step", 70),
     "profile_base": _bench("profile_step", 70, "--case", "base, 1024", "--name", "profile_base"),
     "generate": _bench("bench_generate", 300, *TIMED),
