@@ -22,7 +22,12 @@ from . import eager, reference
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType | str] = {"reference": reference, "sdpa": eager, "flash": ".flash", "triton": ".ops"}
+BACKENDS: dict[str, ModuleType | str] = {
+    "reference": reference,
+    "sdpa": eager,
+    "flash": ".flash",
+    "triton": ".ops",
+}
 """By name, a module with `attention`, `target_attention` and `grounded_attention`, or the name of one that is
 imported when it is first used."""
 

@@ -392,7 +392,9 @@ def test_what_auto_does_where_its_choice_cannot_run(
     with pytest.raises(ValueError, match="no kernels of our own for cpu"):
         interface.attention(q, k, v, backend="auto-strict")
     monkeypatch.setattr(interface, "automatic", lambda device: interface.Choice("triton", "the fastest"))
-    monkeypatch.setattr(interface, "_why_not_triton", lambda *_: "they are made for head dims (64, 128), not 16")
+    monkeypatch.setattr(
+        interface, "_why_not_triton", lambda *_: "they are made for head dims (64, 128), not 16"
+    )
     with caplog.at_level("INFO"):
         fallen = interface.attention(q, k, v)
         interface.attention(q, k, v)
@@ -409,7 +411,9 @@ def flash_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel that computes what flash-attn does, with its padded log-sum-exps, on a CPU."""
     from bokehflux.kernels.attention import flash
 
-    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, return_attn_probs: bool) -> tuple[Tensor, Tensor, None]:
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, return_attn_probs: bool
+    ) -> tuple[Tensor, Tensor, None]:
         assert return_attn_probs
         out, lse = eager.attention_with_lse(q, k, v)
         return out, torch.nn.functional.pad(lse.transpose(1, 2), (0, 3)), None
@@ -423,7 +427,9 @@ def test_flash_backend(pivot_of: tuple[int, ...], flash_wheel: None) -> None:
     q, k, v = qkv(len(pivot_of), 9)
     bias = torch.randn(len(pivot_of), *q.shape[2:])
     exact = grounded(reference, q, k, v, pivot_of, value_bias=bias)
-    torch.testing.assert_close(grounded(interface, q, k, v, pivot_of, value_bias=bias, backend="flash"), exact)
+    torch.testing.assert_close(
+        grounded(interface, q, k, v, pivot_of, value_bias=bias, backend="flash"), exact
+    )
 
 
 def test_flash_backend_without_a_wheel() -> None:
