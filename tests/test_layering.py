@@ -32,7 +32,7 @@ OWN_IN = {
     "bokehflux.types": {"configs"},
     "bokehflux.images": set(),
     "bokehflux.attention": {"kernels"},
-    "bokehflux.models": {"models", "attention", "configs", "types"},
+    "bokehflux.models": {"models", "attention", "kernels", "configs", "types"},
     "bokehflux.sampling": {"sampling", "models", "attention", "configs", "types"},
     "bokehflux.text": {"text", "models", "configs", "types"},
     "bokehflux.weights.tables": {"weights.tables", "weights.mapping"},

@@ -1,0 +1,39 @@
+"""Rowwise quantisation to e4m3 in plain PyTorch, in float32: the definition, and the form for CPUs.
+
+A row x of K numbers becomes x * (448 / amax |x|), rounded to e4m3, and the scale amax |x| / 448.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+E4M3_MAX = 448.0
+"""Largest number of e4m3: no row holds a larger one after scaling, so none is ever clipped."""
+AMAX_FLOOR = 1e-12
+"""Rows below are quantised as if this were their largest number: zeros stay zeros, with a finite scale."""
+NORM_EPS = 1e-6
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K], any floating dtype -> (values [..., K] float8_e4m3fn, scale [..., 1] float32).
+
+    values * scale stands for x. Rows that are not finite give values that are not a number.
+    """
+    wide = x.float()
+    amax = wide.abs().amax(-1, keepdim=True).clamp_min(AMAX_FLOOR)
+    return (wide * (E4M3_MAX / amax)).to(torch.float8_e4m3fn), amax / E4M3_MAX
+
+
+def quantize_modulated(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize` of norm(x) * (1 + scale) + shift; x [B, L, K], shift and scale [B or 1, 1, K]."""
+    wide = x.float()
+    normed = F.layer_norm(wide, wide.shape[-1:], eps=NORM_EPS)
+    return quantize(normed * (1 + scale.float()) + shift.float())
+
+
+def quantize_gelu(hidden: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize` of [beside, gelu(hidden)], one scale for both; hidden [..., K], beside [..., E]."""
+    active = F.gelu(hidden.float(), approximate="tanh")
+    return quantize(active if beside is None else torch.cat([beside.float(), active], dim=-1))

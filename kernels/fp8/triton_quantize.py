@@ -1,0 +1,142 @@
+"""Rowwise quantisation to e4m3 in Triton, fused into the pass that makes the row.
+
+A program holds one row in registers: read once, normalised or activated, its largest number found, written
+once in a byte each. The arithmetic is `reference`'s, in float32. Untested on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import AMAX_FLOOR, E4M3_MAX, NORM_EPS
+
+MAX_WIDTH = 32768
+"""Numbers in a row that a program's registers hold."""
+_MAX: tl.constexpr = tl.constexpr(E4M3_MAX)
+_FLOOR: tl.constexpr = tl.constexpr(AMAX_FLOOR)
+VALUES = torch.float8_e4m3fn
+"""What is stored; conversions saturate and keep what is not a number. Tests look at the numbers before."""
+SQRT_2_OVER_PI: tl.constexpr = tl.constexpr(0.7978845608028654)
+
+
+@triton.jit
+def gelu(x):
+    """x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), written as x * sigmoid(2 u)."""
+    u = SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-2.0 * u))
+
+
+@triton.jit
+def norm_kernel(
+    x, shift, scale, values, scales, length, width, stride_row, stride_len, stride_shift, stride_scale, eps,
+    MODULATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x [B, L, K] -> values [B * L, K], scales [B * L]; MODULATED: of norm(x) * (1 + scale) + shift."""
+    token = tl.program_id(0).to(tl.int64)
+    row = token // length
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    start = row * stride_row + (token % length) * stride_len
+    y = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
+    if MODULATED:
+        centred = tl.where(inside, y - tl.sum(y, 0) / width, 0.0)
+        normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+        factor = tl.load(scale + row * stride_scale + columns, mask=inside, other=0.0).to(tl.float32)
+        offset = tl.load(shift + row * stride_shift + columns, mask=inside, other=0.0).to(tl.float32)
+        y = normed * (1.0 + factor) + offset
+    amax = tl.maximum(tl.max(tl.abs(y), 0), _FLOOR)
+    tl.store(
+        values + token * width + columns, (y * tl.div_rn(_MAX, amax)).to(values.dtype.element_ty), mask=inside
+    )
+    tl.store(scales + token, tl.div_rn(amax, _MAX))
+
+
+@triton.jit
+def gelu_kernel(
+    hidden, beside, values, scales, length, width, width_beside,
+    stride_row, stride_len, stride_row_beside, stride_len_beside,
+    BESIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_BESIDE: tl.constexpr,
+):  # fmt: skip
+    """hidden [B, L, K], beside [B, L, E] -> values [B * L, E + K] of [beside, gelu(hidden)], scales [B * L].
+
+    Without BESIDE there is no such tensor, and E is 0.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    row, place = token // length, token % length
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    start = row * stride_row + place * stride_len
+    y = gelu(tl.load(hidden + start + columns, mask=inside, other=0.0).to(tl.float32))
+    amax = tl.maximum(tl.max(tl.abs(y), 0), _FLOOR)
+    out = values + token * (width + width_beside)
+    if BESIDE:
+        columns_beside = tl.arange(0, BLOCK_BESIDE)
+        inside_beside = columns_beside < width_beside
+        start_beside = row * stride_row_beside + place * stride_len_beside
+        z = tl.load(beside + start_beside + columns_beside, mask=inside_beside, other=0.0).to(tl.float32)
+        amax = tl.maximum(tl.max(tl.abs(z), 0), amax)
+        factor = tl.div_rn(_MAX, amax)
+        tl.store(out + columns_beside, (z * factor).to(values.dtype.element_ty), mask=inside_beside)
+    else:
+        factor = tl.div_rn(_MAX, amax)
+    tl.store(out + width_beside + columns, (y * factor).to(values.dtype.element_ty), mask=inside)
+    tl.store(scales + token, tl.div_rn(amax, _MAX))
+
+
+def quantize_rows(
+    x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`reference.quantize`, or with shift and scale [B or 1, 1, K] `reference.quantize_modulated`.
+
+    x [..., K], three-dimensional where it is modulated; rows may lie anywhere, copied unless contiguous each.
+    """
+    rows = _rows(x)
+    length, width = rows.shape[1:]
+    values, scales = _outputs(x, width)
+    modulated = shift is not None and scale is not None
+    if modulated:
+        shift, scale = (_rows(vector.expand(len(rows), 1, width)) for vector in (shift, scale))
+    if scales.numel():
+        norm_kernel[(scales.numel(),)](
+            rows, shift, scale, values, scales, length, width, rows.stride(0), rows.stride(1),
+            shift.stride(0) if modulated else 0, scale.stride(0) if modulated else 0, NORM_EPS,
+            MODULATED=modulated, BLOCK=triton.next_power_of_2(width), num_warps=_num_warps(width),
+        )  # fmt: skip
+    return values, scales
+
+
+def quantize_gelu_rows(hidden: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_gelu`; strides as in `quantize_rows`."""
+    rows, width_beside = _rows(hidden), 0 if beside is None else beside.shape[-1]
+    others = rows if beside is None else _rows(beside)
+    length, width = rows.shape[1:]
+    values, scales = _outputs(hidden, width + width_beside)
+    if scales.numel():
+        gelu_kernel[(scales.numel(),)](
+            rows, others, values, scales, length, width, width_beside,
+            rows.stride(0), rows.stride(1), others.stride(0), others.stride(1),
+            BESIDE=beside is not None, BLOCK=triton.next_power_of_2(width),
+            BLOCK_BESIDE=triton.next_power_of_2(max(width_beside, 1)), num_warps=_num_warps(width),
+        )  # fmt: skip
+    return values, scales
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] -> [B, L, K] with contiguous rows."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+
+
+def _outputs(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    if width > MAX_WIDTH:
+        raise ValueError(f"the fp8 kernels take rows of up to {MAX_WIDTH} numbers, got {width}")
+    values = x.new_empty((*x.shape[:-1], width), dtype=VALUES)
+    return values, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _num_warps(width: int) -> int:
+    """16 or 32 numbers a thread at FLUX's widths: 16-byte accesses, and no spills (compiled for sm_90)."""
+    return 16 if width > 8192 else 8 if width > 1024 else 4
