@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -25,14 +26,22 @@ Spec = TypeVar("Spec", bound="AttentionSpec")
 class AttentionSpec(ABC):
     value_bias: Tensor | None = None
     """[B, H, D] added to every token's output, or None. Set per block by the bokeh adapter."""
+    logit_bound: float | None = None
+    """What |q . k| / sqrt(D) never exceeds, set per block of a run; None: not known."""
     block: int = 0
     """The block it is called in, counted over double then single blocks."""
     backend: str = "auto"
     """A name in `kernels.attention.interface.BACKENDS`, or "auto"."""
 
-    def for_block(self: Spec, block: int, value_bias: Tensor | None) -> Spec:
+    def for_block(
+        self: Spec, block: int, value_bias: Tensor | None, logit_bound: float | None = None
+    ) -> Spec:
         """A copy for one block, whose outputs are shifted by value_bias [B, H, D]."""
-        return dataclasses.replace(self, block=block, value_bias=value_bias)
+        return dataclasses.replace(self, block=block, value_bias=value_bias, logit_bound=logit_bound)
+
+    def _call(self, function: Callable[..., Tensor], *args: Tensor | Sequence[int]) -> Tensor:
+        """One of the interface's functions, with what every specification holds."""
+        return function(*args, value_bias=self.value_bias, logit_bound=self.logit_bound, backend=self.backend)
 
     def query_rows(self) -> tuple[int, ...] | None:
         """Rows whose queries the call takes, ascending; None means all. Other queries are not computed."""
@@ -48,7 +57,7 @@ class Plain(AttentionSpec):
     """Every row attends to itself."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return interface.attention(q, k, v, value_bias=self.value_bias, backend=self.backend)
+        return self._call(interface.attention, q, k, v)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +77,7 @@ class Grounded(_OnPivotRows):
     """Row i attends with the query of its pivot, to its own and the pivot's keys, reading its own values."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return interface.grounded_attention(
-            q, k, v, self.pivot_of, value_bias=self.value_bias, backend=self.backend
-        )
+        return self._call(interface.grounded_attention, q, k, v, self.pivot_of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +87,7 @@ class PivotQuery(_OnPivotRows):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows = self.query_rows()
         q = q[[rows.index(pivot) for pivot in self.pivot_of]]
-        return interface.attention(q, k, v, value_bias=self.value_bias, backend=self.backend)
+        return self._call(interface.attention, q, k, v)
 
 
 class PivotStore(Protocol):
@@ -105,7 +112,7 @@ class Recorded(AttentionSpec):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pivot = self.grounded.pivot_of[0]
         self.store.put(self.step, self.block, q, k[pivot : pivot + 1])
-        return self.grounded.for_block(self.block, self.value_bias)(q, k, v)
+        return self.grounded.for_block(self.block, self.value_bias, self.logit_bound)(q, k, v)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +127,4 @@ class OnStored(AttentionSpec):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k_pivot = self.store.get(self.step, self.block, k.device)
-        return interface.target_attention(
-            q, k_pivot, k, v, (0,) * len(k), value_bias=self.value_bias, backend=self.backend
-        )
+        return self._call(interface.target_attention, q, k_pivot, k, v, (0,) * len(k))

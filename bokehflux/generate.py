@@ -192,12 +192,14 @@ class Pipeline:
                 negative=negative,
                 sigmas=steps,
                 max_rows=max_rows,
+                cuda_graphs=self.memory.mode == "resident",
             )
             start = pack(noise(grid, seed, self.dtype)).to(self.device)
             start = start.expand(1 if levels is None else len(levels), -1, -1)
             x = euler(velocity, start, steps, on_step)
             if not x.isfinite().all():
                 raise explain_nonfinite(self.mmdit, velocity, start, steps)
+            del velocity  # and with it the memory of its CUDA graphs
         pivot_latents = None
         if makes_pivot:
             pivot_latents, x = x[0], x[1:]

@@ -22,6 +22,7 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
+from bokehflux.models.vae import AutoencoderKL
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 from bokehflux.training import captions
@@ -120,11 +121,12 @@ def base_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> Non
         recipe.clip, vocab_size=clip_tokenizer.vocab_size, eos_token_id=clip_tokenizer.eos_id
     )
     tokenize = tokenizer_of(recipe, out)
-    vae = load_vae(out / "vae", device=device, dtype=torch.float32)
+    vae = channels_last(load_vae(out / "vae", device=device, dtype=torch.float32))
     generator = torch.Generator(device).manual_seed(stage.seed)
 
     def draw(n: int, _: int) -> torch.Tensor:
-        return torch.rand(n, generator=generator, device=device) * 30
+        # Fine detail is the harder half: a third of the pictures lie below level 6.
+        return torch.rand(n, generator=generator, device=device) ** 1.5 * 30
 
     pool = latent_pool(vae, tokenize, stage.scenes, stage.levels_per_scene, draw, generator, SIZE_PX)
     log.note("latents", list(pool.latents.shape))
@@ -151,7 +153,7 @@ def adapter_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> 
     torch.manual_seed(stage.seed)
     kind = {"device": device, "dtype": torch.float32}
     tokenize = tokenizer_of(recipe, out)
-    vae = load_vae(out / "vae", **kind)
+    vae = channels_last(load_vae(out / "vae", **kind))
     t5, clip = load_t5(out / "text_encoder_2", **kind), load_clip(out / "text_encoder", **kind)
     generator = torch.Generator(device).manual_seed(stage.seed)
     draw = stratified_levels(generator, stage.levels_per_scene)
@@ -174,6 +176,11 @@ def adapter_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> 
     log.note("parameters", sum(p.numel() for _, p in adapter.trainable()))
     _, tensors = split_adapter(half(mmdit))
     save_adapter(out / "adapter", recipe.bokeh, recipe.mmdit, tensors)
+
+
+def channels_last(vae: AutoencoderKL) -> AutoencoderKL:
+    """The layout in which its convolutions and norms are fastest on a GPU."""
+    return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def adapter_state(mmdit: MMDiT) -> dict[str, torch.Tensor]:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from bokehflux.attention import AttentionSpec
 from bokehflux.configs import MMDiTConfig
+from bokehflux.kernels.pointwise import interface as pointwise
+from bokehflux.kernels.pointwise.eager import Projected
 from bokehflux.models.bokeh import BlockAdapter
-from bokehflux.models.embeddings import RopeTable, apply_rope
-from bokehflux.models.linear import Linear
+from bokehflux.models.embeddings import RopeTable
+from bokehflux.models.linear import GeluLinear, Linear
 from bokehflux.models.norms import QKNorm
 
 
@@ -43,7 +45,7 @@ class Modulation(nn.Module):
 
 def modulate(x: Tensor, mod: ModulationOut) -> Tensor:
     """Layer norm without parameters, then scale and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + mod.scale) + mod.shift
+    return pointwise.modulate(x, mod.scale, mod.shift)
 
 
 class AttentionCall(nn.Module):
@@ -69,21 +71,17 @@ class StreamAttention(nn.Module):
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.norm = QKNorm(config.head_dim)
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def project(self, x: Tensor, terms: BlockTerms) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, L, E] -> q of the spec's query rows, k and v, each [B, L, H, D]; q and k normalised."""
-        q, k, v, _ = project_heads(self.qkv, x, self.norm, self.num_heads, terms)
-        return q, k, v
+    def project(self, x: Tensor, terms: BlockTerms) -> Projected:
+        """x [B, L, E] -> queries of the spec's query rows, keys and values."""
+        return project_heads(self.qkv, self.norm, x, terms)[0]
 
 
-def project_heads(
-    linear: Linear, x: Tensor, norm: QKNorm, num_heads: int, terms: BlockTerms
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values of x [B, L, E] in heads, and what else the fused projection holds [B, L, *].
+def project_heads(linear: Linear, norm: QKNorm, x: Tensor, terms: BlockTerms) -> tuple[Projected, Tensor]:
+    """Queries, keys and values of x [B, L, E], and what else the fused projection holds [B, L, *].
 
     Queries are computed for the rows that the attention asks for, no others. The adapter acts on projected
     queries and keys, before their norms.
@@ -97,8 +95,7 @@ def project_heads(
         k, v, rest = linear.columns(x, width, end).split([width, width, end - 3 * width], dim=-1)
     if terms.adapter is not None:
         q, k = terms.adapter.update_q(q, terms.lora_scale), terms.adapter.update_k(k, terms.lora_scale)
-    q, k, v = (t.unflatten(-1, (num_heads, -1)) for t in (q, k, v))
-    return norm.query_norm(q), norm.key_norm(k), v, rest
+    return Projected(q, k, v, norm.query_norm.scale, norm.key_norm.scale), rest
 
 
 def take_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
@@ -109,12 +106,15 @@ def take_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
     return x[first : first + len(rows)] if rows[-1] - first + 1 == len(rows) else x[list(rows)]
 
 
-def mlp(config: MMDiTConfig) -> nn.Sequential:
-    return nn.Sequential(
-        Linear(config.hidden_size, config.mlp_size),
-        nn.GELU(approximate="tanh"),
-        Linear(config.mlp_size, config.hidden_size),
-    )
+class MLP(nn.Sequential):
+    """Of one stream; the names are the checkpoint's, where the activation is number 1."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__(
+            GeluLinear(config.hidden_size, config.mlp_size),
+            nn.Identity(),
+            Linear(config.mlp_size, config.hidden_size),
+        )
 
 
 class DoubleModulation(NamedTuple):
@@ -133,10 +133,10 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         self.img_mod = Modulation(config.hidden_size, 2)
         self.img_attn = StreamAttention(config)
-        self.img_mlp = mlp(config)
+        self.img_mlp = MLP(config)
         self.txt_mod = Modulation(config.hidden_size, 2)
         self.txt_attn = StreamAttention(config)
-        self.txt_mlp = mlp(config)
+        self.txt_mlp = MLP(config)
         self.attention = AttentionCall()
 
     def modulation_of(self, vec: Tensor) -> DoubleModulation:
@@ -147,20 +147,22 @@ class DoubleStreamBlock(nn.Module):
         self, img: Tensor, txt: Tensor, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
     ) -> tuple[Tensor, Tensor]:
         """img [B, N, E], txt [B, T, E] -> (img, txt)."""
-        img_q, img_k, img_v = self.img_attn.project(modulate(img, mod.img_attn), terms)
-        txt_terms = BlockTerms(spec=terms.spec)
-        txt_q, txt_k, txt_v = self.txt_attn.project(modulate(txt, mod.txt_attn), txt_terms)
-
-        q = apply_rope(torch.cat([txt_q, img_q], dim=1), rope)
-        k = apply_rope(torch.cat([txt_k, img_k], dim=1), rope)
-        joint = self.attention(terms.spec, q, k, torch.cat([txt_v, img_v], dim=1)).flatten(2)
+        txt_heads = self.txt_attn.project(modulate(txt, mod.txt_attn), BlockTerms(spec=terms.spec))
+        img_heads = self.img_attn.project(modulate(img, mod.img_attn), terms)
+        q, k, v = pointwise.joint_heads((txt_heads, img_heads), rope.cos, rope.sin)
+        joint = self.attention(terms.spec, q, k, v).flatten(2)
         txt_out, img_out = joint.split([txt.shape[1], img.shape[1]], dim=1)
-
-        img = img + mod.img_attn.gate * self.img_attn.proj(img_out)
-        img = img + mod.img_mlp.gate * self.img_mlp(modulate(img, mod.img_mlp))
-        txt = txt + mod.txt_attn.gate * self.txt_attn.proj(txt_out)
-        txt = txt + mod.txt_mlp.gate * self.txt_mlp(modulate(txt, mod.txt_mlp))
+        img = add_updates(img, self.img_attn.proj(img_out), mod.img_attn, self.img_mlp, mod.img_mlp)
+        txt = add_updates(txt, self.txt_attn.proj(txt_out), mod.txt_attn, self.txt_mlp, mod.txt_mlp)
         return img, txt
+
+
+def add_updates(
+    x: Tensor, attended: Tensor, attn_mod: ModulationOut, mlp: MLP, mlp_mod: ModulationOut
+) -> Tensor:
+    """A stream [B, L, E] plus what attention gave it, then plus its MLP."""
+    x, normed = pointwise.add_gated_modulate(x, attended, attn_mod.gate, mlp_mod.scale, mlp_mod.shift)
+    return pointwise.add_gated(x, mlp(normed), mlp_mod.gate)
 
 
 class SingleStreamBlock(nn.Module):
@@ -168,7 +170,6 @@ class SingleStreamBlock(nn.Module):
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
         self.modulation = Modulation(config.hidden_size, 1)
         self.linear1 = Linear(config.hidden_size, 3 * config.hidden_size + config.mlp_size)
         self.norm = QKNorm(config.head_dim)
@@ -181,9 +182,10 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, mod: ModulationOut, rope: RopeTable, terms: BlockTerms) -> Tensor:
         """x [B, L, E] -> [B, L, E]."""
-        q, k, v, hidden = project_heads(self.linear1, modulate(x, mod), self.norm, self.num_heads, terms)
-        joint = self.attention(terms.spec, apply_rope(q, rope), apply_rope(k, rope), v).flatten(2)
-        return x + mod.gate * self.linear2(torch.cat([joint, F.gelu(hidden, approximate="tanh")], dim=-1))
+        heads, hidden = project_heads(self.linear1, self.norm, modulate(x, mod), terms)
+        q, k, v = pointwise.joint_heads((heads,), rope.cos, rope.sin)
+        joint = self.attention(terms.spec, q, k, v).flatten(2)
+        return pointwise.add_gated(x, self.linear2(pointwise.concat_gelu(joint, hidden)), mod.gate)
 
 
 class FinalLayer(nn.Module):

@@ -58,10 +58,3 @@ def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> RopeTable:
         angles.append(ids[:, axis, None] * freqs)
     angle = torch.cat(angles, dim=-1)
     return RopeTable(angle.cos().float().to(device), angle.sin().float().to(device))
-
-
-def apply_rope(x: Tensor, rope: RopeTable) -> Tensor:
-    """Rotate neighbouring channel pairs of x [B, L, H, D]; computed in float32, returned in x's dtype."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope.cos[:, None], rope.sin[:, None]  # [L, 1, D/2]
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)

@@ -116,3 +116,21 @@ class Linear(nn.Linear):
             assert isinstance(x, Tensor)
             out = term.add_to(out, x, start)
         return out
+
+
+class GeluLinear(Linear):
+    """A linear layer and GELU (tanh form); on CUDA, without gradients, in the epilogue of the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._has_epilogue(x):
+            return F.gelu(super().forward(x), approximate="tanh")
+        rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.T, use_gelu=True)
+        return rows.unflatten(0, x.shape[:-1])
+
+    def _has_epilogue(self, x: Tensor) -> bool:
+        """Whether one product makes all: a dense 16-bit weight, no terms to add before the activation."""
+        if torch.compiler.is_compiling() or not x.is_cuda or not self.is_dense or self.terms:
+            return False
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        narrow = x.dtype in (torch.bfloat16, torch.float16)
+        return narrow and self.weight.dtype == x.dtype and self.bias is not None and not needs_grad

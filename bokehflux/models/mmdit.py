@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +35,38 @@ class Modulations:
 
     def row(self, i: int) -> Modulations:
         """Those of one row, shapes kept."""
+        return self.map(lambda t: t[i : i + 1])
 
-        def pick(mod: ModulationOut) -> ModulationOut:
-            return ModulationOut(*(t[i : i + 1] for t in mod))
+    def map(self, function: Callable[[Tensor], Tensor]) -> Modulations:
+        """With every vector passed through a function."""
+
+        def each(mod: ModulationOut) -> ModulationOut:
+            return ModulationOut(*map(function, mod))
 
         return Modulations(
-            double=tuple(DoubleModulation(*map(pick, mods)) for mods in self.double),
-            single=tuple(map(pick, self.single)),
-            final=pick(self.final),
+            double=tuple(DoubleModulation(*map(each, mods)) for mods in self.double),
+            single=tuple(map(each, self.single)),
+            final=each(self.final),
         )
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in one order."""
+        mods = [*(mod for block in self.double for mod in block), *self.single, self.final]
+        return [t for mod in mods for t in mod]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Constants:
+    """What a run's levels and the weights alone decide, computed once: see `MMDiT.constants`."""
+
+    values: dict[int, Tensor]
+    """Value vector of each adapted block, [B, H, D]; empty without levels."""
+    logit_bounds: tuple[float, ...]
+    """By block, what no scaled attention score exceeds."""
+
+    def rows(self, rows: slice) -> Constants:
+        """Those of some rows of the batch."""
+        return dataclasses.replace(self, values={i: value[rows] for i, value in self.values.items()})
 
 
 class MMDiT(nn.Module):
@@ -132,11 +158,13 @@ class MMDiT(nn.Module):
         rope: RopeTable,
         attention: AttentionSpec | None = None,
         bokeh: BokehCondition | None = None,
+        constants: Constants | None = None,
     ) -> Tensor:
-        """`forward` with its modulations already computed."""
+        """`forward` with its modulations already computed, and the `constants` of its levels, if a run has
+        computed them; without, logits count as unbounded."""
         if bokeh is not None and self.bokeh is None:
             raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
-        terms = self._block_terms(attention if attention is not None else Plain(), bokeh)
+        terms = self._block_terms(attention if attention is not None else Plain(), bokeh, constants)
         img, txt = self.img_in(img), self.txt_in(txt)
         count = len(mods.double)
         for block, mod, term in zip(self.doubles, mods.double, terms[:count], strict=True):
@@ -146,22 +174,54 @@ class MMDiT(nn.Module):
             x = single(x, shift, rope, term)
         return self.final_layer(x[:, txt.shape[1] :], mods.final)
 
-    def _block_terms(self, spec: AttentionSpec, bokeh: BokehCondition | None) -> list[BlockTerms]:
+    def constants(self, bokeh: BokehCondition | None) -> Constants:
+        """What every evaluation with these levels and these weights shares. For inference: it waits for the
+        device once, and says nothing about weights that change afterwards."""
+        values = {} if bokeh is None else self._values(bokeh)
+        return Constants(values=values, logit_bounds=self._logit_bounds())
+
+    def _values(self, bokeh: BokehCondition) -> dict[int, Tensor]:
+        if self.bokeh is None:
+            raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
+        scale = self.bokeh.config.bokeh_scale if bokeh.bokeh_scale is None else bokeh.bokeh_scale
+        return self.bokeh.values(bokeh.model_input(self.device, self.dtype), scale)
+
+    def _logit_bounds(self) -> tuple[float, ...]:
+        """By block. A normalised query's length is at most sqrt(D) times its norm's largest weight, so is a
+        key's, and rotations keep lengths: |q . k| / sqrt(D) <= sqrt(D) max|w_q| max|w_k|.
+
+        Rounded up to a power of two, which covers the rounding of q and k, and leaves compiled blocks few
+        values to be compiled for.
+        """
+        double = [
+            torch.maximum(block.img_attn.norm.largest(), block.txt_attn.norm.largest())
+            for block in self.doubles
+        ]
+        largest = torch.stack(double + [block.norm.largest() for block in self.singles])
+        bounds = (1.01 * self.config.head_dim**0.5 * largest.prod(dim=1)).tolist()
+        return tuple(
+            2.0 ** math.ceil(math.log2(max(b, 1.0))) if math.isfinite(b) else math.inf for b in bounds
+        )
+
+    def _block_terms(
+        self, spec: AttentionSpec, bokeh: BokehCondition | None, constants: Constants | None
+    ) -> list[BlockTerms]:
         """For every block: its attention, and what the adapter adds to it."""
         folded_at = self.bokeh.folded_at if self.bokeh is not None else None
+        bounds = constants.logit_bounds if constants is not None else (None,) * self.config.num_blocks
         if bokeh is None or self.bokeh is None:
             if folded_at is not None:
                 raise ValueError("the adapter is folded into the weights: undo that to run without levels")
-            return [BlockTerms(spec=spec.for_block(i, None)) for i in range(self.config.num_blocks)]
+            return [BlockTerms(spec=spec.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
         config = self.bokeh.config
-        bokeh_scale = config.bokeh_scale if bokeh.bokeh_scale is None else bokeh.bokeh_scale
         lora_scale = config.lora_scale if bokeh.lora_scale is None else bokeh.lora_scale
         if folded_at is not None and lora_scale != folded_at:
             raise ValueError(f"the adapter is folded at lora_scale {folded_at}, asked for {lora_scale}")
-        values = self.bokeh.values(bokeh.model_input(self.device, self.dtype), bokeh_scale)
+        values = constants.values if constants is not None else self._values(bokeh)
         plain = Plain(backend=spec.backend)
-        terms = [BlockTerms(spec=plain.for_block(i, None)) for i in range(self.config.num_blocks)]
+        terms = [BlockTerms(spec=plain.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
         for i, value in values.items():
             updates = self.bokeh.block(i) if folded_at is None else None
-            terms[i] = BlockTerms(spec=spec.for_block(i, value), adapter=updates, lora_scale=lora_scale)
+            grounded = spec.for_block(i, value, bounds[i])
+            terms[i] = BlockTerms(spec=grounded, adapter=updates, lora_scale=lora_scale)
         return terms

@@ -1,4 +1,4 @@
-"""RMS normalisation of queries and keys."""
+"""Weights of the RMS norms of queries and keys; `kernels.pointwise` applies them, rotations included."""
 
 from __future__ import annotations
 
@@ -7,18 +7,11 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last dimension; statistics in float32, scaled in the input's dtype."""
+    """The weight of x / rms(x) * scale over the last dimension."""
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.eps = eps
         self.scale = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).to(
-            x.dtype
-        ) * self.scale.to(x.dtype)
 
 
 class QKNorm(nn.Module):
@@ -29,5 +22,6 @@ class QKNorm(nn.Module):
         self.query_norm = RMSNorm(head_dim)
         self.key_norm = RMSNorm(head_dim)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    def largest(self) -> Tensor:
+        """[2] float32: the largest weight of queries and of keys, by size."""
+        return torch.stack([norm.scale.abs().max().float() for norm in (self.query_norm, self.key_norm)])

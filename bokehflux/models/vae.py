@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from bokehflux.configs import VAEConfig
+from bokehflux.kernels.group_norm.interface import group_norm_silu
 
 _EPS = 1e-6
 _LOGVAR_RANGE = (-30.0, 20.0)
@@ -33,21 +34,28 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
+class GroupNormSiLU(GroupNorm):
+    """Group normalisation and SiLU, which always follow each other in front of a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions around a shortcut, [B,C_in,H,W] -> [B,C_out,H,W]."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(in_channels, groups)
+        self.norm1 = GroupNormSiLU(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(out_channels, groups)
+        self.norm2 = GroupNormSiLU(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         changes_width = in_channels != out_channels
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if changes_width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return self.nin_shortcut(x) + h
 
 
@@ -145,14 +153,14 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid = Middle(widths[-1], groups)
-        self.norm_out = GroupNorm(widths[-1], groups)
+        self.norm_out = GroupNormSiLU(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for stage in self.down:
             h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(self.norm_out(self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -167,14 +175,14 @@ class Decoder(nn.Module):
             UpStage(widths[min(i + 1, last)], width, config.layers_per_block + 1, groups, last=i == 0)
             for i, width in enumerate(widths)
         )
-        self.norm_out = GroupNorm(widths[0], groups)
+        self.norm_out = GroupNormSiLU(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for stage in reversed(self.up):
             h = stage(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class AutoencoderKL(nn.Module):

@@ -16,7 +16,8 @@ from torch import Tensor
 from bokehflux.attention import AttentionSpec, Grounded, OnStored, PivotQuery, Plain, Recorded
 from bokehflux.models.bokeh import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
-from bokehflux.models.mmdit import MMDiT, Modulations
+from bokehflux.models.mmdit import Constants, MMDiT, Modulations
+from bokehflux.sampling.cuda_graph import StepGraphs, worth_capturing
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.types import Conditioning
@@ -39,12 +40,17 @@ class Grounding:
 
 @dataclass(frozen=True, kw_only=True)
 class Guide:
-    """One prompt's pass through the network: its text and its modulations."""
+    """One prompt's pass through the network: all that stays the same from step to step."""
 
     mmdit: MMDiT
     conditioning: Conditioning
     guidance: float
     """Distilled guidance, an input of the network."""
+    rope: RopeTable
+    bokeh: BokehCondition | None
+    constants: Constants
+    graphs: StepGraphs | None
+    """None: no CUDA graphs."""
     known: dict[float, Modulations]
     """By noise level: those of a run's steps, computed at once."""
 
@@ -52,6 +58,21 @@ class Guide:
         """At one noise level, each [1, 1, E]; any level outside the table is computed now."""
         found = self.known.get(float(sigma))
         return found if found is not None else self.table(sigma[None])[float(sigma)]
+
+    def velocity(self, x: Tensor, mods: Modulations, rows: slice, spec: AttentionSpec) -> Tensor:
+        """Of some rows of x [B, N, C]."""
+        part = x[rows]
+        txt = self.conditioning.txt.expand(len(part), -1, -1)
+        bokeh = self.bokeh.rows(rows) if self.bokeh is not None else None
+        constants = self.constants.rows(rows)
+
+        def evaluate(part: Tensor, mods: Modulations) -> Tensor:
+            return self.mmdit.velocity(part, txt, mods, self.rope, spec, bokeh, constants)
+
+        graphs = self.graphs if len(part) == len(x) else None
+        if graphs is None or not worth_capturing(self.mmdit, spec, part, txt.shape[1]):
+            return evaluate(part, mods)
+        return graphs(spec, evaluate, part, mods)
 
     def table(self, sigmas: Tensor) -> dict[float, Modulations]:
         """[S] noise levels -> their modulations. 2 MB a level for FLUX in bfloat16."""
@@ -69,8 +90,8 @@ class Denoiser:
     """velocity(x, sigma, step) for a batch of rows that share prompt and size; built by `denoiser`."""
 
     positive: Guide
-    rope: RopeTable
     bokeh: BokehCondition | None
+    """Levels of the rows."""
     grounding: Grounding | None
     attention: AttentionAt | None
     """A specification of the caller's own in place of `grounding`."""
@@ -82,30 +103,12 @@ class Denoiser:
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: Tensor, step: int) -> Tensor:
         """x [B, N, 64] -> velocity [B, N, 64]. The negative pass: no level, guidance 1, plain attention."""
-        v = self._predict(self.positive, x, sigma, self.bokeh, self.batches(len(x), step))
+        v = _predict(self.positive, x, sigma, self.batches(len(x), step))
         if self.true_cfg > 1 and self.negative is not None:
-            null = self.bokeh.null() if self.bokeh is not None else None
             plain = ((rows, Plain()) for rows in self._slices(len(x)))
-            v_neg = self._predict(self.negative, x, sigma, null, plain)
+            v_neg = _predict(self.negative, x, sigma, plain)
             v = v_neg + self.true_cfg * (v - v_neg)
         return v
-
-    def _predict(
-        self,
-        guide: Guide,
-        x: Tensor,
-        sigma: Tensor,
-        bokeh: BokehCondition | None,
-        parts: Iterator[tuple[slice, AttentionSpec]],
-    ) -> Tensor:
-        mods = guide.modulations(sigma)
-        out = []
-        for rows, spec in parts:
-            part = x[rows]
-            txt = guide.conditioning.txt.expand(len(part), -1, -1)
-            condition = bokeh.rows(rows) if bokeh is not None else None
-            out.append(guide.mmdit.velocity(part, txt, mods, self.rope, spec, condition))
-        return torch.cat(out) if len(out) > 1 else out[0]
 
     def batches(self, rows: int, step: int) -> Iterator[tuple[slice, AttentionSpec]]:
         """The batches of a step and their attention; the pivot's comes first, the others read its keys."""
@@ -138,6 +141,13 @@ class Denoiser:
             yield slice(start, min(start + size, rows))
 
 
+def _predict(guide: Guide, x: Tensor, sigma: Tensor, parts: Iterator[tuple[slice, AttentionSpec]]) -> Tensor:
+    """The velocity of every row, part by part."""
+    mods = guide.modulations(sigma)
+    out = [guide.velocity(x, mods, rows, spec) for rows, spec in parts]
+    return torch.cat(out) if len(out) > 1 else out[0]
+
+
 def model_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:
     """The noise level as the published pipeline hands it over: 1000 sigma rounded to `dtype`, / 1000.
 
@@ -159,13 +169,15 @@ def denoiser(
     negative: Conditioning | None = None,
     sigmas: Tensor | None = None,
     max_rows: int | None = None,
+    cuda_graphs: bool = True,
 ) -> Denoiser:
     """A `Denoiser` for one prompt (conditioning of one row, shared by every row of the batch) and size.
 
     attention: a specification of your own for every step, in place of `grounding`. sigmas: the noise levels
     of the run, whose modulations are computed now, all at once. max_rows: rows that go through the network
     together; more are split into batches that share the pivot's queries and keys, so that N targets cost
-    N + 1 rows in any case (the pivot must then be row 0).
+    N + 1 rows in any case (the pivot must then be row 0). cuda_graphs: whether steps of small batches may be
+    replayed as CUDA graphs (`cuda_graph.py`: where, and what that costs); it changes no number.
     Raises ValueError for true CFG without a negative conditioning, for both grounding and attention, and for
     a split that these rules forbid.
     """
@@ -175,25 +187,34 @@ def denoiser(
         raise ValueError("grounding chooses the attention of every step: give it or attention, not both")
     _check_split(mmdit, grounding, attention, max_rows)
     ids = position_ids(grid, conditioning.txt.shape[1], mmdit.device)
+    rope = rope_table(ids, mmdit.config.axes_dim, mmdit.config.theta)
+
+    def guide(conditioning: Conditioning, guidance: float, bokeh: BokehCondition | None) -> Guide:
+        with torch.inference_mode():
+            made = Guide(
+                mmdit=mmdit,
+                conditioning=conditioning,
+                guidance=guidance,
+                rope=rope,
+                bokeh=bokeh,
+                constants=mmdit.constants(bokeh),
+                graphs=StepGraphs() if cuda_graphs else None,
+                known={},
+            )
+            if sigmas is not None:
+                made.known.update(made.table(sigmas[sigmas > 0]))
+        return made
+
+    null = bokeh.null() if bokeh is not None else None
     return Denoiser(
-        positive=_guide(mmdit, conditioning, guidance, sigmas),
-        rope=rope_table(ids, mmdit.config.axes_dim, mmdit.config.theta),
+        positive=guide(conditioning, guidance, bokeh),
         bokeh=bokeh,
         grounding=grounding,
         attention=attention,
         true_cfg=true_cfg,
-        negative=_guide(mmdit, negative, 1.0, sigmas) if true_cfg > 1 and negative is not None else None,
+        negative=guide(negative, 1.0, null) if true_cfg > 1 and negative is not None else None,
         max_rows=max_rows,
     )
-
-
-@torch.inference_mode()
-def _guide(mmdit: MMDiT, conditioning: Conditioning, guidance: float, sigmas: Tensor | None) -> Guide:
-    known: dict[float, Modulations] = {}
-    guide = Guide(mmdit=mmdit, conditioning=conditioning, guidance=guidance, known=known)
-    if sigmas is not None:
-        known.update(guide.table(sigmas[sigmas > 0]))
-    return guide
 
 
 def _check_split(

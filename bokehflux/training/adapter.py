@@ -75,7 +75,9 @@ def adapter_step(
                 x, null_txt, null_pooled, batch.sigma, ones, rope, spec, BokehCondition(levels=levels)
             ).float()
         condition = BokehCondition(levels=batch.levels)
-        v = mmdit(x, batch.txt, batch.pooled, batch.sigma, batch.guidance, rope, spec, condition).float()
+        # The first block's inputs ask for gradients like every other's, so that all share one compiled graph.
+        x, txt = x.requires_grad_(), batch.txt.detach().requires_grad_()
+        v = mmdit(x, txt, batch.pooled, batch.sigma, batch.guidance, rope, spec, condition).float()
     target = guided(velocity_target(batch.x0, batch.eps), u, batch.guidance)
     return ((v - target).square().mean(dim=(1, 2)) / batch.guidance**2).mean()
 
@@ -128,7 +130,7 @@ def train_adapter(
     named = adapter.trainable()
     for _, parameter in named:
         parameter.requires_grad_(True)
-    optimizer = Optimizer(named, stage.lr, muon=False, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = Optimizer(named, stage.lr, betas=(0.9, 0.99), weight_decay=0.0)
     ema = Ema([p for _, p in named], rate=0.003)
     for step, done in paced(stage.steps, stage.minutes):
         grouped = step % 2 == 1

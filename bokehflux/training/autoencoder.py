@@ -12,7 +12,7 @@ from bokehflux.configs import VAEConfig
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.training.data import rendered
 from bokehflux.training.log import Log
-from bokehflux.training.optim import Ema, Optimizer, paced, trapezoid
+from bokehflux.training.optim import Ema, Optimizer, is_filter, paced, trapezoid
 from bokehflux.training.recipe import AutoencoderStage
 
 FULL_SIZE_SHARE = 0.2
@@ -31,7 +31,7 @@ def train_autoencoder(
     log.note("images", len(images))
 
     parameters = list(vae.named_parameters())
-    optimizer = Optimizer(parameters, stage.lr, muon=False, weight_decay=0.0)
+    optimizer = Optimizer(parameters, stage.lr, matrices=is_filter, weight_decay=0.0)
     ema = Ema([p for _, p in parameters], rate=0.002)
     for step, done in paced(stage.steps, stage.minutes):
         whole = done >= 1 - FULL_SIZE_SHARE

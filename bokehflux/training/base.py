@@ -20,7 +20,7 @@ from bokehflux.models.t5 import T5Encoder
 from bokehflux.training.data import LatentPool
 from bokehflux.training.log import Log
 from bokehflux.training.objective import guided, logit_normal, mix, velocity_target
-from bokehflux.training.optim import Ema, Optimizer, paced, trapezoid
+from bokehflux.training.optim import Ema, Optimizer, is_block_matrix, paced, trapezoid
 from bokehflux.training.recipe import BaseStage
 
 
@@ -72,7 +72,7 @@ def train_base(model: TextToVelocity, rope: RopeTable, sampler: Sampler, stage: 
     """Train `model` in place; its weights end as the moving average."""
     device = sampler.generator.device
     named = list(model.named_parameters())
-    optimizer = Optimizer(named, stage.lr, muon=True)
+    optimizer = Optimizer(named, stage.lr, matrices=is_block_matrix)
     ema = Ema([p for _, p in named], rate=0.0015)
     ones = torch.ones(stage.batch, device=device)
     for step, done in paced(stage.steps, stage.minutes):
@@ -95,7 +95,7 @@ def distill_guidance(
     teacher = TextToVelocity(*copy.deepcopy((model.mmdit, model.t5, model.clip)))
     teacher.requires_grad_(False)
     named = list(model.named_parameters())
-    optimizer = Optimizer(named, stage.lr * 0.3, muon=True)
+    optimizer = Optimizer(named, stage.lr * 0.3, matrices=is_block_matrix)
     ema = Ema([p for _, p in named], rate=0.004)
     ones = torch.ones(batch, device=device)
     for step, done in paced(stage.distill_steps, stage.distill_minutes):

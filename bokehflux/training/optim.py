@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
 class Optimizer:
-    """Muon for the block matrices, AdamW for everything else, one learning rate for both.
+    """Muon for hidden matrices, AdamW for everything else, one learning rate for both.
 
-    Muon's update is scaled to the RMS of an AdamW update, so the two share a learning rate.
+    matrices: which parameters Muon updates, for instance `is_block_matrix`; None: none. Its update is scaled
+    to the RMS of an AdamW update, so the two share a learning rate.
     """
 
     def __init__(
@@ -20,22 +21,20 @@ class Optimizer:
         named: Sequence[tuple[str, nn.Parameter]],
         lr: float,
         *,
-        muon: bool,
+        matrices: Callable[[str, Tensor], bool] | None = None,
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.01,
     ) -> None:
         self.lr = lr
-        matrices = [p for n, p in named if muon and is_block_matrix(n, p)]
-        chosen = {id(p) for p in matrices}
+        of_muon = [p for n, p in named if matrices is not None and matrices(n, p)]
+        chosen = {id(p) for p in of_muon}
         others = [p for _, p in named if id(p) not in chosen]
         fused = bool(others) and others[0].is_cuda
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
         ]
-        if matrices:
-            self.parts.append(
-                torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+        if of_muon:
+            self.parts.append(Muon(of_muon, lr=lr, weight_decay=weight_decay))
 
     def step(self, lr_factor: float) -> None:
         """One update at lr * lr_factor, then clear the gradients."""
@@ -46,9 +45,61 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal by five Newton-Schulz steps (Jordan et al. 2024), for matrices and filters.
+
+    `torch.optim.Muon` does the same one matrix after the other, thousands of small kernels a step; here all
+    matrices of one shape go through in one batched product. A filter [O, I, h, w] counts as an O x Ihw
+    matrix.
+    """
+
+    MOMENTUM = 0.95
+    STEPS = ((3.4445, -4.7750, 2.0315),) * 5
+    RMS = 0.2
+    """Root mean square of an AdamW update, to which updates are scaled (Liu et al. 2025)."""
+
+    def __init__(self, params: Sequence[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
+        for p in params:
+            shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
+        self.stacks = [
+            (same, torch.zeros(len(same), *shape, device=same[0].device)) for shape, same in shapes.items()
+        ]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
+        for same, momentum in self.stacks:
+            gradients = torch.stack([p.grad.flatten(1) for p in same if p.grad is not None])
+            momentum.lerp_(gradients, 1 - self.MOMENTUM)
+            update = orthogonal(gradients.lerp(momentum, self.MOMENTUM), self.STEPS)
+            update *= -lr * self.RMS * max(momentum.shape[1:]) ** 0.5
+            torch._foreach_mul_(same, 1 - lr * decay)
+            torch._foreach_add_(same, [u.view(p.shape) for u, p in zip(update, same, strict=True)])
+
+
+def orthogonal(x: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
+    """[n, a, b] -> float32 matrices with the same singular vectors and singular values near 1."""
+    tall = x.shape[1] > x.shape[2]
+    # bfloat16 is enough for an update, and what the matrix units are fastest at; a CPU is not.
+    x = x.to(torch.bfloat16) if x.is_cuda else x
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in steps:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
+
+
 def is_block_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon should update it: a projection inside a transformer block, modulation excepted."""
     return parameter.ndim == 2 and "_blocks." in name and "mod" not in name
+
+
+def is_filter(name: str, parameter: Tensor) -> bool:
+    """Whether Muon should update it: a convolution inside an autoencoder, not its first or last."""
+    return parameter.ndim == 4 and "conv_in." not in name and "conv_out." not in name
 
 
 def paced(steps: int, minutes: float = 0.0) -> Iterator[tuple[int, float]]:

@@ -25,18 +25,18 @@ SIZE_PX = 256
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderStage:
     seed: int = 1
-    scenes: int = 12_288
+    scenes: int = 20_480
     """Rendered images held in memory, one random level each."""
     steps: int = 6000
     minutes: float = 0.0
     """Above 0: train this long instead of `steps`, to find out how many a machine affords."""
-    batch: int = 48
+    batch: int = 96
     """Crops of half the side; the last fifth of the steps takes a quarter as many whole images."""
     lr: float = 1.2e-3
     kl_weight: float = 3e-4
-    square_weight: float = 3.0
+    square_weight: float = 8.0
     """Weight of the mean squared error, which PSNR measures, beside the plain L1."""
-    edge_weight: float = 0.6
+    edge_weight: float = 0.4
     """Weight of the Laplacian-pyramid L1 beside the plain L1."""
     half_scale_weight: float = 0.25
     """Weight of decoding half-size latents to half-size images: keeps latents smooth enough to learn."""
@@ -45,9 +45,9 @@ class AutoencoderStage:
 @dataclass(frozen=True, kw_only=True)
 class BaseStage:
     seed: int = 2
-    scenes: int = 65_536
+    scenes: int = 49_152
     levels_per_scene: int = 2
-    """Renders of every scene, at random levels that the base model is never told."""
+    """Renders of every scene, at random levels that the base model is never told, sharp ones more often."""
     steps: int = 6000
     distill_steps: int = 500
     minutes: float = 0.0

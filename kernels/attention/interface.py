@@ -24,18 +24,29 @@ BACKENDS: dict[str, ModuleType | str] = {"reference": reference, "sdpa": eager, 
 """By name, a module with `attention`, `target_attention` and `grounded_attention`, or the name of one that is
 imported when it is first used."""
 
+BOUNDED = frozenset({"triton"})
+"""Backends that take `logit_bound`; the others have no use for one."""
+
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    value_bias: Tensor | None = None,
+    logit_bound: float | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v + value_bias.
 
     q, k, v: [B, L, H, D], one dtype. value_bias: [B, H, D] or None, added to every token of its row.
+    logit_bound: what |q . k| / sqrt(D) never exceeds, if that is known: see `ops.is_bounded`.
     backend: a name in `BACKENDS`, or "auto". Returns [B, L, H, D].
     Raises ValueError for shapes that disagree or an unknown backend.
     """
     _check(q, k, v, value_bias)
-    return _module(backend, q.device.type).attention(q, k, v, value_bias=value_bias)
+    name = _resolve(backend, q.device.type)
+    return _module(name).attention(q, k, v, value_bias=value_bias, **_bound(name, logit_bound))
 
 
 def target_attention(
@@ -46,6 +57,7 @@ def target_attention(
     pivot_index: Sequence[int],
     *,
     value_bias: Tensor | None = None,
+    logit_bound: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Targets on pivots outside the batch: target n uses query and further keys of pivot pivot_index[n].
@@ -59,8 +71,9 @@ def target_attention(
         raise ValueError(f"pivot and targets differ in [L, H, D]: {tuple(q.shape[1:])}, {tuple(k.shape[1:])}")
     if len(pivot_index) != k.shape[0] or not all(0 <= p < q.shape[0] for p in pivot_index):
         raise ValueError(f"expected {k.shape[0]} pivots below {q.shape[0]}, got {tuple(pivot_index)}")
-    module = _module(backend, q.device.type)
-    return module.target_attention(q, k_pivot, k, v, pivot_index, value_bias=value_bias)
+    name = _resolve(backend, q.device.type)
+    bound = _bound(name, logit_bound)
+    return _module(name).target_attention(q, k_pivot, k, v, pivot_index, value_bias=value_bias, **bound)
 
 
 def grounded_attention(
@@ -70,6 +83,7 @@ def grounded_attention(
     pivot_of: Sequence[int],
     *,
     value_bias: Tensor | None = None,
+    logit_bound: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Pivots and targets in one batch: row i uses query and further keys of row pivot_of[i].
@@ -87,7 +101,9 @@ def grounded_attention(
             f"expected the queries of the {len(set(pivot_of))} pivots alone, for k {tuple(k.shape)}; "
             f"got q {tuple(q.shape)}"
         )
-    return _module(backend, q.device.type).grounded_attention(q, k, v, pivot_of, value_bias=value_bias)
+    name = _resolve(backend, q.device.type)
+    bound = _bound(name, logit_bound)
+    return _module(name).grounded_attention(q, k, v, pivot_of, value_bias=value_bias, **bound)
 
 
 def check_pivots(pivot_of: Sequence[int]) -> None:
@@ -126,7 +142,8 @@ def automatic(device_type: str) -> Choice:
     return Choice("sdpa", f"there are no kernels of our own for {device_type}")
 
 
-def _module(backend: str, device_type: str) -> ModuleType:
+def _resolve(backend: str, device_type: str) -> str:
+    """A name in `BACKENDS`. Raises ValueError for any other."""
     if backend == "auto":
         backend = automatic(device_type).backend
         if not torch.compiler.is_compiling():  # a log line is no part of a traced graph
@@ -135,8 +152,16 @@ def _module(backend: str, device_type: str) -> ModuleType:
         raise ValueError(
             f"unknown attention backend {backend!r}: expected 'auto' or one of {sorted(BACKENDS)}"
         )
-    found = BACKENDS[backend]
+    return backend
+
+
+def _module(name: str) -> ModuleType:
+    found = BACKENDS[name]
     return importlib.import_module(found, __package__) if isinstance(found, str) else found
+
+
+def _bound(name: str, logit_bound: float | None) -> dict[str, float | None]:
+    return {"logit_bound": logit_bound} if name in BOUNDED else {}
 
 
 @functools.cache

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bokehflux.attention import Grounded, PivotQuery, Plain
 from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, ScheduleConfig
+from bokehflux.kernels.pointwise.eager import rotate
 from bokehflux.models.bokeh import BokehCondition
-from bokehflux.models.embeddings import apply_rope, rope_table, sinusoid
+from bokehflux.models.embeddings import rope_table, sinusoid
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser, model_sigma
 from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
 from bokehflux.sampling.samplers import StepInfo, euler, heun
@@ -147,7 +148,7 @@ def test_rope_depends_on_relative_position(a: int, b: int, shift: int, axis: int
     table = rope_table(ids, (4, 6, 6), 10_000)
     g = torch.Generator().manual_seed(a)
     q, k = torch.randn(2, 16, generator=g)
-    rotated_q, rotated_k = (apply_rope(x.expand(1, 4, 1, 16), table)[0, :, 0] for x in (q, k))
+    rotated_q, rotated_k = (rotate(x.expand(1, 4, 1, 16), *table)[0, :, 0] for x in (q, k))
     products = (rotated_q[[0, 2]] * rotated_k[[1, 3]]).sum(-1)
     torch.testing.assert_close(products[0], products[1], atol=2e-5, rtol=0)
     torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(4))
@@ -156,7 +157,7 @@ def test_rope_depends_on_relative_position(a: int, b: int, shift: int, axis: int
 def test_rope_by_hand() -> None:
     """Neighbouring pairs turn by position x theta^(-2i/d); another axis leaves its channels alone."""
     table = rope_table(torch.tensor([[0.0, 2.0, 0.0]]), (2, 4, 2), 10_000)
-    turned = apply_rope(torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0]).view(1, 1, 1, 8), table).flatten()
+    turned = rotate(torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0]).view(1, 1, 1, 8), *table).flatten()
     first, second = 2.0, 2.0 / 100
     by_hand = [1, 0, math.cos(first), math.sin(first), -math.sin(second), math.cos(second), 1, 0]
     torch.testing.assert_close(turned, torch.tensor(by_hand, dtype=torch.float32))
@@ -176,7 +177,7 @@ def test_rope_angles_are_float64() -> None:
 def test_rope_keeps_the_dtype_and_computes_in_float32() -> None:
     table = rope_table(position_ids(LatentGrid(height_px=64, width_px=64), 0), (4, 6, 6), 10_000)
     x = torch.randn(2, 16, 2, 16).bfloat16()
-    assert torch.equal(apply_rope(x, table), apply_rope(x.float(), table).bfloat16())
+    assert torch.equal(rotate(x, *table), rotate(x.float(), *table).bfloat16())
 
 
 def test_sinusoid() -> None:

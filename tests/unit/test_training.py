@@ -33,7 +33,16 @@ from bokehflux.training.base import Sampler, TextToVelocity, draw_guidance, init
 from bokehflux.training.data import LatentPool, latent_pool
 from bokehflux.training.log import Log
 from bokehflux.training.objective import guided, logit_normal, mix, velocity_target
-from bokehflux.training.optim import Ema, Optimizer, is_block_matrix, paced, trapezoid
+from bokehflux.training.optim import (
+    Ema,
+    Muon,
+    Optimizer,
+    is_block_matrix,
+    is_filter,
+    orthogonal,
+    paced,
+    trapezoid,
+)
 from bokehflux.training.recipe import NANO, AdapterStage, BaseStage
 from tests.tiny import BOKEH, MMDIT, TXT_LENGTH, VAE, tiny_mmdit
 
@@ -84,7 +93,7 @@ NULL_TEXT = (torch.full((1, TXT_LENGTH, 24), 0.5), torch.full((1, 20), -0.5))
 
 def test_muon_takes_block_matrices_only() -> None:
     named = list(tiny_mmdit().requires_grad_(True).named_parameters())
-    adamw, muon = Optimizer(named, 1e-3, muon=True).parts
+    adamw, muon = Optimizer(named, 1e-3, matrices=is_block_matrix).parts
     names = {id(p): n for n, p in named}
     of_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     of_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
@@ -93,7 +102,7 @@ def test_muon_takes_block_matrices_only() -> None:
               for m in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")}  # fmt: skip
     single = {f"single_blocks.{i}.linear{j}.weight" for i in range(4) for j in (1, 2)}
     assert of_muon == double | single
-    assert len(Optimizer(named, 1e-3, muon=False).parts) == 1
+    assert len(Optimizer(named, 1e-3).parts) == 1
 
 
 @pytest.mark.parametrize(
@@ -119,7 +128,7 @@ def test_optimizer_step() -> None:
             ("double_blocks.0.x.weight", nn.Parameter(torch.zeros(4, 4))),
             ("img_in.bias", nn.Parameter(torch.zeros(4)))
         ]  # fmt: skip
-        optimizer = Optimizer(named, 0.1, muon=True, weight_decay=0.0)
+        optimizer = Optimizer(named, 0.1, matrices=is_block_matrix, weight_decay=0.0)
         for _, p in named:
             p.grad = torch.randn(p.shape, generator=generator(4))
         optimizer.step(factor)
@@ -501,3 +510,43 @@ def test_nano_fits_in_its_parcel() -> None:
             T5Encoder(NANO.t5), CLIPTextEncoder(NANO.clip),
         ]  # fmt: skip
     assert sum(p.numel() for network in networks for p in network.parameters()) * 2 < 47.5e6
+
+
+def test_muon_gives_the_published_update() -> None:
+    """Against torch.optim.Muon, matrix by matrix, with equal settings."""
+    torch.manual_seed(0)
+    shapes = [(12, 7), (12, 7), (5, 20), (7, 7)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    mine = Muon(ours, lr=0.02, weight_decay=0.1)
+    published = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        mine.step()
+        published.step()
+    for p, q in zip(ours, theirs, strict=True):
+        # Its Newton-Schulz steps run in bfloat16 even on a CPU: 0.02 * 0.2 * sqrt(20) * 3 steps * 2^-6.
+        assert (p - q).abs().max() < 8e-4
+
+
+def test_muon_takes_filters_as_matrices() -> None:
+    torch.manual_seed(0)
+    filters = nn.Parameter(torch.randn(6, 4, 3, 3).contiguous(memory_format=torch.channels_last))
+    matrix = nn.Parameter(filters.detach().flatten(1).clone())
+    both = [Muon([p], lr=0.1, weight_decay=0.0) for p in (filters, matrix)]
+    filters.grad = torch.randn_like(filters)
+    matrix.grad = filters.grad.flatten(1).clone()
+    for optimizer in both:
+        optimizer.step()
+    torch.testing.assert_close(filters.flatten(1), matrix)
+    names = [name for name, p in AutoencoderKL(VAE).named_parameters() if is_filter(name, p)]
+    assert "encoder.mid.attn_1.q.weight" in names and "decoder.up.0.block.0.conv1.weight" in names
+    assert not any(part in name for name in names for part in ("conv_in", "conv_out", "norm", "bias"))
+
+
+def test_orthogonal_update_has_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(3, 20, 9), Muon.STEPS))
+    assert 0.6 < values.min() and values.max() < 1.3

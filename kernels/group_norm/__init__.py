@@ -1,0 +1,1 @@
+"""Group normalisation followed by SiLU, the elementwise work of the autoencoder."""

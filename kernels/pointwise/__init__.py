@@ -1,0 +1,1 @@
+"""Passes over tokens between matrix products: norms, modulation, gates, rotations, GELU."""

@@ -1,0 +1,231 @@
+"""The Triton forms of the passes between matrix products against their eager forms, on toy shapes.
+
+As for attention: in Triton's interpreter without a GPU, compiled with one.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from bokehflux.attention import Grounded, Plain  # noqa: E402
+from bokehflux.kernels.pointwise import (  # noqa: E402
+    eager,
+    interface,  # noqa: E402
+    ops,
+)
+from bokehflux.kernels.pointwise.eager import Projected  # noqa: E402
+from bokehflux.models.bokeh import BokehCondition  # noqa: E402
+from bokehflux.models.embeddings import rope_table  # noqa: E402
+from bokehflux.sampling.latents import LatentGrid, position_ids  # noqa: E402
+from tests.helpers import assert_within_2x  # noqa: E402
+from tests.tiny import tiny_mmdit  # noqa: E402
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+each_shape = pytest.mark.parametrize(("rows", "length", "width"), [(1, 1, 16), (2, 7, 48), (3, 5, 96)])
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a kernel leaves unwritten is NaN."""
+    empty = Tensor.new_empty
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan)
+    )
+
+
+def randn(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def slices(*shape: int, dtype: torch.dtype) -> Tensor:
+    """As the part of a fused projection that lies in its middle: strided rows."""
+    *lead, width = shape
+    return randn(*lead, width + 32, dtype=dtype)[..., 16 : 16 + width]
+
+
+def wide(x: Tensor | Sequence) -> Tensor | Sequence:
+    if isinstance(x, Tensor):
+        return x.double()
+    return [Projected(*map(wide, item)) if isinstance(item, Projected) else wide(item) for item in x]
+
+
+def check(name: str, *args: Tensor | Sequence) -> None:
+    """The operator against the eager form in double precision, by the house's rule for low precision."""
+    ours, oracle = getattr(ops, name)(*args), getattr(eager, name)(*args)
+    exact = getattr(eager, name)(*wide(args))
+    if isinstance(ours, Tensor):
+        ours, oracle, exact = (ours,), (oracle,), (exact,)
+    for mine, theirs, truth in zip(ours, oracle, exact, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert_within_2x(mine, theirs, truth)
+
+
+def vectors(count: int, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Modulation vectors, views of one projection as they are."""
+    return list(randn(rows, 1, count * width, dtype=dtype).chunk(count, dim=-1))
+
+
+@each_dtype
+@each_shape
+def test_modulate(rows: int, length: int, width: int, dtype: torch.dtype) -> None:
+    x = 3 * randn(rows, length, width, dtype=dtype) + 1
+    for given_rows in {1, rows}:
+        check("modulate", x, *vectors(2, given_rows, width, dtype))
+    check("modulate", x[:, length // 2 :], *vectors(2, 1, width, dtype))
+
+
+@each_dtype
+@each_shape
+def test_add_gated(rows: int, length: int, width: int, dtype: torch.dtype) -> None:
+    x, y = slices(rows, length, width, dtype=dtype), slices(rows, length, width, dtype=dtype)
+    gate, scale, shift = vectors(3, rows, width, dtype)
+    check("add_gated", x, y, gate)
+    check("add_gated_modulate", x, y, gate, scale, shift)
+    # Whether two passes are one never shows in a picture.
+    total, normed = ops.add_gated_modulate(x, y, gate, scale, shift)
+    assert torch.equal(total, ops.add_gated(x, y, gate))
+    assert torch.equal(normed, ops.modulate(total, scale, shift))
+
+
+@each_dtype
+def test_a_constant_row_has_no_variance(dtype: torch.dtype) -> None:
+    x = torch.full((1, 2, 48), 7.0, device=DEVICE, dtype=dtype)
+    scale, shift = vectors(2, 1, 48, dtype)
+    torch.testing.assert_close(ops.modulate(x, scale, shift), shift.expand_as(x), atol=0, rtol=0)
+
+
+def streams(
+    lengths: Sequence[int], rows: int, queries: int, heads: int, dim: int, dtype: torch.dtype
+) -> list[Projected]:
+    width = heads * dim
+    return [
+        Projected(
+            slices(queries, length, width, dtype=dtype),
+            slices(rows, length, width, dtype=dtype),
+            slices(rows, length, width, dtype=dtype),
+            1 + randn(dim, dtype=dtype),
+            1 + randn(dim, dtype=dtype),
+        )
+        for length in lengths
+    ]
+
+
+def rotations(length: int, dim: int) -> tuple[Tensor, Tensor]:
+    angle = 10 * torch.rand(length, dim // 2, device=DEVICE)
+    return angle.cos(), angle.sin()
+
+
+@each_dtype
+@pytest.mark.parametrize(("heads", "dim"), [(1, 16), (3, 64), (2, 128)])
+@pytest.mark.parametrize("lengths", [(5,), (1, 1), (3, 6)], ids=str)
+def test_joint_heads(lengths: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype) -> None:
+    check("joint_heads", streams(lengths, 2, 2, heads, dim, dtype), *rotations(sum(lengths), dim))
+
+
+@pytest.mark.parametrize("queries", [0, 1])
+def test_rows_without_queries(queries: int) -> None:
+    """A grounded batch projects its pivots' queries alone, or none."""
+    made, table = streams((2, 3), 3, queries, 2, 16, torch.float32), rotations(5, 16)
+    ours, expected = ops.joint_heads(made, *table), eager.joint_heads(made, *table)
+    assert [len(x) for x in ours] == [queries, 3, 3]
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_one_stream_keeps_its_values() -> None:
+    (stream,) = streams((5,), 2, 2, 2, 16, torch.float16)
+    v = ops.joint_heads([stream], *rotations(5, 16))[2]
+    assert v.shape == (2, 5, 2, 16) and v.data_ptr() == stream.v.data_ptr()
+
+
+@each_dtype
+@each_shape
+def test_concat_gelu(rows: int, length: int, width: int, dtype: torch.dtype) -> None:
+    hidden = 4 * slices(rows, length, 3 * width, dtype=dtype)
+    hidden[0, 0, :6] = torch.tensor([0.0, -0.0, 60.0, -60.0, 1e-4, -1e-4])
+    joint = slices(rows, length, width, dtype=dtype)
+    check("concat_gelu", joint, hidden)
+    assert torch.equal(ops.concat_gelu(joint, hidden)[..., :width], joint)
+
+
+def test_operators_are_registered() -> None:
+    """Schemas that tell the truth, and fake implementations that give what the kernels give."""
+    x, y = (randn(2, 3, 48, dtype=torch.float32) for _ in range(2))
+    gate, scale, shift = vectors(3, 2, 48, torch.float32)
+    columns = [list(column) for column in zip(*streams((2, 3), 2, 1, 3, 16, torch.float32), strict=True)]
+    calls = [
+        (ops.modulate, (x, scale, shift)),
+        (ops.add_gated, (x, y, gate)),
+        (ops.add_gated_modulate, (x, y, gate, scale, shift)),
+        (ops._joint_heads, (*columns, *rotations(5, 16))),
+        (ops.concat_gelu, (x, y)),
+    ]
+    for op, args in calls:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_strided_channels_are_refused() -> None:
+    x, scale, shift = randn(1, 48, 3, dtype=torch.float32).mT, *vectors(2, 1, 48, torch.float32)
+    with pytest.raises(ValueError, match="expected contiguous channels, got strides"):
+        ops.modulate(x, scale, shift)
+
+
+@pytest.mark.parametrize("spec", [Plain(), Grounded(pivot_of=(0, 0, 0))], ids=["plain", "grounded"])
+def test_a_network_through_them(spec: Plain | Grounded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass of every block, strides and row counts as they come."""
+    low = tiny_mmdit().half().to(DEVICE)
+    exact, config = copy.deepcopy(low).float(), low.config
+    rope = rope_table(position_ids(LatentGrid(height_px=32, width_px=48), 5), config.axes_dim, config.theta)
+    rope = type(rope)(*(t.to(DEVICE) for t in rope))
+    img, txt = (randn(3, n, c, dtype=torch.float16) for n, c in ((6, 64), (5, config.txt_dim)))
+    pooled = randn(3, config.pooled_dim, dtype=torch.float16)
+    sigma, guidance = torch.full((3,), 0.7, device=DEVICE), torch.full((3,), 3.0, device=DEVICE)
+    levels, called = BokehCondition.of([15, 0, 30]), []
+    for name in ("modulate", "add_gated", "add_gated_modulate", "joint_heads", "concat_gelu"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: called.append(name) or op(*args))
+    with torch.no_grad():
+        truth = exact(img.float(), txt.float(), pooled.float(), sigma, guidance, rope, spec, levels)
+        monkeypatch.setattr(interface, "_fuses", lambda *tensors, weights=(): False)
+        oracle = low(img, txt, pooled, sigma, guidance, rope, spec, levels)
+        assert not called
+        monkeypatch.setattr(interface, "_fuses", lambda *tensors, weights=(): True)
+        ours = low(img, txt, pooled, sigma, guidance, rope, spec, levels)
+    double, single = config.num_double, config.num_single
+    counts = {name: called.count(name) for name in set(called)}
+    assert counts == {
+        "modulate": 2 * double + single + 1,
+        "add_gated": 2 * double + single,
+        "add_gated_modulate": 2 * double,
+        "joint_heads": double + single,
+        "concat_gelu": single,
+    }
+    assert_within_2x(ours, oracle, truth)
+
+
+def test_a_cpu_and_gradients_take_the_eager_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not interface._fuses(torch.zeros(1, dtype=torch.float16))
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    half, wide_one = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
+    learned = torch.zeros(1, dtype=torch.float16, requires_grad=True)
+    monkeypatch.setattr(interface, "_has_triton", lambda: True)
+    assert interface._fuses(half, half, weights=[wide_one])
+    assert not interface._fuses(half, wide_one)
+    assert not interface._fuses(wide_one)
+    assert not interface._fuses(half, learned)
+    assert not interface._fuses(half, weights=[learned])
+    with torch.no_grad():
+        assert interface._fuses(half, learned, weights=[learned])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not interface._fuses(half)
