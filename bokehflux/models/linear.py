@@ -121,9 +121,13 @@ class Linear(nn.Linear):
 class GeluLinear(Linear):
     """A linear layer and GELU (tanh form); on CUDA, without gradients, in the epilogue of the product."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._has_epilogue(x):
-            return F.gelu(super().forward(x), approximate="tanh")
+    def before_gelu(self, x: Tensor | Quantized) -> Tensor:
+        """The product alone."""
+        return super().forward(x)
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        if isinstance(x, Quantized) or not self._has_epilogue(x):
+            return F.gelu(self.before_gelu(x), approximate="tanh")
         rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.T, use_gelu=True)
         return rows.unflatten(0, x.shape[:-1])
 

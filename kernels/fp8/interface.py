@@ -36,9 +36,17 @@ def quantize(x: Tensor) -> Quantized:
     return Quantized(*_module(x).quantize(x), x.dtype)
 
 
-def quantize_modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Quantized:
-    """norm(x) * (1 + scale) + shift in one pass; x [B, L, K], shift and scale [B or 1, 1, K]."""
-    return Quantized(*_module(x).quantize_modulated(x, shift, scale), x.dtype)
+def quantize_modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Quantized:
+    """norm(x) * (1 + scale) + shift in one pass; x [B, L, K], scale and shift [B or 1, 1, K]."""
+    return Quantized(*_module(x).quantize_modulated(x, scale, shift), x.dtype)
+
+
+def add_gated_quantize_modulated(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Quantized]:
+    """x + gate * y [B, L, K], and `quantize_modulated` of that sum, in one pass."""
+    x, values, scales = _module(x).add_gated_quantize_modulated(x, y, gate, scale, shift)
+    return x, Quantized(values, scales, x.dtype)
 
 
 def quantize_gelu(hidden: Tensor, beside: Tensor | None = None) -> Quantized:

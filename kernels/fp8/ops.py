@@ -13,9 +13,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return _quantize(x, None, None)
 
 
-def quantize_modulated(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_modulated(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.quantize_modulated`."""
-    return _quantize(x, shift, scale)
+    return _quantize(x, scale, shift)
 
 
 def quantize_gelu(hidden: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -23,14 +23,31 @@ def quantize_gelu(hidden: Tensor, beside: Tensor | None = None) -> tuple[Tensor,
     return _quantize_gelu(hidden, beside)
 
 
+@torch.library.custom_op("bokehflux::add_gated_quantize_modulated_fp8", mutates_args=())
+def add_gated_quantize_modulated(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.add_gated_quantize_modulated`."""
+    with torch.cuda.device_of(x):
+        values, scales, added = triton_quantize.quantize_rows(x, (scale, shift), (y, gate))
+    assert added is not None
+    return added, values, scales
+
+
+@add_gated_quantize_modulated.register_fake
+def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_like(x, x.shape[-1])
+
+
 @torch.library.custom_op(
     "bokehflux::quantize_fp8",
     mutates_args=(),
-    schema="(Tensor x, Tensor? shift, Tensor? scale) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor? scale, Tensor? shift) -> (Tensor, Tensor)",
 )
-def _quantize(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    modulation = None if scale is None or shift is None else (scale, shift)
     with torch.cuda.device_of(x):
-        return triton_quantize.quantize_rows(x, shift, scale)
+        return triton_quantize.quantize_rows(x, modulation)[:2]
 
 
 @torch.library.custom_op(
@@ -44,7 +61,7 @@ def _quantize_gelu(hidden: Tensor, beside: Tensor | None) -> tuple[Tensor, Tenso
 
 
 @_quantize.register_fake
-def _(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     return _like(x, x.shape[-1])
 
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..pointwise import eager
+
 E4M3_MAX = 448.0
 """Largest number of e4m3: no row holds a larger one after scaling, so none is ever clipped."""
 AMAX_FLOOR = 1e-12
 """Rows below are quantised as if this were their largest number: zeros stay zeros, with a finite scale."""
-NORM_EPS = 1e-6
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,11 +27,17 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide * (E4M3_MAX / amax)).to(torch.float8_e4m3fn), amax / E4M3_MAX
 
 
-def quantize_modulated(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize` of norm(x) * (1 + scale) + shift; x [B, L, K], shift and scale [B or 1, 1, K]."""
-    wide = x.float()
-    normed = F.layer_norm(wide, wide.shape[-1:], eps=NORM_EPS)
-    return quantize(normed * (1 + scale.float()) + shift.float())
+def quantize_modulated(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize` of norm(x) * (1 + scale) + shift; x [B, L, K], scale and shift [B or 1, 1, K]."""
+    return quantize(eager.modulate(x.float(), scale.float(), shift.float()))
+
+
+def add_gated_quantize_modulated(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + gate * y in the dtype of x, and `quantize_modulated` of that sum as it is stored."""
+    x = eager.add_gated(x.float(), y.float(), gate.float()).to(x.dtype)
+    return x, *quantize_modulated(x, scale, shift)
 
 
 def quantize_gelu(hidden: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import AMAX_FLOOR, E4M3_MAX, NORM_EPS
+from ..pointwise.eager import EPS
+from .reference import AMAX_FLOOR, E4M3_MAX
 
 MAX_WIDTH = 32768
 """Numbers in a row that a program's registers hold."""
@@ -31,26 +32,35 @@ def gelu(x):
 
 @triton.jit
 def norm_kernel(
-    x, shift, scale, values, scales, length, width, stride_row, stride_len, stride_shift, stride_scale, eps,
-    MODULATED: tl.constexpr, BLOCK: tl.constexpr,
+    x, y, gate, scale, shift, x_out, values, scales, length, width, eps,
+    stride_row, stride_len, stride_row_y, stride_len_y, stride_gate, stride_scale, stride_shift,
+    GATED: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x [B, L, K] -> values [B * L, K], scales [B * L]; MODULATED: of norm(x) * (1 + scale) + shift."""
+    """x [B, L, K] -> values [B * L, K], scales [B * L].
+
+    GATED: of x + gate * y, which is stored in x_out [B * L, K]. MODULATED: of norm(that) * (1 + scale) +
+    shift. What a part does not read is some pointer.
+    """
     token = tl.program_id(0).to(tl.int64)
-    row = token // length
+    row, place = token // length, token % length
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    start = row * stride_row + (token % length) * stride_len
-    y = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32)
+    out = token * width + columns
+    z = tl.load(x + row * stride_row + place * stride_len + columns, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        update = tl.load(y + row * stride_row_y + place * stride_len_y + columns, mask=inside, other=0.0)
+        strength = tl.load(gate + row * stride_gate + columns, mask=inside, other=0.0).to(tl.float32)
+        stored = (z + strength * update.to(tl.float32)).to(x_out.dtype.element_ty)
+        tl.store(x_out + out, stored, mask=inside)
+        z = stored.to(tl.float32)
     if MODULATED:
-        centred = tl.where(inside, y - tl.sum(y, 0) / width, 0.0)
+        centred = tl.where(inside, z - tl.sum(z, 0) / width, 0.0)
         normed = centred * tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
         factor = tl.load(scale + row * stride_scale + columns, mask=inside, other=0.0).to(tl.float32)
         offset = tl.load(shift + row * stride_shift + columns, mask=inside, other=0.0).to(tl.float32)
-        y = normed * (1.0 + factor) + offset
-    amax = tl.maximum(tl.max(tl.abs(y), 0), _FLOOR)
-    tl.store(
-        values + token * width + columns, (y * tl.div_rn(_MAX, amax)).to(values.dtype.element_ty), mask=inside
-    )
+        z = normed * (1.0 + factor) + offset
+    amax = tl.maximum(tl.max(tl.abs(z), 0), _FLOOR)
+    tl.store(values + out, (z * tl.div_rn(_MAX, amax)).to(values.dtype.element_ty), mask=inside)
     tl.store(scales + token, tl.div_rn(amax, _MAX))
 
 
@@ -87,25 +97,33 @@ def gelu_kernel(
 
 
 def quantize_rows(
-    x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`reference.quantize`, or with shift and scale [B or 1, 1, K] `reference.quantize_modulated`.
+    x: Tensor,
+    modulation: tuple[Tensor, Tensor] | None = None,
+    gated: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [..., K] -> (values, scale, x + gate * y or None).
 
-    x [..., K], three-dimensional where it is modulated; rows may lie anywhere, copied unless contiguous each.
+    modulation: (scale, shift), as in `reference.quantize_modulated`; gated: (y, gate), with modulation as in
+    `reference.add_gated_quantize_modulated`; both for x [B, L, K]. Rows may lie anywhere; one that is not
+    contiguous is copied.
     """
     rows = _rows(x)
     length, width = rows.shape[1:]
     values, scales = _outputs(x, width)
-    modulated = shift is not None and scale is not None
-    if modulated:
-        shift, scale = (_rows(vector.expand(len(rows), 1, width)) for vector in (shift, scale))
+    others = [_rows(vector.expand(len(rows), 1, width)) for vector in modulation or ()] or [rows, rows]
+    update, gate, added = rows, rows, None
+    if gated is not None:
+        update, gate = _rows(gated[0]), _rows(gated[1].expand(len(rows), 1, width))
+        added = x.new_empty(x.shape)
     if scales.numel():
         norm_kernel[(scales.numel(),)](
-            rows, shift, scale, values, scales, length, width, rows.stride(0), rows.stride(1),
-            shift.stride(0) if modulated else 0, scale.stride(0) if modulated else 0, NORM_EPS,
-            MODULATED=modulated, BLOCK=triton.next_power_of_2(width), num_warps=_num_warps(width),
+            rows, update, gate, *others, rows if added is None else added, values, scales,
+            length, width, EPS, rows.stride(0), rows.stride(1), update.stride(0), update.stride(1),
+            gate.stride(0), *(vector.stride(0) for vector in others),
+            GATED=gated is not None, MODULATED=modulation is not None,
+            BLOCK=triton.next_power_of_2(width), num_warps=_num_warps(width),
         )  # fmt: skip
-    return values, scales
+    return values, scales, added
 
 
 def quantize_gelu_rows(hidden: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:

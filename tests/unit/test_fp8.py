@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +41,11 @@ ULP = 2.0**-4
 """Largest relative rounding error of e4m3, whose mantissa has three bits, where numbers are normal."""
 TINY = 2.0**-10
 """Largest absolute one below, in units of the row's scale."""
-each_form = pytest.mark.parametrize("form", ["plain", "modulated", "gelu", "beside"])
+FUNCTIONS = {
+    "plain": "quantize", "modulated": "quantize_modulated", "gated": "add_gated_quantize_modulated",
+    "gelu": "quantize_gelu", "beside": "quantize_gelu",
+}  # fmt: skip
+each_form = pytest.mark.parametrize("form", FUNCTIONS)
 
 
 def dequantized(values: Tensor, scale: Tensor) -> Tensor:
@@ -54,6 +57,10 @@ def inputs(form: str, width: int = 37, dtype: torch.dtype = torch.float32) -> tu
     x = torch.randn(2, 5, width) * torch.logspace(-3, 3, 5)[:, None]
     if form == "modulated":
         return tuple(t.to(dtype) for t in (x, torch.randn(2, 1, width), torch.randn(1, 1, width)))
+    if form == "gated":
+        y = torch.randn(2, 9, width + 9)[:, 2:7, 3 : width + 3]
+        vectors = torch.randn(2, 1, width), torch.randn(1, 1, width), torch.randn(2, 1, width)
+        return tuple(t.to(dtype) for t in (x, y, *vectors))
     if form == "gelu":
         return (torch.randn(2, 5, width + 9).to(dtype)[..., 3 : width + 3],)
     if form == "beside":
@@ -61,9 +68,13 @@ def inputs(form: str, width: int = 37, dtype: torch.dtype = torch.float32) -> tu
     return (x.to(dtype),)
 
 
-def function(module, form: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    name = {"plain": "quantize", "modulated": "quantize_modulated"}.get(form, "quantize_gelu")
-    return getattr(module, name)
+def run(module, form: str, args: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Values and scale; of the gated form, the sum is looked at here."""
+    *added, values, scale = getattr(module, FUNCTIONS[form])(*args)
+    if added:
+        x, y, gate = args[:3]
+        torch.testing.assert_close(added[0], torch.addcmul(x.float(), gate.float(), y.float()).to(x.dtype))
+    return values, scale
 
 
 def wanted(form: str, args: tuple[Tensor, ...]) -> Tensor:
@@ -71,8 +82,11 @@ def wanted(form: str, args: tuple[Tensor, ...]) -> Tensor:
     first, *others = (x.double() for x in args)
     if form == "plain":
         return first
-    if form == "modulated":
-        shift, scale = others
+    if form == "gated":
+        y, gate, *others = others
+        first = (first + gate * y).to(args[0].dtype).double()
+    if form in ("modulated", "gated"):
+        scale, shift = others
         return torch.nn.functional.layer_norm(first, first.shape[-1:], eps=1e-6) * (1 + scale) + shift
     return torch.cat([*others, torch.nn.functional.gelu(first, approximate="tanh")], dim=-1)
 
@@ -86,7 +100,7 @@ def test_the_definition(form: str, dtype: torch.dtype) -> None:
     """Every number within half a unit of e4m3's last place, and every row's largest is 448."""
     args = inputs(form, dtype=dtype)
     exact = wanted(form, args)
-    values, scale = function(reference, form)(*args)
+    values, scale = run(reference, form, args)
     assert values.dtype == E4M3 and values.shape == exact.shape and scale.shape == (2, 5, 1)
     assert bool((values.float().abs().amax(-1) == 448).all())
     allowed = torch.maximum(ULP * exact.abs(), TINY * scale) * (1 + 1e-4)
@@ -122,11 +136,11 @@ def test_triton_is_the_definition(
     """The numbers just before their rounding to e4m3, which Triton's interpreter gets wrong: it loses carries
     and subnormal numbers. tests/gpu has the bytes."""
     monkeypatch.setattr(triton_quantize, "VALUES", torch.float32)
-    if width == 1 and form == "modulated":
+    if width == 1 and form in ("modulated", "gated"):
         pytest.skip("the norm of one number is nothing but rounding")
     args = inputs(form, width + 20 * (form == "beside"), dtype)
-    values, scale = function(ops, form)(*args)
-    expected, expected_scale = function(reference, form)(*args)
+    values, scale = run(ops, form, args)
+    expected, expected_scale = run(reference, form, args)
     assert values.shape == expected.shape and scale.shape == expected_scale.shape
     torch.testing.assert_close(scale, expected_scale, rtol=1e-5, atol=0)
     exact = wanted(form, args)
@@ -147,10 +161,11 @@ def test_triton_takes_any_rows() -> None:
 
 @each_form
 def test_operators_tell_their_shapes(form: str) -> None:
-    args = inputs(form)
-    operator = ops._quantize_gelu if form in ("gelu", "beside") else ops._quantize
-    padded = (*args, *[None] * ((2 if form in ("gelu", "beside") else 3) - len(args)))
-    torch.library.opcheck(operator, padded, test_utils=("test_schema", "test_faketensor"))
+    args: tuple[Tensor | None, ...] = inputs(form)
+    operators = {"gated": ops.add_gated_quantize_modulated, "gelu": ops._quantize_gelu}
+    operator = operators.get("gelu" if form == "beside" else form, ops._quantize)
+    args += {"plain": (None, None), "gelu": (None,)}.get(form, ())
+    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
 
 
 # --- linear layers
@@ -293,6 +308,45 @@ def test_a_step_is_that_of_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> 
     oracle = emulated(**args)
     assert 0 < relative_error(ours, exact) <= 1.2 * relative_error(oracle, exact)
     assert relative_error(ours, oracle) < 0.1 * relative_error(oracle, exact)
+
+
+def test_passes_quantise_what_they_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only attention's output is quantised by a pass of its own, and fusing changes nothing."""
+    mmdit, calls = tiny_mmdit(), []
+    args = arguments(mmdit)
+    quantize_mmdit(mmdit)
+    monkeypatch.setattr(interface, "quantize", lambda x, real=interface.quantize: (calls.append(1), real(x))[1])
+    fused = mmdit(**args)
+    assert len(calls) == 2 * len(mmdit.doubles)
+    monkeypatch.setattr(Linear, "takes_quantized", False)
+    apart = mmdit(**args)
+    assert len(calls) > 2 * 2 * len(mmdit.doubles)
+    torch.testing.assert_close(fused, apart, rtol=1e-3, atol=1e-3 * apart.abs().max().item())
+
+
+def test_blocks_compile_as_one_graph() -> None:
+    mmdit = tiny_mmdit()
+    args = arguments(mmdit)
+    quantize_mmdit(mmdit)
+    expected = mmdit(**args)
+    for block in (mmdit.doubles[0], mmdit.singles[0]):
+        block.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(mmdit(**args), expected)
+
+
+def test_a_lora_keeps_its_precision() -> None:
+    """Layers with terms take inputs that were never quantised; the others still do."""
+    mmdit = tiny_mmdit()
+    args = arguments(mmdit)
+    quantize_mmdit(mmdit)
+    before = mmdit(**args)
+    for name in ("double_blocks.0.img_mlp.0", "double_blocks.1.txt_mlp.2", "single_blocks.0.linear1"):
+        layer = fp8_layers(mmdit)[name]
+        down, up = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
+        layer.terms = (LowRankTerm(down=down, up=up, strength=0.0),)
+    assert relative_error(mmdit(**args), before) < 1e-3
+    layer.terms = (LowRankTerm(down=down, up=up, strength=0.1),)
+    assert relative_error(mmdit(**args), before) > 1e-2
 
 
 def test_a_grounded_run_keeps_its_scene() -> None:
