@@ -123,19 +123,20 @@ class MLP(nn.Sequential):
     """Of one stream; the names are the checkpoint's, where the activation is number 1."""
 
     def __init__(self, config: MMDiTConfig) -> None:
-        first = GeluLinear(config.hidden_size, config.mlp_size)
-        last = Linear(config.mlp_size, config.hidden_size)
-        super().__init__(first, nn.Identity(), last)
+        super().__init__(
+            GeluLinear(config.hidden_size, config.mlp_size),
+            nn.Identity(),
+            Linear(config.mlp_size, config.hidden_size),
+        )
 
     @property
-    def takes_quantized(self) -> bool:
-        return self[0].takes_quantized
+    def layers(self) -> tuple[GeluLinear, Linear]:
+        return self[0], self[2]  # type: ignore[return-value]
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         """[B, L, E] -> [B, L, E]."""
-        if self[2].takes_quantized:
-            return self[2](fp8.quantize_gelu(self[0].before_gelu(x)))
-        return self[2](self[0](x))
+        first, last = self.layers
+        return last(fp8.quantize_gelu(first.before_gelu(x)) if last.takes_quantized else first(x))
 
 
 class DoubleModulation(NamedTuple):
@@ -182,7 +183,9 @@ def add_updates(
     x: Tensor, attended: Tensor, attn_mod: ModulationOut, mlp: MLP, mlp_mod: ModulationOut
 ) -> Tensor:
     """A stream [B, L, E] plus what attention gave it, then plus its MLP."""
-    fused = fp8.add_gated_quantize_modulated if mlp.takes_quantized else pointwise.add_gated_modulate
+    fused = (
+        fp8.add_gated_quantize_modulated if mlp.layers[0].takes_quantized else pointwise.add_gated_modulate
+    )
     x, normed = fused(x, attended, attn_mod.gate, mlp_mod.scale, mlp_mod.shift)
     return pointwise.add_gated(x, mlp(normed), mlp_mod.gate)
 

@@ -33,12 +33,14 @@ class Quantized(NamedTuple):
 
 def quantize(x: Tensor) -> Quantized:
     """x [..., K] with one scale a row."""
-    return Quantized(*_module(x).quantize(x), x.dtype)
+    values, scale = _module(x).quantize(x)
+    return Quantized(values, scale, x.dtype)
 
 
 def quantize_modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Quantized:
     """norm(x) * (1 + scale) + shift in one pass; x [B, L, K], scale and shift [B or 1, 1, K]."""
-    return Quantized(*_module(x).quantize_modulated(x, scale, shift), x.dtype)
+    values, scales = _module(x).quantize_modulated(x, scale, shift)
+    return Quantized(values, scales, x.dtype)
 
 
 def add_gated_quantize_modulated(
@@ -51,7 +53,8 @@ def add_gated_quantize_modulated(
 
 def quantize_gelu(hidden: Tensor, beside: Tensor | None = None) -> Quantized:
     """[beside, gelu(hidden)] in one pass; hidden [..., K], beside [..., E] -> [..., E + K]."""
-    return Quantized(*_module(hidden).quantize_gelu(hidden, beside), hidden.dtype)
+    values, scale = _module(hidden).quantize_gelu(hidden, beside)
+    return Quantized(values, scale, hidden.dtype)
 
 
 def product(x: Quantized, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,6 +1,7 @@
 """Rowwise quantisation to e4m3 in plain PyTorch, in float32: the definition, and the form for CPUs.
 
-A row x of K numbers becomes x * (448 / amax |x|), rounded to e4m3, and the scale amax |x| / 448.
+A row x of K numbers gets the scale amax |x| * (1 / 448) and becomes x * (1 / scale) in e4m3: products
+and a reciprocal that every device rounds alike.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     values * scale stands for x. Rows that are not finite give values that are not a number.
     """
     wide = x.float()
-    amax = wide.abs().amax(-1, keepdim=True).clamp_min(AMAX_FLOOR)
-    return (wide * (E4M3_MAX / amax)).to(torch.float8_e4m3fn), amax / E4M3_MAX
+    scale = wide.abs().amax(-1, keepdim=True).clamp_min(AMAX_FLOOR) * (1 / E4M3_MAX)
+    return (wide * scale.reciprocal()).to(torch.float8_e4m3fn), scale
 
 
 def quantize_modulated(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from .reference import AMAX_FLOOR, E4M3_MAX
 
 MAX_WIDTH = 32768
 """Numbers in a row that a program's registers hold."""
-_MAX: tl.constexpr = tl.constexpr(E4M3_MAX)
+_INVERSE_MAX: tl.constexpr = tl.constexpr(1 / E4M3_MAX)
 _FLOOR: tl.constexpr = tl.constexpr(AMAX_FLOOR)
 VALUES = torch.float8_e4m3fn
 """What is stored; conversions saturate and keep what is not a number. Tests look at the numbers before."""
@@ -59,9 +59,9 @@ def norm_kernel(
         factor = tl.load(scale + row * stride_scale + columns, mask=inside, other=0.0).to(tl.float32)
         offset = tl.load(shift + row * stride_shift + columns, mask=inside, other=0.0).to(tl.float32)
         z = normed * (1.0 + factor) + offset
-    amax = tl.maximum(tl.max(tl.abs(z), 0), _FLOOR)
-    tl.store(values + out, (z * tl.div_rn(_MAX, amax)).to(values.dtype.element_ty), mask=inside)
-    tl.store(scales + token, tl.div_rn(amax, _MAX))
+    unit = tl.maximum(tl.max(tl.abs(z), 0), _FLOOR) * _INVERSE_MAX
+    tl.store(values + out, (z * tl.div_rn(1.0, unit)).to(values.dtype.element_ty), mask=inside)
+    tl.store(scales + token, unit)
 
 
 @triton.jit
@@ -88,12 +88,12 @@ def gelu_kernel(
         start_beside = row * stride_row_beside + place * stride_len_beside
         z = tl.load(beside + start_beside + columns_beside, mask=inside_beside, other=0.0).to(tl.float32)
         amax = tl.maximum(tl.max(tl.abs(z), 0), amax)
-        factor = tl.div_rn(_MAX, amax)
+        factor = tl.div_rn(1.0, amax * _INVERSE_MAX)
         tl.store(out + columns_beside, (z * factor).to(values.dtype.element_ty), mask=inside_beside)
     else:
-        factor = tl.div_rn(_MAX, amax)
+        factor = tl.div_rn(1.0, amax * _INVERSE_MAX)
     tl.store(out + width_beside + columns, (y * factor).to(values.dtype.element_ty), mask=inside)
-    tl.store(scales + token, tl.div_rn(amax, _MAX))
+    tl.store(scales + token, amax * _INVERSE_MAX)
 
 
 def quantize_rows(

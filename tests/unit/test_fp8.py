@@ -37,6 +37,8 @@ from tests.tiny import tiny_mmdit, tiny_pipeline
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 CPU = torch.device("cpu")
+TRITON = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where its kernels run: in the interpreter where there is no GPU (tests/conftest.py)."""
 ULP = 2.0**-4
 """Largest relative rounding error of e4m3, whose mantissa has three bits, where numbers are normal."""
 TINY = 2.0**-10
@@ -45,6 +47,9 @@ FUNCTIONS = {
     "plain": "quantize", "modulated": "quantize_modulated", "gated": "add_gated_quantize_modulated",
     "gelu": "quantize_gelu", "beside": "quantize_gelu",
 }  # fmt: skip
+multiplies = pytest.mark.skipif(
+    interface.why_not(CPU, torch.float32) is not None, reason="this PyTorch multiplies no fp8 on a CPU"
+)
 each_form = pytest.mark.parametrize("form", FUNCTIONS)
 
 
@@ -138,7 +143,7 @@ def test_triton_is_the_definition(
     monkeypatch.setattr(triton_quantize, "VALUES", torch.float32)
     if width == 1 and form in ("modulated", "gated"):
         pytest.skip("the norm of one number is nothing but rounding")
-    args = inputs(form, width + 20 * (form == "beside"), dtype)
+    args = tuple(x.to(TRITON) for x in inputs(form, width + 20 * (form == "beside"), dtype))
     values, scale = run(ops, form, args)
     expected, expected_scale = run(reference, form, args)
     assert values.shape == expected.shape and scale.shape == expected_scale.shape
@@ -151,17 +156,21 @@ def test_triton_is_the_definition(
 
 def test_triton_takes_any_rows() -> None:
     """A matrix, rows out of line, and none at all; the output is e4m3 in rows one after the other."""
-    for x in (torch.randn(3, 16), torch.randn(2, 3, 4, 16), torch.randn(16, 3).t(), torch.randn(0, 16)):
+    shapes = [(3, 16), (2, 3, 4, 16), (0, 16)]
+    for x in (
+        *(torch.randn(shape, device=TRITON) for shape in shapes),
+        torch.randn(16, 3, device=TRITON).t(),
+    ):
         values, scale = ops.quantize(x)
         assert values.dtype == E4M3 and values.is_contiguous() and values.shape == x.shape
         assert torch.equal(scale, reference.quantize(x)[1])
     with pytest.raises(ValueError, match="up to 32768 numbers, got 32769"):
-        ops.quantize(torch.zeros(1, 32769))
+        ops.quantize(torch.zeros(1, 32769, device=TRITON))
 
 
 @each_form
 def test_operators_tell_their_shapes(form: str) -> None:
-    args: tuple[Tensor | None, ...] = inputs(form)
+    args: tuple[Tensor | None, ...] = tuple(x.to(TRITON) for x in inputs(form))
     operators = {"gated": ops.add_gated_quantize_modulated, "gelu": ops._quantize_gelu}
     operator = operators.get("gelu" if form == "beside" else form, ops._quantize)
     args += {"plain": (None, None), "gelu": (None,)}.get(form, ())
@@ -189,6 +198,7 @@ def fp8_layer(in_features: int = 48, out_features: int = 32) -> tuple[Linear, Li
     return wide, narrow
 
 
+@multiplies
 @pytest.mark.parametrize("shape", [(1, 48), (3, 7, 48), (0, 5, 48)])
 def test_a_layer_errs_no_more_than_its_mantissa(shape: tuple[int, ...]) -> None:
     wide, narrow = fp8_layer()
@@ -201,6 +211,7 @@ def test_a_layer_errs_no_more_than_its_mantissa(shape: tuple[int, ...]) -> None:
         assert 1e-3 < error.norm() / exact.norm() < ULP
 
 
+@multiplies
 def test_a_layer_is_the_product_of_what_it_holds() -> None:
     """Every scale where it belongs: the float64 product of the dequantised operands."""
     wide, narrow = fp8_layer()
@@ -210,6 +221,7 @@ def test_a_layer_is_the_product_of_what_it_holds() -> None:
     assert not narrow.is_dense and narrow.weight.dtype == E4M3 and narrow.scale.shape == (32,)
 
 
+@multiplies
 def test_columns_are_those_of_the_whole() -> None:
     _, narrow = fp8_layer()
     x = torch.randn(2, 5, 48)
@@ -219,6 +231,7 @@ def test_columns_are_those_of_the_whole() -> None:
     assert torch.equal(narrow.columns(quantized, 0, 16), narrow(x)[..., :16])
 
 
+@multiplies
 def test_terms_are_added_to_the_product() -> None:
     """With what the input was before it was quantised."""
     _, narrow = fp8_layer()
@@ -287,6 +300,7 @@ def test_only_the_blocks_projections_change() -> None:
         quantize_mmdit(mmdit)
 
 
+@multiplies
 def test_a_step_is_that_of_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is fp8's alone: the same network with operands rounded in plain PyTorch errs as much."""
     exact_net = tiny_mmdit()
@@ -310,12 +324,15 @@ def test_a_step_is_that_of_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> 
     assert relative_error(ours, oracle) < 0.1 * relative_error(oracle, exact)
 
 
+@multiplies
 def test_passes_quantise_what_they_make(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only attention's output is quantised by a pass of its own, and fusing changes nothing."""
     mmdit, calls = tiny_mmdit(), []
     args = arguments(mmdit)
     quantize_mmdit(mmdit)
-    monkeypatch.setattr(interface, "quantize", lambda x, real=interface.quantize: (calls.append(1), real(x))[1])
+    monkeypatch.setattr(
+        interface, "quantize", lambda x, real=interface.quantize: (calls.append(1), real(x))[1]
+    )
     fused = mmdit(**args)
     assert len(calls) == 2 * len(mmdit.doubles)
     monkeypatch.setattr(Linear, "takes_quantized", False)
@@ -324,6 +341,7 @@ def test_passes_quantise_what_they_make(monkeypatch: pytest.MonkeyPatch) -> None
     torch.testing.assert_close(fused, apart, rtol=1e-3, atol=1e-3 * apart.abs().max().item())
 
 
+@multiplies
 def test_blocks_compile_as_one_graph() -> None:
     mmdit = tiny_mmdit()
     args = arguments(mmdit)
@@ -334,6 +352,7 @@ def test_blocks_compile_as_one_graph() -> None:
     torch.testing.assert_close(mmdit(**args), expected)
 
 
+@multiplies
 def test_a_lora_keeps_its_precision() -> None:
     """Layers with terms take inputs that were never quantised; the others still do."""
     mmdit = tiny_mmdit()
@@ -349,6 +368,7 @@ def test_a_lora_keeps_its_precision() -> None:
     assert relative_error(mmdit(**args), before) > 1e-2
 
 
+@multiplies
 def test_a_grounded_run_keeps_its_scene() -> None:
     """Queries of the pivot alone: columns of the fused projections, through the whole pipeline."""
     pipe = tiny_pipeline()
@@ -359,6 +379,7 @@ def test_a_grounded_run_keeps_its_scene() -> None:
     assert 0 < relative_error(result.latents, exact.latents) < 6 * ULP
 
 
+@multiplies
 @pytest.mark.parametrize("mode", ["offload", "stream"])
 def test_every_memory_mode_makes_the_same_picture(mode: str) -> None:
     made = {}
@@ -427,6 +448,7 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "load_components", load_components)
 
 
+@multiplies
 def test_load_computes_in_fp8(golden: None) -> None:
     plain, narrow = (bokehflux.load("x", device="cpu", compute=c) for c in ("dtype", "fp8"))
     assert (plain.compute, narrow.compute) == ("dtype", "fp8")
@@ -448,6 +470,7 @@ def test_wrong_asks() -> None:
         fold_adapter(mmdit)
 
 
+@multiplies
 def test_folding_first_is_allowed() -> None:
     mmdit = tiny_mmdit()
     args = arguments(mmdit)
