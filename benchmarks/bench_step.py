@@ -1,11 +1,11 @@
 """One denoising step: ours beside diffusers and the published formulation, each eager and compiled.
 
-    python -m benchmarks.bench_step [--seconds 500] [--cases grounded] [--backend triton]
+    python -m benchmarks.bench_step [--seconds 500] [--cases "pair, 1024" "base"] [--arms compiled]
     python -m benchmarks.bench_step --tiny
 
-Random weights in the official layout, bfloat16. An arm whose velocity strays from float32 by more than twice
-the comparison arm's error is named and not timed. Prints a table; writes step.json and step.png, again after
-every case. "Compiled" is block by block, for all. `--tiny` runs toys anywhere: its times mean nothing.
+Random weights in the official layout, bfloat16. An arm whose velocity strays from float32 by more than it may
+(`arms.OURS`) is named and not timed. Prints a table; writes step.json and step.png, again after every case.
+"Compiled" is block by block, for all. `--tiny` runs toys anywhere: its times mean nothing.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import torch
 from torch import Tensor
 
 from benchmarks import networks
+from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms
 from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Batch, Setting
 from benchmarks.report import RESULTS, Budget, Row, bars, first_line, save, table, turns, workspace_bytes
 from benchmarks.timing import environment, gemm_ceiling
 from bokehflux.models.mmdit import MMDiT
 
-MAX_ERROR_RATIO = 2.0
-"""Largest error that passes, as a multiple of the best comparison arm's (without one: our eager arm's)."""
 SANE_ERROR = 0.5
 """No error above this passes, whatever the comparison arm's: that one may be wrong itself."""
-WARM_UP = 2
+CASE_SECONDS = 15.0
+"""Timing of a case ends after this, three rounds at the least."""
 LEVELS: dict[str, tuple[float, ...] | None] = {
-    "pivot + 6": (PIVOT_LEVEL, *TARGET_LEVELS),
     "pair": (PIVOT_LEVEL, TARGET_LEVELS[1]),
+    "base": None,
+    "pivot + 6": (PIVOT_LEVEL, *TARGET_LEVELS),
     "one row": (PIVOT_LEVEL,),
-    "one row, base": None,
 }
-"""Rows of a case by its name, most important first; the base model is what diffusers runs."""
+"""Rows of a case by its name, most important first; the base model is what diffusers runs, with one row."""
 COLUMNS = {
     "case": "s", "arm": "s", "ms": ".2f", "p20": ".2f", "p80": ".2f", "speedup": ".2f", "tflops": ".0f",
     "share": ".0%", "error": ".2e", "peak_gb": ".1f", "verdict": "s",
@@ -50,89 +50,36 @@ class Case:
     name: str
     batch: Batch
 
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to compute a step."""
-
-    name: str
-    prepare: Callable[[Batch], Callable[[], Tensor]]
-    weight_bytes: int
-    takes_levels: bool | None = None
-    """True: cases with levels only; False: without only; None: both."""
-    is_ours: bool = True
+    @property
+    def with_levels(self) -> bool:
+        return self.batch.levels is not None
 
 
-def cases(setting: Setting, device: torch.device, wanted: str) -> list[Case]:
-    """Most important first: grounded before plain, six targets before one, both sizes of each in turn."""
-    found = []
-    for kind, levels in LEVELS.items():
-        for side in setting.sides_px:
-            name = f"{kind}, {side} px"
-            if wanted in name:
-                found.append(Case(name=name, batch=networks.draw_batch(setting, side, levels, device)))
-    return found
+def cases(setting: Setting, device: torch.device, wanted: Sequence[str] = ("",)) -> list[Case]:
+    """Cases whose name contains one of `wanted`, in that order; else the most important first.
 
-
-@torch.no_grad()
-def references(mmdit: MMDiT, some: Sequence[Case]) -> dict[str, Tensor]:
-    """Float32 velocities. Takes 48 GB more at full size while it runs."""
-    wide = networks.on_same_weights(mmdit).float()
-    return {case.name: networks.exact(wide, case.batch) for case in some}
-
-
-@torch.no_grad()
-def build_arms(mmdit: MMDiT, backend: str) -> list[Arm]:
-    def ours(name: str, network: MMDiT, takes_levels: bool | None = None) -> Arm:
-        return Arm(
-            name=name,
-            prepare=lambda batch: networks.our_step(network, batch, backend),
-            weight_bytes=networks.num_bytes(network),
-            takes_levels=takes_levels,
-        )
-
-    arms = [
-        ours("ours, folded, compiled", networks.folded(mmdit), True),
-        ours("ours, compiled", networks.compiled(mmdit)),
-        ours("ours, eager", mmdit),
+    Raises ValueError for a wanted part that no name contains.
+    """
+    every = [
+        Case(name=f"{kind}, {side} px", batch=networks.draw_batch(setting, side, levels, device))
+        for kind, levels in LEVELS.items()
+        for side in setting.sides_px
     ]
-    try:
-        from benchmarks import rivals
-    except ImportError as error:
-        print(f"no comparison arms: {first_line(error)}")
-        return arms
-    adapter = networks.num_bytes(mmdit.bokeh) if mmdit.bokeh is not None else 0
-    for compile in (True, False):
-        suffix = "compiled" if compile else "eager"
-        plain = rivals.diffusers_model(mmdit, compile=compile)
-        published = rivals.published_model(mmdit, compile=compile)
-        arms.append(
-            Arm(
-                name=f"published, {suffix}",
-                prepare=lambda batch, model=published: rivals.published_step(model, batch),
-                weight_bytes=networks.num_bytes(mmdit),
-                takes_levels=True,
-                is_ours=False,
-            )
-        )
-        arms.append(
-            Arm(
-                name=f"diffusers, {suffix}",
-                prepare=lambda batch, model=plain: rivals.diffusers_step(model, batch),
-                weight_bytes=networks.num_bytes(mmdit) - adapter,
-                takes_levels=False,
-                is_ours=False,
-            )
-        )
-    return arms
+    found: dict[str, Case] = {}
+    for part in wanted:
+        these = {case.name: case for case in every if part in case.name}
+        if not these:
+            raise ValueError(f"no case is called {part!r}: there are {', '.join(c.name for c in every)}")
+        found = found | {name: case for name, case in these.items() if name not in found}
+    return list(found.values())
 
 
-def tera_flop(setting: Setting, arm: Arm, batch: Batch) -> float:
+def tera_flop(setting: Setting, is_ours: bool, batch: Batch) -> float:
     """Work of an arm, 1e12 operations: matrix products of blocks and attention; adapter not counted."""
     n, config, length = batch.num_targets, setting.mmdit, batch.length
     if not n:
         flop = networks.gemm_flop(config, length, 1) + networks.attention_flop(config, length, 2)
-    elif arm.is_ours:
+    elif is_ours:
         flop = networks.gemm_flop(config, length, n + 1, n)
         flop += networks.attention_flop(config, length, 3 * n + 1)
     else:
@@ -151,10 +98,10 @@ def check(arms: Mapping[str, Callable[[], Tensor]], batch: Batch, exact: Tensor)
     return found
 
 
-def limit_of(errors: Mapping[str, float | str], yardsticks: Sequence[str]) -> float:
+def limit_of(errors: Mapping[str, float | str], yardsticks: Sequence[str], ratio: float = 2.0) -> float:
     """Largest passing error: NaN, which nothing passes, where no yardstick could run."""
     known = [e for name in yardsticks if isinstance(e := errors[name], float) and e == e]
-    return min(MAX_ERROR_RATIO * min(known), SANE_ERROR) if known else float("nan")
+    return min(ratio * min(known), SANE_ERROR) if known else float("nan")
 
 
 @torch.inference_mode()
@@ -170,81 +117,78 @@ def measure(
     """A row an arm; those over time or wrong say so in `verdict`."""
     torch._dynamo.reset()  # each case compiles for its own shapes and has the limit to itself
     batch, device = case.batch, case.batch.img.device
-    here = [arm for arm in arms if arm.takes_levels in (None, batch.levels is not None)]
-    calls = {arm.name: arm.prepare(batch) for arm in here}
+    calls = {arm.name: arm.prepare(batch) for arm in arms}
     errors = check(calls, batch, exact)
-    stock = [arm.name for arm in here if not arm.is_ours]
-    limit = limit_of(errors, stock or ["ours, eager"])
-    right = [arm for arm in here if isinstance(e := errors[arm.name], float) and e <= limit]
+    stock = [arm.name for arm in arms if not arm.is_ours]
+    yardsticks = stock or [arms[-1].name]
+    limits = {arm.name: limit_of(errors, yardsticks, arm.max_error_ratio) for arm in arms}
+    right = [arm for arm in arms if isinstance(e := errors[arm.name], float) and e <= limits[arm.name]]
     extra = {}
     for arm in right:
-        for _ in range(WARM_UP):
-            calls[arm.name]()
+        calls[arm.name]()
         extra[arm.name] = workspace_bytes(calls[arm.name], device)
-    timings = turns({arm.name: calls[arm.name] for arm in right}, device, repeats, budget)
+    slice_ = Budget(min(CASE_SECONDS, budget.left))
+    timings = turns({arm.name: calls[arm.name] for arm in right}, device, repeats, slice_, at_least=3)
     best = min((timings[name].median for name in stock if name in timings), default=None)
     rows: list[Row] = []
-    for arm in here:
+    for arm in arms:
         error = errors[arm.name]
         row: Row = {"case": case.name, "arm": arm.name, "error": error if isinstance(error, float) else None}
+        rows.append(row)
         if arm not in right:
-            row["verdict"] = error if isinstance(error, str) else f"wrong: more than {limit:.2e}"
-            rows.append(row)
+            row["verdict"] = (
+                error if isinstance(error, str) else f"wrong: {error:.2e}, over {limits[arm.name]:.2e}"
+            )
             continue
         timing, room = timings[arm.name], extra[arm.name]
-        tflops = 1000 * tera_flop(setting, arm, batch) / timing.median
+        tflops = 1000 * tera_flop(setting, arm.is_ours, batch) / timing.median
         row |= {
             "ms": timing.median, "p20": timing.p20, "p80": timing.p80, "verdict": "ok", "tflops": tflops,
             "share": tflops / ceiling, "speedup": None if best is None else best / timing.median,
             "peak_gb": None if room is None else (arm.weight_bytes + room) / 1e9,
         }  # fmt: skip
-        rows.append(row)
     return rows
 
 
 def run(
-    setting: Setting, device: torch.device, *, wanted: str, backend: str, repeats: int, budget: Budget
+    setting: Setting,
+    some: Sequence[Case],
+    device: torch.device,
+    *,
+    arms: str,
+    backend: str,
+    repeats: int,
+    budget: Budget,
 ) -> Iterator[tuple[list[Row], float]]:
     """All rows so far and the matrix product's TFLOP/s, after every case."""
     ceiling = gemm_ceiling(device)
     print(f"bf16 matrix product: {ceiling:.0f} TFLOP/s", flush=True)
     mmdit = networks.build_mmdit(setting, device)
-    some = cases(setting, device, wanted)
-    if not some:
-        raise ValueError(f"no case's name contains {wanted!r}")
-    exact = references(mmdit, some)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    print(f"float32 velocities of {len(some)} cases; {budget.left:.0f} s left", flush=True)
-    arms = build_arms(mmdit, backend)
+    wide = networks.widened(mmdit)
+    built: dict[bool, list[Arm]] = {}
     rows: list[Row] = []
     for case in some:
         if budget.spent:
             print(f"out of time before {case.name}")
             break
-        found = measure(setting, case, arms, exact[case.name], ceiling, repeats, budget)
-        print(table(found, COLUMNS), flush=True)
+        exact = networks.exact(wide, case.batch)
+        if case.with_levels not in built:
+            built[case.with_levels] = build_arms(
+                mmdit, with_levels=case.with_levels, backend=backend, wanted=arms
+            )
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        found = measure(setting, case, built[case.with_levels], exact, ceiling, repeats, budget)
+        print(table(found, COLUMNS) + f"\n{budget.left:.0f} s left", flush=True)
         rows += found
         yield rows, ceiling
 
 
-def allow_recompiling() -> None:
-    """57 blocks of two kinds, each with its own weights: more variants than dynamo's default allows.
-
-    Running into the limit would time eager code under the name of compiled code, so it is an error.
-    """
-    config = torch._dynamo.config
-    for name in ("recompile_limit", "cache_size_limit"):
-        if hasattr(config, name):
-            setattr(config, name, 128)
-    if hasattr(config, "fail_on_recompile_limit_hit"):
-        config.fail_on_recompile_limit_hit = True
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
-    parser.add_argument("--backend", default="auto", help="attention of our arms: auto, sdpa, triton")
+    parser.add_argument("--cases", nargs="+", default=[""], help="parts of cases' names, in the order wanted")
+    parser.add_argument("--arms", default="", help="only arms whose name contains this")
+    parser.add_argument("--backend", default="auto", help="attention of our arms, by name")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=500, help="begin no case after this")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -260,11 +204,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     name, rows = "step_tiny" if args.tiny else "step", []
     setting = TINY if args.tiny else FULL
-    for rows, ceiling in run(
-        setting, device, wanted=args.cases, backend=args.backend, repeats=args.repeats, budget=budget
-    ):
-        plot = bars(f"One step, {found['device']}, bf16: milliseconds", rows, "case", "arm", "ms", "ms")
-        save(args.out, name, found, rows, plot, ceiling_tflops=ceiling, backend=args.backend)
+    try:
+        some = cases(setting, device, args.cases)
+    except ValueError as error:
+        parser.error(str(error))
+    with best_stock_attention():
+        for rows, ceiling in run(
+            setting, some, device, arms=args.arms, backend=args.backend, repeats=args.repeats, budget=budget
+        ):
+            plot = bars(f"One step, {found['device']}, bf16: milliseconds", rows, "case", "arm", "ms", "ms")
+            save(args.out, name, found, rows, plot, ceiling_tflops=ceiling, backend=args.backend)
     ours = [row for row in rows if row["arm"].startswith("ours")]
     return 0 if ours and all(row["verdict"] == "ok" for row in ours) else 1
 

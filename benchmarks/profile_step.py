@@ -1,6 +1,6 @@
 """Where the time of one denoising step goes: a table by kernel, from torch.profiler.
 
-    python -m benchmarks.profile_step [--case "pivot + 6, 1024"] [--arm "ours, folded, compiled"]
+    python -m benchmarks.profile_step [--case "pivot + 6, 1024"] [--arm "ours, compiled"]
     python -m benchmarks.profile_step --tiny
 
 Of each kernel: calls, time, share of the step, and what it achieves: TFLOP/s for matrix products (from the
@@ -27,7 +27,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import networks
-from benchmarks.bench_step import Arm, allow_recompiling, build_arms, cases
+from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms
+from benchmarks.bench_step import cases
 from benchmarks.networks import FULL, TINY, Batch, Setting
 from benchmarks.report import RESULTS, Row, bars, milliseconds, save, table
 from benchmarks.timing import environment, gemm_ceiling
@@ -176,28 +177,18 @@ def attention_work(setting: Setting, arm: Arm, batch: Batch) -> float:
     return networks.attention_flop(setting.mmdit, batch.length, products)
 
 
-def pick(names: Sequence[str], wanted: str, what: str) -> int:
-    """The first name that contains `wanted`. Raises ValueError when none does."""
-    for i, name in enumerate(names):
-        if wanted in name:
-            return i
-    raise ValueError(f"no {what} is called {wanted!r}: there are {', '.join(map(repr, names))}")
-
-
 @torch.inference_mode()
 def measure(
     setting: Setting, device: torch.device, case_name: str, arm_name: str, backend: str
 ) -> dict[str, Any]:
     """The table of one arm in one case, with the step's time without the profiler."""
     with torch.inference_mode(False):  # the networks outlive this call's mode
-        some = cases(setting, device, "")
-        case = some[pick([case.name for case in some], case_name, "case")]
-        arms = [
-            arm
-            for arm in build_arms(networks.build_mmdit(setting, device), backend)
-            if arm.takes_levels in (None, case.batch.levels is not None)
-        ]
-        arm = arms[pick([arm.name for arm in arms], arm_name, "arm of this case")]
+        case = cases(setting, device, [case_name])[0]
+        mmdit = networks.build_mmdit(setting, device)
+        arms = build_arms(mmdit, with_levels=case.with_levels, backend=backend, wanted=arm_name)
+        if not arms:
+            raise ValueError(f"no arm of {case.name!r} is called {arm_name!r}")
+        arm = arms[0]
     call = arm.prepare(case.batch)
     for _ in range(3):
         call()
@@ -208,11 +199,9 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--case", default="", help="part of a case's name; default: six targets, the larger size"
-    )
-    parser.add_argument("--arm", default="", help="part of an arm's name; default: ours, folded, compiled")
-    parser.add_argument("--backend", default="auto", help="attention of our arms: auto, sdpa, triton")
+    parser.add_argument("--case", default="pivot + 6", help="part of a case's name; the first is taken")
+    parser.add_argument("--arm", default="ours", help="part of an arm's name; the first is taken")
+    parser.add_argument("--backend", default="auto", help="attention of our arms, by name")
     parser.add_argument("--rows", type=int, default=30, help="lines of the table and bars of the plot")
     parser.add_argument("--name", default="profile_step", help="of the files")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -226,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     ceiling = gemm_ceiling(device)
     try:
-        result = measure(TINY if args.tiny else FULL, device, args.case, args.arm, args.backend)
+        with best_stock_attention():
+            result = measure(TINY if args.tiny else FULL, device, args.case, args.arm, args.backend)
     except ValueError as error:
         parser.error(str(error))
     rows = result.pop("rows")

@@ -37,16 +37,20 @@ class Budget:
 
 
 def turns(
-    arms: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, budget: Budget
+    arms: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    repeats: int,
+    budget: Budget,
+    at_least: int = 1,
 ) -> dict[str, Timing]:
-    """Milliseconds of every arm with its launches, arms taking turns; at least one round, budget or not.
+    """Milliseconds of every arm with its launches, arms taking turns; `at_least` rounds, budget or not.
 
     For calls that read more than the cache holds, such as whole steps: nothing is rotated. Arms have been
     called before (that is their warm-up).
     """
     times: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats):
-        if repeat and budget.spent:
+        if repeat >= at_least and budget.spent:
             break
         for name, arm in arms.items():
             times[name].append(milliseconds(arm, device))

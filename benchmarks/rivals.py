@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 
-from benchmarks.networks import GUIDANCE, SIGMA, Batch, on_same_weights
+from benchmarks.networks import GUIDANCE, Batch, on_same_weights
 from benchmarks.published import Published, build_diffusers, build_published
 from bokehflux.models.mmdit import MMDiT
+
+# There is no LoRA here. With the switch on, diffusers imports peft in every call, and the newest does not go
+# with the transformers it was released with.
+transformer_flux.USE_PEFT_BACKEND = False
 
 
 def diffusers_model(mmdit: MMDiT, *, compile: bool) -> nn.Module:
@@ -42,7 +47,7 @@ def diffusers_step(model: nn.Module, batch: Batch) -> Callable[[], Tensor]:
         "hidden_states": batch.img.to(dtype),
         "encoder_hidden_states": batch.txt.to(dtype),
         "pooled_projections": batch.pooled.to(dtype),
-        "timestep": torch.full((1,), SIGMA, device=device),
+        "timestep": torch.full((1,), batch.sigma, device=device),
         "guidance": torch.full((1,), GUIDANCE, device=device),
         "txt_ids": batch.ids[:text],
         "img_ids": batch.ids[text:],
@@ -74,7 +79,7 @@ def published_rows(
     img, txt, pooled = (
         x.to(dtype).repeat(rows, *[1] * (x.ndim - 1)) for x in (batch.img, batch.txt, batch.pooled)
     )
-    sigma, guidance = (torch.full((rows,), value, device=device) for value in (SIGMA, GUIDANCE))
+    sigma, guidance = (torch.full((rows,), value, device=device) for value in (batch.sigma, GUIDANCE))
     annotation = (torch.tensor(levels, dtype=torch.float64) / 30)[:, None].to(device, dtype)
     ids = [rows - 1] * rows if grounded else None
     return lambda: model(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+COMMIT_VARIABLE = "BOKEHFLUX_COMMIT"
+"""Names the commit where the code is a copy without its history, as on a lent machine."""
 CACHE_MULTIPLE = 3
 """How many times the GPU's L2 the rotated inputs of an arm fill."""
 
@@ -91,7 +95,6 @@ def _pass(arm: Callable[[int], Any], sets: int) -> tuple[Callable[[], None], boo
         with torch.cuda.graph(graph):
             eager()
     except RuntimeError as error:  # what cannot be captured is timed with its launches, and marked
-        torch.cuda.synchronize()
         print(f"    not captured, timed eagerly: {str(error).splitlines()[0]}")
         return eager, False
     return graph.replay, True
@@ -122,14 +125,16 @@ def gemm_ceiling(device: torch.device, size: int = 8192) -> float:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a figure depends on besides the code: GPU, driver, versions, commit."""
+    """What a figure depends on besides the code: GPU, driver, versions, commit, and the command that made it."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    program = Path(sys.argv[0])
     found = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "driver": "none",
         "torch": torch.__version__,
         "triton": "none",
-        "commit": _output(describe),
+        "commit": os.environ.get(COMMIT_VARIABLE) or _output(describe),
+        "command": " ".join(["python -m", f"{program.parent.name}.{program.stem}", *sys.argv[1:]]),
     }
     if device.type == "cuda":
         query = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])

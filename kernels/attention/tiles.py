@@ -20,6 +20,9 @@ MATMULS = {PAIR: 4, TARGET: 3, PLAIN: 2}
 DKV, DQ = "dkv", "dq"
 """The kernels of the backward pass."""
 
+TRITON, GLUON = "triton", "gluon"
+"""What a kernel is written in: Triton, for every GPU, or Gluon, for one kind of GPU and one version of Triton."""
+
 HOPPER, PORTABLE, INTERPRETER = "sm_90", "sm_80 and up", "interpreter"
 """Families of devices: Hopper; every other NVIDIA GPU from sm_80 on; a CPU, where Triton imitates one."""
 
@@ -34,13 +37,17 @@ class Tile:
     """Key tokens that a program steps through (forward, dQ) or holds (dK, dV)."""
     num_warps: int
     num_stages: int
-    """Depth of the software pipeline."""
+    """Depth of the software pipeline; in Gluon, tiles of keys or values that shared memory holds."""
     tma: bool = False
     """Tensor descriptors, Hopper's bulk copies, rather than pointers."""
     programs_per_sm: int = 1
     """How many fit on a multiprocessor at once: what the end of the grid is planned by."""
     max_parts: int = 8
     """How finely the last tiles of a forward grid may be split along the keys; 1: not at all."""
+    language: str = TRITON
+    """`TRITON` or `GLUON`. In Gluon num_warps counts the warps that compute: four hold 64 query tokens."""
+    keep_q: bool = False
+    """Gluon: queries in registers rather than in shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,39 @@ class Tail:
 
 
 TABLE: tuple[Row, ...] = (
+    Row(
+        family=HOPPER, kernel=PLAIN, head_dim=128,
+        tile=Tile(block_m=128, block_n=128, num_warps=8, num_stages=6, tma=True, language=GLUON),
+        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: at most 240 registers, no spills, 224 KiB",
+    ),
+    Row(
+        family=HOPPER, kernel=TARGET, head_dim=128,
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=12, tma=True, language=GLUON, keep_q=True),
+        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: no spills, 224 KiB; with block_n 128 the "
+        "products are serialised for lack of registers; reading queries from shared memory with every product of "
+        "64 keys would take all of its bandwidth",
+    ),
+    Row(
+        family=HOPPER, kernel=PAIR, head_dim=128,
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=12, tma=True, language=GLUON),
+        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: no spills, 224 KiB; with keep_q 160 bytes "
+        "spilled and products serialised",
+    ),
+    Row(
+        family=HOPPER, kernel=PLAIN, head_dim=64,
+        tile=Tile(block_m=128, block_n=128, num_warps=8, num_stages=12, tma=True, language=GLUON),
+        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: no spills; three groups spill",
+    ),
+    Row(
+        family=HOPPER, kernel=TARGET, head_dim=64,
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=16, tma=True, language=GLUON),
+        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: no spills; block_n 128 spills 544 bytes",
+    ),
+    Row(
+        family=HOPPER, kernel=PAIR, head_dim=64,
+        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=16, tma=True, language=GLUON),
+        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: no spills; block_n 128 spills 352 bytes",
+    ),
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=128, fixed=True,
         tile=Tile(block_m=64, block_n=64, num_warps=4, num_stages=3, tma=True, programs_per_sm=2),
@@ -182,26 +222,30 @@ def _cuda_device(index: int) -> Device:
     return Device(family=family, num_sms=properties.multi_processor_count)
 
 
-def forward_tile(of: Device, forms: Sequence[str], head_dim: int, fixed: bool) -> Tile:
+def forward_tile(
+    of: Device, forms: Sequence[str], head_dim: int, fixed: bool, language: str = TRITON
+) -> Tile:
     """The tile of a launch: that of its longest form, which is the one that needs most."""
-    return _find(of.family, next(form for form in LONGEST_FIRST if form in forms), head_dim, fixed)
+    longest = next(form for form in LONGEST_FIRST if form in forms)
+    return _find(of.family, longest, head_dim, fixed, language)
 
 
 def backward_tile(of: Device, kernel: str, head_dim: int) -> Tile:
     """kernel: `DKV` or `DQ`."""
-    return _find(of.family, kernel, head_dim, False)
+    return _find(of.family, kernel, head_dim, False, TRITON)
 
 
-def _find(family: str, kernel: str, head_dim: int, fixed: bool) -> Tile:
+def _find(family: str, kernel: str, head_dim: int, fixed: bool, language: str) -> Tile:
     for row in TABLE:
         if (
             row.family == family
             and row.kernel == kernel
             and row.head_dim in (None, head_dim)
             and row.fixed in (None, fixed)
+            and row.tile.language == language
         ):
             return row.tile
-    raise ValueError(f"no {kernel} tile for head dim {head_dim} on {family}: add a row to tiles.TABLE")
+    raise ValueError(f"no {language} tile for {kernel}, head dim {head_dim}, on {family}: see tiles.TABLE")
 
 
 MAX_WAVES = 12

@@ -13,6 +13,8 @@ Scores are kept in powers of two: log2(e) / sqrt(D) is one factor, folded into t
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +37,10 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 ROW_BITS: tl.constexpr = tl.constexpr(20)
 ROW_MASK: tl.constexpr = tl.constexpr((1 << 20) - 1)
 
+logger = logging.getLogger(__name__)
+
+GLUON_VERSIONS = ("3.6.",)
+"""Versions of Triton for which `gluon_fwd` is written: Gluon is experimental there, its names still move."""
 JOBS_PER_LAUNCH = 8
 _FORMS = {tiles.PLAIN: PLAIN.value, tiles.TARGET: TARGET.value, tiles.PAIR: PAIR.value}
 
@@ -369,8 +375,8 @@ def forward(
     """Values [B, Lq, H, D] in the dtype of q and log-sum-exps [B, H, Lq] in float32; B and the keys are v's.
 
     k_pivot: keys of pivots, None where they are rows of k. jobs: what to compute, each row of v once; None is
-    every row by itself. fixed: no running maximum (see
-    `ops.is_bounded`). tile: in place of the table's choice, for sweeps and tests.
+    every row by itself. fixed: no running maximum (see `ops.is_bounded`). tile: in place of the table's choice
+    and of `pick_language`'s, for sweeps and tests. Raises ValueError for a Gluon tile that cannot run here.
     """
     num_rows, len_k, num_heads, head_dim = v.shape
     len_q = q.shape[1]
@@ -380,9 +386,49 @@ def forward(
         value_bias = value_bias.contiguous()
     q, k, v = (last_contiguous(x) for x in (q, k, v))
     k_pivot = k if k_pivot is None else last_contiguous(k_pivot)
-    for launch in chunks(jobs) if jobs is not None else [None]:
-        _launch(q, k, k_pivot, v, value_bias, out, lse, launch, fixed, tile)
+    language = pick_language((q, k, k_pivot, v), tile)
+    for launch in _launches(jobs, language):
+        _launch(q, k, k_pivot, v, value_bias, out, lse, launch, fixed, tile, language)
     return out, lse
+
+
+@functools.cache
+def why_no_gluon(family: str) -> str | None:
+    """The reason why `gluon_fwd` cannot run on a family of devices, or None."""
+    if family != tiles.HOPPER:
+        return f"they are made for {tiles.HOPPER}, not {family}"
+    if not triton.__version__.startswith(GLUON_VERSIONS):
+        return f"they are made for Triton {' and '.join(GLUON_VERSIONS)}, not {triton.__version__}"
+    return None
+
+
+def pick_language(tensors: Sequence[Tensor], tile: Tile | None = None) -> str:
+    """Gluon where it can run, unless a tile says otherwise. Raises ValueError where it says what cannot run."""
+    reason = why_no_gluon(tiles.device(tensors[0].device).family)
+    if reason is None and not all(_describable(x) for x in tensors):
+        reason = "a tensor's address or strides are no multiples of 16 bytes, or rows repeat"
+    if tile is not None:
+        if tile.language == tiles.GLUON and reason is not None:
+            raise ValueError(f"the Gluon attention kernels cannot run: {reason}")
+        return tile.language
+    if reason is not None:
+        _log_fallback(reason)
+    return tiles.TRITON if reason else tiles.GLUON
+
+
+@functools.cache
+def _log_fallback(reason: str) -> None:
+    logger.info("attention runs in plain Triton, not in Gluon: %s", reason)
+
+
+def _launches(jobs: Sequence[Job] | None, language: str) -> Sequence[Sequence[Job] | None]:
+    """Jobs by launch: in Triton all forms together, in Gluon each by itself. None: every row, plain."""
+    if jobs is None:
+        return [None]
+    if language == tiles.TRITON:
+        return chunks(jobs)
+    by_form = ([job for job in jobs if job.form == form] for form in tiles.LONGEST_FIRST)
+    return [launch for some in by_form if some for launch in chunks(some)]
 
 
 def _launch(
@@ -396,6 +442,7 @@ def _launch(
     jobs: Sequence[Job] | None,
     fixed: bool,
     tile: Tile | None,
+    language: str,
 ) -> None:
     num_rows, len_k, num_heads, head_dim = v.shape
     len_q = q.shape[1]
@@ -404,7 +451,7 @@ def _launch(
         counts[tiles.PLAIN] = num_rows
     forms = [form for form in tiles.MATMULS if counts[form]]
     device = tiles.device(q.device)
-    tile = tile or tiles.forward_tile(device, forms, head_dim, fixed)
+    tile = tile or tiles.forward_tile(device, forms, head_dim, fixed, language)
 
     per_job = triton.cdiv(len_q, tile.block_m) * num_heads
     tail = tiles.plan_tail(
@@ -420,24 +467,34 @@ def _launch(
         part_out = torch.empty(lines, head_dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(lines, dtype=torch.float32, device=q.device)
 
-    m, n = tile.block_m, tile.block_n
-    tma, sources = describe((q, k, k_pivot, v), (m, n, n, n), tile)
     bias = lse if value_bias is None else value_bias
     packed = pack(jobs)
-    _forward_kernel[(tail.num_whole + tail.num_slots,)](
-        *sources, out, lse, bias, part_out, part_lse,
-        *q.stride()[:3], *k.stride()[:3], *k_pivot.stride()[:3], *v.stride()[:3],
-        *packed, counts[tiles.PAIR], counts[tiles.TARGET],
-        len_q, len_k, num_heads, head_dim**-0.5 * math.log2(math.e),
-        tail.num_whole, tail.num_parts, tail.num_slots,
-        KIND=_FORMS[forms[0]] if len(forms) == 1 else MIXED.value,
-        MAPPED=jobs is not None, FIXED=fixed, HAS_BIAS=value_bias is not None,
-        EVEN_K=len_k % tile.block_n == 0, SPLIT=tail.num_slots > 0, TMA=tma,
-        BLOCK_M=m, BLOCK_N=n, D=head_dim, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    results = (out, lse, bias, part_out, part_lse)
+    if language == tiles.GLUON:
+        from . import gluon_fwd  # Hopper and one version of Triton only
+
+        gluon_fwd.launch(
+            (q, k, k_pivot, v), results, packed, tail, tile,
+            form=forms[0], mapped=jobs is not None, fixed=fixed, has_bias=value_bias is not None,
+            num_programs=device.num_sms,
+        )  # fmt: skip
+    else:
+        m, n = tile.block_m, tile.block_n
+        tma, sources = describe((q, k, k_pivot, v), (m, n, n, n), tile)
+        _forward_kernel[(tail.num_whole + tail.num_slots,)](
+            *sources, *results,
+            *q.stride()[:3], *k.stride()[:3], *k_pivot.stride()[:3], *v.stride()[:3],
+            *packed, counts[tiles.PAIR], counts[tiles.TARGET],
+            len_q, len_k, num_heads, head_dim**-0.5 * math.log2(math.e),
+            tail.num_whole, tail.num_parts, tail.num_slots,
+            KIND=_FORMS[forms[0]] if len(forms) == 1 else MIXED.value,
+            MAPPED=jobs is not None, FIXED=fixed, HAS_BIAS=value_bias is not None,
+            EVEN_K=len_k % n == 0, SPLIT=tail.num_slots > 0, TMA=tma,
+            BLOCK_M=m, BLOCK_N=n, D=head_dim, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     if tail.num_slots:
         _merge_kernel[(tail.num_slots // tail.num_parts, 2 if counts[tiles.PAIR] else 1)](
-            out, lse, bias, part_out, part_lse, *packed, counts[tiles.PAIR],
+            *results, *packed, counts[tiles.PAIR],
             len_q, num_heads, tail.num_whole, tail.num_parts, tail.num_slots,
             MAPPED=jobs is not None, HAS_BIAS=value_bias is not None,
             BLOCK_M=tile.block_m, D=head_dim, num_warps=tile.num_warps,
@@ -474,7 +531,7 @@ def describe(
 ) -> tuple[bool, Sequence[Tensor | TensorDescriptor]]:
     """What `load_tile` reads from: descriptors if the tile asks for them and every tensor allows it."""
     if tile.tma and all(_describable(x) for x in tensors):
-        return True, [_descriptor(x, block) for x, block in zip(tensors, blocks, strict=True)]
+        return True, [descriptor_of(x, block) for x, block in zip(tensors, blocks, strict=True)]
     return False, tensors
 
 
@@ -484,7 +541,7 @@ def _describable(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
 
 
-def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
+def descriptor_of(x: Tensor, block: int) -> TensorDescriptor:
     """Over [B, H, L, D], so that the leading dims of a block are the ones it has one of."""
     x = x.transpose(1, 2)
     # The stride of a dim of size 1 is arbitrary in PyTorch; a descriptor checks it.

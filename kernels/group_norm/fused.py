@@ -1,8 +1,8 @@
 """silu(group_norm(x)) for channels-last tensors in Triton, forward and backward.
 
 B images, P = H W positions, C channels, G groups of C / G channels; memory is [B, P, C]. A program takes a
-chunk of positions of one image with all its channels, so that every access is contiguous. Statistics are summed
-per channel and chunk, then per group by whoever needs them: no atomics, so equal inputs give equal bits.
+chunk of positions of one image with all its channels, so that every access is contiguous. Statistics are
+summed per channel and chunk, then per group by whoever needs them: no atomics, equal inputs give equal bits.
 
     n = (x - mean) / std       z = n w + b       y = z s, s = sigmoid(z)
     dz = dy s (1 + z (1 - s))  dw = sum n dz     db = sum dz
@@ -18,7 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_CHUNKS = 64
+AT_ONCE: tl.constexpr = tl.constexpr(16)
+"""Chunks whose sums are read together."""
+MAX_CHUNKS = 256
+SIZES = ["positions", "per_chunk", "num_chunks"]
+"""Not worth a compilation each."""
 ELEMENTS = 4096
 """Of a block in registers: 32 a thread with 4 warps, of each of the few tensors that are live at once."""
 
@@ -33,31 +37,42 @@ def _over_group(x, channels, C: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.const
 
 
 @triton.jit
-def _sums(partial, image, num_chunks, channels, C: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr):
+def _sums(partial, image, num_chunks, channels, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Per channel sums of one image: its chunks' partial sums [B, chunks, C], added up."""
-    chunks = tl.arange(0, CHUNKS)
-    offsets = (tl.cast(image, tl.int64) * num_chunks + chunks)[:, None] * C + channels[None, :]
-    exists = (chunks < num_chunks)[:, None] & (channels < C)[None, :]
-    return tl.sum(tl.load(partial + offsets, mask=exists, other=0.0), 0)
+    total = tl.zeros([BLOCK_C], tl.float32)
+    for first in tl.range(0, num_chunks, AT_ONCE):
+        chunks = first + tl.arange(0, AT_ONCE)
+        offsets = (tl.cast(image, tl.int64) * num_chunks + chunks)[:, None] * C + channels[None, :]
+        exists = (chunks < num_chunks)[:, None] & (channels < C)[None, :]
+        total += tl.sum(tl.load(partial + offsets, mask=exists, other=0.0), 0)
+    return total
 
 
 @triton.jit
 def _statistics(
     sum_x, sum_xx, image, num_chunks, channels, positions, eps,
-    C: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, CHUNKS: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / std of each channel's group."""
     count = positions * (C // G)
-    total = _sums(sum_x, image, num_chunks, channels, C, BLOCK_C, CHUNKS)
-    squares = _sums(sum_xx, image, num_chunks, channels, C, BLOCK_C, CHUNKS)
+    total = _sums(sum_x, image, num_chunks, channels, C, BLOCK_C)
+    squares = _sums(sum_xx, image, num_chunks, channels, C, BLOCK_C)
     mean = _over_group(total, channels, C, G, BLOCK_C, BLOCK_G) / count
     variance = _over_group(squares, channels, C, G, BLOCK_C, BLOCK_G) / count - mean * mean
     return mean, tl.rsqrt(tl.maximum(variance, 0.0) + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _sums_kernel(
-    x, sum_x, sum_xx, positions, per_chunk, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    sum_x,
+    sum_xx,
+    positions,
+    per_chunk,
+    num_chunks,
+    C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     chunk, image = tl.program_id(0), tl.program_id(1)
     channels, rows = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
@@ -72,21 +87,21 @@ def _sums_kernel(
         value = tl.load(x + offsets, mask=exists, other=0.0).to(tl.float32)
         total += value
         squares += value * value
-    out = (tl.cast(image, tl.int64) * tl.num_programs(0) + chunk) * C + channels
+    out = (tl.cast(image, tl.int64) * num_chunks + chunk) * C + channels
     tl.store(sum_x + out, tl.sum(total, 0), mask=channels < C)
     tl.store(sum_xx + out, tl.sum(squares, 0), mask=channels < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
     x, y, weight, bias, sum_x, sum_xx, positions, per_chunk, num_chunks, eps,
     C: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     chunk, image = tl.program_id(0), tl.program_id(1)
     channels, rows = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     mean, rstd = _statistics(
-        sum_x, sum_xx, image, num_chunks, channels, positions, eps, C, G, BLOCK_C, BLOCK_G, CHUNKS
+        sum_x, sum_xx, image, num_chunks, channels, positions, eps, C, G, BLOCK_C, BLOCK_G
     )
     w = tl.load(weight + channels, mask=channels < C, other=0.0).to(tl.float32) * rstd
     b = tl.load(bias + channels, mask=channels < C, other=0.0).to(tl.float32) - mean * w
@@ -108,16 +123,16 @@ def _slopes(dy, n, w, b):
     return dy * s * (1 + z * (1 - s))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _gradient_sums_kernel(
     x, dy, weight, bias, sum_x, sum_xx, sum_dz, sum_dzn, positions, per_chunk, num_chunks, eps,
     C: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     chunk, image = tl.program_id(0), tl.program_id(1)
     channels, rows = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     mean, rstd = _statistics(
-        sum_x, sum_xx, image, num_chunks, channels, positions, eps, C, G, BLOCK_C, BLOCK_G, CHUNKS
+        sum_x, sum_xx, image, num_chunks, channels, positions, eps, C, G, BLOCK_C, BLOCK_G
     )
     w = tl.load(weight + channels, mask=channels < C, other=0.0).to(tl.float32)
     b = tl.load(bias + channels, mask=channels < C, other=0.0).to(tl.float32)
@@ -139,23 +154,23 @@ def _gradient_sums_kernel(
     tl.store(sum_dzn + out, tl.sum(total_n, 0), mask=channels < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
     x, dy, dx, weight, bias, sum_x, sum_xx, sum_dz, sum_dzn, positions, per_chunk, num_chunks, eps,
     C: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     chunk, image = tl.program_id(0), tl.program_id(1)
     channels, rows = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     mean, rstd = _statistics(
-        sum_x, sum_xx, image, num_chunks, channels, positions, eps, C, G, BLOCK_C, BLOCK_G, CHUNKS
+        sum_x, sum_xx, image, num_chunks, channels, positions, eps, C, G, BLOCK_C, BLOCK_G
     )
     w = tl.load(weight + channels, mask=channels < C, other=0.0).to(tl.float32)
     b = tl.load(bias + channels, mask=channels < C, other=0.0).to(tl.float32)
     count = positions * (C // G)
-    mean_dz = w * _sums(sum_dz, image, num_chunks, channels, C, BLOCK_C, CHUNKS)
+    mean_dz = w * _sums(sum_dz, image, num_chunks, channels, C, BLOCK_C)
     mean_dz = _over_group(mean_dz, channels, C, G, BLOCK_C, BLOCK_G) / count
-    mean_dzn = w * _sums(sum_dzn, image, num_chunks, channels, C, BLOCK_C, CHUNKS)
+    mean_dzn = w * _sums(sum_dzn, image, num_chunks, channels, C, BLOCK_C)
     mean_dzn = _over_group(mean_dzn, channels, C, G, BLOCK_C, BLOCK_G) / count
     start = chunk * per_chunk
     end = tl.minimum(start + per_chunk, positions)
@@ -176,7 +191,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         sum_x, sum_xx = torch.empty(2, *shape, dtype=torch.float32, device=x.device)
         y = torch.empty_like(x, memory_format=torch.channels_last)
         with torch.cuda.device_of(x):
-            _sums_kernel[grid](x, sum_x, sum_xx, *sizes[:2], C=x.shape[1], **_blocks(x))
+            _sums_kernel[grid](x, sum_x, sum_xx, *sizes, C=x.shape[1], **_blocks(x))
             _forward_kernel[grid](x, y, weight, bias, sum_x, sum_xx, *sizes, eps, **_shapes(x, groups))
         ctx.save_for_backward(x, weight, bias, sum_x, sum_xx)
         ctx.groups, ctx.eps = groups, eps
@@ -218,8 +233,4 @@ def _blocks(x: Tensor) -> dict[str, int]:
 
 
 def _shapes(x: Tensor, groups: int) -> dict[str, int]:
-    _, (_, _, chunks), _ = _plan(x, groups)
-    return {
-        "C": x.shape[1], "G": groups, "BLOCK_G": triton.next_power_of_2(groups),
-        "CHUNKS": triton.next_power_of_2(chunks), **_blocks(x),
-    }  # fmt: skip
+    return {"C": x.shape[1], "G": groups, "BLOCK_G": triton.next_power_of_2(groups), **_blocks(x)}

@@ -11,7 +11,7 @@ import torch
 from diffusers.loaders import lora_conversion_utils as oracle
 from torch import Tensor
 
-from benchmarks.full_size_error import TINY, randomise
+from benchmarks.networks import TINY, randomise
 from benchmarks.published import build_diffusers
 from bokehflux.configs import FLUX_DEV, MMDiTConfig
 from bokehflux.models.embeddings import rope_table

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.full_size_error import TINY, randomise
+from benchmarks.networks import TINY, randomise
 from benchmarks.published import Published, build_diffusers, build_published
 from bokehflux.attention import AttentionSpec, Grounded, PivotQuery
 from bokehflux.configs import BokehConfig, MMDiTConfig
