@@ -178,6 +178,7 @@ def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[
             loras=loras,
             device=args.device,
             dtype=args.dtype,
+            compute=args.compute,
             memory=args.memory,
             on_progress=progress.loading,
         )

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from bokehflux.memory import (
     place,
 )
 from bokehflux.models.bokeh import BokehCondition, check_level
+from bokehflux.models.fp8 import check_fp8, is_fp8
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.vae import AutoencoderKL, to_uint8
 from bokehflux.sampling.denoise import Grounding, denoiser
@@ -50,6 +51,8 @@ logger = logging.getLogger(__name__)
 NEGATIVE_PROMPT = "bad quality, low resolution"
 GROUNDED_SHARE = 0.8
 """Share of the steps that are grounded when a pivot is given and nothing is said (published: 24 of 30)."""
+Compute = Literal["dtype", "fp8"]
+"""What the transformer's blocks multiply in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,10 @@ class Pipeline:
     @property
     def dtype(self) -> torch.dtype:
         return self.mmdit.dtype
+
+    @property
+    def compute(self) -> Compute:
+        return "fp8" if is_fp8(self.mmdit) else "dtype"
 
     @torch.inference_mode()
     def generate(
@@ -155,6 +162,7 @@ class Pipeline:
             "loras": [list(lora) for lora in self.loras],
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "compute": self.compute,
             "version": __version__,
         }
         grounded = num_grounded > 0
@@ -257,6 +265,7 @@ def load(
     loras: Sequence[tuple[str | Path, float]] = (),
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    compute: Compute = "dtype",
     memory: MemoryMode | Literal["auto"] = "auto",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Pipeline:
@@ -269,6 +278,8 @@ def load(
     loras: (file, strength) of each, in any of the known key families; their effects add up.
     device: None takes CUDA, then MPS, then the CPU. dtype: "bfloat16", "float32" or "float16"; None takes
         bfloat16 on a GPU and float32 on a CPU.
+    compute: "fp8" multiplies in e4m3 with rowwise scales in the transformer's blocks (`models/fp8.py`), which
+        takes half the memory; it needs a GPU of compute capability 8.9 or higher. "dtype": exactly in dtype.
     memory: "resident", "offload" or "stream" (`memory.py`); "auto" takes the first that fits in the GPU's
         free memory, and "resident" on other devices.
     on_progress: called with the bytes read so far and those of the whole model, first with 0.
@@ -279,6 +290,10 @@ def load(
 
     where = _device(device)
     kind = _dtype(dtype, where)
+    if compute not in get_args(Compute):
+        raise ValueError(f"unknown compute {compute!r}: expected one of {get_args(Compute)}")
+    if compute == "fp8":
+        check_fp8(where, kind)
     if memory not in (*MODES, "auto"):
         raise ValueError(f"unknown memory mode {memory!r}: expected 'auto' or one of {MODES}")
     resident = memory == "resident" or where.type != "cuda"
@@ -287,7 +302,13 @@ def load(
     # What will not stay on the device is never put there.
     home = where if resident else torch.device("cpu")
     parts = load_components(
-        model, adapter=adapter, loras=loras, device=home, dtype=kind, on_progress=on_progress
+        model,
+        adapter=adapter,
+        loras=loras,
+        device=home,
+        dtype=kind,
+        fp8_on=where if compute == "fp8" else None,
+        on_progress=on_progress,
     )
     placement = Placement()
     if not resident:

@@ -94,6 +94,7 @@ def facts(
         **named,
         **model_facts(model, adapter, loras),
         "dtype": str(pipe.dtype).removeprefix("torch."),
+        "compute": pipe.compute,
         "version": __version__,
         "torch": torch.__version__,
         "device": pipe.device.type,

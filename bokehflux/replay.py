@@ -12,7 +12,7 @@ from bokehflux.request import Request
 
 logger = logging.getLogger(__name__)
 
-TEXT = ("model", "vae", "clip", "t5", "tokenizers", "adapter", "device", "dtype")
+TEXT = ("model", "vae", "clip", "t5", "tokenizers", "adapter", "device", "dtype", "compute")
 
 
 def defaults_from(image: str, command: str) -> dict[str, Any]:
@@ -58,6 +58,7 @@ def warn_of_differences(image: str, facts: Mapping[str, Any]) -> None:
         "adapter_hash",
         "lora_hashes",
         "dtype",
+        "compute",
         "device_name",
         "torch",
         "version",

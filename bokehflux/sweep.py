@@ -36,7 +36,7 @@ PAGE, GRID = "index.html", "grid.png"
 DECIDES = (
     "prompt", "negative_prompt", "bokeh_pivot", "num_inference_steps", "num_grounding_steps",
     "guidance_scale", "true_cfg", "height", "width", "seed",
-    "model_hash", "adapter_hash", "lora_hashes", "dtype",
+    "model_hash", "adapter_hash", "lora_hashes", "dtype", "compute",
 )  # fmt: skip
 """Parts of a recipe that decide a picture, beside its level. Where it was made (library, device) is not
 among them: a sweep may be continued elsewhere."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bokehflux.configs import CLIPConfig, Defaults, MMDiTConfig, ScheduleConfig, T5Config, VAEConfig
 from bokehflux.models.bokeh import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.models.fp8 import fp8_layers, fp8_weight
 from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
@@ -69,6 +70,7 @@ def load_components(
     loras: Sequence[LoraChoice] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    fp8_on: torch.device | None = None,
     env: Env | None = None,
     on_progress: OnProgress | None = None,
 ) -> Components:
@@ -77,6 +79,7 @@ def load_components(
 
     `adapter`: folder, file or repository id; None takes the one that the model's card names, if any.
     `loras`: attached beside the weights of the transformer and the text encoders, where they add up.
+    `fp8_on`: as in `load_mmdit`.
     `env`: stands in for the environment. Weights that are stored narrow stay so; `dtype` is computed in.
     `on_progress`: hears of every parameter of the networks and the adapter.
     Raises CheckpointError or TokenizerError before the transformer, the largest part, is read.
@@ -115,7 +118,13 @@ def load_components(
         (read_lora(path, snapshot.mmdit, clip.config, t5.config), strength) for path, strength in lora_paths
     ]
     mmdit = load_mmdit(
-        snapshot.transformer, snapshot.mmdit, chosen, device=device, dtype=dtype, on_read=on_read
+        snapshot.transformer,
+        snapshot.mmdit,
+        chosen,
+        device=device,
+        dtype=dtype,
+        fp8_on=fp8_on,
+        on_read=on_read,
     )
     for lora, strength in added:
         attach({"mmdit": mmdit, "clip": clip, "t5": t5}, lora, strength)
@@ -171,13 +180,17 @@ def load_mmdit(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    fp8_on: torch.device | None = None,
     on_read: OnRead | None = None,
 ) -> MMDiT:
     """The transformer, with the bokeh adapter of the folder or file `adapter` built in when it is given.
 
     `path`: a diffusers folder, a BFL single file, or any checkpoint file in either layout. Without `config`,
     the `config.json` beside the file is used, or, for a BFL file, what its shapes tell.
-    Returns it in eval mode without gradients. Raises CheckpointError with everything that does not fit.
+    `fp8_on`: the blocks' projections shall multiply in fp8 (`models/fp8.py`); each is quantised on this
+    device when it is read, so that no memory ever holds them all wider. None: kept as they are.
+    Returns it in eval mode without gradients. Raises CheckpointError with everything that does not fit,
+    ValueError for sizes that fp8 cannot multiply.
     """
     base = open_part(path, TRANSFORMER)
     config = config or read_mmdit_config(base)
@@ -188,10 +201,11 @@ def load_mmdit(
     shapes = _shapes(network)
     base_shapes = {name: shape for name, shape in shapes.items() if not name.startswith(ADAPTER_PREFIX)}
     base_plan = plan_part(base, base_shapes)
+    fp8 = {} if fp8_on is None else {f"{name}.weight": fp8_on for name in fp8_layers(network)}
     if extra is None or network.bokeh is None:
-        return _filled(network, _stored(network, base_plan, base, device, dtype, on_read))
+        return _filled(network, _stored(network, base_plan, base, device, dtype, on_read, fp8))
     adapter_plan = plan_part(extra, _shapes(network.bokeh))
-    stored = _stored(network, base_plan, base, device, dtype, on_read)
+    stored = _stored(network, base_plan, base, device, dtype, on_read, fp8)
     for name, tensor in _stored(network.bokeh, adapter_plan, extra, device, dtype, on_read).items():
         stored[ADAPTER_PREFIX + name] = tensor
     return _filled(network, stored)
@@ -277,8 +291,12 @@ def _stored(
     device: torch.device | str,
     dtype: torch.dtype,
     on_read: OnRead | None,
+    fp8: Mapping[str, torch.device] = {},
 ) -> dict[str, Stored]:
-    """Every planned tensor on its device, in file order so that a cold disk is read in one sweep."""
+    """Every planned tensor on its device, in file order so that a cold disk is read in one sweep.
+
+    fp8: weights that become fp8, and where that is computed.
+    """
     where, checkpoint = torch.device(device), part.checkpoint
     # Metal has no fp8, and its bytes need not be kept for its sake alone.
     linear = {f"{n}.weight" for n, m in network.named_modules() if isinstance(m, Linear)}
@@ -289,7 +307,11 @@ def _stored(
             if not _equal(checkpoint.read(name), checkpoint.read(entry.src[0])):
                 problem = f"{name} and {entry.src[0]} must be the same tensor, but their values differ"
                 raise CheckpointError(checkpoint.path, problem)
-        stored[entry.dst] = store(entry, checkpoint, part.scales, where, dtype, keep=entry.dst in narrow)
+        found = store(entry, checkpoint, part.scales, where, dtype, keep=entry.dst in narrow)
+        if entry.dst in fp8:
+            values, scale = fp8_weight(found.tensor.to(fp8[entry.dst]), found.dequantize)
+            found = Stored(values.to(where), scale=scale.to(where))
+        stored[entry.dst] = found
         if on_read is not None:
             on_read(sum(checkpoint.tensors[name].num_bytes for name in (*entry.src, *entry.tied)))
     return stored
@@ -302,15 +324,19 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _filled(network: Network, stored: Mapping[str, Stored]) -> Network:
-    for name, (tensor, dequantize) in stored.items():
-        if dequantize is None:
+    tensors = {name: tensor for name, (tensor, _, _) in stored.items()}
+    for name, (tensor, dequantize, scale) in stored.items():
+        if dequantize is None and scale is None:
             continue
         layer = network.get_submodule(name.removesuffix(".weight"))
         assert isinstance(layer, Linear)
+        if scale is not None:
+            layer.set_fp8(tensor, scale)
+            tensors[name.removesuffix("weight") + "scale"] = scale
+            continue
         layer.dequantize = dequantize
         # Packed weights have the shape of their bytes.
         layer.weight = nn.Parameter(tensor, requires_grad=False)
-    tensors = {name: tensor for name, (tensor, _) in stored.items()}
     network.load_state_dict(tensors, strict=True, assign=True)
     hollow = [n for n, t in (*network.named_parameters(), *network.named_buffers()) if t.is_meta]
     if hollow:

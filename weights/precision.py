@@ -66,6 +66,8 @@ class Stored(NamedTuple):
 
     tensor: Tensor
     dequantize: Dequantize | None = None
+    scale: Tensor | None = None
+    """[out] float32: of a weight that multiplies in fp8."""
 
 
 def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:

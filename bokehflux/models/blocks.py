@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from bokehflux.attention import AttentionSpec
 from bokehflux.configs import MMDiTConfig
+from bokehflux.kernels.fp8 import interface as fp8
+from bokehflux.kernels.fp8.interface import Quantized
 from bokehflux.kernels.pointwise import interface as pointwise
 from bokehflux.kernels.pointwise.eager import Projected
 from bokehflux.models.bokeh import BlockAdapter
@@ -43,8 +45,10 @@ class Modulation(nn.Module):
         return tuple(ModulationOut(*chunks[3 * i : 3 * i + 3]) for i in range(self.count))
 
 
-def modulate(x: Tensor, mod: ModulationOut) -> Tensor:
-    """Layer norm without parameters, then scale and shift."""
+def modulate(x: Tensor, mod: ModulationOut, into: Linear) -> Tensor | Quantized:
+    """Layer norm without parameters, then scale and shift: the input of a layer, as that layer takes it."""
+    if into.takes_quantized:
+        return fp8.quantize_modulated(x, mod.scale, mod.shift)
     return pointwise.modulate(x, mod.scale, mod.shift)
 
 
@@ -75,27 +79,36 @@ class StreamAttention(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def project(self, x: Tensor, terms: BlockTerms) -> Projected:
+    def project(self, x: Tensor, mod: ModulationOut, terms: BlockTerms) -> Projected:
         """x [B, L, E] -> queries of the spec's query rows, keys and values."""
-        return project_heads(self.qkv, self.norm, x, terms)[0]
+        return project_heads(self.qkv, self.norm, modulate(x, mod, self.qkv), terms)[0]
 
 
-def project_heads(linear: Linear, norm: QKNorm, x: Tensor, terms: BlockTerms) -> tuple[Projected, Tensor]:
+def project_heads(
+    linear: Linear, norm: QKNorm, x: Tensor | Quantized, terms: BlockTerms
+) -> tuple[Projected, Tensor]:
     """Queries, keys and values of x [B, L, E], and what else the fused projection holds [B, L, *].
 
     Queries are computed for the rows that the attention asks for, no others. The adapter acts on projected
     queries and keys, before their norms.
     """
-    width, end = x.shape[-1], linear.out_features
+    width, end = linear.in_features, linear.out_features
     rows = terms.spec.query_rows()
-    if rows is None or len(rows) == len(x):
+    if rows is None or len(rows) == len(x.values if isinstance(x, Quantized) else x):
         q, k, v, rest = linear(x).split([width, width, width, end - 3 * width], dim=-1)
     else:
-        q = linear.columns(take_rows(x, rows), 0, width)
+        q = linear.columns(queried(x, rows), 0, width)
         k, v, rest = linear.columns(x, width, end).split([width, width, end - 3 * width], dim=-1)
     if terms.adapter is not None:
         q, k = terms.adapter.update_q(q, terms.lora_scale), terms.adapter.update_k(k, terms.lora_scale)
     return Projected(q, k, v, norm.query_norm.scale, norm.key_norm.scale), rest
+
+
+def queried(x: Tensor | Quantized, rows: tuple[int, ...]) -> Tensor | Quantized:
+    """Rows of a layer's input."""
+    if isinstance(x, Quantized):
+        return Quantized(take_rows(x.values, rows), take_rows(x.scale, rows), x.dtype)
+    return take_rows(x, rows)
 
 
 def take_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
@@ -115,6 +128,15 @@ class MLP(nn.Sequential):
             nn.Identity(),
             Linear(config.mlp_size, config.hidden_size),
         )
+
+    @property
+    def layers(self) -> tuple[GeluLinear, Linear]:
+        return self[0], self[2]  # type: ignore[return-value]
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        """[B, L, E] -> [B, L, E]."""
+        first, last = self.layers
+        return last(fp8.quantize_gelu(first.before_gelu(x)) if last.takes_quantized else first(x))
 
 
 class DoubleModulation(NamedTuple):
@@ -147,8 +169,8 @@ class DoubleStreamBlock(nn.Module):
         self, img: Tensor, txt: Tensor, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
     ) -> tuple[Tensor, Tensor]:
         """img [B, N, E], txt [B, T, E] -> (img, txt)."""
-        txt_heads = self.txt_attn.project(modulate(txt, mod.txt_attn), BlockTerms(spec=terms.spec))
-        img_heads = self.img_attn.project(modulate(img, mod.img_attn), terms)
+        txt_heads = self.txt_attn.project(txt, mod.txt_attn, BlockTerms(spec=terms.spec))
+        img_heads = self.img_attn.project(img, mod.img_attn, terms)
         q, k, v = pointwise.joint_heads((txt_heads, img_heads), rope.cos, rope.sin)
         joint = self.attention(terms.spec, q, k, v).flatten(2)
         txt_out, img_out = joint.split([txt.shape[1], img.shape[1]], dim=1)
@@ -161,7 +183,10 @@ def add_updates(
     x: Tensor, attended: Tensor, attn_mod: ModulationOut, mlp: MLP, mlp_mod: ModulationOut
 ) -> Tensor:
     """A stream [B, L, E] plus what attention gave it, then plus its MLP."""
-    x, normed = pointwise.add_gated_modulate(x, attended, attn_mod.gate, mlp_mod.scale, mlp_mod.shift)
+    fused = (
+        fp8.add_gated_quantize_modulated if mlp.layers[0].takes_quantized else pointwise.add_gated_modulate
+    )
+    x, normed = fused(x, attended, attn_mod.gate, mlp_mod.scale, mlp_mod.shift)
     return pointwise.add_gated(x, mlp(normed), mlp_mod.gate)
 
 
@@ -182,10 +207,14 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, mod: ModulationOut, rope: RopeTable, terms: BlockTerms) -> Tensor:
         """x [B, L, E] -> [B, L, E]."""
-        heads, hidden = project_heads(self.linear1, self.norm, modulate(x, mod), terms)
+        heads, hidden = project_heads(self.linear1, self.norm, modulate(x, mod, self.linear1), terms)
         q, k, v = pointwise.joint_heads((heads,), rope.cos, rope.sin)
         joint = self.attention(terms.spec, q, k, v).flatten(2)
-        return pointwise.add_gated(x, self.linear2(pointwise.concat_gelu(joint, hidden)), mod.gate)
+        if self.linear2.takes_quantized:
+            update = self.linear2(fp8.quantize_gelu(hidden, beside=joint))
+        else:
+            update = self.linear2(pointwise.concat_gelu(joint, hidden))
+        return pointwise.add_gated(x, update, mod.gate)
 
 
 class FinalLayer(nn.Module):
@@ -203,4 +232,4 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, mod: ModulationOut) -> Tensor:
         """x [B, N, E] -> [B, N, C]."""
-        return self.linear(modulate(x, mod))
+        return self.linear(modulate(x, mod, self.linear))

@@ -48,6 +48,10 @@ def fold_adapter(mmdit: MMDiT, lora_scale: float | None = None) -> Folded:
         raise ValueError("fold_adapter needs an adapter that is not folded yet")
     scale = adapter.config.lora_scale if lora_scale is None else lora_scale
     targets = list(_projections(mmdit))
+    if any(linear.scale is not None for linear, _ in targets):
+        raise ValueError(
+            "fold_adapter comes before fp8: load without compute='fp8', fold, then quantize_mmdit"
+        )
     if any(not linear.is_dense or linear.terms for linear, _ in targets):
         raise ValueError("fold_adapter needs dense projections without LoRA terms")
     originals: list[tuple[Tensor, Tensor]] = []

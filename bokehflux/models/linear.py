@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bokehflux.kernels.fp8 import interface as fp8
+from bokehflux.kernels.fp8.interface import Quantized
+
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Storage types that no matrix product takes as they are."""
+"""Storage types that no ordinary matrix product takes as they are."""
 Dequantize = Callable[[Tensor, torch.dtype], Tensor]
 """(weight as stored, compute dtype) -> dense weight [out, in]."""
 
@@ -45,14 +48,18 @@ class LowRankTerm:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that casts a narrow weight at use and adds low-rank terms.
+    """`nn.Linear` that casts a narrow weight at use, or multiplies in fp8, and adds low-rank terms.
 
     A dense weight and no terms is `nn.Linear` exactly. `dequantize` and `terms` are set by the loaders of
-    `weights`, before the first call.
+    `weights`, before the first call; the fp8 form by `set_fp8`.
     """
+
+    scale: nn.Parameter | None
+    """[out] float32, of each row of a weight in e4m3: with it the product itself is in fp8."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
+        self.register_parameter("scale", None)
         self.dequantize: Dequantize | None = None
         self.terms: tuple[LowRankTerm, ...] = ()
 
@@ -62,27 +69,53 @@ class Linear(nn.Linear):
         self.terms = tuple(term.moved(fn) for term in self.terms)
         return self
 
+    def set_fp8(self, values: Tensor, scale: Tensor) -> None:
+        """Multiply in fp8 from now on: values [out, in] float8_e4m3fn, scale [out] float32, one a row.
+
+        Inputs are quantised token by token (`kernels/fp8`); bias and terms stay in the inputs' dtype.
+        """
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.dequantize = None
+
     @property
     def is_dense(self) -> bool:
         return self.dequantize is None and self.weight.dtype not in NARROW
 
+    @property
+    def takes_quantized(self) -> bool:
+        """Whether an input may come quantised: terms want the numbers that it was made from."""
+        return self.scale is not None and not self.terms
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] as it is multiplied."""
+        if self.scale is not None:
+            return (self.weight.float() * self.scale[:, None]).to(dtype)
         return self.weight.to(dtype) if self.dequantize is None else self.dequantize(self.weight, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         return self.columns(x, 0, self.out_features)
 
-    def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Output columns start ... stop alone, at their share of the cost: parts of a fused projection."""
-        weight: Tensor = self.weight if self.is_dense else self.dense(x.dtype)
-        bias: Tensor | None = self.bias
-        if (start, stop) != (0, self.out_features):
-            weight, bias = weight[start:stop], bias[start:stop] if bias is not None else None
-        # A strided x (one stream of several rows) would be multiplied row by row, its bias added in another
-        # pass, with another rounding. The copy costs no more.
-        out = F.linear(x.contiguous(), weight, bias)
+    def columns(self, x: Tensor | Quantized, start: int, stop: int) -> Tensor:
+        """Output columns start ... stop alone, at their share of the cost: parts of a fused projection.
+
+        x [..., in]; quantised only where `takes_quantized`.
+        """
+        if self.scale is not None:
+            bias: Tensor | None = None if self.bias is None else self.bias[start:stop]
+            values = x if isinstance(x, Quantized) else fp8.quantize(x)
+            out = fp8.product(values, self.weight[start:stop], self.scale[start:stop], bias)
+        else:
+            assert isinstance(x, Tensor)
+            weight: Tensor = self.weight if self.is_dense else self.dense(x.dtype)
+            bias = self.bias
+            if (start, stop) != (0, self.out_features):
+                weight, bias = weight[start:stop], bias[start:stop] if bias is not None else None
+            # A strided x (one stream of several rows) would be multiplied row by row, its bias added in another
+            # pass, with another rounding. The copy costs no more.
+            out = F.linear(x.contiguous(), weight, bias)
         for term in self.terms:
+            assert isinstance(x, Tensor)
             out = term.add_to(out, x, start)
         return out
 
@@ -90,9 +123,13 @@ class Linear(nn.Linear):
 class GeluLinear(Linear):
     """A linear layer and GELU (tanh form); on CUDA, without gradients, in the epilogue of the product."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self._has_epilogue(x):
-            return F.gelu(super().forward(x), approximate="tanh")
+    def before_gelu(self, x: Tensor | Quantized) -> Tensor:
+        """The product alone."""
+        return super().forward(x)
+
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        if isinstance(x, Quantized) or not self._has_epilogue(x):
+            return F.gelu(self.before_gelu(x), approximate="tanh")
         rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.T, use_gelu=True)
         return rows.unflatten(0, x.shape[:-1])
 

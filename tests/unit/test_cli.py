@@ -39,6 +39,7 @@ class FakePipeline:
         self.vae = SimpleNamespace(decoder=torch.nn.Identity())
         self.defaults = Defaults(num_inference_steps=3, height_px=32, width_px=32, txt_length=8)
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, "fake"
+        self.compute = "dtype"
 
     def load(self, *args: Any, **kwargs: Any) -> FakePipeline:
         self.loaded = inspect.signature(load).bind(*args, **kwargs).arguments
@@ -132,6 +133,7 @@ def test_published_defaults(fake: FakePipeline) -> None:
     assert callable(fake.loaded.pop("on_progress"))
     assert fake.loaded == {
         "model": "nano", "adapter": None, "loras": [], "device": None, "dtype": None, "memory": "auto",
+        "compute": "dtype",
     }  # fmt: skip
     assert Path("results/bokeh-15.0.png").is_file()
 
@@ -156,11 +158,12 @@ def test_every_flag_reaches_the_pipeline(fake: FakePipeline, spelling: str) -> N
 
 def test_model_flags_reach_load(fake: FakePipeline) -> None:
     argv = ["--model", "m_1", "--adapter", "a", "--device", "cpu", "--dtype", "float32", "--memory", "stream"]
+    argv += ["--compute", "fp8"]
     assert cli.main([*SWEEP, *argv, "--lora", "x_1", "--lora", "y", "0.5"]) == 0
     assert callable(fake.loaded.pop("on_progress"))
     assert fake.loaded == {
         "model": "m_1", "adapter": "a", "loras": [("x_1", 1.0), ("y", 0.5)], "device": "cpu",
-        "dtype": "float32", "memory": "stream",
+        "dtype": "float32", "compute": "fp8", "memory": "stream",
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from bokehflux.arguments import parsers
 from bokehflux.fetch import TOKENIZERS_ONLY
 from bokehflux.generate import Pipeline
 from bokehflux.metadata import read_recipe
+from bokehflux.models.fp8 import quantize_mmdit
 from bokehflux.weights.resolve import ModelFiles
 from tests.tiny import tiny_pipeline
 
@@ -46,6 +47,7 @@ COMMON: dict[str, list[str]] = {
     "--memory": ["stream"],
     "--device": ["cpu:0"],
     "--dtype": ["bfloat16"],
+    "--compute": ["fp8"],
     "--output": ["elsewhere"],
     "--format": ["webp"],
     "--preview": ["preview.png"],
@@ -62,7 +64,8 @@ NEEDS = {
     "--negative-prompt": ["--true-cfg", "2"],
     "--preview-every": ["--preview", "preview.png"],
 }
-TINY = {kind: tiny_pipeline(dtype=dtype) for kind, dtype in DTYPES.items()}
+TINY = {kind: tiny_pipeline(dtype=dtype) for kind, dtype in DTYPES.items()} | {"fp8": tiny_pipeline()}
+quantize_mmdit(TINY["fp8"].mmdit)
 
 
 @pytest.fixture
@@ -71,11 +74,12 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = {}
 
     def load(
-        model: str | ModelFiles, *, adapter: Any, loras: Any, device: Any, dtype: Any, memory: str,
-        on_progress: Any,
+        model: str | ModelFiles, *, adapter: Any, loras: Any, device: Any, dtype: Any, compute: str,
+        memory: str, on_progress: Any,
     ) -> Pipeline:  # fmt: skip
         loaded.update(model=model, adapter=adapter, loras=loras, device=device, dtype=dtype, memory=memory)
-        return dataclasses.replace(TINY[dtype or "float32"], name=str(model))
+        loaded.update(compute=compute)
+        return dataclasses.replace(TINY[compute if compute == "fp8" else dtype or "float32"], name=str(model))
 
     def model_facts(model: str | ModelFiles, adapter: str | None, loras: Any) -> dict[str, Any]:
         loras = [list(lora) for lora in loras]

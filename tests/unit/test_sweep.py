@@ -21,7 +21,7 @@ from tests.tiny import tiny_pipeline
 PIPE = tiny_pipeline()
 FACTS = {
     "model": "tiny", "model_hash": "h", "adapter": None, "adapter_hash": None, "loras": [],
-    "lora_hashes": [], "dtype": "float32", "version": "1", "torch": "2", "device": "cpu",
+    "lora_hashes": [], "dtype": "float32", "compute": "dtype", "version": "1", "torch": "2", "device": "cpu",
 }  # fmt: skip
 BASE = Request(prompt="a cup", bokeh_targets=(0.0, 20.0), bokeh_pivot=10.0, num_inference_steps=2)
 
@@ -175,7 +175,7 @@ def test_whatever_decides_a_picture_has_a_folder_of_its_own(change: dict[str, An
 
     assert name(BASE) == name(dataclasses.replace(BASE, bokeh_targets=(3,)))
     assert name(BASE) != name(dataclasses.replace(BASE, **change))
-    for key in ("model_hash", "adapter_hash", "lora_hashes", "dtype"):
+    for key in ("model_hash", "adapter_hash", "lora_hashes", "dtype", "compute"):
         assert name(BASE) != name(BASE, **{key: "other"})
     assert name(BASE) == name(BASE, torch="9", device="cuda", version="9")
 

@@ -1,0 +1,83 @@
+"""The transformer in fp8: which layers, how their weights become e4m3, and what a device must have for it.
+
+The projections of all blocks, both streams, multiply in e4m3: one scale a token, one an output channel.
+Modulation, embedders, final layer and adapter stay as they are: next to none of the work, and an error there
+reaches every token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bokehflux.kernels.fp8 import interface as kernels
+from bokehflux.models.linear import Dequantize, Linear
+from bokehflux.models.mmdit import MMDiT
+
+
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError, with the reason, unless products in fp8 with results in `dtype` run on the device."""
+    reason = kernels.why_not(device, dtype)
+    if reason is not None:
+        raise ValueError(
+            f"compute='fp8' cannot run: {reason}. It takes an NVIDIA GPU of compute capability 8.9 or higher "
+            "with dtype bfloat16 (or, slowly, a CPU); leave it out to compute in dtype"
+        )
+
+
+def fp8_layers(mmdit: MMDiT) -> dict[str, Linear]:
+    """The layers that multiply in fp8 when asked to, by name. Raises ValueError for sizes that cannot."""
+    layers = {
+        name: layer
+        for name, layer in mmdit.named_modules()
+        if isinstance(layer, Linear)
+        and name.startswith(("double_blocks.", "single_blocks."))
+        and not name.endswith(".lin")  # modulation
+    }
+    odd = [
+        n for n, x in layers.items() if x.in_features % kernels.MULTIPLE or x.out_features % kernels.MULTIPLE
+    ]
+    if odd:
+        raise ValueError(
+            f"compute='fp8' needs layers whose sizes are multiples of {kernels.MULTIPLE}; {len(odd)} such as "
+            f"{odd[0]} are not: this model cannot be computed in fp8"
+        )
+    return layers
+
+
+def is_fp8(mmdit: MMDiT) -> bool:
+    """Whether its blocks multiply in fp8."""
+    return any(isinstance(layer, Linear) and layer.scale is not None for layer in mmdit.modules())
+
+
+@torch.no_grad()
+def quantize_mmdit(mmdit: MMDiT, device: torch.device | None = None) -> None:
+    """Turn the blocks' projections to fp8 in place, one after the other: no second copy of the model.
+
+    device: where weights are quantised (None: where they lie); they go back to where they were. Whatever
+    changes weights (`fold_adapter`, merged LoRAs) comes before; LoRAs that are attached may come at any time.
+    Raises ValueError, and changes nothing, for a network that is in fp8 already or has unfit sizes.
+    """
+    layers = fp8_layers(mmdit)
+    if is_fp8(mmdit):
+        raise ValueError("this transformer is in fp8 already")
+    for layer in layers.values():
+        home = layer.weight.device
+        values, scale = fp8_weight(layer.weight.to(device or home), layer.dequantize)
+        layer.set_fp8(values.to(home), scale.to(home))
+
+
+def fp8_weight(weight: Tensor, dequantize: Dequantize | None) -> tuple[Tensor, Tensor]:
+    """A weight [out, in] in any storage form -> (values [out, in] float8_e4m3fn, scale [out] float32).
+
+    Stored e4m3 is taken as it is, with the scale that its file gave it: nothing is rounded a second time.
+    """
+    if weight.dtype != torch.float8_e4m3fn:
+        dense = weight if dequantize is None else dequantize(weight, torch.float32)
+        values, scale, _ = kernels.quantize(dense)
+        return values, scale[:, 0].contiguous()
+    if dequantize is None:
+        return weight, torch.ones(len(weight), device=weight.device)
+    # All that scales e4m3 weights scales rows: what it makes of ones is the scale.
+    ones = torch.ones(len(weight), 1, device=weight.device).to(weight.dtype)
+    return weight, dequantize(ones, torch.float32)[:, 0].contiguous()
