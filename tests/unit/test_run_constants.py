@@ -213,3 +213,17 @@ def test_the_benchmark_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = bench_launch.measure(TINY, torch.device("cpu"), "sdpa")
     assert len(rows) == 2 * len(TINY.sides_px) * len(bench_launch.LEVELS)
     assert all(0 < row["launch"] <= row["step"] for row in rows)
+
+
+def test_compiled_blocks_are_few_whatever_the_bounds() -> None:
+    mmdit, x = with_uneven_norms(), latents()
+    assert len(set(mmdit.constants(None).logit_bounds)) > 2
+    expected = [velocity_of(mmdit)(x, SIGMA, step) for step in (0, 1)]
+    torch._dynamo.reset()
+    for block in (*mmdit.doubles, *mmdit.singles):
+        block.compile(backend="eager", fullgraph=True, dynamic=False)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    velocity = velocity_of(mmdit)
+    for step in (0, 1):
+        assert torch.equal(velocity(x, SIGMA, step), expected[step])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4
