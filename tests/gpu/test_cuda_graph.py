@@ -129,3 +129,22 @@ def test_pictures_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "MAX_TOKENS", 0)
     eager = pipe.generate("a mug", [0, 28], bokeh_pivot=15, num_inference_steps=8)
     assert torch.equal(eager.latents, latents)
+
+
+def test_what_waits_for_the_gpu_is_not_captured(mmdit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said, and the run goes on with the same numbers, on the stream where it was."""
+    said: list[str] = []
+    monkeypatch.setattr(cuda_graph.logger, "warning", lambda text, *_: said.append(text))
+    forward = mmdit.singles[0].attention.forward
+
+    def waiting(spec, q, k, v):
+        q.sum().item()
+        return forward(spec, q, k, v)
+
+    expected = velocity_of(mmdit, SIZES[0], False)(start(SIZES[0]), SIGMAS[1], 0)
+    monkeypatch.setattr(mmdit.singles[0].attention, "forward", waiting)
+    velocity, stream = velocity_of(mmdit, SIZES[0], True), torch.cuda.current_stream()
+    for _ in range(4):
+        assert torch.equal(velocity(start(SIZES[0]), SIGMAS[1], 0), expected)
+        assert torch.cuda.current_stream() == stream
+    assert len(said) == 1 and "no CUDA graph can hold" in said[0]
