@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,20 +134,32 @@ def test_pictures_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(eager.latents, latents)
 
 
-def test_what_waits_for_the_gpu_is_not_captured(mmdit, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is said, and the run goes on with the same numbers, on the stream where it was."""
-    said: list[str] = []
-    monkeypatch.setattr(cuda_graph.logger, "warning", lambda text, *_: said.append(text))
-    forward = mmdit.singles[0].attention.forward
+def failing_capture() -> None:
+    """Run by the test below: an attention that waits for the GPU."""
+    mmdit, said = tiny_mmdit().to("cuda", torch.bfloat16), []
+    cuda_graph.logger.warning = lambda text, *_: said.append(text)
+    expected = velocity_of(mmdit, SIZES[0], False)(start(SIZES[0]), SIGMAS[1], 0)
+    attention = mmdit.singles[0].attention
+    forward = attention.forward
 
     def waiting(spec, q, k, v):
         q.sum().item()
         return forward(spec, q, k, v)
 
-    expected = velocity_of(mmdit, SIZES[0], False)(start(SIZES[0]), SIGMAS[1], 0)
-    monkeypatch.setattr(mmdit.singles[0].attention, "forward", waiting)
+    attention.forward = waiting
     velocity, stream = velocity_of(mmdit, SIZES[0], True), torch.cuda.current_stream()
     for _ in range(4):
         assert torch.equal(velocity(start(SIZES[0]), SIGMAS[1], 0), expected)
         assert torch.cuda.current_stream() == stream
-    assert len(said) == 1 and "no CUDA graph can hold" in said[0]
+    assert len(said) == 1 and "no CUDA graph can hold" in said[0], said
+
+
+def test_what_waits_for_the_gpu_is_not_captured() -> None:
+    """It is said, and the run goes on with the same numbers, on the stream where it was.
+
+    In a process of its own: PyTorch's allocator does not quite forget a capture that failed.
+    """
+    code = "from tests.gpu.test_cuda_graph import failing_capture; failing_capture()"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
