@@ -190,8 +190,8 @@ class MMDiT(nn.Module):
         """By block. A normalised query's length is at most sqrt(D) times its norm's largest weight, so is a
         key's, and rotations keep lengths: |q . k| / sqrt(D) <= sqrt(D) max|w_q| max|w_k|.
 
-        2 % more covers six roundings of q and k to bfloat16. Then up to a power of two, so that compiled blocks
-        have few values to be compiled for.
+        2 % more covers six roundings of q and k to bfloat16. Then up to a power of two: compiled blocks are
+        compiled for each value.
         """
         double = [
             torch.maximum(block.img_attn.norm.largest(), block.txt_attn.norm.largest())
