@@ -262,7 +262,8 @@ def our_step(mmdit: MMDiT, batch: Batch, backend: str = "auto") -> Callable[[], 
     if batch.num_targets:
         spec = Grounded(pivot_of=(0,) * rows, backend=backend)
     condition = None if batch.levels is None else BokehCondition.of(batch.levels)
-    return lambda: mmdit.velocity(img, txt, mods, rope, spec, condition)
+    constants = mmdit.constants(condition)
+    return lambda: mmdit.velocity(img, txt, mods, rope, spec, condition, constants)
 
 
 @torch.inference_mode()
