@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import networks
-from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms
+from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms, preferred
 from benchmarks.bench_step import check, limit_of
 from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Setting
 from benchmarks.report import RESULTS, Budget, Row, bars, save, table
@@ -224,14 +224,14 @@ def run(
     *,
     sides: Sequence[int],
     num_steps: int,
-    arms: str,
+    arms: Sequence[str],
     published_runs: int,
     budget: Budget,
 ) -> Iterator[list[Row]]:
     """All rows so far, after every arm of every size."""
     pipeline = networks.build_pipeline(setting, device)
     wide = networks.widened(pipeline.mmdit)
-    built = build_arms(pipeline.mmdit, with_levels=True, wanted=arms)
+    built = build_arms(pipeline.mmdit, with_levels=True, wanted=arms, graphs=False)
     done: list[Row] = []
     for side in sides:
         if budget.spent:
@@ -252,7 +252,8 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", type=int, nargs="+", default=None, help="pixels; default 1024 512")
-    parser.add_argument("--arms", default="", help="only arms whose name contains this")
+    parser.add_argument("--arms", nargs="+", default=[""], help="only arms whose name contains one of these")
+    parser.add_argument("--backend", default="auto", help="attention of our arms, by name")
     parser.add_argument("--steps", type=int, default=None, help="default 30; 80 %% of them are grounded")
     parser.add_argument("--published-runs", type=int, default=1, help="how many of the six to measure")
     parser.add_argument("--seconds", type=float, default=500, help="begin no arm after this")
@@ -271,14 +272,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     name, rows = "generate_tiny" if args.tiny else "generate", []
-    with best_stock_attention():
+    with best_stock_attention(), preferred(args.backend):
         for rows in run(
             setting, device, sides=args.sides or setting.sides_px, arms=args.arms,
             num_steps=args.steps or (3 if args.tiny else 30), published_runs=args.published_runs,
             budget=budget,
         ):  # fmt: skip
             plot = bars(f"Six targets, {found['device']}: seconds", rows, "side", "arm", "total_s", "s")
-            save(args.out, name, found, rows, plot)
+            save(args.out, name, found, rows, plot, backend=args.backend)
     ours = [row for row in rows if row["arm"].startswith("ours")]
     return 0 if ours and all(row["verdict"] == "ok" for row in ours) else 1
 

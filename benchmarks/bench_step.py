@@ -124,8 +124,7 @@ def measure(
     right = [arm for arm in arms if isinstance(e := errors[arm.name], float) and e <= limits[arm.name]]
     extra = {}
     for arm in right:
-        calls[arm.name]()
-        extra[arm.name] = workspace_bytes(calls[arm.name], device)
+        extra[arm.name] = workspace_bytes(calls[arm.name], device)  # graphs are captured in this call
     slice_ = Budget(min(CASE_SECONDS, budget.left))
     timings = turns({arm.name: calls[arm.name] for arm in right}, device, repeats, slice_, at_least=3)
     best = min((timings[name].median for name in stock if name in timings), default=None)
@@ -154,7 +153,7 @@ def run(
     some: Sequence[Case],
     device: torch.device,
     *,
-    arms: str,
+    arms: Sequence[str],
     backend: str,
     repeats: int,
     budget: Budget,
@@ -186,7 +185,7 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=[""], help="parts of cases' names, in the order wanted")
-    parser.add_argument("--arms", default="", help="only arms whose name contains this")
+    parser.add_argument("--arms", nargs="+", default=[""], help="only arms whose name contains one of these")
     parser.add_argument("--backend", default="auto", help="attention of our arms, by name")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=500, help="begin no case after this")

@@ -1,6 +1,6 @@
 """Where the time of one denoising step goes: a table by kernel, from torch.profiler.
 
-    python -m benchmarks.profile_step [--case "pivot + 6, 1024"] [--arm "ours, compiled"]
+    python -m benchmarks.profile_step [--case "pivot + 6, 1024"] [--arm ours]
     python -m benchmarks.profile_step --tiny
 
 Of each kernel: calls, time, share of the step, and what it achieves: TFLOP/s for matrix products (from the
@@ -185,7 +185,7 @@ def measure(
     with torch.inference_mode(False):  # the networks outlive this call's mode
         case = cases(setting, device, [case_name])[0]
         mmdit = networks.build_mmdit(setting, device)
-        arms = build_arms(mmdit, with_levels=case.with_levels, backend=backend, wanted=arm_name)
+        arms = build_arms(mmdit, with_levels=case.with_levels, backend=backend, wanted=[arm_name])
         if not arms:
             raise ValueError(f"no arm of {case.name!r} is called {arm_name!r}")
         arm = arms[0]
