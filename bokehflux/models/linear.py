@@ -79,7 +79,9 @@ class Linear(nn.Linear):
         bias: Tensor | None = self.bias
         if (start, stop) != (0, self.out_features):
             weight, bias = weight[start:stop], bias[start:stop] if bias is not None else None
-        out = F.linear(x, weight, bias)
+        # A strided x (one stream of several rows) would be multiplied row by row, its bias added in another
+        # pass, with another rounding. The copy costs no more.
+        out = F.linear(x.contiguous(), weight, bias)
         for term in self.terms:
             out = term.add_to(out, x, start)
         return out
