@@ -49,7 +49,7 @@ STOCK_BACKENDS = ("reference", "sdpa", "flash")
 YARDSTICKS = ("cuDNN", "FA2", "flex", "sdpa", "published, cuDNN", "published, FA2", "published, sdpa")
 """`speedup` is over the fastest of these: PyTorch's own, for grounded shapes in the published formulation."""
 COLUMNS = {
-    "shape": "s", "arm": "s", "ms": ".3f", "p20": ".3f", "p80": ".3f", "speedup": ".2f", "tflops": ".0f",
+    "shape": "s", "arm": "s", "ms": ".3f", "speedup": ".2f", "tflops": ".0f",
     "share": ".0%", "error": ".2e", "verdict": "s",
 }  # fmt: skip
 

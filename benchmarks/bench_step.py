@@ -37,7 +37,7 @@ LEVELS: dict[str, tuple[float, ...] | None] = {
 }
 """Rows of a case by its name, most important first; the base model is what diffusers runs, with one row."""
 COLUMNS = {
-    "case": "s", "arm": "s", "ms": ".2f", "p20": ".2f", "p80": ".2f", "speedup": ".2f", "tflops": ".0f",
+    "case": "s", "arm": "s", "ms": ".2f", "speedup": ".2f", "tflops": ".0f",
     "share": ".0%", "error": ".2e", "peak_gb": ".1f", "verdict": "s",
 }  # fmt: skip
 
