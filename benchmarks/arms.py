@@ -59,7 +59,7 @@ if importlib.util.find_spec("bokehflux.models.fp8") is not None:
     OURS["ours, fp8"] = Ours(
         with_levels=lambda mmdit: networks.in_fp8(networks.folded(mmdit)),
         base=lambda mmdit: networks.in_fp8(networks.on_same_weights(mmdit)),
-        max_error_ratio=30.0,
+        max_error_ratio=10.0,
     )
 
 

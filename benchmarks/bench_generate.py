@@ -230,20 +230,23 @@ def run(
 ) -> Iterator[list[Row]]:
     """All rows so far, after every arm of every size."""
     pipeline = networks.build_pipeline(setting, device)
+    # Before any arm takes its memory: written-out attention needs up to 25 GB.
     wide = networks.widened(pipeline.mmdit)
+    batches = {
+        side: networks.draw_batch(setting, side, (PIVOT_LEVEL, *TARGET_LEVELS), device) for side in sides
+    }
+    exact = {side: networks.exact(wide, batch) for side, batch in batches.items()}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     built = build_arms(pipeline.mmdit, with_levels=True, wanted=arms, graphs=False)
     done: list[Row] = []
-    for side in sides:
+    for side, batch in batches.items():
         if budget.spent:
             print(f"out of time before {side} px")
             break
-        batch = networks.draw_batch(setting, side, (PIVOT_LEVEL, *TARGET_LEVELS), device)
-        exact = networks.exact(wide, batch)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
         job = Job(side_px=side, num_steps=num_steps, num_grounded=round(0.8 * num_steps))
         found: list[Row] = []
-        for found in measure(pipeline, job, built, batch, exact, published_runs, budget):
+        for found in measure(pipeline, job, built, batch, exact[side], published_runs, budget):
             yield done + found
         print(table(found, COLUMNS) + f"\n{budget.left:.0f} s left", flush=True)
         done += found

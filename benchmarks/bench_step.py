@@ -11,6 +11,7 @@ Random weights in the official layout, bfloat16. An arm whose velocity strays fr
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,21 +163,24 @@ def run(
     ceiling = gemm_ceiling(device)
     print(f"bf16 matrix product: {ceiling:.0f} TFLOP/s", flush=True)
     mmdit = networks.build_mmdit(setting, device)
+    # Before any arm takes its memory: written-out attention needs up to 25 GB.
     wide = networks.widened(mmdit)
-    built: dict[bool, list[Arm]] = {}
+    exact = {case.name: networks.exact(wide, case.batch) for case in some}
+    print(f"float32 velocities of {len(some)} cases; {budget.left:.0f} s left", flush=True)
+    built: list[Arm] = []
     rows: list[Row] = []
-    for case in some:
+    for case, before in zip(some, [None, *some], strict=False):
         if budget.spent:
             print(f"out of time before {case.name}")
             break
-        exact = networks.exact(wide, case.batch)
-        if case.with_levels not in built:
-            built[case.with_levels] = build_arms(
-                mmdit, with_levels=case.with_levels, backend=backend, wanted=arms
-            )
+        if before is None or before.with_levels != case.with_levels:
+            built.clear()  # two sets of copies would not fit in 80 GB
+            torch._dynamo.reset()
+            gc.collect()
+            built += build_arms(mmdit, with_levels=case.with_levels, backend=backend, wanted=arms)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        found = measure(setting, case, built[case.with_levels], exact, ceiling, repeats, budget)
+        found = measure(setting, case, built, exact[case.name], ceiling, repeats, budget)
         print(table(found, COLUMNS) + f"\n{budget.left:.0f} s left", flush=True)
         rows += found
         yield rows, ceiling
