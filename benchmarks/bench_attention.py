@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from benchmarks.arms import best_stock_attention
 from benchmarks.report import RESULTS, Budget, Row, bars, first_line, save, table
 from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
 from benchmarks.timing import environment, gemm_ceiling, interleaved, num_sets
@@ -386,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     name, rows = "attention_tiny" if args.tiny else "attention", []
-    with torch.no_grad():
+    with torch.no_grad(), best_stock_attention():
         ceiling = gemm_ceiling(device)
         print(f"bf16 matrix product: {ceiling:.0f} TFLOP/s", flush=True)
         for shape in shapes:

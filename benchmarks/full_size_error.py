@@ -30,7 +30,7 @@ from bokehflux.weights.write import write_json
 
 SIGMAS = (0.9, 0.3)
 """Exact in bfloat16, times 1000 too: the arms get what the reference gets."""
-KINDS = ("one row", "pair", "pivot + 6")
+KINDS = ("one row", "pair")
 COLUMNS = {"case": "s", "error": ".3e", "published": ".3e", "ratio": ".3f", "verdict": "s"}
 
 

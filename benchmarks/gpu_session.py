@@ -58,13 +58,13 @@ JOBS: dict[str, Job] = {
     # Most of the time of these is compiling, which several processes share.
     "tests": Job(arguments=("-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-n", "8"), limit_s=240),
     "attention": _bench("bench_attention", 170, "--repeats", "20", *TIMED),
-    "step": _bench("bench_step", 270, "--repeats", "9", "--cases", *STEP_CASES, *TIMED),
+    "step": _bench("bench_step", 290, "--repeats", "9", "--cases", *STEP_CASES, *TIMED),
     "profile": _bench("profile_step", 70),
     "profile_base": _bench("profile_step", 70, "--case", "base, 1024", "--name", "profile_base"),
     "generate": _bench("bench_generate", 300, *TIMED),
     "memory": _bench("bench_memory", 300, "--modes", "stream", "resident", "offload", "--steps", "4", *TIMED),
-    "train_attention": _bench("bench_train_attention", 80, "--repeats", "10", *TIMED),
-    "error": _bench("full_size_error", 80),
+    "train_attention": _bench("bench_train_attention", 110, "--repeats", "10", *TIMED),
+    "error": _bench("full_size_error", 90),
     "tiles": _bench("sweep_tiles", 200, *TIMED),
     "smoke": _bench("bench_step", 90, "--tiny", "--repeats", "1", "--cases", "pair, 32", "base, 32"),
 }
