@@ -4,10 +4,10 @@
     python -m benchmarks.full_size_error --tiny
 
 Ours, eager (the arm that reproduces the published rounding), beside the published formulation on diffusers:
-one velocity each on the same random weights and inputs, unbounded, as a pair, and with further targets in
-the batch, at two noise levels; both against ours in float32 with the written-out reference attention.
-Passes when our error is at most the published one's plus 5 % in every case. Nothing is timed: `bench_step`
-does that, and checks every arm. Needs diffusers. Writes full_size_error.json.
+one velocity each on the same random weights and inputs, unbounded and as a pair, at two noise levels; both
+against ours in float32 with the written-out reference attention. Passes when our error is at most the
+published one's plus 5 % in every case. Nothing is timed: `bench_step` does that, and checks every arm. Needs
+diffusers. Writes full_size_error.json.
 """
 
 from __future__ import annotations
