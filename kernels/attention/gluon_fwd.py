@@ -41,7 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import triton_fwd
+from . import tiles, triton_fwd
 from .tiles import Tail, Tile
 
 PLAIN: gl.constexpr = gl.constexpr(triton_fwd.PLAIN.value)
