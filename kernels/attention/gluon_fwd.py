@@ -129,13 +129,6 @@ def _produce(
         q_row, pivot_row, row, head, start_m, begin, end, _ = _find_work(
             item, plan, jobs, 64 * NUM_GROUPS, BLOCK_N, MAPPED
         )
-        for group in gl.static_range(NUM_GROUPS):
-            mbarrier.wait(q_empty.index(group), q_parity ^ 1)
-            mbarrier.expect(q_full.index(group), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                q_desc, [q_row, head, start_m + 64 * group, 0], q_full.index(group), q_tiles.index(group)
-            )
-        q_parity ^= 1
         last = end - 1
         if KIND == PLAIN:
             slot, parity = _put(k_desc, row, head, last, ring, slot, parity, BLOCK_N)
@@ -144,6 +137,14 @@ def _produce(
             slot, parity = _put(k_desc, row, head, last, ring, slot, parity, BLOCK_N)
         if KIND == PAIR:
             slot, parity = _put(v_desc, pivot_row, head, last, ring, slot, parity, BLOCK_N)
+        # After these keys: they need not wait until the queries of the work before are done with.
+        for group in gl.static_range(NUM_GROUPS):
+            mbarrier.wait(q_empty.index(group), q_parity ^ 1)
+            mbarrier.expect(q_full.index(group), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q_desc, [q_row, head, start_m + 64 * group, 0], q_full.index(group), q_tiles.index(group)
+            )
+        q_parity ^= 1
         for step in range(1, end - begin):
             block = last - step
             if KIND == PLAIN:
@@ -252,8 +253,9 @@ def _start_values(weights, acc, ring, slot, parity):
 
 @gluon.jit
 def _row(
-    q, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
-    IS_TARGET: gl.constexpr, FIXED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr,
+    q, q_empty, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
+    IS_TARGET: gl.constexpr, FIXED: gl.constexpr, EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """A plain row or a target: values [64, D] to be divided, offsets, sums [64], and where the ring stands.
 
@@ -313,6 +315,8 @@ def _row(
             total *= fade
         total += sums
 
+    if not KEEP_Q:
+        mbarrier.arrive(q_empty, count=1)
     acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
     acc = warpgroup_mma_wait(0, [acc])
     _release(ring, v_slot)
@@ -332,8 +336,8 @@ def _add_pivot(s, m, weights_p, m_p, scale, FIXED: gl.constexpr):
 
 @gluon.jit
 def _pair(
-    q, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
-    FIXED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr,
+    q, q_empty, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
+    FIXED: gl.constexpr, EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """A pivot with its first target: results of the target as in `_row`, then the pivot's.
 
@@ -392,6 +396,8 @@ def _pair(
         acc_p = warpgroup_mma_wait(0, [acc_p])
         _release(ring, v_slot)
 
+    if not KEEP_Q:
+        mbarrier.arrive(q_empty, count=1)
     acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
     acc = warpgroup_mma_wait(0, [acc])
     _release(ring, v_slot)
@@ -461,16 +467,15 @@ def _consume(
             mbarrier.arrive(q_empty.index(group), count=1)
         if KIND == PAIR:
             acc, m, total, acc_p, m_p, total_p, use = _pair(
-                q, no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale, FIXED, EVEN_K, BLOCK_N
-            )
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
+                FIXED, EVEN_K, KEEP_Q, BLOCK_N,
+            )  # fmt: skip
         else:
             acc, m, total, use = _row(
-                q, no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
-                KIND == TARGET, FIXED, EVEN_K, BLOCK_N,
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
+                KIND == TARGET, FIXED, EVEN_K, KEEP_Q, BLOCK_N,
             )  # fmt: skip
         slot, parity = use
-        if not KEEP_Q:
-            mbarrier.arrive(q_empty.index(group), count=1)
         if KIND == PAIR:
             _store(
                 acc_p, m_p, total_p, results, plan, pivot_row, head, start_m, line,
