@@ -1,4 +1,4 @@
-"""The ways to compute a denoising step that benchmarks compare. A further way of ours is an entry of `OURS`."""
+"""The ways to compute a denoising step that benchmarks compare. Another way of ours: an entry of `OURS`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Ours:
 
 OURS: dict[str, Ours] = {
     "ours, compiled": Ours(
-        with_levels=lambda mmdit: networks.compiled(networks.folded(mmdit)), base=networks.compiled
+        with_levels=lambda mmdit: networks.compiled(networks.folded(mmdit)),
+        base=lambda mmdit: networks.compiled(networks.on_same_weights(mmdit)),
     ),
     "ours, eager": Ours(with_levels=lambda mmdit: mmdit, base=lambda mmdit: mmdit),
 }

@@ -3,11 +3,11 @@
     python -m benchmarks.bench_generate [--seconds 500] [--sides 1024] [--arms compiled] [--published-runs 6]
     python -m benchmarks.bench_generate --tiny
 
-Ours: `Pipeline.generate` on the networks of `arms.OURS`. The published way: six runs of two rows, each encoding
-the prompt and the negative prompt and decoding two pictures. Text encoders, VAE and colour transfer are ours in
-both: the difference is the way, not the parts. By default one of the six published runs is timed and counted
-six times (`measured_runs`). Random weights; every arm's first step is compared with float32 before it is timed.
-Writes generate.json and generate.png.
+Ours: `Pipeline.generate` on the networks of `arms.OURS`. The published way: six runs of two rows, each
+encoding the prompt and the negative prompt and decoding two pictures. Text encoders, VAE and colour
+transfer are ours in both: the difference is the way, not the parts. By default one of the six published
+runs is timed and counted six times (`measured_runs`). Random weights; every arm's first step is compared
+with float32 before it is timed. Writes generate.json and generate.png.
 """
 
 from __future__ import annotations

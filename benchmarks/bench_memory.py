@@ -95,11 +95,12 @@ def capped(device: torch.device, cap_gb: float | None) -> Iterator[None]:
         return
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * cap_gb / total), device)
+    # No device here: this function refuses one without an index.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * cap_gb / total))
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def run_job(

@@ -24,7 +24,6 @@ from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_
 from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Batch, Setting
 from benchmarks.report import RESULTS, Budget, Row, bars, first_line, save, table, turns, workspace_bytes
 from benchmarks.timing import environment, gemm_ceiling
-from bokehflux.models.mmdit import MMDiT
 
 SANE_ERROR = 0.5
 """No error above this passes, whatever the comparison arm's: that one may be wrong itself."""

@@ -3,11 +3,11 @@
     python -m benchmarks.full_size_error [--out benchmarks/results]
     python -m benchmarks.full_size_error --tiny
 
-Ours, eager (the arm that reproduces the published rounding), beside the published formulation on diffusers: one
-velocity each on the same random weights and inputs, unbounded, as a pair, and with further targets in the batch,
-at two noise levels; both against ours in float32 with the written-out reference attention. Passes when our
-error is at most the published one's plus 5 % in every case. Nothing is timed: `bench_step` does that, and
-checks every arm. Needs diffusers. Writes full_size_error.json.
+Ours, eager (the arm that reproduces the published rounding), beside the published formulation on diffusers:
+one velocity each on the same random weights and inputs, unbounded, as a pair, and with further targets in
+the batch, at two noise levels; both against ours in float32 with the written-out reference attention.
+Passes when our error is at most the published one's plus 5 % in every case. Nothing is timed: `bench_step`
+does that, and checks every arm. Needs diffusers. Writes full_size_error.json.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run(setting: Setting, device: torch.device, seed: int = 0, limit: float = 1.
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--tiny", action="store_true", help="a toy on any machine; its rounding may differ 2x")
+    parser.add_argument("--tiny", action="store_true", help="a toy on any machine, within twice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -34,6 +34,8 @@ TAIL_LINES = 15
 """Of a failed job's log."""
 RESERVE_SECONDS = 10.0
 """Kept for the last job's end, packing and printing."""
+SHORTEST_SECONDS = 15.0
+"""With less left no job is begun."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +52,15 @@ def _bench(name: str, limit_s: float, *options: str) -> Job:
 
 
 TIMED = ("--seconds", "{seconds}")
+STEP_CASES = ("base", "pair, 1024", "pivot + 6, 1024", "pair, 512")
 JOBS: dict[str, Job] = {
     "imports": Job(
         arguments=("-c", "import benchmarks.rivals; import fa3_fwd_interface; print('all there')"), limit_s=60
     ),
     # Most of the time of these is compiling, which several processes share.
-    "tests": Job(arguments=("-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-n", "6"), limit_s=240),
-    "attention": _bench("bench_attention", 150, "--repeats", "20", *TIMED),
-    "step": _bench("bench_step", 270, "--repeats", "9", "--cases", "base", "pair", "pivot + 6, 1024", *TIMED),
+    "tests": Job(arguments=("-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-n", "8"), limit_s=240),
+    "attention": _bench("bench_attention", 170, "--repeats", "20", *TIMED),
+    "step": _bench("bench_step", 270, "--repeats", "9", "--cases", *STEP_CASES, *TIMED),
     "profile": _bench("profile_step", 70),
     "profile_base": _bench("profile_step", 70, "--case", "base, 1024", "--name", "profile_base"),
     "generate": _bench("bench_generate", 300, *TIMED),
@@ -91,7 +94,7 @@ def run(name: str, options: Sequence[str], folder: Path, budget: Budget) -> Outc
     """Run one job; its log and results go below `folder`."""
     job = JOBS[name]
     limit = min(job.limit_s, budget.left - RESERVE_SECONDS)
-    if limit < 15:
+    if limit < SHORTEST_SECONDS:
         return Outcome(name=name, status=None, seconds=0.0, log=None)
     log = _unused(folder / "logs" / f"{name}.log")
     filled = {"{out}": str(folder / "results"), "{seconds}": f"{0.75 * limit:.0f}"}
@@ -148,7 +151,7 @@ def digest(outcomes: Sequence[Outcome], results: Path, size: int = PRINTED_CHARA
         if outcome.log is not None:
             lines = outcome.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
             text = "\n".join(lines if outcome.status == 0 else lines[-TAIL_LINES:])
-            parts.append(f"== {outcome.name}\n{text[-max(room, 0):]}")
+            parts.append(f"== {outcome.name}\n{text[-max(room, 0) :]}")
     return "\n".join([*parts, "== figures", figures, "== jobs", ends])[-size:]
 
 

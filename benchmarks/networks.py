@@ -212,9 +212,9 @@ def widened(mmdit: MMDiT) -> MMDiT:
 
 
 def compiled(mmdit: MMDiT) -> MMDiT:
-    twin = on_same_weights(mmdit)
-    twin.compile_blocks()
-    return twin
+    """The network itself, its blocks compiled."""
+    mmdit.compile_blocks()
+    return mmdit
 
 
 def folded(mmdit: MMDiT) -> MMDiT:

@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,11 @@ class Finding:
     against: str
     value: float
     must: float
-    aim: float | None
+    aim: float | None = None
     form: str
     """Of all three, as `format` takes it; then their unit."""
     unit: str
-    at_most: bool
+    at_most: bool = False
     how: str
     """The arms that were compared."""
     environment: Mapping[str, str]
@@ -89,73 +89,131 @@ class Results:
         return self.files[name]["environment"]
 
 
-def fastest(rows: Sequence[Row], key: str, accept: Callable[[str], bool]) -> Row | None:
-    """The row with the smallest row[key] among arms that are accepted by name."""
-    known = [row for row in rows if row.get(key) is not None and accept(row["arm"])]
-    return min(known, key=lambda row: row[key], default=None)
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """A goal: how many times our best arm's time fits in the best one's of some others, in one run."""
+
+    what: str
+    file: str
+    where: Mapping[str, str]
+    """Values of the rows that are compared."""
+    rivals: tuple[str, ...]
+    must: float
+    aim: float | None = None
+    is_fp8: bool = False
+
+    def measured(self, results: Results) -> Iterator[Finding]:
+        key, unit = ("total_s", "s") if self.file == "generate" else ("ms", "ms")
+        rows = [row for row in results.rows(self.file, **self.where) if row.get(key) is not None]
+        ours = [row for row in rows if is_ours(row) and ("fp8" in row["arm"]) == self.is_fp8]
+        others = [row for row in rows if row["arm"] in self.rivals]
+        if ours and others:
+            mine, best = (min(some, key=lambda row: row[key]) for some in (ours, others))
+            yield Finding(
+                what=self.what, against=best["arm"], value=best[key] / mine[key], must=self.must,
+                aim=self.aim, form=".2f", unit="x",
+                how=f"{mine['arm']}: {mine[key]:.4g} against {best[key]:.4g} {unit}",
+                environment=results.environment(self.file),
+            )  # fmt: skip
 
 
-def _is_ours(arm: str) -> bool:
-    return arm.startswith("ours") and "fp8" not in arm
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """A goal: what one memory mode may take, in one job."""
+
+    what: str
+    mode: str
+    storage: str
+    job: str
+    key: str
+    must: float
+    unit: str
+
+    def measured(self, results: Results) -> Iterator[Finding]:
+        for row in results.rows("memory", mode=self.mode, storage=self.storage, job=self.job):
+            if row.get(self.key) is not None:
+                yield Finding(
+                    what=self.what, against="", value=row[self.key], must=self.must, form=".2f",
+                    unit=self.unit, at_most=True, how=f"{self.mode}; {self.job}; {row['verdict']}",
+                    environment=results.environment("memory"),
+                )  # fmt: skip
 
 
-def _is_fp8(arm: str) -> bool:
-    return arm.startswith("ours") and "fp8" in arm
+def is_ours(row: Row) -> bool:
+    return row.get("ours", row["arm"].startswith("ours"))
 
 
-def ratio(
-    results: Results, name: str, rows: Sequence[Row], key: str, what: str, rivals: Sequence[str],
-    must: float, aim: float | None = None, *, ours: Callable[[str], bool] | None = None,
-) -> Iterator[Finding]:
-    """How many times our best arm's time fits in the best one's of `rivals`."""
-    mine = fastest(rows, key, ours or _is_ours)
-    best = fastest(rows, key, lambda arm: arm in rivals)
-    if mine is None or best is None:
-        return
-    yield Finding(
-        what=what, against=best["arm"], value=best[key] / mine[key], must=must, aim=aim, form=".2f", unit="x",
-        at_most=False, how=f"{mine['arm']}: {mine[key]:.4g} against {best[key]:.4g} {_unit(key)}",
-        environment=results.environment(name),
-    )  # fmt: skip
+PLAIN, FA3 = ("cuDNN", "FA2", "flex"), ("FA3",)
+PUBLISHED = ("published, cuDNN", "published, FA2")
+EAGER, COMPILED = ("published, eager",), ("published, compiled",)
+ONE, SIX = f"1 at {SMALL}", f"6 at {LARGE}"
+GOALS: tuple[Race | Memory, ...] = (
+    *(
+        Race(
+            what=f"{what}, S {length}", file="attention", where={"shape": f"{shape}-{length}"}, rivals=rivals,
+            must=must, aim=aim,
+        )
+        for what, shape, rivals, must, aim in (
+            ("plain attention", "plain-1", PLAIN, 1.0, None),
+            ("plain attention", "plain-1", FA3, 1.0, None),
+            ("grounded attention, N = 1", "grounded-1", PUBLISHED, 1.9, 2.2),
+            ("grounded attention, N = 6", "grounded-6", PUBLISHED, 2.4, 3.0),
+        )
+        for length in (1536, 4608)
+    ),
+    *(
+        Race(what=what, file="step", where={"case": case}, rivals=rivals, must=must, aim=aim)
+        for what, case, rivals, must, aim in (
+            ("step 1024², one row", f"base, {LARGE}", ("diffusers, compiled",), 1.15, 1.2),
+            ("step 512², one row", f"base, {SMALL}", ("diffusers, compiled",), 1.15, 1.3),
+            ("step 512², one row", f"base, {SMALL}", ("diffusers, eager",), 2.5, None),
+            ("grounded pair 1024²", f"pair, {LARGE}", EAGER, 2.0, 2.2),
+            ("grounded pair 1024²", f"pair, {LARGE}", COMPILED, 1.35, 1.5),
+        )
+    ),
+    *(
+        Race(
+            what=f"six targets, 30 steps, {side.removesuffix(' px')}²{', fp8' if is_fp8 else ''}",
+            file="generate", where={"side": side}, rivals=rivals, must=must, aim=aim, is_fp8=is_fp8,
+        )
+        for side in (SMALL, LARGE)
+        for rivals, must, aim, is_fp8 in (
+            (EAGER, 3.0, 3.8, False), (COMPILED, 2.1, 2.6, False), (EAGER, 4.5, 5.5, True),
+        )
+    ),
+    *(
+        Memory(what=what, mode=mode, storage=storage, job=job, key=key, must=must, unit=unit)
+        for what, mode, storage, job, key, must, unit in (
+            ("peak GPU memory, exact bf16", "offload", "bf16", ONE, "gpu_gb", 18.5, " GB"),
+            ("peak GPU memory, fp8", "offload", "fp8", ONE, "gpu_gb", 10.0, " GB"),
+            ("peak GPU memory, streamed", "stream", "bf16", ONE, "gpu_gb", 3.0, " GB"),
+            ("time of a streamed step", "stream", "bf16", SIX, "vs_resident", 1.15, "x"),
+        )
+    ),
+)  # fmt: skip
 
 
-def _unit(key: str) -> str:
-    return "ms" if key == "ms" else "s"
-
-
-def attention(results: Results) -> Iterator[Finding]:
-    names = {row["arm"] for row in results.rows("attention", ours=True)}
-    for length in (1536, 4608):
-        def compare(shape: str, what: str, rivals: Sequence[str], must: float, aim: float | None = None):  # type: ignore
-            rows = results.rows("attention", shape=f"{shape}-{length}")
-            return ratio(
-                results, "attention", rows, "ms", f"{what}, S {length}", rivals, must, aim,
-                ours=lambda arm: arm in names,
-            )
-
-        yield from compare("plain-1", "plain attention", ("cuDNN", "FA2", "flex"), 1.0)
-        yield from compare("plain-1", "plain attention", ("FA3",), 1.0)
-        stock = ("published, cuDNN", "published, FA2")
-        yield from compare("grounded-1", "grounded attention, N = 1", stock, 1.9, 2.2)
-        yield from compare("grounded-6", "grounded attention, N = 6", stock, 2.4, 3.0)
-
-
-def steps(results: Results) -> Iterator[Finding]:
-    def compare(case: str, what: str, rival: str, must: float, aim: float | None = None) -> Iterator[Finding]:
-        return ratio(results, "step", results.rows("step", case=case), "ms", what, (rival,), must, aim)
-
-    large, small = f"base, {LARGE}", f"base, {SMALL}"
-    yield from compare(large, "step 1024², one row", "diffusers, compiled", 1.15, 1.2)
-    yield from compare(small, "step 512², one row", "diffusers, compiled", 1.15, 1.3)
-    yield from compare(small, "step 512², one row", "diffusers, eager", 2.5)
-    yield from compare(f"pair, {LARGE}", "grounded pair 1024²", "published, eager", 2.0, 2.2)
-    yield from compare(f"pair, {LARGE}", "grounded pair 1024²", "published, compiled", 1.35, 1.5)
-    best = fastest(results.rows("step", case=large), "ms", _is_ours)
-    if best is not None:
+def efficiency(results: Results) -> Iterator[Finding]:
+    rows = results.rows("step", case=f"base, {LARGE}")
+    ours = [row for row in rows if is_ours(row) and "fp8" not in row["arm"]]
+    if ours:
+        best = min(ours, key=lambda row: row["ms"])
         yield Finding(
             what="compute efficiency of the 1024² step", against="bf16 product 8192³ in the same run",
-            value=best["share"], must=0.85, aim=0.92, form=".0%", unit="", at_most=False,
+            value=best["share"], must=0.85, aim=0.92, form=".0%", unit="",
             how=f"{best['arm']}: {best['tflops']:.0f} TFLOP/s", environment=results.environment("step"),
+        )  # fmt: skip
+
+
+def peak(results: Results) -> Iterator[Finding]:
+    mine = results.rows("memory", job=ONE, storage="bf16", mode="offload")
+    published = results.rows("generate", side=SMALL, arm=EAGER[0])
+    if mine and published and mine[0].get("gpu_gb") and published[0].get("peak_gb"):
+        yield Finding(
+            what="peak memory, exact bf16, 512²", against="published, everything resident",
+            value=mine[0]["gpu_gb"] / published[0]["peak_gb"], must=0.56, form=".2f", unit="x", at_most=True,
+            how=f"offload: {mine[0]['gpu_gb']:.1f} of {published[0]['peak_gb']:.1f} GB",
+            environment=results.environment("memory"),
         )  # fmt: skip
 
 
@@ -163,61 +221,21 @@ def errors(results: Results) -> Iterator[Finding]:
     """The largest ratio of an arm's error to that of the published formulation, eager, in the same case."""
     found: list[tuple[float, str]] = []
     for row in results.rows("step"):
-        if _is_ours(row["arm"]):
-            stock = results.rows("step", case=row["case"], arm="published, eager")
+        if is_ours(row) and "fp8" not in row["arm"]:
+            stock = results.rows("step", case=row["case"], arm=EAGER[0])
             found += [(row["error"] / other["error"], f"{row['arm']}; {row['case']}") for other in stock]
     if found:
         value, how = max(found)
         yield Finding(
-            what="error of each bf16 arm against fp32", against="published, eager", value=value, must=1.1,
-            aim=None, form=".2f", unit="x", at_most=True, how=f"largest: {how}",
-            environment=results.environment("step"),
-        )  # fmt: skip
-
-
-def jobs(results: Results) -> Iterator[Finding]:
-    for side in (SMALL, LARGE):
-        rows = results.rows("generate", side=side)
-        what = f"six targets, 30 steps, {side.removesuffix(' px')}²"
-        yield from ratio(results, "generate", rows, "total_s", what, ("published, eager",), 3.0, 3.8)
-        yield from ratio(results, "generate", rows, "total_s", what, ("published, compiled",), 2.1, 2.6)
-        yield from ratio(
-            results, "generate", rows, "total_s", f"{what}, fp8", ("published, eager",), 4.5, 5.5, ours=_is_fp8
-        )
-
-
-def memory(results: Results) -> Iterator[Finding]:
-    def least(what: str, job: str, modes: Sequence[str], storage: str, key: str, must: float, unit: str) -> Iterator[Finding]:
-        rows = [row for row in results.rows("memory", job=job, storage=storage) if row["mode"] in modes]
-        rows = [row for row in rows if row.get(key) is not None]
-        if rows:
-            best = min(rows, key=lambda row: row[key])
-            yield Finding(
-                what=what, against="", value=best[key], must=must, aim=None, form=".2f", unit=unit,
-                at_most=True, how=f"{best['mode']}; {job}; {best['verdict']}",
-                environment=results.environment("memory"),
-            )  # fmt: skip
-
-    one, six = f"1 at {SMALL}", f"6 at {LARGE}"
-    yield from least("peak GPU memory, exact bf16, not streamed", one, ("offload",), "bf16", "gpu_gb", 18.5, " GB")
-    yield from least("peak GPU memory, fp8, not streamed", one, ("offload",), "fp8", "gpu_gb", 10.0, " GB")
-    yield from least("peak GPU memory, streamed", one, ("stream",), "bf16", "gpu_gb", 3.0, " GB")
-    yield from least("time of a streamed step over a resident one", six, ("stream",), "bf16", "vs_resident", 1.15, "x")
-    mine = results.rows("memory", job=one, storage="bf16", mode="offload")
-    published = results.rows("generate", side=SMALL, arm="published, eager")
-    if mine and published and mine[0].get("gpu_gb") and published[0].get("peak_gb"):
-        yield Finding(
-            what="peak memory, exact bf16, 512²", against="published, everything resident",
-            value=mine[0]["gpu_gb"] / published[0]["peak_gb"], must=0.56, aim=None, form=".2f", unit="x",
-            at_most=True, how=f"offload: {mine[0]['gpu_gb']:.1f} of {published[0]['peak_gb']:.1f} GB",
-            environment=results.environment("memory"),
+            what="error of each bf16 arm against fp32", against=EAGER[0], value=value, must=1.1, form=".2f",
+            unit="x", at_most=True, how=f"largest: {how}", environment=results.environment("step"),
         )  # fmt: skip
 
 
 def findings(folder: Path) -> list[Finding]:
     """Every figure that the files of a folder give, in the order of the goals."""
     results = Results(folder)
-    parts = (attention, steps, jobs, memory, errors)
+    parts = [goal.measured for goal in GOALS] + [efficiency, peak, errors]
     return [finding for part in parts for finding in part(results)]
 
 
@@ -232,7 +250,10 @@ def markdown(found: Sequence[Finding]) -> str:
     for finding in found:
         row, where = finding.row(), finding.environment
         command = re.sub(r" --(out|seconds) \S+", "", where.get("command", "unknown"))
-        run = f"`{command}` on {where['device']}, torch {where['torch']}, triton {where['triton']}, commit `{where['commit'][:12]}`"
+        run = (
+            f"`{command}` on {where['device']}, torch {where['torch']}, triton {where['triton']}, "
+            f"commit `{where['commit'][:12]}`"
+        )
         number = runs.setdefault(run, len(runs) + 1)
         cells = [row[key] for key in COLUMNS if key != "how"] + [row["how"], str(number)]
         lines.append("| " + " | ".join(cells) + " |")

@@ -90,11 +90,12 @@ def _pass(arm: Callable[[int], Any], sets: int) -> tuple[Callable[[], None], boo
         eager()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             eager()
     except RuntimeError as error:  # what cannot be captured is timed with its launches, and marked
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own behind
         print(f"    not captured, timed eagerly: {str(error).splitlines()[0]}")
         return eager, False
     return graph.replay, True
@@ -125,7 +126,7 @@ def gemm_ceiling(device: torch.device, size: int = 8192) -> float:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a figure depends on besides the code: GPU, driver, versions, commit, and the command that made it."""
+    """What a figure depends on besides the code: GPU, driver, versions, commit, command."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     program = Path(sys.argv[0])
     found = {

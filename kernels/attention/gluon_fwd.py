@@ -85,9 +85,9 @@ def _take(ring, slot, parity):
 
 
 @gluon.jit
-def _release(ring, slot, pred=True):
+def _release(ring, slot):
     _, _, empty = ring
-    mbarrier.arrive(empty.index(slot), count=1, pred=pred)
+    mbarrier.arrive(empty.index(slot), count=1)
 
 
 # Work.
@@ -544,7 +544,6 @@ def _forward_kernel(
 REGISTERS = {2: 168, 3: 128}
 """A thread, by consumer groups: all of a multiprocessor, before the warps trade them (the first group gets the
 rest of what `warp_specialize` gives to the others: as much as each of them)."""
-_KINDS = {tiles.PLAIN: PLAIN.value, tiles.TARGET: TARGET.value, tiles.PAIR: PAIR.value}
 
 
 def launch(
@@ -574,7 +573,7 @@ def launch(
         *(_descriptor(x, block) for x, block in zip(tensors, blocks, strict=True)), *results, *jobs,
         q.shape[1], k.shape[1], v.shape[2], head_dim**-0.5 * math.log2(math.e),
         tail.num_whole, tail.num_parts, num_items,
-        KIND=_KINDS[form], MAPPED=mapped, FIXED=fixed, HAS_BIAS=has_bias,
+        KIND=triton_fwd.FORMS[form], MAPPED=mapped, FIXED=fixed, HAS_BIAS=has_bias,
         EVEN_K=k.shape[1] % tile.block_n == 0, SPLIT=tail.num_slots > 0, KEEP_Q=tile.keep_q,
         NUM_GROUPS=num_groups, NUM_SLOTS=tile.num_stages, BLOCK_N=tile.block_n, D=head_dim,
         num_warps=4, maxnreg=REGISTERS[num_groups],

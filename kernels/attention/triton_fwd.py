@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 GLUON_VERSIONS = ("3.6.",)
 """Versions of Triton for which `gluon_fwd` is written: Gluon is experimental there, its names still move."""
 JOBS_PER_LAUNCH = 8
-_FORMS = {tiles.PLAIN: PLAIN.value, tiles.TARGET: TARGET.value, tiles.PAIR: PAIR.value}
+FORMS = {tiles.PLAIN: PLAIN.value, tiles.TARGET: TARGET.value, tiles.PAIR: PAIR.value}
 
 
 @triton.jit
@@ -446,7 +446,7 @@ def _launch(
 ) -> None:
     num_rows, len_k, num_heads, head_dim = v.shape
     len_q = q.shape[1]
-    counts = {form: sum(job.form == form for job in jobs or ()) for form in _FORMS}
+    counts = {form: sum(job.form == form for job in jobs or ()) for form in FORMS}
     if jobs is None:
         counts[tiles.PLAIN] = num_rows
     forms = [form for form in tiles.MATMULS if counts[form]]
@@ -487,7 +487,7 @@ def _launch(
             *packed, counts[tiles.PAIR], counts[tiles.TARGET],
             len_q, len_k, num_heads, head_dim**-0.5 * math.log2(math.e),
             tail.num_whole, tail.num_parts, tail.num_slots,
-            KIND=_FORMS[forms[0]] if len(forms) == 1 else MIXED.value,
+            KIND=FORMS[forms[0]] if len(forms) == 1 else MIXED.value,
             MAPPED=jobs is not None, FIXED=fixed, HAS_BIAS=value_bias is not None,
             EVEN_K=len_k % n == 0, SPLIT=tail.num_slots > 0, TMA=tma,
             BLOCK_M=m, BLOCK_N=n, D=head_dim, num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -80,9 +80,8 @@ def _fuses(*tensors: Tensor, weights: Sequence[Tensor] = ()) -> bool:
     dtype = tensors[0].dtype
     if dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != dtype for t in tensors):
         return False
-    return _has_triton() and not (
-        torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights))
-    )
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights))
+    return _has_triton() and not needs_grad
 
 
 @functools.cache

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
@@ -131,6 +133,32 @@ def rotations(length: int, dim: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("lengths", [(5,), (1, 1), (3, 6)], ids=str)
 def test_joint_heads(lengths: tuple[int, ...], heads: int, dim: int, dtype: torch.dtype) -> None:
     check("joint_heads", streams(lengths, 2, 2, heads, dim, dtype), *rotations(sum(lengths), dim))
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    rows=st.integers(1, 3),
+    queries=st.integers(1, 3),
+    heads=st.integers(1, 5),
+    dim=st.sampled_from([16, 32]),
+)
+def test_joint_heads_of_any_size(lengths: list[int], rows: int, queries: int, heads: int, dim: int) -> None:
+    check(
+        "joint_heads",
+        streams(lengths, rows, queries, heads, dim, torch.float16),
+        *rotations(sum(lengths), dim),
+    )
+
+
+@settings(max_examples=25)
+@given(rows=st.integers(1, 3), length=st.integers(1, 9), width=st.integers(16, 70))
+def test_passes_of_any_size(rows: int, length: int, width: int) -> None:
+    """Channels that are no multiple of anything, tokens that leave a block half empty."""
+    x, y = (slices(rows, length, width, dtype=torch.float16) for _ in range(2))
+    gate, scale, shift = vectors(3, rows, width, torch.float16)
+    check("add_gated_modulate", x, y, gate, scale, shift)
+    check("concat_gelu", x, y)
 
 
 @pytest.mark.parametrize("queries", [0, 1])

@@ -1,4 +1,4 @@
-"""What a run computes once: bounds of the logits, value vectors, CUDA graphs (their bookkeeping, without a GPU)."""
+"""What a run computes once: bounds of the logits, value vectors, CUDA graphs (without a GPU: their rules)."""
 
 from __future__ import annotations
 
@@ -87,12 +87,8 @@ def test_a_bound_belongs_to_the_weights_of_its_run() -> None:
     for _ in range(2):
         velocity_of(mmdit)(latents(), SIGMA, 0)
         mmdit.singles[1].norm.key_norm.scale.data *= 4
-    mmdit.velocity(
-        latents(),
-        torch.randn(3, 5, mmdit.config.txt_dim),
-        mmdit.modulations(torch.randn(1, mmdit.config.pooled_dim), SIGMA[None], torch.ones(1)),
-        velocity_of(mmdit).positive.rope.__class__(*(t[:11] for t in velocity_of(mmdit).positive.rope)),
-    )
+    guide = velocity_of(mmdit).positive
+    mmdit.velocity(latents()[:1], guide.conditioning.txt, guide.modulations(SIGMA), guide.rope)
     assert seen[1] == 4 * seen[0] and seen[2] is None
 
 

@@ -1,0 +1,131 @@
+"""Steps replayed as CUDA graphs: the bits of eager steps, whatever changes between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+
+from bokehflux.attention import Grounded, Plain
+from bokehflux.memory import place
+from bokehflux.models.bokeh import BokehCondition
+from bokehflux.sampling import cuda_graph
+from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
+from bokehflux.sampling.latents import LatentGrid
+from bokehflux.sampling.samplers import euler, heun
+from bokehflux.types import Conditioning
+from tests.tiny import MMDIT, FakeText, tiny_mmdit, tiny_pipeline
+
+SIGMAS = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+SIZES = [(32, 48), (256, 512)]
+
+
+@pytest.fixture(scope="module")
+def mmdit():
+    return tiny_mmdit().to("cuda", torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_falls_back(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        yield
+    assert "no CUDA graph can hold" not in caplog.text
+
+
+def encode(prompt: str) -> Conditioning:
+    text = FakeText(torch.bfloat16).encode([prompt])
+    return Conditioning(txt=text.txt.cuda(), pooled=text.pooled.cuda())
+
+
+def velocity_of(mmdit, size: tuple[int, int], graphs: bool, **options) -> Denoiser:
+    grid = LatentGrid(height_px=size[0], width_px=size[1])
+    bokeh = BokehCondition.of([15, 3])
+    return denoiser(
+        mmdit, encode("a cup"), grid, bokeh=bokeh, sigmas=SIGMAS, cuda_graphs=graphs, **options
+    )  # fmt: skip
+
+
+def start(size: tuple[int, int]) -> Tensor:
+    tokens = size[0] * size[1] // 256
+    draw = torch.Generator("cuda").manual_seed(1)
+    return torch.randn(1, tokens, 64, generator=draw, device="cuda").bfloat16().expand(2, -1, -1)
+
+
+@pytest.mark.parametrize("sampler", [euler, heun])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("true_cfg", [1.0, 2.0])
+def test_a_run_has_the_bits_of_eager_steps(mmdit, size, true_cfg: float, sampler) -> None:
+    """Grounded, then plain, with and without the negative pass."""
+    options = {
+        "grounding": Grounding(pivot_row=0, num_steps=5), "true_cfg": true_cfg, "negative": encode("bad"),
+    }  # fmt: skip
+    graphed = velocity_of(mmdit, size, True, **options)
+    ours = sampler(graphed, start(size), SIGMAS)
+    eager = sampler(velocity_of(mmdit, size, False, **options), start(size), SIGMAS)
+    assert ours.isfinite().all() and torch.equal(ours, eager)
+    assert graphed.positive.graphs is not None
+    assert len(graphed.positive.graphs._replays) == 2
+    assert all(isinstance(r, cuda_graph._Captured) for r in graphed.positive.graphs._replays.values())
+    assert torch.equal(ours, sampler(graphed, start(size), SIGMAS))
+
+
+def test_a_velocity_outlives_the_next_one(mmdit) -> None:
+    velocity, x = velocity_of(mmdit, SIZES[0], True), start(SIZES[0])
+    first = [velocity(x, sigma, 0) for sigma in SIGMAS[:5]]
+    kept = [v.clone() for v in first]
+    velocity(2 * x, SIGMAS[7], 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+    assert len({v.float().sum().item() for v in first}) == 5
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_head_dim_64(backend: str) -> None:
+    """The attention kernels of our own in a graph, with their logits bounded."""
+    config = dataclasses.replace(MMDIT, hidden_size=128, axes_dim=(16, 24, 24))
+    mmdit = tiny_mmdit(config=config).to("cuda", torch.bfloat16)
+
+    def attention(rows: int, step: int):
+        return Grounded(pivot_of=(0,) * rows, backend=backend) if step < 5 else Plain(backend=backend)
+
+    made = [
+        euler(velocity_of(mmdit, SIZES[1], graphs, attention=attention), start(SIZES[1]), SIGMAS)
+        for graphs in (True, False)
+    ]
+    assert made[0].isfinite().all() and torch.equal(*made)
+
+
+def test_hooks_are_called_in_every_step(mmdit) -> None:
+    """... also those that come when steps are already replayed."""
+    velocity, calls = velocity_of(mmdit, SIZES[0], True), []
+    x = start(SIZES[0])
+    replayed = [velocity(x, SIGMAS[1], 0) for _ in range(3)][-1]
+    handle = mmdit.singles[1].attention.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.equal(velocity(x, SIGMAS[1], 0), replayed) and calls == [1]
+    handle.remove()
+    assert torch.equal(velocity(x, SIGMAS[1], 0), replayed) and calls == [1]
+
+
+def test_pictures_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline's run gives back what its graphs held, and makes the picture of one without graphs."""
+    pipe = tiny_pipeline(dtype=torch.bfloat16)
+    place(pipe.mmdit, (), pipe.vae, "resident", torch.device("cuda"))
+
+    class Text(FakeText):
+        def encode(self, prompts):
+            return encode(prompts[0])
+
+    pipe = dataclasses.replace(pipe, text=Text(torch.bfloat16))
+    used = []
+    for _ in range(3):
+        made = pipe.generate("a mug", [0, 28], bokeh_pivot=15, num_inference_steps=8)
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+        latents = made.latents.clone()
+        del made
+    assert used[2] <= used[1]
+    monkeypatch.setattr(cuda_graph, "MAX_TOKENS", 0)
+    eager = pipe.generate("a mug", [0, 28], bokeh_pivot=15, num_inference_steps=8)
+    assert torch.equal(eager.latents, latents)
