@@ -6,7 +6,6 @@ exact and slow: it is there to try things).
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from types import ModuleType
 from typing import NamedTuple
@@ -94,4 +93,12 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _module(x: Tensor) -> ModuleType:
-    return importlib.import_module(".ops", __package__) if x.device.type == "cuda" else reference
+    if _has_kernels(x):
+        from . import ops  # imports triton
+
+        return ops
+    return reference
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda
