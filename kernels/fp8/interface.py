@@ -83,8 +83,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
             return "it needs the package triton"
     elif device.type != "cpu":
         return f"{device.type} has no fp8"
-    ones = torch.ones(MULTIPLE, device=device)
-    weight = torch.zeros(MULTIPLE, MULTIPLE, device=device, dtype=torch.float8_e4m3fn)
+    ones = torch.ones(128, device=device)
+    weight = torch.zeros(128, 128, device=device, dtype=torch.float8_e4m3fn)
     try:
         product(Quantized(weight, ones[:, None], dtype), weight, ones)
     except RuntimeError as error:  # which PyTorch, device and dtype go together is known to PyTorch alone
