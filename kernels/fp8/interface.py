@@ -88,7 +88,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         product(Quantized(weight, ones[:, None], dtype), weight, ones)
     except RuntimeError as error:  # which PyTorch, device and dtype go together is known to PyTorch alone
-        return f"this PyTorch has no such product for {dtype} on {device}: {str(error).splitlines()[0]}"
+        first_line = str(error).partition("\n")[0]
+        return f"this PyTorch has no such product for {dtype} on {device}: {first_line}"
     return None
 
 
