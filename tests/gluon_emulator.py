@@ -97,13 +97,17 @@ class Pointer:
 
 
 class Descriptor:
-    def __init__(self, base: torch.Tensor, shape: Any, strides: Any, block: Sequence[int], layout: Any) -> None:
+    def __init__(
+        self, base: torch.Tensor, shape: Any, strides: Any, block: Sequence[int], layout: Any
+    ) -> None:
         self.base, self.block, self.layout, self.dtype = base, block, layout, base.dtype
         size = block[-2] * block[-1] * base.element_size()
         self.block_type = types.SimpleNamespace(nbytes=size)
 
 
-def copy_late(pool: ThreadPoolExecutor, desc: Descriptor, coord: Sequence[Any], bar: Barrier, to: Shared) -> None:
+def copy_late(
+    pool: ThreadPoolExecutor, desc: Descriptor, coord: Sequence[Any], bar: Barrier, to: Shared
+) -> None:
     row, head, start, _ = (int(c) for c in coord)
 
     def copy() -> None:

@@ -8,7 +8,7 @@ plain attention: a doubled, identical set of keys leaves a softmax unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = No
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(
         1, 2
     )
-    return _add_bias(out, value_bias)
+    return add_bias(out, value_bias)
 
 
 def target_attention(
@@ -40,28 +40,43 @@ def target_attention(
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             out = attention(q, torch.cat([k, k_pivot], dim=1), torch.cat([v, v], dim=1))
     else:
-        own, own_lse = attention_with_lse(q, k, v)
-        other, other_lse = attention_with_lse(q, k_pivot, v)
-        share = torch.sigmoid(other_lse - own_lse)[..., None]
-        out = torch.lerp(own.to(share.dtype), other.to(share.dtype), share).to(q.dtype)
-    return _add_bias(out, value_bias)
+        out = merge(attention_with_lse(q, k, v), attention_with_lse(q, k_pivot, v))
+    return add_bias(out, value_bias)
 
 
 def grounded_attention(
     q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int], *, value_bias: Tensor | None = None
 ) -> Tensor:
     """Shapes and meaning as `reference.grounded_attention`."""
+    return add_bias(by_rows(attention, target_attention, q, k, v, pivot_of), value_bias)
+
+
+def by_rows(
+    plain: Callable[..., Tensor],
+    target: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pivot_of: Sequence[int],
+) -> Tensor:
+    """Grounded attention of two functions, one for the pivots' rows and one for the targets'."""
     pivots = sorted(set(pivot_of))
     targets = [row for row, pivot in enumerate(pivot_of) if row != pivot]
     k_pivot = take_rows(k, pivots)
-    plain = attention(q, k_pivot, take_rows(v, pivots))
+    ungrounded = plain(q, k_pivot, take_rows(v, pivots))
     if not targets:
-        return _add_bias(plain, value_bias)
+        return ungrounded
     index = [pivots.index(pivot_of[row]) for row in targets]
-    grounded = target_attention(q, k_pivot, take_rows(k, targets), take_rows(v, targets), index)
+    grounded = target(q, k_pivot, take_rows(k, targets), take_rows(v, targets), index)
     order = pivots + targets
     back = sorted(range(len(order)), key=order.__getitem__)
-    return _add_bias(take_rows(torch.cat([plain, grounded]), back), value_bias)
+    return take_rows(torch.cat([ungrounded, grounded]), back)
+
+
+def merge(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """One softmax over two sets of keys: from the values [B, L, H, D] and log-sum-exps [B, L, H] over each."""
+    share = torch.sigmoid(other[1] - own[1])[..., None]
+    return torch.lerp(own[0].to(share.dtype), other[0].to(share.dtype), share).to(own[0].dtype)
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,5 +105,5 @@ def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
     return x[list(rows)]
 
 
-def _add_bias(out: Tensor, value_bias: Tensor | None) -> Tensor:
+def add_bias(out: Tensor, value_bias: Tensor | None) -> Tensor:
     return out if value_bias is None else out + value_bias[:, None].to(out.dtype)

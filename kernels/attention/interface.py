@@ -1,7 +1,9 @@
 """The one public attention interface: checks its arguments, picks a backend by name, runs it.
 
-Backends: `reference` (float32 definition), `sdpa` (PyTorch's kernels) and `triton` (ours, 16-bit types, head
-dim 64 or 128; not yet run on a GPU). `auto` takes the one that `automatic` names, and logs its choice once.
+Backends: `reference` (float32 definition), `sdpa` (PyTorch's kernels), `flash` (those of a flash-attn wheel) and
+`triton` (ours, 16-bit types, head dim 64 or 128; not yet run on a GPU). `auto` takes the one that `automatic`
+names, or `sdpa` where that one cannot take the tensors, and logs once what and why; `auto-strict` raises
+ValueError rather than fall back. A backend asked for by its name never falls back.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from . import eager, reference
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType | str] = {"reference": reference, "sdpa": eager, "triton": ".ops"}
+BACKENDS: dict[str, ModuleType | str] = {
+    "reference": reference,
+    "sdpa": eager,
+    "flash": ".flash",
+    "triton": ".ops",
+}
 """By name, a module with `attention`, `target_attention` and `grounded_attention`, or the name of one that is
 imported when it is first used."""
 
@@ -45,7 +52,7 @@ def attention(
     Raises ValueError for shapes that disagree or an unknown backend.
     """
     _check(q, k, v, value_bias)
-    name = _resolve(backend, q.device.type)
+    name = _resolve(backend, q)
     return _module(name).attention(q, k, v, value_bias=value_bias, **_bound(name, logit_bound))
 
 
@@ -71,7 +78,7 @@ def target_attention(
         raise ValueError(f"pivot and targets differ in [L, H, D]: {tuple(q.shape[1:])}, {tuple(k.shape[1:])}")
     if len(pivot_index) != k.shape[0] or not all(0 <= p < q.shape[0] for p in pivot_index):
         raise ValueError(f"expected {k.shape[0]} pivots below {q.shape[0]}, got {tuple(pivot_index)}")
-    name = _resolve(backend, q.device.type)
+    name = _resolve(backend, q)
     bound = _bound(name, logit_bound)
     return _module(name).target_attention(q, k_pivot, k, v, pivot_index, value_bias=value_bias, **bound)
 
@@ -101,7 +108,7 @@ def grounded_attention(
             f"expected the queries of the {len(set(pivot_of))} pivots alone, for k {tuple(k.shape)}; "
             f"got q {tuple(q.shape)}"
         )
-    name = _resolve(backend, q.device.type)
+    name = _resolve(backend, q)
     bound = _bound(name, logit_bound)
     return _module(name).grounded_attention(q, k, v, pivot_of, value_bias=value_bias, **bound)
 
@@ -142,17 +149,28 @@ def automatic(device_type: str) -> Choice:
     return Choice("sdpa", f"there are no kernels of our own for {device_type}")
 
 
-def _resolve(backend: str, device_type: str) -> str:
-    """A name in `BACKENDS`. Raises ValueError for any other."""
-    if backend == "auto":
-        backend = automatic(device_type).backend
+def _resolve(backend: str, q: Tensor) -> str:
+    """A name in `BACKENDS`. Raises ValueError for any other, and where `auto-strict` would have to fall back."""
+    if backend in ("auto", "auto-strict"):
+        choice = automatic(q.device.type)
+        if choice.backend == "triton" and (reason := _why_not_triton(q.device, q.dtype, q.shape[-1])):
+            choice = Choice("sdpa", reason)
+        if backend == "auto-strict" and choice.backend == "sdpa":
+            raise ValueError(f"attention may not fall back on PyTorch's kernels, but {choice.reason}")
         if not torch.compiler.is_compiling():  # a log line is no part of a traced graph
-            _log_choice(device_type)
+            _log_choice(q.device.type, choice)
+        return choice.backend
     if backend not in BACKENDS:
         raise ValueError(
             f"unknown attention backend {backend!r}: expected 'auto' or one of {sorted(BACKENDS)}"
         )
     return backend
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    from . import ops
+
+    return ops.why_not(device, dtype, head_dim)
 
 
 def _module(name: str) -> ModuleType:
@@ -165,6 +183,5 @@ def _bound(name: str, logit_bound: float | None) -> dict[str, float | None]:
 
 
 @functools.cache
-def _log_choice(device_type: str) -> None:
-    choice = automatic(device_type)
+def _log_choice(device_type: str, choice: Choice) -> None:
     logger.info("attention backend for %s: %s (%s)", device_type, choice.backend, choice.reason)

@@ -1,4 +1,7 @@
-"""The compiled Triton kernels: every tile of the table, real dtypes and lengths, compilers, CUDA graphs."""
+"""The compiled kernels: every tile of the table, Triton and Gluon, real dtypes and lengths, compilers, CUDA graphs.
+
+What names no tile runs as the table says: in Gluon on a Hopper GPU with the Triton it is written for.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,15 @@ from tests.helpers import assert_within_2x, max_error
 BOUND = 9.5
 """What scores of `make` stay below: within reach of a fixed offset in both dtypes."""
 DTYPES = [torch.bfloat16, torch.float16]
-LENGTHS = [1, 63, 1000, 1536]
 COMPILED = [row for row in tiles.TABLE if row.family != tiles.INTERPRETER]
 FORWARD = [row for row in COMPILED if row.kernel in tiles.MATMULS]
 BACKWARD = [row for row in COMPILED if row.kernel not in tiles.MATMULS]
+CASES = [(row, True, torch.bfloat16, (1000, 1536)) for row in FORWARD if row.tile.language == tiles.GLUON]
+CASES += [(row, True, torch.bfloat16, (1000,)) for row in FORWARD if row.tile.language == tiles.TRITON]
+CASES += [(row, False, torch.float16, (1, 63)) for row in FORWARD if row.head_dim != 64]
+"""Row, fixed offset or not, dtype, lengths. Each length but 1 compiles anew, which is what this costs."""
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_softmax = pytest.mark.parametrize("fixed", [False, True], ids=["running-maximum", "fixed-offset"])
+each_language = pytest.mark.parametrize("language", [tiles.TRITON, tiles.GLUON])
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +39,8 @@ def _exact_float32() -> None:
 
 def name(row: Row) -> str:
     t = row.tile
-    return f"{row.family}-{row.kernel}-{row.head_dim}-{t.block_m}x{t.block_n}-w{t.num_warps}-s{t.num_stages}"
+    size = f"{t.block_m}x{t.block_n}-w{t.num_warps}-s{t.num_stages}"
+    return f"{row.family}-{t.language}-{row.kernel}-{row.head_dim}-{size}"
 
 
 def make(
@@ -71,6 +78,13 @@ def skip_unless_it_runs_here(row: Row) -> None:
     """Portable tiles run everywhere; this may be the only place where anyone tries them."""
     if row.family not in (tiles.PORTABLE, tiles.device(torch.device("cuda")).family):
         pytest.skip(f"made for {row.family}")
+    skip_without(row.tile.language)
+
+
+def skip_without(language: str) -> None:
+    family = tiles.device(torch.device("cuda")).family
+    if language == tiles.GLUON and (reason := triton_fwd.why_no_gluon(family)):
+        pytest.skip(f"no Gluon kernels: {reason}")
 
 
 def inputs_for(row: Row, length: int, dim: int, dtype: torch.dtype) -> tuple[list, tuple[int, ...]]:
@@ -85,13 +99,15 @@ def inputs_for(row: Row, length: int, dim: int, dtype: torch.dtype) -> tuple[lis
     return [q[sorted(set(index))], k, None, v, None, ops._grounded_jobs(index)], index
 
 
-@each_dtype
-@each_softmax
-@pytest.mark.parametrize("row", FORWARD, ids=name)
-def test_forward_tiles(row: Row, fixed: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("row", "fixed", "dtype", "lengths"),
+    CASES,
+    ids=[f"{name(row)}-{'fixed' if fixed else 'running'}-{dtype}" for row, fixed, dtype, _ in CASES],
+)
+def test_forward_tiles(row: Row, fixed: bool, dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
     skip_unless_it_runs_here(row)
     for dim in ops.HEAD_DIMS if row.head_dim is None else (row.head_dim,):
-        for length in LENGTHS:
+        for length in lengths:
             args, index = inputs_for(row, length, dim, dtype)
             q, k, k_pivot, v = args[:4]
             out, lse = triton_fwd.forward(*args, fixed=fixed, tile=row.tile)
@@ -114,7 +130,7 @@ def test_backward_tiles(row: Row, dtype: torch.dtype) -> None:
     pivot_of = (1, 1, 2, 1)
     chosen = {f"{row.kernel}_tile": row.tile}
     for dim in ops.HEAD_DIMS:
-        for length in (63, 1000):
+        for length in (1000,):
             q, k, v = make(4, length, dim, dtype)
             q = q[[1, 2]].contiguous()
             grad = torch.randn(4, length, 3, dim, device="cuda").to(dtype)
@@ -176,14 +192,22 @@ def test_targets_on_stored_pivots() -> None:
         assert_within_2x(ours, published(q, k_pivot, k, v, index), exact)
 
 
+def test_the_table_is_followed() -> None:
+    skip_without(tiles.GLUON)
+    q, k, v = make(1, 100, 128, torch.bfloat16)
+    assert triton_fwd.pick_language((q, k, k, v)) == tiles.GLUON
+
+
+@each_language
 @pytest.mark.parametrize("length", [1536, 1000])
-def test_split_and_whole_tiles_agree(length: int) -> None:
+def test_split_and_whole_tiles_agree(length: int, language: str) -> None:
     """On 132 multiprocessors these grids end in split tiles; without splitting the result is the same."""
+    skip_without(language)
     device = tiles.device(torch.device("cuda"))
     for pivot_of in ((0,), (0, 0), (0, 0, 0)):
         q, k, v = make(len(pivot_of), length, 128, torch.bfloat16, heads=24)
         jobs = ops._grounded_jobs(pivot_of)
-        tile = tiles.forward_tile(device, [job.form for job in jobs], 128, True)
+        tile = tiles.forward_tile(device, [job.form for job in jobs], 128, True, language)
         unsplit = dataclasses.replace(tile, max_parts=1)
         args = q[:1], k, None, v, None, jobs
         split = triton_fwd.forward(*args, fixed=True, tile=tile)
@@ -207,6 +231,8 @@ def test_addresses_beyond_32_bits(far: str) -> None:
     jobs = ops._grounded_jobs((0, 1))
     for row in FORWARD:
         if row.head_dim in (None, 64) and row.family == tiles.device(q.device).family:
+            if row.tile.language == tiles.GLUON and triton_fwd.why_no_gluon(row.family):
+                continue
             here = triton_fwd.forward(q, k, None, v, None, jobs, fixed=False, tile=row.tile)
             there = triton_fwd.forward(
                 *(moved[n] for n in "qk"), None, moved["v"], None, jobs, fixed=False, tile=row.tile

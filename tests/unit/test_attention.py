@@ -382,3 +382,57 @@ def test_stored_pivot() -> None:
     torch.testing.assert_close(torch.cat([first, rest]), together, atol=3e-6, rtol=0)
     with pytest.raises(ValueError, match="holds nothing for step 3, block 8"):
         OnStored(store=store, step=3).for_block(8, None)(q[:0], k[2:], v[2:])
+
+
+def test_what_auto_does_where_its_choice_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It falls back and says why, or raises where that is forbidden."""
+    q, k, v = qkv(2, 4)
+    with pytest.raises(ValueError, match="no kernels of our own for cpu"):
+        interface.attention(q, k, v, backend="auto-strict")
+    monkeypatch.setattr(interface, "automatic", lambda device: interface.Choice("triton", "the fastest"))
+    monkeypatch.setattr(
+        interface, "_why_not_triton", lambda *_: "they are made for head dims (64, 128), not 16"
+    )
+    with caplog.at_level("INFO"):
+        fallen = interface.attention(q, k, v)
+        interface.attention(q, k, v)
+    assert torch.equal(fallen, interface.attention(q, k, v, backend="sdpa"))
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention backend for cpu: sdpa (they are made for head dims (64, 128), not 16)"
+    ]
+    with pytest.raises(ValueError, match=r"may not fall back.*head dims \(64, 128\), not 16"):
+        interface.attention(q, k, v, backend="auto-strict")
+
+
+@pytest.fixture
+def flash_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel that computes what flash-attn does, with its padded log-sum-exps, on a CPU."""
+    from bokehflux.kernels.attention import flash
+
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, return_attn_probs: bool
+    ) -> tuple[Tensor, Tensor, None]:
+        assert return_attn_probs
+        out, lse = eager.attention_with_lse(q, k, v)
+        return out, torch.nn.functional.pad(lse.transpose(1, 2), (0, 3)), None
+
+    monkeypatch.setattr(flash, "_kernel", lambda: ("flash_attn", flash_attn_func))
+    monkeypatch.setattr(flash, "_check", lambda *_: None)
+
+
+@pytest.mark.parametrize("pivot_of", [(0, 0), (1, 1, 1), (0, 1)], ids=str)
+def test_flash_backend(pivot_of: tuple[int, ...], flash_wheel: None) -> None:
+    q, k, v = qkv(len(pivot_of), 9)
+    bias = torch.randn(len(pivot_of), *q.shape[2:])
+    exact = grounded(reference, q, k, v, pivot_of, value_bias=bias)
+    torch.testing.assert_close(
+        grounded(interface, q, k, v, pivot_of, value_bias=bias, backend="flash"), exact
+    )
+
+
+def test_flash_backend_without_a_wheel() -> None:
+    q, k, v = qkv(1, 4)
+    with pytest.raises(ValueError, match=r"bokehflux\[flash\]"):
+        interface.attention(q, k, v, backend="flash")
