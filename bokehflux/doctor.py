@@ -16,6 +16,7 @@ from PIL import features
 
 from bokehflux import __version__
 from bokehflux.identity import attention_backend, device_name
+from bokehflux.kernels.fp8.interface import why_not
 from bokehflux.weights.load import BUNDLED, find_model
 from bokehflux.weights.resolve import ADAPTER_REPO, DEV, SCHNELL, hub_cache, resolve_adapter
 
@@ -58,6 +59,7 @@ def _devices() -> Iterator[str]:
         memory = f"{free_bytes / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         yield f"device cuda:{index}: {device_name(device)}, compute capability {major}.{minor}, {memory}"
         yield f"  attention: {attention_path(device)}"
+        yield f"  fp8 compute: {why_not(device, torch.bfloat16) or 'yes'}"
     if torch.backends.mps.is_available():
         yield "device mps: Apple GPU, memory shared with the CPU"
         yield f"  attention: {attention_path(torch.device('mps'))}"

@@ -101,19 +101,16 @@ class Linear(nn.Linear):
 
         x [..., in]; quantised only where `takes_quantized`.
         """
+        bias: Tensor | None = self.bias if self.bias is None else self.bias[start:stop]
         if self.scale is not None:
-            bias: Tensor | None = None if self.bias is None else self.bias[start:stop]
             values = x if isinstance(x, Quantized) else fp8.quantize(x)
             out = fp8.product(values, self.weight[start:stop], self.scale[start:stop], bias)
         else:
             assert isinstance(x, Tensor)
             weight: Tensor = self.weight if self.is_dense else self.dense(x.dtype)
-            bias = self.bias
-            if (start, stop) != (0, self.out_features):
-                weight, bias = weight[start:stop], bias[start:stop] if bias is not None else None
-            # A strided x (one stream of several rows) would be multiplied row by row, its bias added in another
-            # pass, with another rounding. The copy costs no more.
-            out = F.linear(x.contiguous(), weight, bias)
+            # A strided x (one stream of several rows) would be multiplied row by row, its bias added in
+            # another pass, with another rounding. The copy costs no more.
+            out = F.linear(x.contiguous(), weight[start:stop], bias)
         for term in self.terms:
             assert isinstance(x, Tensor)
             out = term.add_to(out, x, start)

@@ -6,7 +6,6 @@ exact and slow: it is there to try things).
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from types import ModuleType
 from typing import NamedTuple
@@ -84,14 +83,23 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
             return "it needs the package triton"
     elif device.type != "cpu":
         return f"{device.type} has no fp8"
-    ones = torch.ones(MULTIPLE, device=device)
-    weight = torch.zeros(MULTIPLE, MULTIPLE, device=device, dtype=torch.float8_e4m3fn)
+    ones = torch.ones(128, device=device)
+    weight = torch.zeros(128, 128, device=device, dtype=torch.float8_e4m3fn)
     try:
         product(Quantized(weight, ones[:, None], dtype), weight, ones)
     except RuntimeError as error:  # which PyTorch, device and dtype go together is known to PyTorch alone
-        return f"this PyTorch has no such product for {dtype} on {device}: {str(error).splitlines()[0]}"
+        first_line = str(error).partition("\n")[0]
+        return f"this PyTorch has no such product for {dtype} on {device}: {first_line}"
     return None
 
 
 def _module(x: Tensor) -> ModuleType:
-    return importlib.import_module(".ops", __package__) if x.device.type == "cuda" else reference
+    if _has_kernels(x):
+        from . import ops  # imports triton
+
+        return ops
+    return reference
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda

@@ -156,5 +156,6 @@ def _outputs(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _num_warps(width: int) -> int:
-    """16 or 32 numbers a thread at FLUX's widths: 16-byte accesses, and no spills (compiled for sm_90)."""
+    """16 or 32 numbers a thread at FLUX's widths. Compiled for sm_90 by triton 3.6.0 in bfloat16: accesses of
+    16 bytes, 34 to 64 registers, no spills; untested on a GPU."""
     return 16 if width > 8192 else 8 if width > 1024 else 4

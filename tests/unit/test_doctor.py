@@ -53,7 +53,9 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card 2000")
-    (line,) = [line for line in doctor.report({}) if line.startswith("device cuda:0")]
+    lines = list(doctor.report({}))
+    assert "  fp8 compute: it needs compute capability 8.9 or higher (Ada, Hopper), cuda:0 has 7.5" in lines
+    (line,) = [line for line in lines if line.startswith("device cuda:0")]
     assert line == "device cuda:0: Card 2000, compute capability 7.5, 3.0 of 8.0 GiB free"
     path = doctor.attention_path(torch.device("cuda", 0))
     assert path.startswith("sdpa with PyTorch's kernels (") and "flash" not in path, "flash needs 8.0"

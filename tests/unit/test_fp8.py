@@ -342,7 +342,11 @@ def test_passes_quantise_what_they_make(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @multiplies
-def test_blocks_compile_as_one_graph() -> None:
+@pytest.mark.parametrize("kernels", [False, True], ids=["plain", "triton"])
+def test_blocks_compile_as_one_graph(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels and TRITON == "cuda":
+        pytest.skip("Triton's interpreter is off where there is a GPU: tests/gpu compiles")
+    monkeypatch.setattr(interface, "_has_kernels", lambda x: kernels)
     mmdit = tiny_mmdit()
     args = arguments(mmdit)
     quantize_mmdit(mmdit)
