@@ -36,7 +36,8 @@ class FakePipeline:
         self.loaded: dict[str, Any] = {}
         self.called: dict[str, Any] = {}
         self.during: Callable[[], None] = lambda: None
-        self.vae = SimpleNamespace(decoder=torch.nn.Identity())
+        self.vae = SimpleNamespace(decoder=SimpleNamespace(conv_in=torch.nn.Identity()))
+        self.text = SimpleNamespace(networks=())
         self.defaults = Defaults(num_inference_steps=3, height_px=32, width_px=32, txt_length=8)
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, "fake"
 
@@ -53,10 +54,10 @@ class FakePipeline:
         on_step = self.called["on_step"]
         for step in range(3 if on_step else 0):
             on_step(StepInfo(step=step, num_steps=3, sigma=1 - (step + 1) / 3, latents=torch.zeros(1, 1, 64)))
-        settings = {name: value for name, value in self.called.items() if name not in ("on_step", "max_rows")}
+        settings = {name: value for name, value in self.called.items() if name != "on_step"}
         settings |= {"num_inference_steps": 20, "num_grounding_steps": 16, "model": self.loaded["model"]}
         for _ in [*(targets or [0]), *([] if pivot is None else [pivot])]:
-            self.vae.decoder(torch.zeros(1))
+            self.vae.decoder.conv_in(torch.zeros(1))
         return Result(
             images=[Image.new("RGB", (32, 32), (0, int(8 * level), 0)) for level in targets or [0]],
             pivot_image=None if pivot is None else Image.new("RGB", (32, 32), "blue"),
@@ -127,7 +128,7 @@ def test_published_defaults(fake: FakePipeline) -> None:
         "prompt": "p", "bokeh_targets": [15.0], "bokeh_pivot": None, "num_inference_steps": None,
         "num_grounding_steps": None, "guidance_scale": 3.0, "true_cfg": 1.0, "height": None, "width": None,
         "negative_prompt": "bad quality, low resolution", "seed": 65578,
-        "max_rows": None,
+        "max_rows": None, "vae_tiling": None,
     }  # fmt: skip
     assert callable(fake.loaded.pop("on_progress"))
     assert fake.loaded == {

@@ -166,6 +166,7 @@ def test_settings(pipe: Pipeline) -> None:
         "num_grounding_steps": 4, "guidance_scale": 3.0, "true_cfg": 2.0, "negative_prompt": NEGATIVE_PROMPT,
         "height": 32, "width": 48, "seed": 4, "model": "tiny", "device": "cpu", "dtype": "float32",
         "version": bokehflux.__version__, "memory": "resident", "adapter": None, "loras": [],
+        "max_rows": None, "vae_tiling": False,
     }  # fmt: skip
 
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from bokehflux import cli, sweep
-from bokehflux.generate import Pipeline
+from bokehflux.generate import Pipeline, Result
 from bokehflux.metadata import read_recipe
-from bokehflux.request import Request, Run
+from bokehflux.request import Request
 from bokehflux.sweep import finished, folder_name, grid, read_prompts, run_sweep
 from tests.tiny import tiny_pipeline
 
@@ -33,7 +33,7 @@ class Serve:
         self.served: list[Request] = []
         self.before = before
 
-    def __call__(self, request: Request) -> Run:
+    def __call__(self, request: Request) -> Result:
         self.before(len(self.served))
         self.served.append(request)
         return request.run(PIPE)
