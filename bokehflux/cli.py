@@ -194,6 +194,10 @@ def _check(args: argparse.Namespace) -> None:
         from bokehflux.preview import check_preview
 
         check_preview(args.preview, args.preview_every, args.preview_vae)
+    if args.preview_vae is not None:
+        from bokehflux.weights.tiny import load_tiny_decoder
+
+        load_tiny_decoder(args.preview_vae)
     check_folder(Path(args.output))
 
 

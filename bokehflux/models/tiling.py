@@ -25,10 +25,12 @@ from bokehflux.models.vae import (
     AttnBlock,
     AutoencoderKL,
     Downsample,
+    DownStage,
     GroupNorm,
     Middle,
     ResBlock,
     Upsample,
+    UpStage,
     split_moments,
 )
 
@@ -57,8 +59,8 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     x = bands.keep(net.conv_in(z))  # small, and called as it is: who watches the decoder sees it begin
     x = bands.middle(net.mid, x)
     for stage in reversed(net.up):
-        for block in stage.block:
-            x = bands.residual(block, x)
+        assert isinstance(stage, UpStage)
+        x = bands.stage(stage, x)
         if isinstance(stage.upsample, Upsample):
             x = bands.convolve(stage.upsample.conv, x, zoom=2)
     return bands.convolve(net.conv_out, x, norm=net.norm_out).x.contiguous().to(latents.device)
@@ -70,8 +72,8 @@ def moments(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor]:
     net, bands = vae.encoder, Bands.for_images(vae, x, x.shape[-2:].numel())
     h = bands.convolve(net.conv_in, Map(x))
     for stage in net.down:
-        for block in stage.block:
-            h = bands.residual(block, h)
+        assert isinstance(stage, DownStage)
+        h = bands.stage(stage, h)
         if isinstance(stage.downsample, Downsample):
             h = bands.convolve(stage.downsample.conv, h)
     h = bands.middle(net.mid, h)
@@ -149,6 +151,7 @@ class Bands:
     ) -> Map:
         """conv(silu(norm(x)), enlarged zoom times) + add. Zeros around are those of the whole map."""
         kernel, stride, before = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+        assert isinstance(before, int)
         height, width = (zoom * side for side in x.x.shape[-2:])
         # Downsampling has its zeros at the end alone: what the last output still needs.
         after = (width // stride - 1) * stride + kernel - before - width
@@ -176,6 +179,13 @@ class Bands:
         return self.convolve(
             block.conv2, h, norm=block.norm2, add=lambda a, b: block.nin_shortcut(self.read(x.x, a, b))
         )
+
+    def stage(self, stage: UpStage | DownStage, x: Map) -> Map:
+        """The blocks at one resolution, without the step to the next."""
+        for block in stage.block:
+            assert isinstance(block, ResBlock)
+            x = self.residual(block, x)
+        return x
 
     def attention(self, block: AttnBlock, x: Map) -> Map:
         def tokens(layer: nn.Conv2d, band: Tensor) -> Tensor:
