@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (OSError, ArithmeticError, MemoryError) as error:
         # ArithmeticError: NaN in weights or activations. MemoryError: at loading; later a ValueError.
-        print(f"bokehflux: error: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
+        said = " ".join(str(error).split()) or "out of memory"  # Python's own says nothing
+        print(f"bokehflux: error: {_plain(said)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"bokehflux: interrupted{stop}", file=sys.stderr)

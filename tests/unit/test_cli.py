@@ -350,6 +350,33 @@ def test_progress_only_when_somebody_watches(
     assert terminal.getvalue().endswith("\n"), "what is printed next begins on a line of its own"
 
 
+@pytest.mark.parametrize(("memory", "says"), [
+    ("auto", "bokehflux: memory mode offload, chosen from free memory\n"), ("offload", ""),
+])  # fmt: skip
+def test_the_memory_mode_that_was_chosen_is_said(
+    fake: FakePipeline, memory: str, says: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fake.device, fake.memory = torch.device("cuda"), SimpleNamespace(mode="offload")
+    monkeypatch.setattr("bokehflux.identity.device_name", lambda _: "a GPU")
+    assert cli.main([*SWEEP, "--memory", memory]) == 0
+    assert capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize("error", [MemoryError("the GPU is out of memory; try less"), MemoryError()])
+def test_out_of_memory_at_loading_is_one_line(
+    fake: FakePipeline, error: MemoryError, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("bokehflux.generate.load", full)
+    assert cli.main(SWEEP) == 1
+    err = capsys.readouterr().err
+    assert err == f"bokehflux: error: {str(error) or 'out of memory'}\n" and err.count("\n") == 1
+
+
 def test_version_and_help_do_not_load_torch() -> None:
     for flag, expected in (("--version", f"bokehflux {bokehflux.__version__}"), ("--help", "generate")):
         code = (
