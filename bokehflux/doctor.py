@@ -59,7 +59,7 @@ def _devices() -> Iterator[str]:
         yield f"device cuda:{index}: {device_name(device)}, compute capability {major}.{minor}, {memory}"
         yield f"  attention: {attention_path(device)}"
     if torch.backends.mps.is_available():
-        yield "device mps: Apple GPU, memory shared with the CPU"
+        yield "device mps: Apple GPU, memory shared with the CPU; no fp8 (cast at load), no memory modes"
         yield f"  attention: {attention_path(torch.device('mps'))}"
     if not torch.cuda.is_available():
         why = "this PyTorch is a CPU build" if torch.version.cuda is None else "no NVIDIA driver or GPU"

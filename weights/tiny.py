@@ -8,8 +8,8 @@ import torch
 
 from bokehflux.models.tiny_decoder import TinyDecoder
 
-from .checkpoint import CheckpointError, open_checkpoint
-from .mapping import plan, recognise
+from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from .mapping import Entry, Table, plan, recognise
 from .tables.tiny import TABLES
 
 
@@ -26,19 +26,27 @@ def load_tiny_decoder(
     for the decoder of another model (TAESD, TAESDXL), whose latents have another number of channels.
     """
     checkpoint = open_checkpoint(path)
+    _, entries = plan_tiny(checkpoint, latent_channels)
+    with torch.device("meta"):
+        network = TinyDecoder(latent_channels)
+    tensors = {entry.dst: checkpoint.read(entry.src[0]).to(device, dtype, copy=True) for entry in entries}
+    network.load_state_dict(tensors, strict=True, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def plan_tiny(checkpoint: Checkpoint, latent_channels: int = 16) -> tuple[Table, list[Entry]]:
+    """The layout of the file, and where each tensor comes from. Raises as `load_tiny_decoder`."""
     table = recognise(TABLES, checkpoint.tensors, checkpoint.path)
     with torch.device("meta"):
         network = TinyDecoder(latent_channels)
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     entries = plan(table, shapes, checkpoint.shapes, checkpoint.path)
+    used = {name: checkpoint.tensors[name].dtype for entry in entries for name in entry.src}
     odd = [
-        f"{name} is stored as {checkpoint.tensors[name].dtype}, expected bfloat16, float16 or float32"
-        for entry in entries
-        for name in entry.src
-        if checkpoint.tensors[name].dtype not in (torch.bfloat16, torch.float16, torch.float32)
+        f"{name} is stored as {dtype}, expected bfloat16, float16 or float32"
+        for name, dtype in used.items()
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32)
     ]
     if odd:
         raise CheckpointError(checkpoint.path, *odd)
-    tensors = {entry.dst: checkpoint.read(entry.src[0]).to(device, dtype, copy=True) for entry in entries}
-    network.load_state_dict(tensors, strict=True, assign=True)
-    return network.eval().requires_grad_(False)
+    return table, entries

@@ -12,10 +12,12 @@ import torch
 from bokehflux.configs import BokehConfig
 from bokehflux.models.bokeh import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.weights import manifests, write
 from bokehflux.weights import save as export
 from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
 from bokehflux.weights.inspect import describe
+from bokehflux.weights.tables import tiny as tiny_table
 from tests import model_files as files
 
 STATES = files.states()
@@ -156,6 +158,28 @@ def test_loras(tmp_path, no_reading):
     shapes = {"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": (4, 8)}
     files.write_sparse(tmp_path / "b.safetensors", shapes)
     assert lines(tmp_path / "b.safetensors")[0].startswith("LoHa adapter")
+
+
+def test_tiny_decoders(tmp_path):
+    """In both layouts; that of Stable Diffusion, with four channels, is of no use here."""
+    for name, (channels, prefix, shift) in {
+        "own": (16, "", 0),
+        "diffusers": (16, "decoder.layers.", 1),
+    }.items():
+        state = TinyDecoder(channels).state_dict()
+        named = {}
+        for key, tensor in state.items():
+            layer, rest = key.split(".", 1)
+            named[f"{prefix}{int(layer) - shift}.{rest}"] = tensor
+        if shift:
+            named |= {key: torch.zeros(1) for key in tiny_table.DIFFUSERS.ignored}
+        write.save(tmp_path / f"{name}.safetensors", named)
+        found = lines(tmp_path / f"{name}.safetensors")
+        assert found[0].startswith("TAEF1, a tiny decoder for previews, 4.9 MB")
+        assert found[-3:] == ["parameters: 1.23 million", "precision: fp32", "use: --preview-vae"]
+    write.save(tmp_path / "taesd.safetensors", TinyDecoder(4).state_dict())
+    found = lines(tmp_path / "taesd.safetensors")
+    assert "[64, 4, 3, 3], expected [64, 16, 3, 3]" in found[1] and found[-1].startswith("use: none")
 
 
 def test_anything_else(tmp_path):

@@ -113,6 +113,13 @@ def test_refused_before_loading(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["taef1_decoder.pth", "taef1_decoder.safetensors"])
+def test_pickles_are_never_read(tmp_path: Path, name: str) -> None:
+    torch.save(state(), path := tmp_path / name)
+    with pytest.raises(CheckpointError, match="it is a PyTorch pickle file"):
+        load_tiny_decoder(path)
+
+
 def test_a_wrong_file_is_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
