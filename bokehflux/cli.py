@@ -200,6 +200,9 @@ def _check(args: argparse.Namespace) -> None:
 
         load_tiny_decoder(args.preview_vae)
     check_folder(Path(args.output))
+    if args.true_cfg > 1.5 and args.guidance_scale > 2:
+        both = f"--guidance-scale {args.guidance_scale:g} and --true-cfg {args.true_cfg:g}"
+        print(f"bokehflux: {both} add up; if pictures look burnt, lower one", file=sys.stderr)
 
 
 def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[str, Any]]:
@@ -236,9 +239,10 @@ def _server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Cal
     from bokehflux.generate import Stopped
 
     preview_of = _previews(args, pipe)
-    tiling = {"auto": None, "on": True, "off": False}[args.vae_tiling]
+    max_rows, vae_tiling = args.max_rows, {"auto": None, "on": True, "off": False}[args.vae_tiling]
 
     def serve(request: Request) -> Result:
+        nonlocal max_rows, vae_tiling
         grounded = request.bokeh_pivot is not None and request.num_grounding_steps != 0
         rows, prompts = len(request.bokeh_targets or (0,)) + grounded, 1 + (request.true_cfg > 1)
         preview = preview_of(request)
@@ -253,7 +257,10 @@ def _server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Cal
                     if preview is not None:
                         preview(info)
 
-                return request.run(pipe, watch, args.max_rows, tiling)
+                result = request.run(pipe, watch, max_rows, vae_tiling)
+            # What ran out of memory once need not do so in every scene.
+            max_rows, vae_tiling = (result.settings[name] for name in ("max_rows", "vae_tiling"))
+            return result
         except Stopped:
             raise
         except KeyboardInterrupt as stop:

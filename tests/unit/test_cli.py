@@ -363,6 +363,17 @@ def test_the_memory_mode_that_was_chosen_is_said(
     assert capsys.readouterr().err == says
 
 
+@pytest.mark.parametrize(
+    ("guidance", "cfg", "said"), [("3", "4", True), ("1", "4", False), ("3", "1", False)]
+)
+def test_two_guidances_at_once_are_noted(
+    fake: FakePipeline, guidance: str, cfg: str, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*SWEEP, "--guidance-scale", guidance, "--true-cfg", cfg]) == 0
+    note = "bokehflux: --guidance-scale 3 and --true-cfg 4 add up; if pictures look burnt, lower one\n"
+    assert capsys.readouterr().err == (note if said else "")
+
+
 @pytest.mark.parametrize("error", [MemoryError("the GPU is out of memory; try less"), MemoryError()])
 def test_out_of_memory_at_loading_is_one_line(
     fake: FakePipeline, error: MemoryError, capsys: pytest.CaptureFixture[str],

@@ -273,6 +273,23 @@ def test_a_full_disk_during_a_sweep(
     assert files(world) == {}
 
 
+def test_what_ran_out_of_memory_once_is_not_tried_again(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, asked = Pipeline.generate, []
+
+    def generate(self: Pipeline, *args: Any, max_rows: int | None, **kwargs: Any) -> Any:
+        asked.append((max_rows, kwargs["vae_tiling"]))
+        if max_rows is None or max_rows > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        result = real(self, *args, max_rows=max_rows, **kwargs | {"vae_tiling": True})
+        return result
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    assert cli.main(ARGV) == 0
+    assert asked == [(None, None), (1, None), (1, True)]
+
+
 def test_foreign_files_in_a_scene_folder_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "bokeh-notes.txt").write_text("x")
     (tmp_path / "bokeh-00.0.png").mkdir()
