@@ -26,6 +26,7 @@ from .adapter import adapter_part, open_any, pickle_in
 from .bokeh_config import read_bokeh_config
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo, holds_checkpoint, open_checkpoint
 from .layouts import Findings, is_flux, scan
+from .lora import match_layers
 from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
 from .parts import KINDS, LEFT_OVER, Part, part_of, plan_part, prefixes, strangers
 from .snapshot import PARTS
@@ -235,7 +236,16 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
     rank = (
         f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no rank"
     )
-    return ["LoRA", f"changes: {where or 'nothing'}, {rank}", precision, "use: --lora"]
+    lines = ["LoRA", f"changes: {where or 'nothing'}, {rank}", precision]
+    try:
+        problems = match_layers(checkpoint, FLUX_DEV).problems
+    except CheckpointError as error:
+        problems = list(error.problems)
+    if not problems:
+        return [*lines, "model: for FLUX.1, every layer has its place", "use: --lora"]
+    shown = [f"not for FLUX.1: {problem}" for problem in problems[:_SHOWN]]
+    shown += [f"not for FLUX.1: {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return [*lines, *shown, "use: none with FLUX.1; it was made for another model"]
 
 
 def _folder(findings: Findings) -> list[str]:
