@@ -149,6 +149,8 @@ def _picture_flags(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, metavar="PX", help="likewise")
     add("--max-rows", type=int, metavar="N",
         help="pictures that go through the network together (default: all that fit)")
+    add("--vae-tiling", choices=("auto", "on", "off"), default="auto",
+        help="decode pictures in bands, without seams, in less memory (default: where they are large)")
     add("--model", default="nano", metavar="MODEL",
         help="a bundled model, a folder or file in any known layout, or a repository such as "
              "black-forest-labs/FLUX.1-dev, looked up in the local cache (default: %(default)s)")
@@ -174,6 +176,8 @@ def _picture_flags(parser: argparse.ArgumentParser) -> None:
     add("--preview", metavar="FILE", help="a small picture that is written again and again meanwhile")
     add("--preview-every", type=int, default=1, metavar="K",
         help="steps between previews (default: %(default)s)")
+    add("--preview-vae", metavar="PATH",
+        help="TAEF1's file or folder, for previews with detail (default: a map of colours)")
     add("--config-from", metavar="IMAGE",
         help="make this picture again; flags that are given as well take precedence")
     # fmt: on

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +19,12 @@ from bokehflux.arguments import loras_from, model_from, parse, request_from
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
-    from bokehflux.generate import Pipeline
+    from torch import Tensor
+
+    from bokehflux.generate import Pipeline, Result
+    from bokehflux.preview import Preview
     from bokehflux.progress import Progress
-    from bokehflux.request import Request, Run
+    from bokehflux.request import Request
     from bokehflux.sampling.samplers import StepInfo
 
 
@@ -37,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"bokehflux: error: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    except (OSError, ArithmeticError) as error:
-        # ArithmeticError: NaN in weights or activations.
-        print(f"bokehflux: error: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
+    except (OSError, ArithmeticError, MemoryError) as error:
+        # ArithmeticError: NaN in weights or activations. MemoryError: at loading; later a ValueError.
+        said = " ".join(str(error).split()) or "out of memory"  # Python's own says nothing
+        print(f"bokehflux: error: {_plain(said)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"bokehflux: interrupted{stop}", file=sys.stderr)
@@ -50,21 +55,35 @@ def generate(args: argparse.Namespace) -> int:
     """One picture per level, the pivot and a contact sheet; prints their paths."""
     request = request_from(args, _required(args.prompt), args.seed)
     _check(args)
-    from bokehflux.output import save_pictures
+    from bokehflux.generate import Stopped
+    from bokehflux.output import save_pictures, uninterrupted
     from bokehflux.progress import Progress
     from bokehflux.scene import Scene
 
-    progress = Progress.for_people()
+    progress, output = Progress.for_people(), Path(args.output)
     pipe, facts = _load(args, progress)
-    scene = Scene.of(_server(args, pipe, progress)(request), facts)
-    for path in save_pictures([*scene.pictures(), scene.sheet()], Path(args.output), args.format):
-        print(path)
+    stop: KeyboardInterrupt | None = None
+    try:
+        result = _server(args, pipe, progress)(request)
+    except Stopped as stopped:
+        result, stop = stopped.result, stopped
+    try:
+        with uninterrupted():
+            scene = Scene.of(result, facts)
+            views = [] if stop else [scene.sheet()]
+            paths = save_pictures([*scene.pictures(), *views], output, args.format)
+            print(*paths, sep="\n", flush=True)
+    except KeyboardInterrupt as pressed:
+        stop = stop or pressed
+    if stop is not None:
+        raise Interrupted(_kept(request, len(scene.targets), paths, output)) from stop
     return 0
 
 
 def sweep(args: argparse.Namespace) -> int:
     """Prompts x seeds x levels, each scene with its views, and one page; prints paths as they are done."""
     from bokehflux import sweep as sweeps
+    from bokehflux.generate import Stopped
     from bokehflux.progress import Progress
 
     given = args.prompts_file
@@ -92,6 +111,8 @@ def sweep(args: argparse.Namespace) -> int:
                     progress.batch(num_done + 1, len(requests))
     except KeyboardInterrupt as stop:
         finished = f"{num_done} of {len(requests)} scenes are finished and kept in {output}"
+        if isinstance(stop, Stopped) and (begun := len(stop.result.images)):
+            finished += f", and {begun} of the levels of the next"
         raise Interrupted(f"; {finished}; the same command continues") from stop
     print(*sweeps.overviews(output, len(requests)), sep="\n")
     return 0
@@ -144,6 +165,19 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def _kept(request: Request, num_targets: int, paths: Sequence[Path], output: Path) -> str:
+    """What Ctrl-C left of a batch, and how to get the rest."""
+    missing = [f"{level:g}" for level in (request.bokeh_targets or ())[num_targets:]]
+    if not missing:
+        return f"; all pictures are finished and kept in {output}"
+    flags = ["--config-from", str(paths[0]), "--bokeh-targets", *missing, "--output", str(output)]
+    kept = "1 picture is" if len(paths) == 1 else f"{len(paths)} pictures are"
+    return (
+        f"; {kept} finished and kept in {output}; levels {', '.join(missing)} are missing: "
+        f"bokehflux generate {shlex.join(flags)}"
+    )
+
+
 def _required(prompt: str | None) -> str:
     if prompt is None:
         raise ValueError("a prompt is needed: --prompt TEXT")
@@ -157,11 +191,18 @@ def _check(args: argparse.Namespace) -> None:
     loras_from(args)
     if args.max_rows is not None and args.max_rows < 1:
         raise ValueError(f"--max-rows must be at least 1, got {args.max_rows}")
-    if args.preview is not None or args.preview_every != 1:
+    if args.preview is not None or args.preview_every != 1 or args.preview_vae is not None:
         from bokehflux.preview import check_preview
 
-        check_preview(args.preview, args.preview_every)
+        check_preview(args.preview, args.preview_every, args.preview_vae)
+    if args.preview_vae is not None:
+        from bokehflux.weights.tiny import load_tiny_decoder
+
+        load_tiny_decoder(args.preview_vae)
     check_folder(Path(args.output))
+    if args.true_cfg > 1.5 and args.guidance_scale > 2:
+        both = f"--guidance-scale {args.guidance_scale:g} and --true-cfg {args.true_cfg:g}"
+        print(f"bokehflux: {both} add up; if pictures look burnt, lower one", file=sys.stderr)
 
 
 def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[str, Any]]:
@@ -185,6 +226,8 @@ def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[
         facts = identity.facts(pipe, model, args.adapter, loras)
     finally:
         progress.end()
+    if args.memory == "auto" and pipe.device.type == "cuda":  # elsewhere there is no choice
+        print(f"bokehflux: memory mode {pipe.memory.mode}, chosen from free memory", file=sys.stderr)
     if args.config_from is not None:
         from bokehflux.replay import warn_of_differences
 
@@ -192,30 +235,62 @@ def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[
     return pipe, facts
 
 
-def _server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Callable[[Request], Run]:
+def _server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Callable[[Request], Result]:
     """Serves requests with everything that people watch meanwhile."""
+    from bokehflux.generate import Stopped
 
-    def serve(request: Request) -> Run:
+    preview_of = _previews(args, pipe)
+    max_rows, vae_tiling = args.max_rows, {"auto": None, "on": True, "off": False}[args.vae_tiling]
+
+    def serve(request: Request) -> Result:
+        nonlocal max_rows, vae_tiling
         grounded = request.bokeh_pivot is not None and request.num_grounding_steps != 0
-        rows = len(request.bokeh_targets or (0,)) + grounded
-        preview = None
-        if args.preview is not None:
-            from bokehflux.preview import Preview
+        rows, prompts = len(request.bokeh_targets or (0,)) + grounded, 1 + (request.true_cfg > 1)
+        preview = preview_of(request)
+        latest: StepInfo | None = None
+        try:
+            with progress.watching(pipe, rows, prompts) as on_step:
 
-            preview = Preview(
-                pipe.vae, request.completed(pipe.defaults), Path(args.preview), args.preview_every
-            )
+                def watch(info: StepInfo) -> None:
+                    nonlocal latest
+                    latest = info
+                    on_step(info)
+                    if preview is not None:
+                        preview(info)
 
-        with progress.watching(pipe, rows) as on_step:
-
-            def watch(info: StepInfo) -> None:
-                on_step(info)
-                if preview is not None:
-                    preview(info)
-
-            return request.run(pipe, watch, args.max_rows)
+                result = request.run(pipe, watch, max_rows, vae_tiling)
+            # What ran out of memory once need not do so in every scene.
+            max_rows, vae_tiling = (result.settings[name] for name in ("max_rows", "vae_tiling"))
+            return result
+        except Stopped:
+            raise
+        except KeyboardInterrupt as stop:
+            if latest is None:
+                raise
+            shown = f", which {args.preview} shows" if preview is not None and preview.write() else ""
+            done = f"step {latest.step + 1} of {latest.num_steps} was done{shown}"
+            raise Interrupted(f"; no picture is finished, {done}") from stop
 
     return serve
+
+
+def _previews(args: argparse.Namespace, pipe: Pipeline) -> Callable[[Request], Preview | None]:
+    """Makes the preview of each request, if one is wanted."""
+    if args.preview is None:
+        return lambda _: None
+    from bokehflux.preview import Preview, fit_rgb_map
+
+    if args.preview_vae is not None:
+        from bokehflux.weights.tiny import load_tiny_decoder
+
+        to_rgb: Callable[[Tensor], Tensor] = load_tiny_decoder(
+            args.preview_vae, pipe.vae.config.latent_channels, device=pipe.device, dtype=pipe.dtype
+        )
+    else:
+        to_rgb = fit_rgb_map(pipe.vae)
+    return lambda request: Preview(
+        to_rgb, request.completed(pipe.defaults), Path(args.preview), args.preview_every
+    )
 
 
 if __name__ == "__main__":

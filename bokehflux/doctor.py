@@ -61,7 +61,7 @@ def _devices() -> Iterator[str]:
         yield f"  attention: {attention_path(device)}"
         yield f"  fp8 compute: {why_not(device, torch.bfloat16) or 'yes'}"
     if torch.backends.mps.is_available():
-        yield "device mps: Apple GPU, memory shared with the CPU"
+        yield "device mps: Apple GPU, memory shared with the CPU; no fp8 (cast at load), no memory modes"
         yield f"  attention: {attention_path(torch.device('mps'))}"
     if not torch.cuda.is_available():
         why = "this PyTorch is a CPU build" if torch.version.cuda is None else "no NVIDIA driver or GPU"

@@ -3,7 +3,7 @@
 `load` builds a `Pipeline`; `Pipeline.generate` walks through the stages, each of which stands on its own:
 tokenise and encode (`text.encode`), noise and pack (`sampling.latents`), schedule (`sampling.schedule`),
 velocity (`sampling.denoise`), sampler (`sampling.samplers`), unpack and decode (`models.vae`), colour
-transfer (`color`). To change one, call the others yourself; there is no other state.
+transfer (`decode`, `color`). To change one, call the others yourself; there is no other state.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from bokehflux import __version__
-from bokehflux.color import match_lab_means
 from bokehflux.configs import Defaults, ScheduleConfig
+from bokehflux.decode import decode_pictures, wants_tiling
 from bokehflux.memory import (
     MODES,
     MemoryMode,
     Placement,
+    advised,
     choose,
     footprint,
     free_memory,
@@ -34,10 +34,10 @@ from bokehflux.memory import (
 from bokehflux.models.bokeh import BokehCondition, check_level
 from bokehflux.models.fp8 import check_fp8, is_fp8
 from bokehflux.models.mmdit import MMDiT
-from bokehflux.models.vae import AutoencoderKL, to_uint8
+from bokehflux.models.vae import AutoencoderKL
 from bokehflux.sampling.denoise import Grounding, denoiser
 from bokehflux.sampling.diagnose import explain_nonfinite
-from bokehflux.sampling.latents import LatentGrid, noise, pack, unpack
+from bokehflux.sampling.latents import LatentGrid, noise, pack
 from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import OnStep, euler
 from bokehflux.sampling.schedule import sigmas
@@ -60,7 +60,7 @@ class Result:
     """What `generate` made."""
 
     images: list[Image.Image]
-    """One RGB picture per target, in order; grounded ones colour-matched to the pivot."""
+    """One RGB picture per target, in order; grounded ones colour-matched to the pivot. Fewer in `Stopped`."""
     pivot_image: Image.Image | None
     """The pivot, when the run was grounded."""
     latents: Tensor
@@ -69,6 +69,14 @@ class Result:
     """[L, 64], when the run was grounded."""
     settings: dict[str, Any]
     """Every setting of the run after defaults were filled in; JSON-able."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while pictures were being decoded: `result` holds those that are finished."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__()
+        self.result = result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +127,7 @@ class Pipeline:
         seed: int = 65578,
         on_step: OnStep | None = None,
         max_rows: int | None = None,
+        vae_tiling: bool | None = None,
         pivot_cache: PivotCache | None = None,
     ) -> Result:
         """One picture of the prompt per bokeh level, all from the same noise, in one batch.
@@ -131,10 +140,13 @@ class Pipeline:
         seed: of the CPU generator; one seed, dtype and size give one picture. on_step: called with a
             `StepInfo` after every step; its latents have the pivot, if it is being made, in row 0.
         max_rows: pictures that go through the network together; None means all. More rows cost no more work.
+        vae_tiling: decode in bands: less memory, the same picture up to rounding. None: where a picture is
+            large for the memory mode, and where memory runs out.
         pivot_cache: an empty one keeps the pivot for later; a filled one stands in for it, so that a further
             level of the same scene costs one row.
         Raises ValueError for arguments that contradict each other or the model, MemoryError when the GPU is
-        too small, and `NonFiniteError`, with the step and the layer, when a network's output is no number.
+        too small, `NonFiniteError`, with the step and the layer, when a network's output is no number, and
+        `Stopped` for Ctrl-C when some pictures are finished.
         """
         num_steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         targets = _levels(bokeh_targets)
@@ -208,22 +220,20 @@ class Pipeline:
         elif pivot_cache is not None:
             pivot_latents = pivot_cache.latents
 
+        tiled = wants_tiling(self.memory.mode, grid) if vae_tiling is None else vae_tiling
         with self.memory.phase("decode"):
-            pixels = [self._decode(row, grid) for row in x]
-            pivot = None if pivot_latents is None else self._decode(pivot_latents, grid)
-        if pivot is not None:
-            pixels = [match_lab_means(image, pivot) for image in pixels]
-        return Result(
-            images=[Image.fromarray(image) for image in pixels],
-            pivot_image=None if pivot is None else Image.fromarray(pivot),
+            made = decode_pictures(self.vae, x, pivot_latents, grid, tiled=tiled)
+        how = {"memory": self.memory.mode, "max_rows": max_rows, "vae_tiling": made.tiled}
+        result = Result(
+            images=made.images,
+            pivot_image=made.pivot,
             latents=x,
             pivot_latents=pivot_latents,
-            settings={**scene, "bokeh_targets": targets, "memory": self.memory.mode},
+            settings={**scene, "bokeh_targets": targets, **how},
         )
-
-    def _decode(self, latents: Tensor, grid: LatentGrid) -> np.ndarray:
-        """[L, 64] packed latents -> [H, W, 3] uint8."""
-        return to_uint8(self.vae.decode(unpack(latents[None], grid))).cpu().numpy()[0]
+        if made.stop is not None:
+            raise Stopped(result) from made.stop
+        return result
 
     def _check(
         self,
@@ -283,7 +293,8 @@ def load(
     memory: "resident", "offload" or "stream" (`memory.py`); "auto" takes the first that fits in the GPU's
         free memory, and "resident" on other devices.
     on_progress: called with the bytes read so far and those of the whole model, first with 0.
-    Raises ValueError (`CheckpointError` for files) with everything that is wrong in one message.
+    Raises ValueError (`CheckpointError` for files) with everything that is wrong in one message, and
+    MemoryError with what would fit.
     """
     # The only place where the networks and the checkpoint code meet.
     from bokehflux.weights.load import load_components
@@ -301,21 +312,25 @@ def load(
         raise ValueError(f"memory mode {memory!r} needs a CUDA device, got {where}")
     # What will not stay on the device is never put there.
     home = where if resident else torch.device("cpu")
-    parts = load_components(
-        model,
-        adapter=adapter,
-        loras=loras,
-        device=home,
-        dtype=kind,
-        fp8_on=where if compute == "fp8" else None,
-        on_progress=on_progress,
-    )
+    with advised("resident", where if resident else None):
+        parts = load_components(
+            model,
+            adapter=adapter,
+            loras=loras,
+            device=home,
+            dtype=kind,
+            fp8_on=where if compute == "fp8" else None,
+            on_progress=on_progress,
+        )
     placement = Placement()
-    if not resident:
+    if where.type == "cuda":
         networks = (parts.mmdit, parts.text.networks, parts.vae)
-        mode = choose(footprint(*networks), free_memory(where)) if memory == "auto" else memory
+        mode: MemoryMode = "resident"
+        if not resident:
+            mode = choose(footprint(*networks), free_memory(where)) if memory == "auto" else memory
         logger.info("memory mode %s", mode)
-        placement = place(*networks, mode, where)
+        with advised(mode, where, footprint(*networks)):
+            placement = place(*networks, mode, where)
     return Pipeline(
         mmdit=parts.mmdit,
         text=parts.text,

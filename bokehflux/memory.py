@@ -2,8 +2,9 @@
 
 resident: everything on the device. offload: each network visits it for its phase (text, denoising, decoding),
 the modulation layers (27 % of FLUX) only for the one table a run needs. stream: T5's and the transformer's
-blocks visit it one by one, the next one's copy hidden behind the current one's work. Pictures are the same
-bits in every mode (tested on a CPU; `tests/gpu/test_memory.py` waits for a GPU).
+blocks visit it one by one, the next one's copy hidden behind the current one's work. Latents are the same
+bits in every mode (tested on a CPU; `tests/gpu/test_memory.py` waits for a GPU), and so are pictures that are
+decoded alike (`decode.py`).
 """
 
 from __future__ import annotations
@@ -41,29 +42,59 @@ class Placement:
     """Where the work is done; None: wherever the networks are."""
     visitors: Mapping[Phase, tuple[nn.Parameter, ...]] = field(default_factory=dict)
     """Parameters that are on the device only during a phase."""
+    needs: Footprint | None = None
+    """Of the networks, where it is known: tells which leaner mode would fit."""
 
     @contextlib.contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
         """Inside, the phase's networks are on the device; afterwards where they were.
 
-        Running out of GPU memory becomes a MemoryError that names what would fit.
+        Running out of memory becomes a MemoryError that names what would fit.
         """
         homes = [(parameter, parameter.data) for parameter in self.visitors.get(phase, ())]
         try:
-            for parameter, home in homes:
-                parameter.data = home.to(self.device, non_blocking=True)
-            yield
-        except torch.cuda.OutOfMemoryError as error:
-            leaner = MODES[MODES.index(self.mode) + 1 :]
-            advice = "fewer pictures at once (max_rows) or a smaller size"
-            if leaner:
-                advice = f"memory={leaner[0]!r}, or {advice}"
-            raise MemoryError(
-                f"the GPU is out of memory in mode {self.mode!r}; try {advice} ({error})"
-            ) from error
+            with advised(self.mode, self.device, self.needs):
+                for parameter, home in homes:
+                    parameter.data = home.to(self.device, non_blocking=True)
+                yield
         finally:
             for parameter, home in homes:
                 parameter.data = home
+
+
+@contextlib.contextmanager
+def advised(mode: MemoryMode, device: torch.device | None, needs: Footprint | None = None) -> Iterator[None]:
+    """Inside, running out of memory becomes a MemoryError that names what would fit.
+
+    needs: of the networks; without it the next leaner mode is named, with it the first that fits.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        smaller = "fewer pictures at once (max_rows) or a smaller size"
+        reason = " ".join(str(error).split())[:300]
+        if not isinstance(error, torch.OutOfMemoryError):  # that one comes from a GPU
+            where = f"device {device}" if device is not None and device.type == "mps" else "the machine"
+            raise MemoryError(
+                f"{where} is out of memory; try {smaller}, dtype 'bfloat16', or a smaller file of the model "
+                f"(fp8, GGUF) ({reason})"
+            ) from error
+        leaner = MODES[MODES.index(mode) + 1 :]
+        if leaner and needs is not None and device is not None:
+            # What this process holds is free for another mode.
+            free = free_memory(device) + torch.cuda.memory_reserved(device)
+            leaner = tuple(m for m in leaner if getattr(needs, m) + WORKSPACE_BYTES <= free) or leaner[-1:]
+        advice = f"memory={leaner[0]!r}, or {smaller}" if leaner else smaller
+        raise MemoryError(f"the GPU is out of memory in mode {mode!r}; try {advice} ({reason})") from error
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: every allocator of PyTorch says so in its own words."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 class Footprint(NamedTuple):
@@ -102,11 +133,11 @@ def place(
     mmdit: MMDiT, text: Sequence[nn.Module], vae: nn.Module, mode: MemoryMode, device: torch.device
 ) -> Placement:
     """Put weights where the mode wants them. Call once, after loading; the networks work as before."""
-    networks = (mmdit, *text, vae)
+    networks, needs = (mmdit, *text, vae), footprint(mmdit, text, vae)
     if mode == "resident":
         for network in networks:
             network.to(device)
-        return Placement(mode=mode, device=device)
+        return Placement(mode=mode, device=device, needs=needs)
     away: set[int] = set()
 
     def stream(units: list[Unit], again: bool) -> None:
@@ -135,7 +166,7 @@ def place(
         for layer in network.modules():
             if isinstance(layer, Linear):  # LoRA terms are small and used by every step: they stay there
                 layer.terms = tuple(term.moved(lambda t: t.to(device)) for term in layer.terms)
-    return Placement(mode=mode, device=device, visitors=visitors)
+    return Placement(mode=mode, device=device, visitors=visitors, needs=needs)
 
 
 class Stream:

@@ -6,11 +6,14 @@ between leaves a hidden `.bokehflux-*.tmp` and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import secrets
+import signal
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,22 @@ def save_pictures(pictures: Sequence[Picture], folder: Path, kind: str = "png") 
         for path in temporary:
             path.unlink(missing_ok=True)
     raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block, and is then raised: what is finished gets onto the disk."""
+    if threading.current_thread() is not threading.main_thread():  # only that one hears of it
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def replace_file(path: Path, data: bytes) -> None:

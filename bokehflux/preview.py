@@ -1,13 +1,16 @@
-"""Pictures while they are being made: a linear map from latents to colours, fitted to the autoencoder.
+"""Pictures while they are being made: latents to colours by a linear map, or by a tiny autoencoder (TAEF1).
 
 No table of numbers for one model: on a few smooth random pictures the best affine map from latents to colours
-is found by least squares, which costs one call of the encoder and holds for any autoencoder. What is shown is
+is found by least squares, which costs one call of the encoder and holds for any autoencoder. It knows colours
+and places; detail takes a decoder, and `models/tiny_decoder.py` is one that costs little. What is shown is
 the clean picture that the last step implies, x - sigma * velocity, with the velocity taken from two
 consecutive latents; so the noise of the current level is not in it, and the network is not called again.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,13 +25,15 @@ from bokehflux.request import Request
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo
 
-MAX_SIDE = 256
-"""Pixels of one preview's longer side."""
+MIN_SIDE, MAX_SIDE = 256, 512
+"""Pixels of one preview's longer side: enlarged by whole pixels below, averaged above."""
+ToRGB = Callable[[Tensor], Tensor]
+"""Model latents [1,z,h,w] -> [1,3,H,W] in [-1, 1], of any size."""
 
 
 @torch.inference_mode()
-def fit_rgb_map(vae: AutoencoderKL) -> Tensor:
-    """[z + 1, 3]: latents with a one appended, times this, are colours in [-1, 1]. Float32 on the CPU."""
+def fit_rgb_map(vae: AutoencoderKL) -> ToRGB:
+    """A map from latents to the colour of each, fitted to the autoencoder."""
     side = 16 * vae.config.downscale
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(8, 3, 4, 4, generator=generator) * 2 - 1
@@ -36,7 +41,13 @@ def fit_rgb_map(vae: AutoencoderKL) -> Tensor:
     weight = next(vae.parameters())
     latents = vae.encode(img.to(weight.device, weight.dtype)).float().cpu()
     colors = F.avg_pool2d(img, vae.config.downscale)
-    return torch.linalg.lstsq(_with_one(latents), colors.movedim(1, -1).reshape(-1, 3)).solution
+    fitted = torch.linalg.lstsq(_with_one(latents), colors.movedim(1, -1).reshape(-1, 3)).solution
+
+    def to_rgb(latents: Tensor) -> Tensor:
+        b, _, h, w = latents.shape
+        return (_with_one(latents.float().cpu()) @ fitted).view(b, h, w, 3).movedim(-1, 1)
+
+    return to_rgb
 
 
 class Preview:
@@ -45,43 +56,55 @@ class Preview:
     request: completed, since its size is needed. Path and every: as `check_preview` wants them.
     """
 
-    def __init__(self, vae: AutoencoderKL, request: Request, path: Path, every: int) -> None:
-        self._map = fit_rgb_map(vae)
+    def __init__(self, to_rgb: ToRGB, request: Request, path: Path, every: int) -> None:
+        self._to_rgb = to_rgb
         self._grid = LatentGrid(height_px=request.height or 0, width_px=request.width or 0)
         self._path = path
         self._every = every
         self._before: StepInfo | None = None
+        self._now: StepInfo | None = None
 
     def __call__(self, info: StepInfo) -> None:
-        before, self._before = self._before, info
-        last = info.step + 1 == info.num_steps
-        if before is None or info.step != before.step + 1:
-            if not last:
-                return  # one latent tells no velocity
-            before = None
-        if not last and (info.step + 1) % self._every:
-            return
+        follows = self._now is not None and info.step == self._now.step + 1
+        self._before, self._now = self._now if follows else None, info
+        if info.step + 1 == info.num_steps or (info.step + 1) % self._every == 0:
+            self.write()
+
+    @torch.inference_mode()
+    def write(self) -> bool:
+        """Show the newest step. Writes nothing (False) after the first: one latent tells no velocity."""
+        before, info = self._before, self._now
+        if info is None or (before is None and info.step + 1 < info.num_steps):
+            return False
         latents = info.latents.float()
         if before is not None:
             velocity = (latents - before.latents.float()) / (info.sigma - before.sigma)
             latents = latents - info.sigma * velocity
-        strip = self._strip(unpack(latents, self._grid).cpu())
+        strip = self._strip(unpack(latents, self._grid))
         recipe = {"role": "preview", "step": info.step + 1, "num_inference_steps": info.num_steps}
         replace_file(self._path, metadata.encode(strip, recipe, _kind(self._path)))
+        return True
 
     def _strip(self, latents: Tensor) -> Image.Image:
         """[B, z, h, w] -> B pictures side by side."""
-        b, _, h, w = latents.shape
-        colors = (_with_one(latents) @ self._map).view(b, h, w, 3)
-        scale = max(1, MAX_SIDE // max(h, w))
-        pixels = to_uint8(colors.movedim(-1, 1)).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        # One by one: a decoder would need memory for all of them.
+        colors = torch.cat([self._to_rgb(row[None]).float().cpu() for row in latents])
+        side = max(colors.shape[-2:])
+        colors = F.avg_pool2d(colors, max(1, math.ceil(side / MAX_SIDE)))
+        scale = max(1, MIN_SIDE // side)
+        pixels = to_uint8(colors).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         return Image.fromarray(torch.cat(list(pixels), 1).numpy())
 
 
-def check_preview(file: str | None, every: int) -> None:
+def check_preview(file: str | None, every: int, tiny_vae: str | None = None) -> None:
     """Raise ValueError for the arguments of a preview that could not be written."""
     if file is None:
-        raise ValueError("--preview-every needs --preview FILE: how often that file is written")
+        flag, what = ("--preview-vae", "how") if tiny_vae is not None else ("--preview-every", "how often")
+        raise ValueError(f"{flag} needs --preview FILE: {what} that file is written")
+    if tiny_vae is not None and not Path(tiny_vae).exists():
+        raise ValueError(
+            f"--preview-vae {tiny_vae}: no such file or folder; the weights of TAEF1 were expected"
+        )
     path = Path(file)
     _kind(path)
     if not path.parent.is_dir():

@@ -63,27 +63,50 @@ class Progress:
         self._drawn, self._phase = False, ""
 
     @contextmanager
-    def watching(self, pipe: Pipeline, rows: int) -> Iterator[Callable[[StepInfo], None]]:
-        """Follow one `generate` of `rows` pictures, the pivot included; yields its `on_step`."""
-        decoded = 0
+    def watching(self, pipe: Pipeline, rows: int, prompts: int = 1) -> Iterator[Callable[[StepInfo], None]]:
+        """Follow one `generate` of `rows` pictures, the pivot included; yields its `on_step`.
+
+        prompts: how many are encoded. Blocks of T5, which is nearly all of that work, are counted.
+        """
+        from bokehflux.models.t5 import T5Encoder
+
+        blocks = [b for net in pipe.text.networks if isinstance(net, T5Encoder) for b in net.encoder.block]
+        encoded = decoded = 0
+
+        def on_block(*_: object) -> None:
+            nonlocal encoded
+            encoded += 1
+            self.show("encoding", encoded, len(blocks) * prompts)
+            if encoded == len(blocks) * prompts:
+                encoded = 0  # out of memory, it may all begin again
+                self._begin("step")
 
         def on_decode(*_: object) -> None:
             nonlocal decoded
-            self.show("decoding", decoded, rows)
+            self.show("decoding", min(decoded, rows), rows)
             decoded += 1
 
         def on_step(info: StepInfo) -> None:
+            nonlocal decoded
+            decoded = 0
             self.show("step", info.step + 1, info.num_steps, f"noise {info.sigma:.2f}")
 
         self.show("encoding")
-        # Steps are timed from here: the first step's own time is part of the estimate.
-        self._phase, self._since = "step", self._clock()
-        hook = pipe.vae.decoder.register_forward_pre_hook(on_decode)
+        if not blocks:
+            self._begin("step")
+        hooks = [block.register_forward_hook(on_block) for block in blocks]
+        # Called once a picture, in one piece or in bands.
+        hooks.append(pipe.vae.decoder.conv_in.register_forward_pre_hook(on_decode))
         try:
             yield on_step
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             self.end()
+
+    def _begin(self, phase: str) -> None:
+        """Timed from here, before it is shown: the first step's own time is part of the estimate."""
+        self._phase, self._since = phase, self._clock()
 
     def _left(self, since: float, done: int, remaining: int) -> float:
         return (self._clock() - since) / done * remaining

@@ -36,6 +36,8 @@ def defaults_from(image: str, command: str) -> dict[str, Any]:
         values["lora"] = [[path, str(strength)] for path, strength in loras]
     if type(recipe.get("max_rows")) is int and recipe["max_rows"] > 0:
         values["max_rows"] = recipe["max_rows"]
+    if type(recipe.get("vae_tiling")) is bool:
+        values["vae_tiling"] = "on" if recipe["vae_tiling"] else "off"
     if command == "sweep":
         values["seeds"] = [values.pop("seed")]
     return values

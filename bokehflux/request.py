@@ -106,25 +106,33 @@ class Request:
             width=(self.width or defaults.width_px) // 16 * 16,
         )
 
-    def run(self, pipe: Pipeline, on_step: OnStep | None = None, max_rows: int | None = None) -> Run:
+    def run(
+        self,
+        pipe: Pipeline,
+        on_step: OnStep | None = None,
+        max_rows: int | None = None,
+        vae_tiling: bool | None = None,
+    ) -> Result:
         """Make the batch in one go where it fits: out of memory, again with half the rows at a time.
 
-        max_rows: rows to begin with; None is all. Raises ValueError as `Pipeline.generate` does, and when not
-        even a single row fits.
+        max_rows: rows to begin with; None is all. vae_tiling: as in `Pipeline.generate`. Raises ValueError as
+        that does, and when not even a single row fits.
         """
         from torch import OutOfMemoryError
 
         rows = len(self.bokeh_targets or (0,)) + (self.bokeh_pivot is not None)
         while True:
             try:
-                return Run(result=self._generate(pipe, on_step, max_rows), max_rows=max_rows)
+                return self._generate(pipe, on_step, max_rows, vae_tiling)
             except (OutOfMemoryError, MemoryError) as error:
                 if (max_rows or rows) <= 1:
                     raise ValueError(f"even one picture at a time does not fit: {error}") from error
             max_rows = max(1, min(max_rows or rows, rows) // 2)
             logger.warning("out of memory: trying again with %d pictures at a time", max_rows)
 
-    def _generate(self, pipe: Pipeline, on_step: OnStep | None, max_rows: int | None) -> Result:
+    def _generate(
+        self, pipe: Pipeline, on_step: OnStep | None, max_rows: int | None, vae_tiling: bool | None
+    ) -> Result:
         return pipe.generate(
             self.prompt,
             None if self.bokeh_targets is None else list(self.bokeh_targets),
@@ -139,16 +147,8 @@ class Request:
             seed=self.seed,
             on_step=on_step,
             max_rows=max_rows,
+            vae_tiling=vae_tiling,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A request that was served."""
-
-    result: Result
-    max_rows: int | None
-    """Rows that went through the network together; it can change the last bit of a picture."""
 
 
 def _fits(kind: str, value: object) -> bool:

@@ -14,7 +14,7 @@ from bokehflux.images import Tile, contact_sheet
 from bokehflux.output import Picture, distinct, level_stem
 
 if TYPE_CHECKING:
-    from bokehflux.request import Run
+    from bokehflux.generate import Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,13 @@ class Scene:
     pivot: Shot | None
 
     @classmethod
-    def of(cls, run: Run, facts: dict[str, Any]) -> Scene:
-        """facts: what `identity` says about model and machine."""
-        recipe = {**run.result.settings, **facts, "max_rows": run.max_rows}
+    def of(cls, result: Result, facts: dict[str, Any]) -> Scene:
+        """What a run made, also one that was stopped. facts: what `identity` says about model and machine."""
+        recipe = {**result.settings, **facts}
         levels: Sequence[float | None] = recipe["bokeh_targets"] or [None]
-        shots = [Shot(level=lv, image=img) for lv, img in zip(levels, run.result.images, strict=True)]
-        pivot = run.result.pivot_image
+        finished = levels[: len(result.images)]
+        shots = [Shot(level=lv, image=img) for lv, img in zip(finished, result.images, strict=True)]
+        pivot = result.pivot_image
         return cls(
             recipe=recipe,
             targets=tuple(shots),

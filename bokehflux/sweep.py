@@ -20,15 +20,16 @@ from PIL import Image
 
 from bokehflux import metadata
 from bokehflux.images import Tile, contact_sheet, up_and_down
-from bokehflux.output import check_folder, replace_file, save_pictures
+from bokehflux.output import check_folder, replace_file, save_pictures, uninterrupted
 from bokehflux.page import write_page
-from bokehflux.request import Request, Run
+from bokehflux.request import Request
 from bokehflux.scene import Scene, Shot
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bokehflux.configs import Defaults
+    from bokehflux.generate import Result
 
 LEVELS = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
 PIVOT = 15.0
@@ -88,19 +89,22 @@ def run_sweep(
     facts: dict[str, Any],
     output: Path,
     kind: str,
-    run: Callable[[Request], Run],
+    run: Callable[[Request], Result],
 ) -> Generator[Done, None, None]:
     """Make what is not there yet, scene by scene; ends with the page and, for several scenes, the grid.
 
     facts: `identity`'s, with `dtype`. kind: format of the pictures. run: serves one request.
-    The page is written for the scenes that are finished even when the sweep is stopped.
+    The page is written for the scenes that are finished even when the sweep is stopped, and pictures of an
+    unfinished scene are kept. Ctrl-C does not come between the pictures of a scene and its `Done`.
     """
     scenes: list[Scene] = []
     try:
         for request in requests:
-            done = _make(request.completed(defaults), facts, output, kind, run)
-            scenes.append(done.scene)
-            yield done
+            made = _make(request.completed(defaults), facts, output, kind, run)
+            with uninterrupted():
+                done = made.saved(kind)
+                scenes.append(done.scene)
+                yield done
     finally:
         if scenes:
             write_page(scenes, output / PAGE)
@@ -139,9 +143,28 @@ def finished(folder: Path, wanted: dict[str, Any]) -> dict[tuple[str, float], Sh
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """A scene before it is written."""
+
+    scene: Scene
+    fresh: Scene | None
+    """What of it is not on the disk yet."""
+    folder: Path
+    num_kept: int
+
+    def saved(self, kind: str) -> Done:
+        paths = [] if self.fresh is None else save_pictures(self.fresh.pictures(), self.folder, kind)
+        return Done(
+            scene=self.scene, paths=(*paths, *_views(self.scene, self.folder)), num_kept=self.num_kept
+        )
+
+
 def _make(
-    request: Request, facts: dict[str, Any], output: Path, kind: str, run: Callable[[Request], Run]
-) -> Done:
+    request: Request, facts: dict[str, Any], output: Path, kind: str, run: Callable[[Request], Result]
+) -> _Made:
+    from bokehflux.generate import Stopped
+
     wanted = {**dataclasses.asdict(request), **facts}
     folder = output / folder_name(wanted)
     check_folder(folder)
@@ -152,20 +175,24 @@ def _make(
     needs_pivot = bool(request.num_grounding_steps) and request.bokeh_pivot is not None
     pivot = found.get(("pivot", request.bokeh_pivot)) if request.bokeh_pivot is not None else None
     pivot = pivot if needs_pivot else None
+    num_kept = len(old) + (pivot is not None)
 
-    if missing or (needs_pivot and pivot is None):
-        # A lost pivot alone is made again along with one level, which is then not written.
-        made = Scene.of(run(dataclasses.replace(request, bokeh_targets=missing or levels[:1])), facts)
-        fresh = made if missing else dataclasses.replace(made, targets=())
-        fresh = fresh if pivot is None else dataclasses.replace(fresh, pivot=None)
-        paths = save_pictures(fresh.pictures(), folder, kind)
-        scene = fresh.merged(old, pivot)
-    else:
-        paths = []
-        recipe = {**wanted, "bokeh_targets": list(levels)}
-        scene = Scene(recipe=recipe, targets=tuple(old), pivot=pivot)
-    views = _views(scene, folder)
-    return Done(scene=scene, paths=(*paths, *views), num_kept=len(old) + (pivot is not None))
+    def new(result: Result) -> Scene:
+        """Without what is there: a lost pivot alone is made again along with one level, which is not kept."""
+        made = Scene.of(result, facts)
+        made = made if missing else dataclasses.replace(made, targets=())
+        return made if pivot is None else dataclasses.replace(made, pivot=None)
+
+    if not missing and (pivot is not None or not needs_pivot):
+        scene = Scene(recipe={**wanted, "bokeh_targets": list(levels)}, targets=tuple(old), pivot=pivot)
+        return _Made(scene=scene, fresh=None, folder=folder, num_kept=num_kept)
+    try:
+        fresh = new(run(dataclasses.replace(request, bokeh_targets=missing or levels[:1])))
+    except Stopped as stop:
+        with uninterrupted():
+            save_pictures(new(stop.result).pictures(), folder, kind)
+        raise
+    return _Made(scene=fresh.merged(old, pivot), fresh=fresh, folder=folder, num_kept=num_kept)
 
 
 def _views(scene: Scene, folder: Path) -> list[Path]:

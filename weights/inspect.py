@@ -26,11 +26,13 @@ from .adapter import adapter_part, open_any, pickle_in
 from .bokeh_config import read_bokeh_config
 from .checkpoint import Checkpoint, CheckpointError, TensorInfo, holds_checkpoint, open_checkpoint
 from .layouts import Findings, is_flux, scan
+from .lora import match_layers
 from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
 from .parts import KINDS, LEFT_OVER, Part, part_of, plan_part, prefixes, strangers
 from .snapshot import PARTS
-from .tables import bokeh
+from .tables import bokeh, tiny
 from .tables import lora as lora_names
+from .tiny import plan_tiny
 from .unpack import FORMATS
 
 _SHOWN = 12
@@ -83,13 +85,15 @@ def _checkpoint(checkpoint: Checkpoint) -> list[str]:
         return _networks(checkpoint, found, facts)
     if bokeh.ADAPTER.marker in checkpoint.tensors:
         return [f"bokeh adapter, {facts}", *_adapter(checkpoint)]
+    if any(table.marker in checkpoint.tensors for table in tiny.TABLES):
+        return [f"TAEF1, a tiny decoder for previews, {facts}", *_tiny(checkpoint)]
     if lora := _lora(checkpoint):
         return [f"{lora[0]}, {facts}", *lora[1:]]
     some = ", ".join(sorted(checkpoint.tensors)[:3]) or "nothing"
     return [
         f"not known: {facts} such as {some}",
         f"precision: {_precision(checkpoint.tensors.values(), False)}",
-        "use: none; a FLUX.1 transformer, autoencoder, CLIP-L, T5, bokeh adapter or LoRA was looked for",
+        "use: none; a FLUX.1 transformer, autoencoder, CLIP-L, T5, adapter, LoRA or TAEF1 was looked for",
     ]
 
 
@@ -194,6 +198,21 @@ def _adapter(checkpoint: Checkpoint) -> list[str]:
     return [*lines, "use: --adapter"]
 
 
+def _tiny(checkpoint: Checkpoint) -> list[str]:
+    try:
+        table, entries = plan_tiny(checkpoint)
+    except CheckpointError as error:
+        problems = [f"problem: {problem}" for problem in error.problems[:_SHOWN]]
+        return [*problems, "use: none, it is not the decoder of FLUX.1's latents"]
+    infos = [checkpoint.tensors[name] for entry in entries for name in entry.src]
+    return [
+        f"layout: {table.name}",
+        f"parameters: {_count(sum(math.prod(info.shape) for info in infos))}",
+        f"precision: {_precision(infos, False)}",
+        "use: --preview-vae",
+    ]
+
+
 def _lora(checkpoint: Checkpoint) -> list[str] | None:
     """Title and lines, when the names are those of a LoRA or one of its relatives."""
     relatives = [
@@ -217,7 +236,16 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
     rank = (
         f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no rank"
     )
-    return ["LoRA", f"changes: {where or 'nothing'}, {rank}", precision, "use: --lora"]
+    lines = ["LoRA", f"changes: {where or 'nothing'}, {rank}", precision]
+    try:
+        problems = match_layers(checkpoint, FLUX_DEV).problems
+    except CheckpointError as error:
+        problems = list(error.problems)
+    if not problems:
+        return [*lines, "model: for FLUX.1, every layer has its place", "use: --lora"]
+    shown = [f"not for FLUX.1: {problem}" for problem in problems[:_SHOWN]]
+    shown += [f"not for FLUX.1: {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return [*lines, *shown, "use: none with FLUX.1; it was made for another model"]
 
 
 def _folder(findings: Findings) -> list[str]:

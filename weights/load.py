@@ -8,6 +8,7 @@ Layouts are recognised by tensor names, never by file names.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from bokehflux.configs import CLIPConfig, Defaults, MMDiTConfig, ScheduleConfig,
 from bokehflux.models.bokeh import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.fp8 import fp8_layers, fp8_weight
-from bokehflux.models.linear import Linear
+from bokehflux.models.linear import NARROW, Linear
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
@@ -50,6 +51,7 @@ OnProgress = Callable[[int, int], None]
 OnRead = Callable[[int], None]
 """Called with the bytes of each parameter in its file, when it is on its device."""
 Network = TypeVar("Network", bound=nn.Module)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +303,8 @@ def _stored(
     # Metal has no fp8, and its bytes need not be kept for its sake alone.
     linear = {f"{n}.weight" for n, m in network.named_modules() if isinstance(m, Linear)}
     narrow = linear if where.type != "mps" else set()
+    if where.type == "mps" and any(info.dtype in NARROW for info in checkpoint.tensors.values()):
+        log.warning("%s: MPS has no fp8, weights become %s and need more memory", checkpoint.path, dtype)
     stored: dict[str, Stored] = {}
     for entry in sorted(entries, key=lambda entry: checkpoint.position(entry.src[0])):
         for name in entry.tied:

@@ -59,6 +59,43 @@ def read_lora(path: str | Path, mmdit: MMDiTConfig, clip: CLIPConfig = CLIP_L, t
     shape; and one that names the type for adapters that are not a pair of matrices per layer.
     """
     checkpoint = open_checkpoint(path)
+    match = match_layers(checkpoint, mmdit, clip, t5)
+    problems = list(match.problems)
+    alphas = Alphas(checkpoint)
+    terms: dict[str, dict[str, list[LowRankTerm]]] = {}
+    for stem, place in match.fitting.items():
+        roles = match.layers[stem]
+        down, up = (checkpoint.read(roles[role]).clone() for role in ("down", "up"))
+        if not (down.float().isfinite().all() and up.float().isfinite().all()):
+            problems.append(f"{stem}: holds values that are not finite")
+            continue
+        scale = alphas.scale(stem, place.network, roles.get("alpha"), down.shape[0])
+        up = place.transform.join([up])
+        term = LowRankTerm(down=down, up=up, strength=scale, first=place.first)
+        terms.setdefault(place.network, {}).setdefault(place.module, []).append(term)
+    if problems:
+        raise CheckpointError(f"{checkpoint.path} (LoRA)", *problems)
+    alphas.check_patterns(match.layers)
+    return Lora(
+        path=checkpoint.path,
+        terms={network: {m: tuple(t) for m, t in modules.items()} for network, modules in terms.items()},
+    )
+
+
+class Match(NamedTuple):
+    """How a file fits a model, by names and shapes."""
+
+    layers: dict[str, dict[str, str]]
+    """Name of a layer, as the file spells it -> role ("down", "up", "alpha") -> name of the tensor."""
+    fitting: dict[str, _Place]
+    problems: list[str]
+    """One line for all that does not fit."""
+
+
+def match_layers(
+    checkpoint: Checkpoint, mmdit: MMDiTConfig, clip: CLIPConfig = CLIP_L, t5: T5Config = T5_XXL
+) -> Match:
+    """Read headers only. Raises CheckpointError when the file is no LoRA, or none of the plain kind."""
     layers = _layers(checkpoint)
     places = {
         "mmdit": _places("mmdit", MMDiT, mmdit, names.TRANSFORMER),
@@ -68,8 +105,7 @@ def read_lora(path: str | Path, mmdit: MMDiTConfig, clip: CLIPConfig = CLIP_L, t
     found = {stem: _find(stem, places) for stem in layers}
     unmatched = [(stem, "") for stem, place in found.items() if place is None]
     problems = [f"no such layer in this model: {line}" for line in fold(unmatched)]
-    alphas = Alphas(checkpoint)
-    terms: dict[str, dict[str, list[LowRankTerm]]] = {}
+    fitting: dict[str, _Place] = {}
     sources: dict[tuple[str, str], list[tuple[range, str]]] = {}
     for stem, place in found.items():
         if place is None:
@@ -82,28 +118,12 @@ def read_lora(path: str | Path, mmdit: MMDiTConfig, clip: CLIPConfig = CLIP_L, t
             problems.append(f"{stem}: {complaint or f'changes the same rows as {twice[0]}'}")
             continue
         taken.append((rows, stem))
-        down, up = (checkpoint.read(layers[stem][role]).clone() for role in ("down", "up"))
-        if not (down.float().isfinite().all() and up.float().isfinite().all()):
-            problems.append(f"{stem}: holds values that are not finite")
-            continue
-        scale = alphas.scale(stem, place.network, layers[stem].get("alpha"), down.shape[0])
-        up = place.transform.join([up])
-        term = LowRankTerm(down=down, up=up, strength=scale, first=place.first)
-        terms.setdefault(place.network, {}).setdefault(place.module, []).append(term)
-    if problems:
-        raise CheckpointError(f"{checkpoint.path} (LoRA)", *problems)
-    alphas.check_patterns(found)
-    return Lora(
-        path=checkpoint.path,
-        terms={network: {m: tuple(t) for m, t in modules.items()} for network, modules in terms.items()},
-    )
+        fitting[stem] = place
+    return Match(layers, fitting, problems)
 
 
 def _layers(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
-    """Name of a layer, as the file spells it -> role ("down", "up", "alpha") -> name of the tensor.
-
-    Raises CheckpointError when the file is no LoRA, or none of the plain kind.
-    """
+    """As in `Match`, with its error."""
     hints = {
         bokeh.ADAPTER.marker: "a bokeh adapter: pass it as the adapter",
         **{table.marker: "a whole transformer: pass it as the model" for table in flux.TABLES},

@@ -200,14 +200,8 @@ class AutoencoderKL(nn.Module):
         The log variance lies in [-30, 20]. Raises ValueError when `x` has another shape or a side length that
         is not a multiple of `config.downscale`.
         """
-        multiple = self.config.downscale
-        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % multiple or x.shape[3] % multiple:
-            raise ValueError(
-                f"images must be [B,3,H,W] with H and W multiples of {multiple}, got {tuple(x.shape)}; "
-                "resize or crop them first"
-            )
-        mean, logvar = self.encoder(x).chunk(2, dim=1)
-        return mean, logvar.clamp(*_LOGVAR_RANGE)
+        self.check_images(x)
+        return split_moments(self.encoder(x))
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Model latents [B,z,H/8,W/8] of images [B,3,H,W] in [-1, 1].
@@ -215,7 +209,11 @@ class AutoencoderKL(nn.Module):
         A random draw when there is a generator (on any device), the mean of the distribution otherwise.
         Raises ValueError as `moments` does.
         """
-        z, logvar = self.moments(x)
+        return self.draw(*self.moments(x), generator)
+
+    def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Model latents from what `moments` gave, as `encode` says."""
+        z = mean
         if generator is not None:
             noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype)
             z = z + torch.exp(0.5 * logvar) * noise.to(z.device)
@@ -226,12 +224,31 @@ class AutoencoderKL(nn.Module):
 
         Raises ValueError when `latents` has another shape.
         """
+        return self.decoder(self.unscaled(latents))
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """What the decoder takes, of model latents [B,z,H/8,W/8]. Raises ValueError for another shape."""
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"latents must be [B,{self.config.latent_channels},h,w], got {tuple(latents.shape)}; "
                 "unpack image tokens first"
             )
-        return self.decoder(latents / self.config.scale + self.config.shift)
+        return latents / self.config.scale + self.config.shift
+
+    def check_images(self, x: Tensor) -> None:
+        """Raise ValueError, as `moments` says, for what the encoder cannot take."""
+        multiple = self.config.downscale
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(
+                f"images must be [B,3,H,W] with H and W multiples of {multiple}, got {tuple(x.shape)}; "
+                "resize or crop them first"
+            )
+
+
+def split_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The encoder's output [B,2z,h,w] -> mean and log variance, the latter in [-30, 20]."""
+    mean, logvar = x.chunk(2, dim=1)
+    return mean, logvar.clamp(*_LOGVAR_RANGE)
 
 
 def to_uint8(x: Tensor) -> Tensor:

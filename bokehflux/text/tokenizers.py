@@ -207,7 +207,10 @@ def _fit(
     for i, (content, prompt) in enumerate(zip(contents, prompts, strict=True)):
         row = framed(content)
         if len(row) > length:
-            log.warning("%s reads %d of the %d tokens of the prompt %.80r", reader, length, len(row), prompt)
+            note = "; T5 has a larger limit" if reader == "CLIP" else ""
+            log.warning(
+                "%s reads %d of the %d tokens of the prompt %.80r%s", reader, length, len(row), prompt, note
+            )
             row = framed(content[: length - len(framed([]))])
         ids[i, : len(row)] = torch.tensor(row)
     return ids

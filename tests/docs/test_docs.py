@@ -30,6 +30,7 @@ from bokehflux.arguments import parsers
 from bokehflux.configs import FLUX_SCHEDULE, CLIPConfig, Defaults, T5Config
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.t5 import T5Encoder
+from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.training.tokenizers import train_tokenizers
 from bokehflux.weights import load, save
@@ -122,6 +123,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pairs = {f"{layer}.lora_A.weight": torch.randn(2, sizes[0]) for layer, sizes in layers.items()}
         pairs |= {f"{layer}.lora_B.weight": torch.randn(sizes[1], 2) for layer, sizes in layers.items()}
         write(home / f"{name}.safetensors", pairs)
+    write(home / "taef1_decoder.safetensors", TinyDecoder(VAE.latent_channels).state_dict())
     states = model_files.states()["transformer"]
     fp8 = {n: t.to(torch.float8_e4m3fn) if t.ndim == 2 else t.bfloat16() for n, t in states.items()}
     write(home / "flux1-dev-fp8.safetensors", fp8)
@@ -133,7 +135,8 @@ def workplace(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A folder with the files that documents speak of, a Hugging Face cache, a CPU, and no network."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for name in ("FLUX.1-dev", "style.safetensors", "detail.safetensors", "flux1-dev-fp8.safetensors"):
+    for name in ("FLUX.1-dev", "style.safetensors", "detail.safetensors", "flux1-dev-fp8.safetensors",
+                 "taef1_decoder.safetensors"):  # fmt: skip
         (tmp_path / name).symlink_to(models / name)
     (tmp_path / "path").mkdir()
     (tmp_path / "path" / "to").symlink_to(models)

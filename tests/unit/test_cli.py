@@ -36,7 +36,8 @@ class FakePipeline:
         self.loaded: dict[str, Any] = {}
         self.called: dict[str, Any] = {}
         self.during: Callable[[], None] = lambda: None
-        self.vae = SimpleNamespace(decoder=torch.nn.Identity())
+        self.vae = SimpleNamespace(decoder=SimpleNamespace(conv_in=torch.nn.Identity()))
+        self.text = SimpleNamespace(networks=())
         self.defaults = Defaults(num_inference_steps=3, height_px=32, width_px=32, txt_length=8)
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, "fake"
         self.compute = "dtype"
@@ -54,10 +55,10 @@ class FakePipeline:
         on_step = self.called["on_step"]
         for step in range(3 if on_step else 0):
             on_step(StepInfo(step=step, num_steps=3, sigma=1 - (step + 1) / 3, latents=torch.zeros(1, 1, 64)))
-        settings = {name: value for name, value in self.called.items() if name not in ("on_step", "max_rows")}
+        settings = {name: value for name, value in self.called.items() if name != "on_step"}
         settings |= {"num_inference_steps": 20, "num_grounding_steps": 16, "model": self.loaded["model"]}
         for _ in [*(targets or [0]), *([] if pivot is None else [pivot])]:
-            self.vae.decoder(torch.zeros(1))
+            self.vae.decoder.conv_in(torch.zeros(1))
         return Result(
             images=[Image.new("RGB", (32, 32), (0, int(8 * level), 0)) for level in targets or [0]],
             pivot_image=None if pivot is None else Image.new("RGB", (32, 32), "blue"),
@@ -128,7 +129,7 @@ def test_published_defaults(fake: FakePipeline) -> None:
         "prompt": "p", "bokeh_targets": [15.0], "bokeh_pivot": None, "num_inference_steps": None,
         "num_grounding_steps": None, "guidance_scale": 3.0, "true_cfg": 1.0, "height": None, "width": None,
         "negative_prompt": "bad quality, low resolution", "seed": 65578,
-        "max_rows": None,
+        "max_rows": None, "vae_tiling": None,
     }  # fmt: skip
     assert callable(fake.loaded.pop("on_progress"))
     assert fake.loaded == {
@@ -350,6 +351,44 @@ def test_progress_only_when_somebody_watches(
     ]  # fmt: skip
     assert all(line.endswith(" left") for line in [*lines[2:5], *lines[6:]])
     assert terminal.getvalue().endswith("\n"), "what is printed next begins on a line of its own"
+
+
+@pytest.mark.parametrize(("memory", "says"), [
+    ("auto", "bokehflux: memory mode offload, chosen from free memory\n"), ("offload", ""),
+])  # fmt: skip
+def test_the_memory_mode_that_was_chosen_is_said(
+    fake: FakePipeline, memory: str, says: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fake.device, fake.memory = torch.device("cuda"), SimpleNamespace(mode="offload")
+    monkeypatch.setattr("bokehflux.identity.device_name", lambda _: "a GPU")
+    assert cli.main([*SWEEP, "--memory", memory]) == 0
+    assert capsys.readouterr().err == says
+
+
+@pytest.mark.parametrize(
+    ("guidance", "cfg", "said"), [("3", "4", True), ("1", "4", False), ("3", "1", False)]
+)
+def test_two_guidances_at_once_are_noted(
+    fake: FakePipeline, guidance: str, cfg: str, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*SWEEP, "--guidance-scale", guidance, "--true-cfg", cfg]) == 0
+    note = "bokehflux: --guidance-scale 3 and --true-cfg 4 add up; if pictures look burnt, lower one\n"
+    assert capsys.readouterr().err == (note if said else "")
+
+
+@pytest.mark.parametrize("error", [MemoryError("the GPU is out of memory; try less"), MemoryError()])
+def test_out_of_memory_at_loading_is_one_line(
+    fake: FakePipeline, error: MemoryError, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("bokehflux.generate.load", full)
+    assert cli.main(SWEEP) == 1
+    err = capsys.readouterr().err
+    assert err == f"bokehflux: error: {str(error) or 'out of memory'}\n" and err.count("\n") == 1
 
 
 def test_version_and_help_do_not_load_torch() -> None:

@@ -61,6 +61,12 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path.startswith("sdpa with PyTorch's kernels (") and "flash" not in path, "flash needs 8.0"
 
 
+def test_what_metal_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    (line,) = [line for line in doctor.report({}) if line.startswith("device mps")]
+    assert "no fp8" in line and "no memory modes" in line
+
+
 def test_a_complete_model_is_described(tmp_path: Path) -> None:
     write_snapshot(tmp_path / "mine")
     lines = list(doctor.report({"BOKEHFLUX_MODELS": str(tmp_path)}))

@@ -17,7 +17,9 @@ from bokehflux.fetch import TOKENIZERS_ONLY
 from bokehflux.generate import Pipeline
 from bokehflux.metadata import read_recipe
 from bokehflux.models.fp8 import quantize_mmdit
+from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.weights.resolve import ModelFiles
+from bokehflux.weights.write import save as write
 from tests.tiny import tiny_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,6 +39,7 @@ COMMON: dict[str, list[str]] = {
     "--height": ["48"],
     "--width": ["64"],
     "--max-rows": ["1"],
+    "--vae-tiling": ["on"],
     "--model": ["other"],
     "--vae": ["ae.safetensors"],
     "--clip": ["clip_l.safetensors"],
@@ -52,6 +55,7 @@ COMMON: dict[str, list[str]] = {
     "--format": ["webp"],
     "--preview": ["preview.png"],
     "--preview-every": ["5"],
+    "--preview-vae": ["taef1_decoder.safetensors"],
     "--config-from": ["earlier.png"],
 }
 FLAGS = {
@@ -63,6 +67,7 @@ CASES = [(command, flag) for command, flags in FLAGS.items() for flag in flags]
 NEEDS = {
     "--negative-prompt": ["--true-cfg", "2"],
     "--preview-every": ["--preview", "preview.png"],
+    "--preview-vae": ["--preview", "preview.png"],
 }
 TINY = {kind: tiny_pipeline(dtype=dtype) for kind, dtype in DTYPES.items()} | {"fp8": tiny_pipeline()}
 quantize_mmdit(TINY["fp8"].mmdit)
@@ -89,6 +94,8 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setattr("bokehflux.generate.load", load)
     monkeypatch.setattr("bokehflux.identity.model_facts", model_facts)
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    write("taef1_decoder.safetensors", TinyDecoder(16).state_dict())
     Path("prompts.txt").write_text("a cup\n# no prompt\n\na tree\n")
     assert cli.main(["generate", "--prompt", "a boat", "--bokeh-targets", "7", "--output", "."]) == 0
     Path("bokeh-07.0.png").rename("earlier.png")
@@ -122,6 +129,9 @@ def test_a_flag_changes_what_comes_out(world: dict[str, Any], command: str, flag
     if flag == "--max-rows":
         batches = rows_of(base), rows_of([*base, flag, *FLAGS[command][flag]])
         assert batches[0] > batches[1] == 1
+        return
+    if flag == "--vae-tiling":  # pictures are the same: what it is for is memory
+        assert [bands_of([*base, flag, how]) for how in ("auto", "off", "on")] == [0, 0, 3]
         return
     if flag == "--preview-every":
         assert previews_of([*base, flag, "2"]) < previews_of(base)
@@ -157,7 +167,17 @@ def test_flags_of_fetch_change_what_is_asked_for(monkeypatch: pytest.MonkeyPatch
     assert asked == [plain, plain | changed[flag]]
 
 
-@pytest.mark.parametrize("command", ["info", "doctor", "inspect", "fetch"])
+OTHERS = ["info", "doctor", "inspect", "fetch"]
+
+
+def test_no_command_is_left_out_here() -> None:
+    assert parsers()[1].keys() == cli.COMMANDS.keys() == {*BASE, *OTHERS}
+    assert {word for action in parsers()[0]._actions for word in action.option_strings} == {
+        "-h", "--help", "--version",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", OTHERS)
 def test_the_other_commands_have_no_other_flags(command: str) -> None:
     flags = {word for action in parsers()[1][command]._actions for word in action.option_strings}
     assert flags == {"-h", "--help"} | (FETCH.keys() if command == "fetch" else set())
@@ -173,6 +193,25 @@ def rows_of(argv: list[str]) -> int:
     finally:
         hook.remove()
     return max(seen)
+
+
+def bands_of(argv: list[str]) -> int:
+    """How many pictures are decoded in bands."""
+    from bokehflux import decode
+
+    made: list[torch.Size] = []
+    real = decode.tiling.decode
+
+    def count(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+        made.append(latents.shape)
+        return real(vae, latents)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode.tiling, "decode", count)
+        assert cli.main([*argv, "--output", f"bands-{argv[-1]}"]) == 0
+    (picture,) = Path(f"bands-{argv[-1]}").rglob("bokeh-20.0.png")
+    assert read_recipe(picture)["vae_tiling"] is bool(made)
+    return len(made)
 
 
 def previews_of(argv: list[str]) -> int:

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bokehflux.configs import BokehConfig
+from bokehflux.configs import FLUX_DEV, BokehConfig
 from bokehflux.models.bokeh import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.weights import manifests, write
 from bokehflux.weights import save as export
 from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
 from bokehflux.weights.inspect import describe
+from bokehflux.weights.tables import tiny as tiny_table
 from tests import model_files as files
 
 STATES = files.states()
@@ -148,14 +150,52 @@ def test_adapters(tmp_path, no_reading):
 
 def test_loras(tmp_path, no_reading):
     layer = "transformer.transformer_blocks.0.attn.to_q"
-    shapes = {f"{layer}.lora_A.weight": (4, 8), f"{layer}.lora_B.weight": (8, 4), f"{layer}.alpha": ()}
+    width = FLUX_DEV.hidden_size
+    shapes = {
+        f"{layer}.lora_A.weight": (4, width),
+        f"{layer}.lora_B.weight": (width, 4),
+        f"{layer}.alpha": (),
+    }
     files.write_sparse(tmp_path / "a.safetensors", shapes)
     found = lines(tmp_path / "a.safetensors")
     assert found[0].startswith("LoRA, ") and "changes: 1 layers of mmdit, rank 4" in found
-    assert found[-1] == "use: --lora"
+    assert found[-2:] == ["model: for FLUX.1, every layer has its place", "use: --lora"]
+    # What loading would refuse is said here.
+    sdxl = "lora_unet_down_blocks_1_attentions_0_proj_in"
+    foreign = {f"{sdxl}.lora_down.weight": (4, 8), f"{sdxl}.lora_up.weight": (8, 4)}
+    files.write_sparse(tmp_path / "c.safetensors", shapes | foreign)
+    found = lines(tmp_path / "c.safetensors")
+    assert f"not for FLUX.1: no such layer in this model: {sdxl}" in found and found[-1].startswith(
+        "use: none"
+    )
+    many = {f"{layer[:-1]}{n}.lora_A.weight": (4, 8) for n in range(20)}
+    files.write_sparse(tmp_path / "d.safetensors", many)
+    assert "not for FLUX.1: 8 more" in lines(tmp_path / "d.safetensors")
     shapes = {"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": (4, 8)}
     files.write_sparse(tmp_path / "b.safetensors", shapes)
     assert lines(tmp_path / "b.safetensors")[0].startswith("LoHa adapter")
+
+
+def test_tiny_decoders(tmp_path):
+    """In both layouts; that of Stable Diffusion, with four channels, is of no use here."""
+    for name, (channels, prefix, shift) in {
+        "own": (16, "", 0),
+        "diffusers": (16, "decoder.layers.", 1),
+    }.items():
+        state = TinyDecoder(channels).state_dict()
+        named = {}
+        for key, tensor in state.items():
+            layer, rest = key.split(".", 1)
+            named[f"{prefix}{int(layer) - shift}.{rest}"] = tensor
+        if shift:
+            named |= {key: torch.zeros(1) for key in tiny_table.DIFFUSERS.ignored}
+        write.save(tmp_path / f"{name}.safetensors", named)
+        found = lines(tmp_path / f"{name}.safetensors")
+        assert found[0].startswith("TAEF1, a tiny decoder for previews, 4.9 MB")
+        assert found[-3:] == ["parameters: 1.23 million", "precision: fp32", "use: --preview-vae"]
+    write.save(tmp_path / "taesd.safetensors", TinyDecoder(4).state_dict())
+    found = lines(tmp_path / "taesd.safetensors")
+    assert "[64, 4, 3, 3], expected [64, 16, 3, 3]" in found[1] and found[-1].startswith("use: none")
 
 
 def test_anything_else(tmp_path):

@@ -125,3 +125,52 @@ def test_running_out_names_the_mode_that_would_fit() -> None:
             raise torch.cuda.OutOfMemoryError("of memory")
     with pytest.raises(KeyError), Placement().phase("text"):
         raise KeyError
+    with pytest.raises(RuntimeError, match="^shapes"), Placement().phase("text"):
+        raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize(("free_gb", "advice"), [(21, "offload"), (20, "stream"), (0, "stream")])
+def test_the_mode_that_is_named_would_fit(free_gb: int, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """18 GB of weights and the workspace; what this process holds counts as free."""
+    monkeypatch.setattr("bokehflux.memory.free_memory", lambda _: (free_gb // 2) * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: (free_gb - free_gb // 2) * 10**9)
+    needs = Footprint(resident=34 * 10**9, offload=18 * 10**9, stream=10**9)
+    at_work = Placement(mode="resident", device=torch.device("cuda"), needs=needs)
+    with pytest.raises(MemoryError, match=f"mode 'resident'; try memory='{advice}'"), at_work.phase("decode"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_placement_knows_the_needs() -> None:
+    pipe = tiny_pipeline()
+    for mode in ("resident", "offload", "stream"):
+        assert place(pipe.mmdit, (), pipe.vae, mode, CPU).needs == footprint(pipe.mmdit, (), pipe.vae)
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes. Error code 12"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 4000 bytes."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 18 GB)"), MemoryError(),
+])  # fmt: skip
+def test_running_out_elsewhere_is_advised_too(error: Exception) -> None:
+    with pytest.raises(MemoryError, match="is out of memory; try fewer pictures.*or a smaller file"):
+        with Placement(device=CPU).phase("denoise"):
+            raise error
+
+
+def test_this_machine_says_it_in_those_words() -> None:
+    with pytest.raises(MemoryError, match="^the machine is out of memory"), Placement().phase("denoise"):
+        torch.empty(10**15)
+
+
+def test_running_out_at_loading_names_a_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object, device: torch.device, **__: object) -> None:
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("bokehflux.weights.load.load_components", full)
+    with pytest.raises(MemoryError, match="the machine is out of memory"):
+        bokehflux.load(tmp_path, device="cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(MemoryError, match="in mode 'resident'; try memory='offload'"):
+        bokehflux.load(tmp_path, device="cuda", memory="resident")

@@ -317,8 +317,8 @@ def test_loading_holds_one_parameter_beside_the_network(tmp_path, monkeypatch):
     assert most <= 4  # the parts of a fused projection
 
 
-def test_metal_gets_dense_weights(tmp_path, monkeypatch):
-    """MPS has no fp8: what is read from the file is widened before it gets there."""
+def test_metal_gets_dense_weights(tmp_path, monkeypatch, caplog):
+    """MPS has no fp8: what is read from the file is widened before it gets there, and that is said."""
     tensors, _ = scaled(STATES["t5"], "old")
     write.save(tmp_path / "a.safetensors", tensors)
     kept: list[bool] = []
@@ -333,6 +333,9 @@ def test_metal_gets_dense_weights(tmp_path, monkeypatch):
     network = load.load_t5(tmp_path / "a.safetensors", device="mps", dtype=torch.float32)
     assert kept and not any(kept)
     assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert [line.split(": ", 1)[1] for line in caplog.messages] == [
+        "MPS has no fp8, weights become torch.float32 and need more memory"
+    ]
 
 
 def test_every_matrix_of_the_networks_is_a_linear_that_can_be_narrow() -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+from collections.abc import Sequence
 
 import pytest
 import torch
 
+from bokehflux.configs import T5Config
+from bokehflux.models.t5 import T5Encoder
 from bokehflux.progress import Progress
 from bokehflux.sampling.samplers import StepInfo
-from tests.tiny import tiny_pipeline
+from bokehflux.types import Conditioning
+from tests.tiny import FakeText, tiny_pipeline
 
 
 class Clock:
@@ -102,3 +107,54 @@ def test_a_whole_run_is_followed_and_its_hook_removed(fails: bool) -> None:
     before = stream.getvalue()
     pipe.vae.decode(torch.zeros(1, 16, 2, 2))
     assert stream.getvalue() == before
+
+
+class SlowText(FakeText):
+    """Runs a T5 whose blocks take a second each."""
+
+    clock: Clock
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        self.networks[0](torch.zeros(len(prompts), 4, dtype=torch.long))
+        return super().encode(prompts)
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_encoding_has_time_left_and_is_no_part_of_the_steps(prompts: int) -> None:
+    t5 = T5Encoder(T5Config(vocab_size=8, width=8, head_dim=4, mlp_size=8, num_layers=3, num_heads=2)).eval()
+    clock, stream = Clock(), io.StringIO()
+
+    def tick(*_: object) -> None:
+        clock.now += 10
+
+    for block in t5.encoder.block:
+        block.register_forward_pre_hook(tick)
+    text = SlowText(torch.float32, networks=(t5,))
+    pipe = dataclasses.replace(tiny_pipeline(), text=text)  # type: ignore[arg-type]
+    progress = Progress(stream, clock)
+    arguments = {"num_inference_steps": 2, "true_cfg": float(prompts)}
+
+    def watch(info: StepInfo) -> None:
+        clock.now += 7
+        on_step(info)
+
+    with progress.watching(pipe, 1, prompts) as on_step:
+        pipe.generate("p", [0], on_step=watch, **arguments)
+    total = 3 * prompts
+    assert lines(stream)[: total + 2] == [
+        "encoding",
+        *(f"encoding {i}/{total}  00:{10 * (total - i):02} left" for i in range(1, total)),
+        f"encoding {total}/{total}  00:00 left",
+        f"step 1/2  noise {lines(stream)[total + 1].split()[3]}  00:07 left",
+    ]
+    assert not any(block._forward_hooks for block in t5.encoder.block)
+
+
+def test_a_run_that_begins_again_counts_again() -> None:
+    """Out of memory: fewer rows, from the start."""
+    pipe, stream = tiny_pipeline(), io.StringIO()
+    with Progress(stream).watching(pipe, 2) as on_step:
+        for _ in range(2):
+            pipe.generate("p", [0, 9], num_inference_steps=1, on_step=on_step)
+    seen = [" ".join(line.split()[:2]) for line in lines(stream)]
+    assert seen == ["encoding", *["step 1/1", "decoding 0/2", "decoding 1/2"] * 2]

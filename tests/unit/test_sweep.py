@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from bokehflux import cli, sweep
-from bokehflux.generate import Pipeline
+from bokehflux.generate import Pipeline, Result
 from bokehflux.metadata import read_recipe
-from bokehflux.request import Request, Run
+from bokehflux.request import Request
 from bokehflux.sweep import finished, folder_name, grid, read_prompts, run_sweep
 from tests.tiny import tiny_pipeline
 
@@ -33,7 +33,7 @@ class Serve:
         self.served: list[Request] = []
         self.before = before
 
-    def __call__(self, request: Request) -> Run:
+    def __call__(self, request: Request) -> Result:
         self.before(len(self.served))
         self.served.append(request)
         return request.run(PIPE)
@@ -271,6 +271,23 @@ def test_a_full_disk_during_a_sweep(
     assert cli.main(ARGV) == 1
     assert capsys.readouterr().err == "bokehflux: error: [Errno 28] No space left on device\n"
     assert files(world) == {}
+
+
+def test_what_ran_out_of_memory_once_is_not_tried_again(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, asked = Pipeline.generate, []
+
+    def generate(self: Pipeline, *args: Any, max_rows: int | None, **kwargs: Any) -> Any:
+        asked.append((max_rows, kwargs["vae_tiling"]))
+        if max_rows is None or max_rows > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        result = real(self, *args, max_rows=max_rows, **kwargs | {"vae_tiling": True})
+        return result
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    assert cli.main(ARGV) == 0
+    assert asked == [(None, None), (1, None), (1, True)]
 
 
 def test_foreign_files_in_a_scene_folder_do_no_harm(tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def test_a_long_prompt_is_cut_with_a_warning(
         assert fits.tolist() == cut.tolist() and cut[0, -1] == tokenizer.eos_id
         (record,) = caplog.records
         assert f"{name} reads 24 of the 25 tokens" in record.getMessage()
+        assert ("T5 has a larger limit" in record.getMessage()) == (name == "CLIP")
 
 
 def test_bad_calls(clip: CLIPTokenizer, t5: T5Tokenizer) -> None:

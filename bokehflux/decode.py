@@ -1,0 +1,84 @@
+"""Latents to pictures: one by one, the pivot first, since the others take its colours.
+
+In one piece, or in bands (`models/tiling.py`) where a picture is large or memory runs out.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from bokehflux.color import match_lab_means
+from bokehflux.memory import MemoryMode, ran_out
+from bokehflux.models import tiling
+from bokehflux.models.vae import AutoencoderKL, to_uint8
+from bokehflux.sampling.latents import LatentGrid, unpack
+
+logger = logging.getLogger(__name__)
+
+WHOLE_PIXELS: dict[MemoryMode, int] = {"resident": 1024 * 1024, "offload": 1024 * 1024, "stream": 512 * 512}
+"""Larger pictures are decoded in bands if nothing is said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """Pictures of one run."""
+
+    images: list[Image.Image]
+    """One RGB picture per target, in order; fewer when it was stopped."""
+    pivot: Image.Image | None
+    tiled: bool
+    """Whether the last one was made in bands."""
+    stop: KeyboardInterrupt | None
+    """Ctrl-C, where some but not all pictures were made."""
+
+
+def wants_tiling(mode: MemoryMode, grid: LatentGrid) -> bool:
+    """Whether pictures of this size are decoded in bands in a memory mode."""
+    return grid.height_px * grid.width_px > WHOLE_PIXELS[mode]
+
+
+def decode_pictures(
+    vae: AutoencoderKL, latents: Tensor, pivot: Tensor | None, grid: LatentGrid, *, tiled: bool
+) -> Decoded:
+    """latents: [N, L, 64] packed, of the targets. pivot: [L, 64]; with it, targets take its mean Lab colour.
+
+    Where memory runs out, it goes on in bands and says so. Ctrl-C after the first picture ends it early.
+    """
+    images: list[np.ndarray] = []
+    base: np.ndarray | None = None
+    stop = None
+    try:
+        if pivot is not None:
+            base, tiled = _pixels(vae, pivot, grid, tiled)
+        for row in latents:
+            pixels, tiled = _pixels(vae, row, grid, tiled)
+            images.append(pixels if base is None else match_lab_means(pixels, base))
+    except KeyboardInterrupt as pressed:
+        if base is None and not images:
+            raise
+        stop = pressed
+    return Decoded(
+        images=[Image.fromarray(image) for image in images],
+        pivot=None if base is None else Image.fromarray(base),
+        tiled=tiled,
+        stop=stop,
+    )
+
+
+def _pixels(vae: AutoencoderKL, latents: Tensor, grid: LatentGrid, tiled: bool) -> tuple[np.ndarray, bool]:
+    """[L, 64] packed latents -> [H, W, 3] uint8, and whether it was made in bands."""
+    z = unpack(latents[None], grid)
+    if not tiled:
+        try:
+            return to_uint8(vae.decode(z)).cpu().numpy()[0], False
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+        # Only here are the tensors gone that the error held.
+        logger.warning("out of memory while decoding: going on in bands (VAE tiling)")
+    return to_uint8(tiling.decode(vae, z)).cpu().numpy()[0], True

@@ -1,0 +1,181 @@
+"""Coverage-guided fuzzing of what reads strangers' bytes, with Google's atheris where it is installed.
+
+    pip install atheris && python -m tests.fuzz.guided TARGET [--seconds 60]
+
+atheris watches which branches an input reaches and mutates those that reach new ones. Whatever is not refused
+in words ends the run with a traceback and the input. It begins with valid examples; without atheris the tests
+(`test_guided.py`) run these and damaged copies of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 4096
+
+
+@contextlib.contextmanager
+def file_of(data: bytes, suffix: str) -> Iterator[Path]:
+    """The bytes as a file, in memory where the system has such a place."""
+    descriptor, name = tempfile.mkstemp(suffix, dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        yield Path(name)
+    finally:
+        os.unlink(name)
+
+
+def checkpoint(data: bytes, suffix: str) -> None:
+    from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
+    from bokehflux.weights.inspect import describe
+
+    with file_of(data, suffix) as path:
+        try:
+            opened = open_checkpoint(path)
+            for name in opened.tensors:
+                assert opened.read(name).nbytes <= len(data)
+            describe(path)
+        except CheckpointError as error:
+            assert all(problem.strip() for problem in error.problems)
+
+
+def picture(data: bytes, suffix: str) -> None:
+    from bokehflux.replay import defaults_from
+
+    with file_of(data, suffix) as path, contextlib.suppress(ValueError):
+        assert defaults_from(str(path), "sweep")["seeds"]
+
+
+def lora(data: bytes, _: str) -> None:
+    """A line is the name of a tensor; its last character, if that is a digit, the size of both sides."""
+    import torch
+
+    from bokehflux.weights.checkpoint import CheckpointError
+    from bokehflux.weights.lora import read_lora
+    from bokehflux.weights.write import save
+    from tests.tiny import MMDIT
+
+    names = data.decode("utf-8", "replace").splitlines()[:20]
+    sizes = {name: int(name[-1]) if name[-1:] in set("0123456789") else 2 for name in names}
+    with file_of(b"", ".safetensors") as path:
+        save(path, {name: torch.ones(size, size) for name, size in sizes.items() if name != "__metadata__"})
+        with contextlib.suppress(CheckpointError):
+            read_lora(path, MMDIT)
+
+
+def config(data: bytes, _: str) -> None:
+    """All readers of a JSON file, one after the other."""
+    from bokehflux.weights import official, snapshot
+    from bokehflux.weights.checkpoint import read_json
+
+    readers: tuple[Callable[[Any], object], ...] = (
+        official.mmdit_config, official.vae_config, official.t5_config, official.clip_config,
+        official.schedule_config, lambda value: snapshot.card(value, True),
+    )  # fmt: skip
+    with file_of(data, ".json") as path:
+        try:
+            value = read_json(path)
+        except ValueError:
+            return
+        for read in readers:
+            with contextlib.suppress(ValueError):
+                read(value)
+
+
+def command(data: bytes, _: str) -> None:
+    """Words of a command line, one a line; a model is never loaded."""
+    from bokehflux.arguments import model_from, parse, request_from
+
+    words = ["generate", *data.decode("utf-8", "surrogateescape").splitlines()[:30]]
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            args = parse(words)
+            model_from(args)
+            request_from(args, args.prompt or "", args.seed)
+        except ValueError:
+            pass
+        except SystemExit as stop:
+            assert stop.code in (0, 2)
+
+
+def examples(target: str) -> list[bytes]:
+    """Valid inputs of a target."""
+    import torch
+    from PIL import Image
+
+    from bokehflux import metadata
+    from bokehflux.request import Request
+    from bokehflux.weights import official
+    from bokehflux.weights.write import save
+    from tests.tiny import MMDIT, VAE
+
+    if target == "safetensors":
+        with file_of(b"", ".safetensors") as path:
+            save(path, {"a": torch.ones(2, 3), "b.weight": torch.ones(4).bfloat16()})
+            return [path.read_bytes()]
+    if target == "gguf":
+        key, name = b"general.architecture", b"a"
+        head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
+        head += struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, 4) + b"flux"
+        head += struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, 2, 3, 0, 0)  # 2 x 3 float32
+        return [head + bytes(-len(head) % 32) + bytes(24)]
+    if target in metadata.FORMATS:
+        recipe = vars(Request(prompt="a cup", bokeh_targets=(0.0, 9.0))) | {"model": "nano", "max_rows": 2}
+        return [metadata.encode(Image.new("RGB", (4, 4)), recipe, target)]
+    if target == "lora":
+        stem = "transformer.proj_out.lora_"
+        return [
+            f"{stem}A.weight\n{stem}B.weight".encode(),
+            b"lora_unet_img_in.lora_down.weight\nlora_te1_x.alpha",
+        ]
+    if target == "config":
+        return [
+            json.dumps(d).encode() for d in (official.mmdit_config_dict(MMDIT), official.vae_config_dict(VAE))
+        ]
+    return [
+        b"--prompt\na cup\n--bokeh-targets\n0\n9\n--bokeh_pivot\n4",
+        b"--lora\nx\n0.5\n--prompt=p",
+    ]
+
+
+TARGETS: dict[str, tuple[Callable[[bytes, str], None], str]] = {
+    "safetensors": (checkpoint, ".safetensors"), "gguf": (checkpoint, ".gguf"),
+    "png": (picture, ".png"), "jpeg": (picture, ".jpg"), "webp": (picture, ".webp"),
+    "lora": (lora, ""), "config": (config, ""), "command": (command, ""),
+}  # fmt: skip
+"""Name -> what reads the bytes, and how a file of them is called."""
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--seconds", type=int, default=60)
+    args = parser.parse_args(argv)
+    import atheris
+
+    with atheris.instrument_imports(include=["bokehflux"]):
+        import bokehflux.replay
+        import bokehflux.weights.inspect
+        import bokehflux.weights.lora  # noqa: F401
+    read, suffix = TARGETS[args.target]
+    with tempfile.TemporaryDirectory() as corpus:
+        for number, data in enumerate(examples(args.target)):
+            (Path(corpus) / str(number)).write_bytes(data)
+        flags = [f"-max_total_time={args.seconds}", f"-max_len={MAX_BYTES}", "-print_final_stats=1"]
+        atheris.Setup([sys.argv[0], *flags, corpus], lambda data: read(data, suffix))
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
