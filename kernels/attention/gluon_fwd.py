@@ -1,6 +1,6 @@
 """Forward attention for Hopper in Gluon: the forms of `triton_fwd`, with loading and computing warps.
 
-A program is one producer warp and NUM_GROUPS consumer warpgroups of 64 queries each, and stays for many tiles:
+A program is one producer warp and NUM_GROUPS consumer warpgroups of 64 queries each, and stays for many:
 program p of P takes work p, p + P, p + 2 P ... The producer copies blocks of keys and values into one ring of
 shared memory, in exactly the order in which consumers use them, on over the borders of work:
 
@@ -20,7 +20,7 @@ u // NUM_SLOTS. A fresh barrier counts as if the phase of parity 1 had just ende
         `warpgroup_mma_wait` has said that every product that reads the slot is done.
 Round r of empty[i] ends when all groups have arrived, so no side can lap the other. Both sides pass the same
 sequence of uses, so (slot, parity) carries on from work to work without any reset. Queries have one buffer a
-group, with `q_full[g]` and `q_empty[g]` of the same meaning, one use a work. The producer waits for that buffer
+group, with `q_full[g]` and `q_empty[g]` of the same meaning, one use a work. The producer waits for it
 after the first keys of a work: the ring needs room for those (three slots), besides none that consumers hold.
 Barriers are initialised, and fenced for the copy engine, before the warps part. Triton puts a barrier of the
 warpgroup before every arrival, so that one thread may speak for all.
@@ -214,7 +214,7 @@ def _weigh(e, dtype: gl.constexpr, FIXED: gl.constexpr):
 def _settle(sums):
     """Keep ptxas from moving the exponentials in `sums` to a place where no product runs beside them.
 
-    Nothing ties them to the place where they stand, and it moves them. The threads of a warp meeting here ties
+    Nothing ties them to the place where they stand, and it moves them. Threads of a warp that meet here tie
     them: who meets depends on the sums, as far as ptxas knows. Sums are never negative, so all always do.
     """
     return gl.inline_asm_elementwise(
@@ -411,7 +411,7 @@ def _pair(
 @gluon.jit
 def _store(
     acc, m, total, results, plan, row, head, start_m, line, part_slot,
-    SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    HAS_BIAS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     """Normalise and write 64 queries, or park them where they cover a part of the keys only."""
     out, lse, value_bias, part_out, part_lse = results
@@ -421,10 +421,7 @@ def _store(
     dims = gl.arange(0, D, gl.SliceLayout(0, VALUES))
     lse_2 = gl.convert_layout(m + gl.log2(total), gl.SliceLayout(1, VALUES))
     acc = _fade(acc, 1.0 / total)
-    is_part = False
-    if SPLIT:
-        is_part = part_slot >= 0
-    if is_part:
+    if part_slot >= 0:
         parked = part_slot.to(gl.int64) * BLOCK_M + line + lines
         gl.store(part_out + parked[:, None] * D + dims[None, :], acc)
         gl.store(part_lse + parked, lse_2)
@@ -443,7 +440,7 @@ def _store(
 def _consume(
     group, ring, queries, results, plan, jobs, scale,
     KIND: gl.constexpr, MAPPED: gl.constexpr, FIXED: gl.constexpr, EVEN_K: gl.constexpr,
-    SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr, KEEP_Q: gl.constexpr, NUM_GROUPS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, KEEP_Q: gl.constexpr, NUM_GROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup `group`: queries 64 * group .. of every tile of this program."""
@@ -484,11 +481,11 @@ def _consume(
             _store(
                 acc_p, m_p, total_p, results, plan, pivot_row, head, start_m, line,
                 gl.where(part_slot < 0, part_slot, part_slot + plan[5] - plan[3]),
-                SPLIT, HAS_BIAS, D, BLOCK_M,
+                HAS_BIAS, D, BLOCK_M,
             )  # fmt: skip
         _store(
             acc, m, total, results, plan, row, head, start_m, line, part_slot,
-            SPLIT, HAS_BIAS, D, BLOCK_M,
+            HAS_BIAS, D, BLOCK_M,
         )  # fmt: skip
 
 
@@ -498,7 +495,7 @@ def _forward_kernel(
     job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7,
     len_q, len_k, num_heads, scale_log2, num_whole, num_parts, num_items,
     KIND: gl.constexpr, MAPPED: gl.constexpr, FIXED: gl.constexpr, HAS_BIAS: gl.constexpr,
-    EVEN_K: gl.constexpr, SPLIT: gl.constexpr, KEEP_Q: gl.constexpr,
+    EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr,
     NUM_GROUPS: gl.constexpr, NUM_SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Persistent: one program a multiprocessor. See the module for who waits for whom."""
@@ -528,9 +525,9 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_consume, (0, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
-                            SPLIT, HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
+                            HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
                 (_consume, (1, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
-                            SPLIT, HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
+                            HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
                 (_produce, (descs, ring, queries, plan, jobs, KIND, MAPPED, NUM_GROUPS, BLOCK_N)),
             ],
             [4, 1], [240, 24],
@@ -539,11 +536,11 @@ def _forward_kernel(
         gl.warp_specialize(
             [
                 (_consume, (0, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
-                            SPLIT, HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
+                            HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
                 (_consume, (1, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
-                            SPLIT, HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
+                            HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
                 (_consume, (2, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
-                            SPLIT, HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
+                            HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
                 (_produce, (descs, ring, queries, plan, jobs, KIND, MAPPED, NUM_GROUPS, BLOCK_N)),
             ],
             [4, 4, 1], [160, 160, 24],
@@ -551,8 +548,8 @@ def _forward_kernel(
 
 
 REGISTERS = {2: 168, 3: 128}
-"""A thread, by consumer groups: all of a multiprocessor, before the warps trade them. The first group gets the
-rest of what `warp_specialize` gives to the others: as much as each of them."""
+"""A thread, by consumer groups: all of a multiprocessor, before the warps trade them. The first group gets
+the rest of what `warp_specialize` gives to the others: as much as each of them."""
 
 
 def launch(
@@ -570,8 +567,8 @@ def launch(
 ) -> None:
     """One form, on one program a multiprocessor.
 
-    tensors: q, k, k_pivot, v, all of which a tensor descriptor can express. results: out, lse, value bias, and
-    where parts are parked: values and log2-sum-exps. jobs: as `triton_fwd.pack` gives them.
+    tensors: q, k, k_pivot, v, all of which a tensor descriptor can express. results: out, lse, value bias,
+    and where parts are parked: values and log2-sum-exps. jobs: as `triton_fwd.pack` gives them.
     """
     q, k, _, v = tensors
     head_dim = v.shape[-1]
@@ -583,7 +580,7 @@ def launch(
         q.shape[1], k.shape[1], v.shape[2], head_dim**-0.5 * math.log2(math.e),
         tail.num_whole, tail.num_parts, num_items,
         KIND=triton_fwd.FORMS[form], MAPPED=mapped, FIXED=fixed, HAS_BIAS=has_bias,
-        EVEN_K=k.shape[1] % tile.block_n == 0, SPLIT=True, KEEP_Q=tile.keep_q,
+        EVEN_K=k.shape[1] % tile.block_n == 0, KEEP_Q=tile.keep_q,
         NUM_GROUPS=num_groups, NUM_SLOTS=tile.num_stages, BLOCK_N=tile.block_n, D=head_dim,
         num_warps=4, maxnreg=REGISTERS[num_groups],
     )  # fmt: skip

@@ -96,7 +96,7 @@ TABLE: tuple[Row, ...] = (
         family=HOPPER, kernel=TARGET, head_dim=128,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=12, tma=True, language=GLUON, keep_q=True),
         reason="untested on a GPU; compiled for sm_90a: no spills, 224 KiB; with block_n 128 the "
-        "products are serialised for lack of registers; queries in registers spare bandwidth of shared memory",
+        "products are serialised for lack of registers; queries in registers spare shared memory",
     ),
     Row(
         family=HOPPER, kernel=PAIR, head_dim=128,

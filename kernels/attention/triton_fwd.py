@@ -391,7 +391,7 @@ def forward(
     """Values [B, Lq, H, D] in the dtype of q and log-sum-exps [B, H, Lq] in float32; B and the keys are v's.
 
     k_pivot: keys of pivots, None where they are rows of k. jobs: what to compute, each row of v once; None is
-    every row by itself. fixed: no running maximum (see `ops.is_bounded`). tile: in place of the table's and of
+    every row by itself. fixed: no running maximum (see `ops.is_bounded`). tile: in place of the table's and
     `pick_language`'s choice, for sweeps and tests. Raises ValueError for a Gluon tile that cannot run here.
     """
     num_rows, len_k, num_heads, head_dim = v.shape
