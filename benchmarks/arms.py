@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import networks
 from benchmarks.networks import Batch
 from benchmarks.report import first_line
+from bokehflux.kernels.attention import interface
 from bokehflux.models.mmdit import MMDiT
 
 Step = Callable[[], Tensor]
@@ -31,20 +33,34 @@ class Ours:
     """How a network of ours is made from one in plain bfloat16, whose weights it may share."""
 
     with_levels: Callable[[MMDiT], MMDiT]
-    base: Callable[[MMDiT], MMDiT]
-    """For the base model: a folded network makes no step without levels."""
+    base: Callable[[MMDiT], MMDiT] | None
+    """For the base model, as a folded network makes no step without levels; None: nothing of its own."""
+    graph: bool = False
+    """Replayed as a CUDA graph. For steps alone: a run decides by itself whether to use one."""
     max_error_ratio: float = 2.0
     """Largest error that passes, as a multiple of the comparison arms' best."""
 
 
+def same(mmdit: MMDiT) -> MMDiT:
+    return mmdit
+
+
 OURS: dict[str, Ours] = {
+    "ours": Ours(with_levels=networks.folded, base=same),
+    "ours, graph": Ours(with_levels=networks.folded, base=same, graph=True),
     "ours, compiled": Ours(
         with_levels=lambda mmdit: networks.compiled(networks.folded(mmdit)),
         base=lambda mmdit: networks.compiled(networks.on_same_weights(mmdit)),
     ),
-    "ours, eager": Ours(with_levels=lambda mmdit: mmdit, base=lambda mmdit: mmdit),
+    "ours, unfolded": Ours(with_levels=same, base=None),
 }
-"""By name, the fastest first: that one is profiled."""
+"""By name; the first is profiled. All but the last have the adapter folded in, where they have levels."""
+if importlib.util.find_spec("bokehflux.models.fp8") is not None:
+    OURS["ours, fp8"] = Ours(
+        with_levels=lambda mmdit: networks.in_fp8(networks.folded(mmdit)),
+        base=lambda mmdit: networks.in_fp8(networks.on_same_weights(mmdit)),
+        max_error_ratio=10.0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,27 +76,46 @@ class Arm:
 
 
 @torch.no_grad()
-def build_arms(mmdit: MMDiT, *, with_levels: bool, backend: str = "auto", wanted: str = "") -> list[Arm]:
-    """Arms whose name contains `wanted`, ours first; those of diffusers where it is installed.
+def build_arms(
+    mmdit: MMDiT,
+    *,
+    with_levels: bool,
+    backend: str = "auto",
+    wanted: Sequence[str] = ("",),
+    graphs: bool = True,
+) -> list[Arm]:
+    """Arms whose name contains one of `wanted`, ours first; those of diffusers where it is installed.
 
-    backend: attention of ours. All work on the weights of `mmdit` or on copies of what they change.
+    backend: attention of ours. graphs: with those that are CUDA graphs. All work on the weights of `mmdit` or
+    on copies of what they change.
     """
+
+    def is_wanted(name: str) -> bool:
+        return any(part in name for part in wanted)
+
     arms = []
+    made: dict[Callable[[MMDiT], MMDiT], MMDiT] = {}
     for name, way in OURS.items():
-        if wanted in name:
-            network = (way.with_levels if with_levels else way.base)(mmdit)
-            arms.append(
-                Arm(
-                    name=name,
-                    network=network,
-                    prepare=lambda batch, network=network: networks.our_step(network, batch, backend),
-                    weight_bytes=networks.num_bytes(network),
-                    max_error_ratio=way.max_error_ratio,
-                )
+        if not is_wanted(name) or (way.graph and not graphs):
+            continue
+        make = way.with_levels if with_levels else way.base
+        if make is None:
+            continue
+        network = made[make] = made[make] if make in made else make(mmdit)
+        arms.append(
+            Arm(
+                name=name,
+                network=network,
+                prepare=lambda batch, network=network, graph=way.graph: networks.our_step(
+                    network, batch, backend, graph
+                ),
+                weight_bytes=networks.num_bytes(network),
+                max_error_ratio=way.max_error_ratio,
             )
+        )
     kind = "published" if with_levels else "diffusers"
     names = {f"{kind}, compiled": True, f"{kind}, eager": False}
-    if not any(wanted in name for name in names):
+    if not any(map(is_wanted, names)):
         return arms
     try:
         from benchmarks import rivals
@@ -89,7 +124,7 @@ def build_arms(mmdit: MMDiT, *, with_levels: bool, backend: str = "auto", wanted
         return arms
     adapter_bytes = networks.num_bytes(mmdit.bokeh) if mmdit.bokeh is not None else 0
     for name, compile in names.items():
-        if wanted not in name:
+        if not is_wanted(name):
             continue
         model: nn.Module
         if with_levels:
@@ -113,6 +148,18 @@ def best_stock_attention() -> Iterator[None]:
     """Inside, PyTorch's attention takes the fastest kernel that can: for every arm alike."""
     with sdpa_kernel(STOCK_ORDER, set_priority=True):
         yield
+
+
+@contextlib.contextmanager
+def preferred(backend: str) -> Iterator[None]:
+    """Inside, attention that asks for "auto" gets this backend, also where a run decides."""
+    usual = interface.automatic
+    if backend != "auto":
+        interface.automatic = lambda device_type: interface.Choice(backend, "asked for by a benchmark")
+    try:
+        yield
+    finally:
+        interface.automatic = usual
 
 
 def allow_recompiling() -> None:

@@ -6,9 +6,9 @@
 Every arm's output is compared with float32 before it is timed; a wrong arm is named and not timed. Every
 arm is replayed as a CUDA graph over inputs that fill the cache several times; arms take turns. Ours are the
 backends of `kernels.attention.interface` that are kernels of our own, each with the logits' bound known (a
-fixed softmax offset) and without (a running maximum). Prints a table and writes attention.json and .png,
-again after every shape. `--tiny` runs toys anywhere (on a CPU in Triton's interpreter): its times mean
-nothing.
+fixed softmax offset) and without (a running maximum); `triton` takes Gluon where that runs, and plain
+Triton is timed beside it. Prints a table and writes attention.json and .png, again after every shape.
+`--tiny` runs toys anywhere (on a CPU in Triton's interpreter): its times mean nothing.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from benchmarks.arms import best_stock_attention
 from benchmarks.report import RESULTS, Budget, Row, bars, first_line, save, table
 from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
 from benchmarks.timing import environment, gemm_ceiling, interleaved, num_sets
-from bokehflux.kernels.attention import interface, reference
+from bokehflux.kernels.attention import interface, reference, tiles
 
 WANTED = (
     "grounded-1-4608", "grounded-6-4608", "plain-1-4608",
@@ -49,7 +50,7 @@ STOCK_BACKENDS = ("reference", "sdpa", "flash")
 YARDSTICKS = ("cuDNN", "FA2", "flex", "sdpa", "published, cuDNN", "published, FA2", "published, sdpa")
 """`speedup` is over the fastest of these: PyTorch's own, for grounded shapes in the published formulation."""
 COLUMNS = {
-    "shape": "s", "arm": "s", "ms": ".3f", "p20": ".3f", "p80": ".3f", "speedup": ".2f", "tflops": ".0f",
+    "shape": "s", "arm": "s", "ms": ".3f", "speedup": ".2f", "tflops": ".0f",
     "share": ".0%", "error": ".2e", "verdict": "s",
 }  # fmt: skip
 
@@ -238,6 +239,33 @@ def backend_arms(shape: AttentionShape) -> list[Arm]:
     return arms
 
 
+def plain_triton_arms(shape: AttentionShape, device: torch.device) -> list[Arm]:
+    """Our kernels in Triton, where the backend of that name would take those in Gluon."""
+    from bokehflux.kernels.attention import ops, triton_fwd  # imports triton
+
+    of = tiles.device(device)
+    if triton_fwd.why_no_gluon(of.family) is not None:
+        return []
+    n = shape.num_targets
+    form, jobs = {
+        "plain": (tiles.PLAIN, None),
+        "target": (tiles.TARGET, ops._target_jobs((0,) * n)),
+        "grounded": (tiles.PAIR, ops._grounded_jobs((n,) * (n + 1))),
+    }[shape.form]
+
+    def arm(name: str, fixed: bool) -> Arm:
+        tile = tiles.forward_tile(of, [form], shape.head_dim, fixed, tiles.TRITON)
+
+        def run(x: Inputs) -> Tensor:
+            k, k_pivot, v = (x.k[:n], x.k[n:], x.v[:n]) if form == tiles.TARGET else (x.k, None, x.v)
+            return triton_fwd.forward(x.q, k, k_pivot, v, None, jobs, fixed=fixed, tile=tile)[0]
+
+        products = {"plain": 2 * n, "target": 3 * n, "grounded": 3 * n + 1}[shape.form]
+        return Arm(name=name, run=run, num_products=products, read=lambda out: out, is_ours=True)
+
+    return [arm("plain Triton", True), arm("plain Triton, running maximum", False)]
+
+
 def our_arm(shape: AttentionShape, name: str, module: Any, is_ours: bool, options: dict[str, float]) -> Arm:
     n = shape.num_targets
 
@@ -284,7 +312,7 @@ def measure(
 ) -> list[Row]:
     """A row an arm, ours first; a wrong one is not timed."""
     torch._dynamo.reset()  # else FlexAttention runs into the limit of recompilations
-    every = [*backend_arms(shape), *stock_arms(shape, device)]
+    every = [*backend_arms(shape), *plain_triton_arms(shape, device), *stock_arms(shape, device)]
     every.sort(key=lambda arm: not arm.is_ours)
     arms = [arm for arm in every if any(part in arm.name for part in wanted)]
     first = draw(shape, device, dtype)
@@ -359,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     name, rows = "attention_tiny" if args.tiny else "attention", []
-    with torch.no_grad():
+    with torch.no_grad(), best_stock_attention():
         ceiling = gemm_ceiling(device)
         print(f"bf16 matrix product: {ceiling:.0f} TFLOP/s", flush=True)
         for shape in shapes:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import networks
-from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms
+from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms, preferred
 from benchmarks.bench_step import check, limit_of
 from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Setting
 from benchmarks.report import RESULTS, Budget, Row, bars, save, table
@@ -224,26 +224,29 @@ def run(
     *,
     sides: Sequence[int],
     num_steps: int,
-    arms: str,
+    arms: Sequence[str],
     published_runs: int,
     budget: Budget,
 ) -> Iterator[list[Row]]:
     """All rows so far, after every arm of every size."""
     pipeline = networks.build_pipeline(setting, device)
+    # Before any arm takes its memory: written-out attention needs up to 25 GB.
     wide = networks.widened(pipeline.mmdit)
-    built = build_arms(pipeline.mmdit, with_levels=True, wanted=arms)
+    batches = {
+        side: networks.draw_batch(setting, side, (PIVOT_LEVEL, *TARGET_LEVELS), device) for side in sides
+    }
+    exact = {side: networks.exact(wide, batch) for side, batch in batches.items()}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    built = build_arms(pipeline.mmdit, with_levels=True, wanted=arms, graphs=False)
     done: list[Row] = []
-    for side in sides:
+    for side, batch in batches.items():
         if budget.spent:
             print(f"out of time before {side} px")
             break
-        batch = networks.draw_batch(setting, side, (PIVOT_LEVEL, *TARGET_LEVELS), device)
-        exact = networks.exact(wide, batch)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
         job = Job(side_px=side, num_steps=num_steps, num_grounded=round(0.8 * num_steps))
         found: list[Row] = []
-        for found in measure(pipeline, job, built, batch, exact, published_runs, budget):
+        for found in measure(pipeline, job, built, batch, exact[side], published_runs, budget):
             yield done + found
         print(table(found, COLUMNS) + f"\n{budget.left:.0f} s left", flush=True)
         done += found
@@ -252,7 +255,8 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", type=int, nargs="+", default=None, help="pixels; default 1024 512")
-    parser.add_argument("--arms", default="", help="only arms whose name contains this")
+    parser.add_argument("--arms", nargs="+", default=[""], help="only arms whose name contains one of these")
+    parser.add_argument("--backend", default="auto", help="attention of our arms, by name")
     parser.add_argument("--steps", type=int, default=None, help="default 30; 80 %% of them are grounded")
     parser.add_argument("--published-runs", type=int, default=1, help="how many of the six to measure")
     parser.add_argument("--seconds", type=float, default=500, help="begin no arm after this")
@@ -271,14 +275,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     name, rows = "generate_tiny" if args.tiny else "generate", []
-    with best_stock_attention():
+    with best_stock_attention(), preferred(args.backend):
         for rows in run(
             setting, device, sides=args.sides or setting.sides_px, arms=args.arms,
             num_steps=args.steps or (3 if args.tiny else 30), published_runs=args.published_runs,
             budget=budget,
         ):  # fmt: skip
             plot = bars(f"Six targets, {found['device']}: seconds", rows, "side", "arm", "total_s", "s")
-            save(args.out, name, found, rows, plot)
+            save(args.out, name, found, rows, plot, backend=args.backend)
     ours = [row for row in rows if row["arm"].startswith("ours")]
     return 0 if ours and all(row["verdict"] == "ok" for row in ours) else 1
 

@@ -47,7 +47,7 @@ PUBLISHED = "published"
 BACKWARD_PRODUCTS = 2.5
 """Work of a backward pass that keeps no scores, over the forward pass's: five products for two."""
 COLUMNS = {
-    "shape": "s", "arm": "s", "ms": ".3f", "p20": ".3f", "p80": ".3f", "speedup": ".2f", "tflops": ".0f",
+    "shape": "s", "arm": "s", "ms": ".3f", "speedup": ".2f", "tflops": ".0f",
     "share": ".0%", "workspace_mb": ".0f", "error": ".2e", "verdict": "s",
 }  # fmt: skip
 

@@ -30,8 +30,6 @@ from benchmarks.timing import COMMIT_VARIABLE
 
 PRINTED_CHARACTERS = 11_000
 """Of the end of the output, where only so much of it is seen."""
-TAIL_LINES = 15
-"""Of a failed job's log."""
 RESERVE_SECONDS = 10.0
 """Kept for the last job's end, packing and printing."""
 SHORTEST_SECONDS = 15.0
@@ -60,13 +58,13 @@ JOBS: dict[str, Job] = {
     # Most of the time of these is compiling, which several processes share.
     "tests": Job(arguments=("-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-n", "8"), limit_s=240),
     "attention": _bench("bench_attention", 170, "--repeats", "20", *TIMED),
-    "step": _bench("bench_step", 270, "--repeats", "9", "--cases", *STEP_CASES, *TIMED),
+    "step": _bench("bench_step", 290, "--repeats", "9", "--cases", *STEP_CASES, *TIMED),
     "profile": _bench("profile_step", 70),
     "profile_base": _bench("profile_step", 70, "--case", "base, 1024", "--name", "profile_base"),
     "generate": _bench("bench_generate", 300, *TIMED),
     "memory": _bench("bench_memory", 300, "--modes", "stream", "resident", "offload", "--steps", "4", *TIMED),
-    "train_attention": _bench("bench_train_attention", 80, "--repeats", "10", *TIMED),
-    "error": _bench("full_size_error", 80),
+    "train_attention": _bench("bench_train_attention", 110, "--repeats", "10", *TIMED),
+    "error": _bench("full_size_error", 90),
     "tiles": _bench("sweep_tiles", 200, *TIMED),
     "smoke": _bench("bench_step", 90, "--tiny", "--repeats", "1", "--cases", "pair, 32", "base, 32"),
 }
@@ -142,17 +140,23 @@ def pack(folder: Path, out: Path) -> None:
 
 
 def digest(outcomes: Sequence[Outcome], results: Path, size: int = PRINTED_CHARACTERS) -> str:
-    """The end of every log, then the figures, then how each job ended: at most `size` characters."""
+    """The end of every log, then the figures, then how each job ended; at most `size` characters."""
     ends = "\n".join(outcome.line() for outcome in outcomes)
     figures = summary.table(summary.findings(results))
-    room = max(0, size - len(ends) - len(figures)) // max(1, len(outcomes)) - 40
-    parts = []
-    for outcome in outcomes:
+    texts = {}
+    for i, outcome in enumerate(outcomes):
         if outcome.log is not None:
-            lines = outcome.log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
-            text = "\n".join(lines if outcome.status == 0 else lines[-TAIL_LINES:])
-            parts.append(f"== {outcome.name}\n{text[-max(room, 0) :]}")
-    return "\n".join([*parts, "== figures", figures, "== jobs", ends])[-size:]
+            text = outcome.log.read_text(encoding="utf-8", errors="replace").rstrip()
+            texts[i] = f"== {outcome.name}\n{text}"
+    room = size - len(ends) - len(figures) - 40 - len(texts)
+    shortest_first = sorted(texts, key=lambda i: len(texts[i]))  # they leave room to the others
+    for number, i in enumerate(shortest_first):
+        share = max(0, room) // (len(texts) - number)
+        if len(texts[i]) > share:
+            head = f"== {outcomes[i].name} ...\n"
+            texts[i] = (head + texts[i][len(texts[i]) - max(0, share - len(head)) :])[:share]
+        room -= len(texts[i])
+    return "\n".join([*texts.values(), "== figures", figures, "== jobs", ends])[-size:]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,9 +33,10 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter
 from bokehflux.models.linear import Linear
-from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.mmdit import MMDiT, Modulations
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.sampling.cuda_graph import StepGraphs
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.types import Conditioning
 
@@ -228,6 +229,14 @@ def folded(mmdit: MMDiT) -> MMDiT:
     return twin
 
 
+def in_fp8(mmdit: MMDiT) -> MMDiT:
+    """The network itself, its blocks' products turned to fp8: 12 GB at full size, beside those it had."""
+    from bokehflux.models.fp8 import quantize_mmdit
+
+    quantize_mmdit(mmdit)
+    return mmdit
+
+
 def draw_batch(
     setting: Setting, side_px: int, levels: tuple[float, ...] | None, device: torch.device, seed: int = 0
 ) -> Batch:
@@ -247,10 +256,11 @@ def draw_batch(
     )
 
 
-def our_step(mmdit: MMDiT, batch: Batch, backend: str = "auto") -> Callable[[], Tensor]:
-    """The velocity [B, N, 64] as a run computes it: modulations and rotations are made once, before.
+def our_step(mmdit: MMDiT, batch: Batch, backend: str = "auto", graph: bool = False) -> Callable[[], Tensor]:
+    """The velocity [B, N, 64] as a run computes it: what it computes once a run is made before.
 
-    sigma and guidance are exact in bfloat16, times 1000 too.
+    graph: replayed as a CUDA graph from the third call on. sigma and guidance are exact in bfloat16, times
+    1000 too.
     """
     rows, device, dtype = batch.num_rows, batch.img.device, mmdit.dtype
     img = batch.img.to(dtype).expand(rows, -1, -1)
@@ -262,7 +272,15 @@ def our_step(mmdit: MMDiT, batch: Batch, backend: str = "auto") -> Callable[[], 
     if batch.num_targets:
         spec = Grounded(pivot_of=(0,) * rows, backend=backend)
     condition = None if batch.levels is None else BokehCondition.of(batch.levels)
-    return lambda: mmdit.velocity(img, txt, mods, rope, spec, condition)
+    constants = mmdit.constants(condition)
+
+    def evaluate(img: Tensor, mods: Modulations) -> Tensor:
+        return mmdit.velocity(img, txt, mods, rope, spec, condition, constants)
+
+    if not graph or device.type != "cuda":
+        return lambda: evaluate(img, mods)
+    graphs = StepGraphs()
+    return lambda: graphs(spec, evaluate, img, mods)
 
 
 @torch.inference_mode()

@@ -1,12 +1,13 @@
 """Where the time of one denoising step goes: a table by kernel, from torch.profiler.
 
-    python -m benchmarks.profile_step [--case "pivot + 6, 1024"] [--arm "ours, compiled"]
+    python -m benchmarks.profile_step [--case "pivot + 6, 1024"] [--arm ours]
     python -m benchmarks.profile_step --tiny
 
 Of each kernel: calls, time, share of the step, and what it achieves: TFLOP/s for matrix products (from the
-shapes of the operators that launched them) and for attention (whose work per step is known), TB/s for kernels
-that torch.compile made (from the tensors they are given). A machine without a GPU shows operators instead.
-Cases and arms are those of bench_step. Writes profile_step.json and .png.
+shapes of the operators that launched them) and for attention (whose work per step is known), TB/s for
+kernels that torch.compile made (from the tensors they are given) and for our passes between products. A
+machine without a GPU shows operators instead. Cases and arms are those of bench_step. Writes
+profile_step.json and .png.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from benchmarks.report import RESULTS, Row, bars, milliseconds, save, table
 from benchmarks.timing import environment, gemm_ceiling
 
 ATTENTION = re.compile(
-    r"flash|fmha|sdpa|scaled_dot_product|cudnn.*attention|bokehflux::|^_(forward|merge)_kernel", re.I
+    r"flash|fmha|sdpa|scaled_dot_product|cudnn.*attention|bokehflux::\w*attention|^_(forward|merge)_kernel",
+    re.I,
 )
 """Names of attention kernels: PyTorch's, cuDNN's and ours."""
 ITEM_BYTES = {
@@ -44,6 +46,8 @@ ITEM_BYTES = {
 """By the profiler's names of element types."""
 COLUMNS = {"kernel": "s", "calls": "d", "ms": ".3f", "share": ".1%", "tflops": ".0f", "tb_s": ".2f"}
 NAME_WIDTH = 80
+WRITTEN = {"modulate": 1, "add_gated": 1, "add_gated_modulate": 2, "concat_gelu": 5}
+"""Our passes by operator: what they write, in units of their first input (an MLP is four times as wide)."""
 Event = Mapping[str, Any]
 
 
@@ -127,6 +131,14 @@ def tensor_bytes(operator: Event) -> float:
     )
 
 
+def pass_bytes(operator: Event) -> float:
+    """Moved by a pass of ours between products, 0 for other operators: inputs read once, results written."""
+    times = WRITTEN.get(operator["name"].removeprefix("bokehflux::"), 0)
+    args = operator.get("args", {})
+    first = {"args": {key: args.get(key, [])[:1] for key in ("Input Dims", "Input type")}}
+    return tensor_bytes(operator) + times * tensor_bytes(first) if times else 0.0
+
+
 def totals(events: Sequence[Event]) -> dict[str, Total]:
     """By kernel, longest first."""
     found: dict[str, Total] = {}
@@ -137,8 +149,8 @@ def totals(events: Sequence[Event]) -> dict[str, Total]:
         total.us += event["dur"]
         if operator is None:
             continue
-        if event["name"].startswith("triton_"):
-            total.bytes += tensor_bytes(operator)
+        made_by_inductor = event["name"].startswith("triton_")
+        total.bytes += tensor_bytes(operator) if made_by_inductor else pass_bytes(operator)
         known = longest.get(id(operator))
         if known is None or event["dur"] > known[0]["dur"]:
             longest[id(operator)] = event, operator
@@ -185,7 +197,7 @@ def measure(
     with torch.inference_mode(False):  # the networks outlive this call's mode
         case = cases(setting, device, [case_name])[0]
         mmdit = networks.build_mmdit(setting, device)
-        arms = build_arms(mmdit, with_levels=case.with_levels, backend=backend, wanted=arm_name)
+        arms = build_arms(mmdit, with_levels=case.with_levels, backend=backend, wanted=[arm_name])
         if not arms:
             raise ValueError(f"no arm of {case.name!r} is called {arm_name!r}")
         arm = arms[0]

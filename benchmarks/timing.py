@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": "none",
         "commit": os.environ.get(COMMIT_VARIABLE) or _output(describe),
-        "command": " ".join(["python -m", f"{program.parent.name}.{program.stem}", *sys.argv[1:]]),
+        "command": f"python -m {program.parent.name}.{program.stem} {shlex.join(sys.argv[1:])}".rstrip(),
     }
     if device.type == "cuda":
         query = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])

@@ -1,9 +1,10 @@
 """Runs the Gluon attention kernels on a CPU: Gluon has no interpreter of its own.
 
-Covers what `kernels/attention/gluon_fwd.py` uses and no more. Partitions are threads, barriers have phases as in
-hardware, copies arrive late and out of order, and a product reads shared memory when it is waited for (the last
-moment at which hardware may) and again compares with what lay there when it was started. A deadlock, a slot
-overwritten too early and a value used before it was waited for are therefore errors. Layouts are not modelled.
+Covers what `kernels/attention/gluon_fwd.py` uses and no more. Partitions are threads, barriers have phases as
+in hardware, copies arrive late and out of order, and a product reads shared memory when it is waited for (the
+last moment at which hardware may) and compares with what lay there when it was started. A deadlock, a slot
+overwritten too early and a value used before it was waited for are therefore errors. Layouts, registers and
+memory fences are not modelled.
 """
 
 from __future__ import annotations
@@ -220,7 +221,8 @@ def load_emulated(package: str, patch: pytest.MonkeyPatch) -> types.ModuleType:
     pool = ThreadPoolExecutor(3)
     language = types.ModuleType("language")
     vars(language).update(
-        constexpr=lambda x: x, allocate_shared_memory=allocate, static_range=range, warp_specialize=run_partitions,
+        constexpr=lambda x: x, allocate_shared_memory=allocate, static_range=range,
+        warp_specialize=run_partitions,
         float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16, int64=torch.int64,
         program_id=lambda axis: value(program.pid), num_programs=lambda axis: program.count,
         to_tensor=value, where=lambda c, a, b: torch.where(value(c), value(a), value(b)),

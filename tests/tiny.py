@@ -35,12 +35,16 @@ class FakeText:
     dtype: torch.dtype
     txt_length: int = TXT_LENGTH
     networks: tuple[torch.nn.Module, ...] = ()
+    device: str = "cpu"
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
         txt = [torch.randn(TXT_LENGTH, MMDIT.txt_dim, generator=g) for g in rows]
         pooled = [torch.randn(MMDIT.pooled_dim, generator=g) for g in rows]
-        return Conditioning(txt=torch.stack(txt).to(self.dtype), pooled=torch.stack(pooled).to(self.dtype))
+        return Conditioning(
+            txt=torch.stack(txt).to(self.device, self.dtype),
+            pooled=torch.stack(pooled).to(self.device, self.dtype),
+        )
 
 
 def tiny_mmdit(bokeh: BokehConfig | None = BOKEH, config: MMDiTConfig = MMDIT) -> MMDiT:

@@ -69,9 +69,11 @@ class _Captured:
         self.mods = mods.map(torch.clone)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads (previews, progress) may use the GPU meanwhile.
-        with torch.cuda.graph(
+        capture = torch.cuda.graph(
             self.graph, stream=_side_stream(x.device.index), capture_error_mode="thread_local"
-        ):
+        )
+        # The outer context brings the current stream back even when a capture fails to end.
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
             self.out = evaluate(self.x, self.mods)
 
     def __call__(self, x: Tensor, mods: Modulations) -> Tensor:

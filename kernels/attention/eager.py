@@ -74,7 +74,7 @@ def by_rows(
 
 
 def merge(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """One softmax over two sets of keys: from the values [B, L, H, D] and log-sum-exps [B, L, H] over each."""
+    """One softmax over two sets of keys, from values [B, L, H, D] and log-sum-exps [B, L, H] of each."""
     share = torch.sigmoid(other[1] - own[1])[..., None]
     return torch.lerp(own[0].to(share.dtype), other[0].to(share.dtype), share).to(own[0].dtype)
 

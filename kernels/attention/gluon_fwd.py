@@ -1,27 +1,31 @@
-"""Forward attention for Hopper in Gluon: the forms of `triton_fwd`, with warps that load and warps that compute.
+"""Forward attention for Hopper in Gluon: the forms of `triton_fwd`, with loading and computing warps.
 
 A program is one producer warp and NUM_GROUPS consumer warpgroups of 64 queries each, and stays for many tiles:
-program p of P takes work p, p + P, p + 2 P ... The producer copies tiles of keys and values into one ring of
-shared memory, in exactly the order in which consumers use them, across the borders of tiles of work:
+program p of P takes work p, p + P, p + 2 P ... The producer copies blocks of keys and values into one ring of
+shared memory, in exactly the order in which consumers use them, on over the borders of work:
 
     plain     K0 | K1 V0 | K2 V1 | ... | V(n-1)
-    target    Kp0 Kt0 | Kp1 Kt1 V0 | ... | V(n-1)
-    pair      Kp0 | Kt0 Vp0 | Kp1 Vt0 | Kt1 Vp1 | ... | Vt(n-1)
+    target    Kp0 K0 | Kp1 K1 V0 | ... | V(n-1)
+    pair      Kp0 | K0 Vp0 | Kp1 V0 | K1 Vp1 | ... | V(n-1)
 
-Between two bars a consumer starts products for the tensor cores, and while they run takes exponentials of the
-scores that came before. Blocks of keys go from last to first, so that missing keys are masked once, in the
-first block, before the loop.
+Between two bars a consumer starts products on the tensor cores, and while they run takes exponentials of the
+scores that are done first. Blocks of keys go from last to first, so that missing keys are masked once, before
+the loop.
 
-Protocol. Slot i of the ring has two barriers: `full[i]` (1 arrival: the producer's, and its bytes) and
-`empty[i]` (NUM_GROUPS arrivals). Each side counts uses of the ring: use u is of slot u % NUM_SLOTS in round
+Protocol. Slot i of the ring has two barriers: `full[i]` (1 arrival, the producer's, and its bytes) and
+`empty[i]` (NUM_GROUPS arrivals). Each side counts uses of the ring: use u is of slot u % NUM_SLOTS, in round
 u // NUM_SLOTS. A fresh barrier counts as if the phase of parity 1 had just ended. Hence
-    producer, round r: waits empty[i] for parity (r & 1) ^ 1 (round 0 passes), announces bytes on full[i], copies;
+    producer, round r: waits empty[i] for parity (r & 1) ^ 1 (round 0 passes), announces bytes, copies;
     consumer, round r: waits full[i] for parity r & 1, multiplies, and arrives at empty[i] only after
-        `warpgroup_mma_wait` has said that every product reading the slot is done.
+        `warpgroup_mma_wait` has said that every product that reads the slot is done.
 Round r of empty[i] ends when all groups have arrived, so no side can lap the other. Both sides pass the same
-sequence of uses, so (slot, parity) carries on over tiles of work without any reset. Queries have one buffer a
-group, with `q_full[g]` and `q_empty[g]` of the same meaning, one use a tile of work. Barriers are initialised,
-and fenced for the copy engine, before the warps part.
+sequence of uses, so (slot, parity) carries on from work to work without any reset. Queries have one buffer a
+group, with `q_full[g]` and `q_empty[g]` of the same meaning, one use a work. The producer waits for that buffer
+after the first keys of a work: the ring needs room for those (three slots), besides none that consumers hold.
+Barriers are initialised, and fenced for the copy engine, before the warps part. Triton puts a barrier of the
+warpgroup before every arrival, so that one thread may speak for all.
+
+`tests/gluon_emulator.py` runs all this on a CPU. Untested on a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import tiles, triton_fwd
+from . import triton_fwd
 from .tiles import Tail, Tile
 
 PLAIN: gl.constexpr = gl.constexpr(triton_fwd.PLAIN.value)
@@ -95,7 +99,7 @@ def _release(ring, slot):
 
 @gluon.jit
 def _find_work(item, plan, jobs, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MAPPED: gl.constexpr):
-    """What item `item` of the launch is: rows, head, first query, blocks of keys begin .. end, slot of a part."""
+    """Item `item` of a launch: rows, head, first query, blocks of keys begin .. end, slot of a part."""
     len_q, len_k, num_heads, num_whole, num_parts, num_items = plan
     num_m = gl.cdiv(len_q, BLOCK_M)
     blocks = gl.cdiv(len_k, BLOCK_N)
@@ -129,13 +133,6 @@ def _produce(
         q_row, pivot_row, row, head, start_m, begin, end, _ = _find_work(
             item, plan, jobs, 64 * NUM_GROUPS, BLOCK_N, MAPPED
         )
-        for group in gl.static_range(NUM_GROUPS):
-            mbarrier.wait(q_empty.index(group), q_parity ^ 1)
-            mbarrier.expect(q_full.index(group), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                q_desc, [q_row, head, start_m + 64 * group, 0], q_full.index(group), q_tiles.index(group)
-            )
-        q_parity ^= 1
         last = end - 1
         if KIND == PLAIN:
             slot, parity = _put(k_desc, row, head, last, ring, slot, parity, BLOCK_N)
@@ -144,6 +141,14 @@ def _produce(
             slot, parity = _put(k_desc, row, head, last, ring, slot, parity, BLOCK_N)
         if KIND == PAIR:
             slot, parity = _put(v_desc, pivot_row, head, last, ring, slot, parity, BLOCK_N)
+        # After these keys: they need not wait until the queries of the work before are done with.
+        for group in gl.static_range(NUM_GROUPS):
+            mbarrier.wait(q_empty.index(group), q_parity ^ 1)
+            mbarrier.expect(q_full.index(group), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q_desc, [q_row, head, start_m + 64 * group, 0], q_full.index(group), q_tiles.index(group)
+            )
+        q_parity ^= 1
         for step in range(1, end - begin):
             block = last - step
             if KIND == PLAIN:
@@ -207,10 +212,10 @@ def _weigh(e, dtype: gl.constexpr, FIXED: gl.constexpr):
 
 @gluon.jit
 def _settle(sums):
-    """Keep ptxas from moving the exponentials behind `sums` to a place where no product runs beside them.
+    """Keep ptxas from moving the exponentials in `sums` to a place where no product runs beside them.
 
     Nothing ties them to the place where they stand, and it moves them. The threads of a warp meeting here ties
-    them: who meets depends on the sums as far as ptxas knows. Sums are never negative, so all always do.
+    them: who meets depends on the sums, as far as ptxas knows. Sums are never negative, so all always do.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred wrong; .reg .b32 lanes; setp.lt.f32 wrong, $1, 0f00000000;"
@@ -252,8 +257,9 @@ def _start_values(weights, acc, ring, slot, parity):
 
 @gluon.jit
 def _row(
-    q, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
-    IS_TARGET: gl.constexpr, FIXED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr,
+    q, q_empty, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
+    IS_TARGET: gl.constexpr, FIXED: gl.constexpr, EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """A plain row or a target: values [64, D] to be divided, offsets, sums [64], and where the ring stands.
 
@@ -313,6 +319,8 @@ def _row(
             total *= fade
         total += sums
 
+    if not KEEP_Q:
+        mbarrier.arrive(q_empty, count=1)
     acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
     acc = warpgroup_mma_wait(0, [acc])
     _release(ring, v_slot)
@@ -332,8 +340,8 @@ def _add_pivot(s, m, weights_p, m_p, scale, FIXED: gl.constexpr):
 
 @gluon.jit
 def _pair(
-    q, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
-    FIXED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr,
+    q, q_empty, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
+    FIXED: gl.constexpr, EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """A pivot with its first target: results of the target as in `_row`, then the pivot's.
 
@@ -392,6 +400,8 @@ def _pair(
         acc_p = warpgroup_mma_wait(0, [acc_p])
         _release(ring, v_slot)
 
+    if not KEEP_Q:
+        mbarrier.arrive(q_empty, count=1)
     acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
     acc = warpgroup_mma_wait(0, [acc])
     _release(ring, v_slot)
@@ -403,13 +413,13 @@ def _store(
     acc, m, total, results, plan, row, head, start_m, line, part_slot,
     SPLIT: gl.constexpr, HAS_BIAS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
-    """Normalise and write 64 queries from start_m on, or park them where they cover a part of the keys only."""
+    """Normalise and write 64 queries, or park them where they cover a part of the keys only."""
     out, lse, value_bias, part_out, part_lse = results
     len_q, num_heads = plan[0], plan[2]
-    O: gl.constexpr = acc.type.layout
-    lines = gl.arange(0, 64, gl.SliceLayout(1, O))
-    dims = gl.arange(0, D, gl.SliceLayout(0, O))
-    lse_2 = gl.convert_layout(m + gl.log2(total), gl.SliceLayout(1, O))
+    VALUES: gl.constexpr = acc.type.layout
+    lines = gl.arange(0, 64, gl.SliceLayout(1, VALUES))
+    dims = gl.arange(0, D, gl.SliceLayout(0, VALUES))
+    lse_2 = gl.convert_layout(m + gl.log2(total), gl.SliceLayout(1, VALUES))
     acc = _fade(acc, 1.0 / total)
     is_part = False
     if SPLIT:
@@ -437,15 +447,15 @@ def _consume(
     BLOCK_N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup `group`: queries 64 * group .. of every tile of this program."""
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     BLOCK_M: gl.constexpr = 64 * NUM_GROUPS
     q_tiles, q_full, q_empty = queries
     slot = gl.to_tensor(0)
     parity = gl.to_tensor(0)
     q_parity = gl.to_tensor(0)
-    no_scores = gl.zeros([64, BLOCK_N], gl.float32, S)
-    zeros = gl.zeros([64, D], gl.float32, O)
+    no_scores = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
+    zeros = gl.zeros([64, D], gl.float32, VALUES)
     line = 64 * group
     for item in range(gl.program_id(0), plan[5], gl.num_programs(0)):
         _, pivot_row, row, head, start_m, begin, end, part_slot = _find_work(
@@ -455,22 +465,21 @@ def _consume(
         q_parity ^= 1
         q = q_tiles.index(group).reshape([64, D])
         if KEEP_Q:
-            q = q.load(gl.DotOperandLayout(0, S, 2))
+            q = q.load(gl.DotOperandLayout(0, SCORES, 2))
             # What was read here before what the copy engine writes next.
             fence_async_shared()
             mbarrier.arrive(q_empty.index(group), count=1)
         if KIND == PAIR:
             acc, m, total, acc_p, m_p, total_p, use = _pair(
-                q, no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale, FIXED, EVEN_K, BLOCK_N
-            )
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
+                FIXED, EVEN_K, KEEP_Q, BLOCK_N,
+            )  # fmt: skip
         else:
             acc, m, total, use = _row(
-                q, no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
-                KIND == TARGET, FIXED, EVEN_K, BLOCK_N,
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
+                KIND == TARGET, FIXED, EVEN_K, KEEP_Q, BLOCK_N,
             )  # fmt: skip
         slot, parity = use
-        if not KEEP_Q:
-            mbarrier.arrive(q_empty.index(group), count=1)
         if KIND == PAIR:
             _store(
                 acc_p, m_p, total_p, results, plan, pivot_row, head, start_m, line,
@@ -542,8 +551,8 @@ def _forward_kernel(
 
 
 REGISTERS = {2: 168, 3: 128}
-"""A thread, by consumer groups: all of a multiprocessor, before the warps trade them (the first group gets the
-rest of what `warp_specialize` gives to the others: as much as each of them)."""
+"""A thread, by consumer groups: all of a multiprocessor, before the warps trade them. The first group gets the
+rest of what `warp_specialize` gives to the others: as much as each of them."""
 
 
 def launch(
@@ -574,7 +583,7 @@ def launch(
         q.shape[1], k.shape[1], v.shape[2], head_dim**-0.5 * math.log2(math.e),
         tail.num_whole, tail.num_parts, num_items,
         KIND=triton_fwd.FORMS[form], MAPPED=mapped, FIXED=fixed, HAS_BIAS=has_bias,
-        EVEN_K=k.shape[1] % tile.block_n == 0, SPLIT=tail.num_slots > 0, KEEP_Q=tile.keep_q,
+        EVEN_K=k.shape[1] % tile.block_n == 0, SPLIT=True, KEEP_Q=tile.keep_q,
         NUM_GROUPS=num_groups, NUM_SLOTS=tile.num_stages, BLOCK_N=tile.block_n, D=head_dim,
         num_warps=4, maxnreg=REGISTERS[num_groups],
     )  # fmt: skip

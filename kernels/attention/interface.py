@@ -1,6 +1,6 @@
 """The one public attention interface: checks its arguments, picks a backend by name, runs it.
 
-Backends: `reference` (float32 definition), `sdpa` (PyTorch's kernels), `flash` (those of a flash-attn wheel) and
+Backends: `reference` (float32 definition), `sdpa` (PyTorch's kernels), `flash` (a flash-attn wheel's) and
 `triton` (ours, 16-bit types, head dim 64 or 128; not yet run on a GPU). `auto` takes the one that `automatic`
 names, or `sdpa` where that one cannot take the tensors, and logs once what and why; `auto-strict` raises
 ValueError rather than fall back. A backend asked for by its name never falls back.
@@ -150,7 +150,7 @@ def automatic(device_type: str) -> Choice:
 
 
 def _resolve(backend: str, q: Tensor) -> str:
-    """A name in `BACKENDS`. Raises ValueError for any other, and where `auto-strict` would have to fall back."""
+    """A name in `BACKENDS`. Raises ValueError for any other, and where `auto-strict` would fall back."""
     if backend in ("auto", "auto-strict"):
         choice = automatic(q.device.type)
         if choice.backend == "triton" and (reason := _why_not_triton(q.device, q.dtype, q.shape[-1])):

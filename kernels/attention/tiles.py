@@ -21,7 +21,7 @@ DKV, DQ = "dkv", "dq"
 """The kernels of the backward pass."""
 
 TRITON, GLUON = "triton", "gluon"
-"""What a kernel is written in: Triton, for every GPU, or Gluon, for one kind of GPU and one version of Triton."""
+"""What a kernel is written in: Triton, for every GPU, or Gluon, for Hopper and one version of Triton."""
 
 HOPPER, PORTABLE, INTERPRETER = "sm_90", "sm_80 and up", "interpreter"
 """Families of devices: Hopper; every other NVIDIA GPU from sm_80 on; a CPU, where Triton imitates one."""
@@ -90,35 +90,34 @@ TABLE: tuple[Row, ...] = (
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=128,
         tile=Tile(block_m=128, block_n=128, num_warps=8, num_stages=6, tma=True, language=GLUON),
-        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: at most 240 registers, no spills, 224 KiB",
+        reason="untested on a GPU; compiled for sm_90a: at most 240 registers, no spills, 224 KiB",
     ),
     Row(
         family=HOPPER, kernel=TARGET, head_dim=128,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=12, tma=True, language=GLUON, keep_q=True),
-        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: no spills, 224 KiB; with block_n 128 the "
-        "products are serialised for lack of registers; reading queries from shared memory with every product of "
-        "64 keys would take all of its bandwidth",
+        reason="untested on a GPU; compiled for sm_90a: no spills, 224 KiB; with block_n 128 the "
+        "products are serialised for lack of registers; queries in registers spare bandwidth of shared memory",
     ),
     Row(
         family=HOPPER, kernel=PAIR, head_dim=128,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=12, tma=True, language=GLUON),
-        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: no spills, 224 KiB; with keep_q 160 bytes "
+        reason="untested on a GPU; compiled for sm_90a: no spills, 224 KiB; with keep_q 160 bytes "
         "spilled and products serialised",
     ),
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=64,
         tile=Tile(block_m=128, block_n=128, num_warps=8, num_stages=12, tma=True, language=GLUON),
-        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: no spills; three groups spill",
+        reason="untested on a GPU; compiled for sm_90a: no spills; three groups spill",
     ),
     Row(
         family=HOPPER, kernel=TARGET, head_dim=64,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=16, tma=True, language=GLUON),
-        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: no spills; block_n 128 spills 544 bytes",
+        reason="untested on a GPU; compiled for sm_90a: no spills; block_n 128 spills 544 bytes",
     ),
     Row(
         family=HOPPER, kernel=PAIR, head_dim=64,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=16, tma=True, language=GLUON),
-        reason="untested on a GPU; compiled for sm_90a by Triton 3.6: no spills; block_n 128 spills 352 bytes",
+        reason="untested on a GPU; compiled for sm_90a: no spills; block_n 128 spills 352 bytes",
     ),
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=128, fixed=True,

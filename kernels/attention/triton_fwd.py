@@ -132,7 +132,7 @@ def _finish(
 
 @triton.jit
 def _narrow(p, dtype: tl.constexpr):
-    """p [M, N] in 16 bits, two to an instruction: one by one they go through the unit that takes exponentials."""
+    """p in 16 bits, two to an instruction: one by one they go through the unit that takes exponentials."""
     if PACKED and dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=tl.bfloat16, is_pure=True, pack=2
@@ -391,8 +391,8 @@ def forward(
     """Values [B, Lq, H, D] in the dtype of q and log-sum-exps [B, H, Lq] in float32; B and the keys are v's.
 
     k_pivot: keys of pivots, None where they are rows of k. jobs: what to compute, each row of v once; None is
-    every row by itself. fixed: no running maximum (see `ops.is_bounded`). tile: in place of the table's choice
-    and of `pick_language`'s, for sweeps and tests. Raises ValueError for a Gluon tile that cannot run here.
+    every row by itself. fixed: no running maximum (see `ops.is_bounded`). tile: in place of the table's and of
+    `pick_language`'s choice, for sweeps and tests. Raises ValueError for a Gluon tile that cannot run here.
     """
     num_rows, len_k, num_heads, head_dim = v.shape
     len_q = q.shape[1]
@@ -419,7 +419,7 @@ def why_no_gluon(family: str) -> str | None:
 
 
 def pick_language(tensors: Sequence[Tensor], tile: Tile | None = None) -> str:
-    """Gluon where it can run, unless a tile says otherwise. Raises ValueError where it says what cannot run."""
+    """Gluon where it can run, unless a tile says otherwise. Raises ValueError where that cannot run."""
     reason = why_no_gluon(tiles.device(tensors[0].device).family)
     if reason is None and not all(_describable(x) for x in tensors):
         reason = "a tensor's address or strides are no multiples of 16 bytes, or rows repeat"

@@ -44,7 +44,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 SHELLS = ("", "bash", "sh", "console")
 NEEDS_NETWORK = "installs from a network"
 RUNS_TESTS = "runs these tests"
-DRAWING = "kernels -> attention -> models -> sampling -> generate -> cli, scripts, benchmarks"
+DRAWING = "kernels -> attention, models -> sampling -> generate -> cli, scripts, benchmarks"
 NOT_RUN = {
     ("README.md", "make demo"): "needs nano's weights; the same sweep runs in levels.md",
     ("README.md", "make test"): RUNS_TESTS,

@@ -28,12 +28,11 @@ each_size = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten is NaN; float32 is float32."""
+    """Whatever a kernel leaves unwritten is NaN."""
     empty = Tensor.new_empty
     monkeypatch.setattr(
         Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan)
     )
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def slices(*shape: int, dtype: torch.dtype) -> Tensor:

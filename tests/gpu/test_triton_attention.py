@@ -1,4 +1,4 @@
-"""The compiled kernels: every tile of the table, Triton and Gluon, real dtypes and lengths, compilers, CUDA graphs.
+"""The compiled kernels, Triton and Gluon: every tile of the table, real dtypes and lengths, CUDA graphs.
 
 What names no tile runs as the table says: in Gluon on a Hopper GPU with the Triton it is written for.
 """

@@ -133,16 +133,18 @@ def test_work_is_that_of_the_performance_notes() -> None:
 
 
 def test_step_runs_every_arm_of_every_case(tmp_path: Path) -> None:
-    wanted = ["base, 32", "pair, 32", "pivot + 6, 32"]
+    wanted = ["base, 32", "pair, 32"]
     options = ["--tiny", "--repeats", "1", "--cases", *wanted, "--out", str(tmp_path)]
     assert bench_step.main(options) == 0
     rows = results(tmp_path, "step_tiny")["rows"]
     assert list(dict.fromkeys(row["case"] for row in rows)) == [f"{name} px" for name in wanted]
     assert [row["arm"] for row in rows if row["verdict"] != "ok"] == []
-    assert all(row["ms"] > 0 and 0 < row["error"] < 0.05 for row in rows)
+    assert all(row["ms"] > 0 for row in rows)
+    assert all(0 < row["error"] < (0.2 if "fp8" in row["arm"] else 0.05) for row in rows)
     for case, kind in (("pair, 32 px", "published"), ("base, 32 px", "diffusers")):
         found = [row["arm"] for row in rows if row["case"] == case]
-        assert found == [*arms.OURS, *((f"{kind}, compiled", f"{kind}, eager") if HAS_RIVALS else ())]
+        ours = [name for name, way in arms.OURS.items() if kind == "published" or way.base is not None]
+        assert found == [*ours, *((f"{kind}, compiled", f"{kind}, eager") if HAS_RIVALS else ())]
 
 
 def test_step_stops_when_time_is_up(tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_a_wrong_yardstick_lets_nothing_wrong_through() -> None:
 def test_generate_runs_and_adds_up(tmp_path: Path) -> None:
     assert bench_generate.main(["--tiny", "--sides", "32", "--out", str(tmp_path)]) == 0
     rows = results(tmp_path, "generate_tiny")["rows"]
-    assert [row["verdict"] for row in rows] == ["ok"] * (4 if HAS_RIVALS else 2)
+    assert [row["verdict"] for row in rows] == ["ok"] * (len(arms.OURS) - 1 + 2 * HAS_RIVALS)
     for row in rows:
         assert row["total_s"] >= row["text_s"] + row["denoise_s"] + row["decode_s"] > 0
 
@@ -417,14 +419,21 @@ def test_profile_gives_kernels_the_work_of_their_operators() -> None:
         {"cat": "gpu_user_annotation", "name": "whole step", "ts": 0, "dur": 1e6, "args": {}},
         kernel("gemm", 1, 10.0), kernel("splitK", 1, 2.0), kernel("gemm", 2, 10.0),
         kernel("triton_poi_fused", 3, 4.0), kernel("flash_fwd", 7, 24.0), {"name": "no category"},
+        op("bokehflux::add_gated_modulate", 4, 30, 9, [[2, 8, 4], [2, 8, 4], [1, 1, 4]], [half] * 3),
+        kernel("residual_norm", 4, 1.0),
     ]  # fmt: skip
     rows = {row["kernel"]: row for row in profile_step.rows_of(profile_step.totals(events), 24e6)}
-    assert list(rows) == ["flash_fwd", "gemm", "triton_poi_fused", "splitK"], "longest first"
-    assert rows["gemm"]["calls"] == 2 and rows["gemm"]["share"] == pytest.approx(0.4)
+    assert list(rows) == [
+        "flash_fwd", "gemm", "triton_poi_fused", "splitK", "residual_norm",
+    ], "longest first"  # fmt: skip
+    assert rows["gemm"]["calls"] == 2 and rows["gemm"]["share"] == pytest.approx(20 / 51)
     assert rows["gemm"]["tflops"] == pytest.approx(2 * 2 * 10 * 20 * 30 / 20e-6 / 1e12)
     assert rows["splitK"]["tflops"] is None and rows["splitK"]["tb_s"] is None
     assert rows["flash_fwd"]["tflops"] == pytest.approx(1.0)
     assert rows["triton_poi_fused"]["tb_s"] == pytest.approx(500 * (2 + 4) / 4e-6 / 1e12)
+    moved = 2 * (2 * 64 + 4) + 2 * 2 * 64
+    assert rows["residual_norm"]["tb_s"] == pytest.approx(moved / 1e-6 / 1e12)
+    assert rows["residual_norm"]["tflops"] is None, "no attention"
 
 
 def test_profile_without_gpu_counts_each_operators_own_time() -> None:
@@ -436,10 +445,10 @@ def test_profile_without_gpu_counts_each_operators_own_time() -> None:
 
 
 def test_profile_runs(tmp_path: Path) -> None:
-    options = ["--tiny", "--case", "pair, 32", "--arm", "ours, eager", "--out", str(tmp_path)]
+    options = ["--tiny", "--case", "pair, 32", "--arm", "ours", "--out", str(tmp_path)]
     assert profile_step.main(options) == 0
     found = results(tmp_path, "profile_step_tiny")
-    assert (found["case"], found["arm"]) == ("pair, 32 px", "ours, eager")
+    assert (found["case"], found["arm"]) == ("pair, 32 px", "ours")
     assert sum(row["share"] for row in found["rows"]) == pytest.approx(1)
     assert any(row["kernel"] == "aten::addmm" and row["tflops"] for row in found["rows"])
 
@@ -508,7 +517,7 @@ def test_a_session_runs_jobs_in_turn_and_packs_what_they_leave(
     assert [line.split(",")[0] for line in ends] == [
         "write: ok", "fail: EXIT STATUS 1", "sleep: ENDED AT ITS LIMIT", "write: ok",
     ]  # fmt: skip
-    assert "\n98\n" in printed and "\n5\n" not in printed, "the end of a failed job's log, no more"
+    assert "\n98\n" in printed, "the end of a failed job's log"
     assert "wrote --again twice over" in printed
     with tarfile.open(tmp_path / "session.tar.gz") as archive:
         names = {"logs/write.log", "logs/write-2.log", "logs/fail.log", "logs/sleep.log", "results/a.json"}

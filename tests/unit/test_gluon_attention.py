@@ -1,4 +1,4 @@
-"""The Gluon attention kernels, imitated on a CPU: their mathematics, and that no warp waits or reads wrongly."""
+"""The Gluon attention kernels, imitated on a CPU: their mathematics, and who waits for whom."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from benchmarks import bench_pointwise  # noqa: E402
 from bokehflux.attention import Grounded, Plain  # noqa: E402
 from bokehflux.kernels.pointwise import (  # noqa: E402
     eager,
@@ -257,3 +258,9 @@ def test_a_cpu_and_gradients_take_the_eager_forms(monkeypatch: pytest.MonkeyPatc
         assert interface._fuses(half, learned, weights=[learned])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not interface._fuses(half)
+
+
+def test_the_benchmark_runs_every_pass() -> None:
+    rows = bench_pointwise.measure([(1, 3)], 32, 16, torch.device(DEVICE), torch.float16)
+    assert [row["pass"] for row in rows] == list(bench_pointwise.MOVED)
+    assert all(row["ours_us"] > 0 and row["eager_us"] > 0 for row in rows)

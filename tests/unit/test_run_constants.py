@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import bench_launch
+from benchmarks.networks import TINY
 from bokehflux.attention import Grounded, OnStored, PivotQuery, Plain
 from bokehflux.kernels.attention import interface
 from bokehflux.models.bokeh import BokehCondition
@@ -204,3 +206,24 @@ def test_modulations_as_a_list() -> None:
     assert torch.equal(copies.double[1].txt_mlp.gate, mods.double[1].txt_mlp.gate)
     assert torch.equal(copies.single[3].scale, mods.single[3].scale)
     assert torch.equal(copies.row(1).final.shift, mods.final.shift[1:])
+
+
+def test_the_benchmark_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "MAX_TOKENS", cuda_graph.MAX_TOKENS)  # the benchmark lifts it
+    rows = bench_launch.measure(TINY, torch.device("cpu"), "sdpa")
+    assert len(rows) == 2 * len(TINY.sides_px) * len(bench_launch.LEVELS)
+    assert all(0 < row["launch"] <= row["step"] for row in rows)
+
+
+def test_compiled_blocks_are_few_whatever_the_bounds() -> None:
+    mmdit, x = with_uneven_norms(), latents()
+    assert len(set(mmdit.constants(None).logit_bounds)) > 2
+    expected = [velocity_of(mmdit)(x, SIGMA, step) for step in (0, 1)]
+    torch._dynamo.reset()
+    for block in (*mmdit.doubles, *mmdit.singles):
+        block.compile(backend="eager", fullgraph=True, dynamic=False)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    velocity = velocity_of(mmdit)
+    for step in (0, 1):
+        assert torch.equal(velocity(x, SIGMA, step), expected[step])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 4
