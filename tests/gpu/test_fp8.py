@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -117,7 +118,8 @@ def test_products_at_full_size(name: str, tokens: int) -> None:
     assert relative_error(out.float(), exact) <= 1.2 * relative_error(emulated.float(), exact)
     assert relative_error(out.float(), exact) < ULP
     quarter = wide.out_features // 3
-    assert torch.allclose(narrow.columns(x, quarter, 2 * quarter), out[:, quarter : 2 * quarter], rtol=1e-2)
+    part = narrow.columns(x, quarter, 2 * quarter).float()
+    assert relative_error(part, out[:, quarter : 2 * quarter].float()) < 1e-2
 
 
 def on_gpu(mmdit: MMDiT) -> dict[str, Any]:
@@ -138,11 +140,13 @@ def test_a_transformer_compiled_and_replayed() -> None:
     with torch.inference_mode():
         eager = mmdit(**args)
         assert 0 < relative_error(eager.float(), exact) < 6 * ULP
-        graph = torch.cuda.CUDAGraph()
+        mods = mmdit.modulations(args["pooled"], args["sigma"], args["guidance"])
+        step = functools.partial(mmdit.velocity, args["img"], args["txt"], mods, args["rope"])
+        plain, graph = step(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = mmdit(**args)
+            captured = step()
         graph.replay()
-        torch.testing.assert_close(captured, eager, rtol=0, atol=0)
+        torch.testing.assert_close(captured, plain, rtol=0, atol=0)
         mmdit.compile_blocks()
         assert relative_error(mmdit(**args).float(), eager.float()) < ULP
 
@@ -154,7 +158,8 @@ def test_every_memory_mode_makes_the_same_picture(mode: str) -> None:
         pipe = tiny_pipeline(dtype=torch.bfloat16)
         quantize_mmdit(pipe.mmdit, CUDA)
         assert all(p.device.type == "cpu" for p in pipe.mmdit.parameters())
-        pipe = dataclasses.replace(pipe, memory=place(pipe.mmdit, (), pipe.vae, kind, CUDA))
+        text = dataclasses.replace(pipe.text, device="cuda")  # type: ignore[type-var]
+        pipe = dataclasses.replace(pipe, text=text, memory=place(pipe.mmdit, (), pipe.vae, kind, CUDA))
         made.append(pipe.generate("a mug", [0, 12, 28], bokeh_pivot=15, max_rows=3).latents)
     assert torch.equal(*made)
 
