@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,17 +18,8 @@ from bokehflux.arguments import loras_from, model_from, parse, request_from
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bokehflux.generate import Pipeline, Result
-    from bokehflux.preview import Preview
+    from bokehflux.generate import Pipeline
     from bokehflux.progress import Progress
-    from bokehflux.request import Request
-    from bokehflux.sampling.samplers import StepInfo
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what is to be said about it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,12 +49,13 @@ def generate(args: argparse.Namespace) -> int:
     from bokehflux.output import save_pictures, uninterrupted
     from bokehflux.progress import Progress
     from bokehflux.scene import Scene
+    from bokehflux.serve import Interrupted, kept, server
 
     progress, output = Progress.for_people(), Path(args.output)
     pipe, facts = _load(args, progress)
     stop: KeyboardInterrupt | None = None
     try:
-        result = _server(args, pipe, progress)(request)
+        result = server(args, pipe, progress)(request)
     except Stopped as stopped:
         result, stop = stopped.result, stopped
     try:
@@ -76,7 +67,7 @@ def generate(args: argparse.Namespace) -> int:
     except KeyboardInterrupt as pressed:
         stop = stop or pressed
     if stop is not None:
-        raise Interrupted(_kept(request, len(scene.targets), paths, output)) from stop
+        raise Interrupted(kept(request, len(scene.targets), paths, output)) from stop
     return 0
 
 
@@ -85,6 +76,7 @@ def sweep(args: argparse.Namespace) -> int:
     from bokehflux import sweep as sweeps
     from bokehflux.generate import Stopped
     from bokehflux.progress import Progress
+    from bokehflux.serve import Interrupted, server
 
     given = args.prompts_file
     prompts = [_required(args.prompt)] if given is None else sweeps.read_prompts(Path(given))
@@ -96,7 +88,7 @@ def sweep(args: argparse.Namespace) -> int:
     progress, output, num_done = Progress.for_people(), Path(args.output), 0
     try:
         pipe, facts = _load(args, progress)
-        serve = _server(args, pipe, progress)
+        serve = server(args, pipe, progress)
         progress.batch(1, len(requests))
         scenes = sweeps.run_sweep(requests, pipe.defaults, facts, output, args.format, serve)
         with contextlib.closing(scenes):  # Ctrl-C between two scenes, too, leaves the page
@@ -165,19 +157,6 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _kept(request: Request, num_targets: int, paths: Sequence[Path], output: Path) -> str:
-    """What Ctrl-C left of a batch, and how to get the rest."""
-    missing = [f"{level:g}" for level in (request.bokeh_targets or ())[num_targets:]]
-    if not missing:
-        return f"; all pictures are finished and kept in {output}"
-    flags = ["--config-from", str(paths[0]), "--bokeh-targets", *missing, "--output", str(output)]
-    kept = "1 picture is" if len(paths) == 1 else f"{len(paths)} pictures are"
-    return (
-        f"; {kept} finished and kept in {output}; levels {', '.join(missing)} are missing: "
-        f"bokehflux generate {shlex.join(flags)}"
-    )
-
-
 def _required(prompt: str | None) -> str:
     if prompt is None:
         raise ValueError("a prompt is needed: --prompt TEXT")
@@ -233,64 +212,6 @@ def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[
 
         warn_of_differences(args.config_from, facts)
     return pipe, facts
-
-
-def _server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Callable[[Request], Result]:
-    """Serves requests with everything that people watch meanwhile."""
-    from bokehflux.generate import Stopped
-
-    preview_of = _previews(args, pipe)
-    max_rows, vae_tiling = args.max_rows, {"auto": None, "on": True, "off": False}[args.vae_tiling]
-
-    def serve(request: Request) -> Result:
-        nonlocal max_rows, vae_tiling
-        grounded = request.bokeh_pivot is not None and request.num_grounding_steps != 0
-        rows, prompts = len(request.bokeh_targets or (0,)) + grounded, 1 + (request.true_cfg > 1)
-        preview = preview_of(request)
-        latest: StepInfo | None = None
-        try:
-            with progress.watching(pipe, rows, prompts) as on_step:
-
-                def watch(info: StepInfo) -> None:
-                    nonlocal latest
-                    latest = info
-                    on_step(info)
-                    if preview is not None:
-                        preview(info)
-
-                result = request.run(pipe, watch, max_rows, vae_tiling)
-            # What ran out of memory once need not do so in every scene.
-            max_rows, vae_tiling = (result.settings[name] for name in ("max_rows", "vae_tiling"))
-            return result
-        except Stopped:
-            raise
-        except KeyboardInterrupt as stop:
-            if latest is None:
-                raise
-            shown = f", which {args.preview} shows" if preview is not None and preview.write() else ""
-            done = f"step {latest.step + 1} of {latest.num_steps} was done{shown}"
-            raise Interrupted(f"; no picture is finished, {done}") from stop
-
-    return serve
-
-
-def _previews(args: argparse.Namespace, pipe: Pipeline) -> Callable[[Request], Preview | None]:
-    """Makes the preview of each request, if one is wanted."""
-    if args.preview is None:
-        return lambda _: None
-    from bokehflux.preview import Preview, fit_rgb_map
-
-    if args.preview_vae is not None:
-        from bokehflux.weights.tiny import load_tiny_decoder
-
-        to_rgb: Callable[[Tensor], Tensor] = load_tiny_decoder(
-            args.preview_vae, pipe.vae.config.latent_channels, device=pipe.device, dtype=pipe.dtype
-        )
-    else:
-        to_rgb = fit_rgb_map(pipe.vae)
-    return lambda request: Preview(
-        to_rgb, request.completed(pipe.defaults), Path(args.preview), args.preview_every
-    )
 
 
 if __name__ == "__main__":

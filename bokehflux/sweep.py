@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 LEVELS = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
 PIVOT = 15.0
-PAGE, GRID = "index.html", "grid.png"
+PAGE, GRID = "index{}.html", "grid{}.png"
+SCENES_PER_PAGE = 20
+"""More get further pages: one of a thousand opens in no browser, and its pictures would fill the memory."""
 DECIDES = (
     "prompt", "negative_prompt", "bokeh_pivot", "num_inference_steps", "num_grounding_steps",
     "guidance_scale", "true_cfg", "height", "width", "seed",
@@ -97,6 +99,21 @@ def run_sweep(
     The page is written for the scenes that are finished even when the sweep is stopped, and pictures of an
     unfinished scene are kept. Ctrl-C does not come between the pictures of a scene and its `Done`.
     """
+    for number in range(num_pages(len(requests))):
+        some = requests[number * SCENES_PER_PAGE :][:SCENES_PER_PAGE]
+        yield from _run_page(some, defaults, facts, output, kind, run, number)
+
+
+def _run_page(
+    requests: Sequence[Request],
+    defaults: Defaults,
+    facts: dict[str, Any],
+    output: Path,
+    kind: str,
+    run: Callable[[Request], Result],
+    number: int,
+) -> Generator[Done, None, None]:
+    """The scenes of one page, and the page."""
     scenes: list[Scene] = []
     try:
         for request in requests:
@@ -106,15 +123,25 @@ def run_sweep(
                 scenes.append(done.scene)
                 yield done
     finally:
+        end = f"-{number + 1}" if number else ""
         if scenes:
-            write_page(scenes, output / PAGE)
+            write_page(scenes, output / PAGE.format(end))
         if len(scenes) > 1:
-            replace_file(output / GRID, _grid_sheet(scenes))
+            replace_file(output / GRID.format(end), _grid_sheet(scenes, PAGE.format(end)))
+
+
+def num_pages(num_scenes: int) -> int:
+    return -(-num_scenes // SCENES_PER_PAGE)
 
 
 def overviews(output: Path, num_scenes: int) -> list[Path]:
     """The files that `run_sweep` leaves beside the scenes."""
-    return [output / name for name in ([GRID, PAGE] if num_scenes > 1 else [PAGE])]
+    paths = []
+    for number in range(num_pages(num_scenes)):
+        end = f"-{number + 1}" if number else ""
+        here = min(SCENES_PER_PAGE, num_scenes - number * SCENES_PER_PAGE)
+        paths += [output / name.format(end) for name in ([GRID, PAGE] if here > 1 else [PAGE])]
+    return paths
 
 
 def folder_name(wanted: dict[str, Any]) -> str:
@@ -210,8 +237,8 @@ def _views(scene: Scene, folder: Path) -> list[Path]:
     return [folder / name for name in contents]
 
 
-def _grid_sheet(scenes: Sequence[Scene]) -> bytes:
-    """Scenes below each other, levels side by side."""
+def _grid_sheet(scenes: Sequence[Scene], page: str) -> bytes:
+    """Scenes below each other, levels side by side; numbered as in the page of this name."""
     rows = [scene.tiles() for scene in scenes]
     names = {scene.recipe["prompt"] for scene in scenes}
     tiles = [
@@ -220,6 +247,6 @@ def _grid_sheet(scenes: Sequence[Scene]) -> bytes:
         for tile in row
     ]
     title = scenes[0].recipe["prompt"] if len(names) == 1 else f"{len(names)} prompts"
-    image = contact_sheet(tiles, title, f"scenes are numbered as in {PAGE}", columns=len(rows[0]))
+    image = contact_sheet(tiles, title, f"scenes are numbered as in {page}", columns=len(rows[0]))
     recipe = {**scenes[0].recipe, "role": "grid", "scenes": len(scenes)}
     return metadata.encode(image, recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,25 @@ def test_a_sweep_that_is_stopped_has_a_page_of_what_is_finished(tmp_path: Path) 
     run(requests, tmp_path, serve)
     assert [r.seed for r in serve.served] == [3]
     assert (tmp_path / "index.html").read_text().count('"curve": ') == 3
+
+
+def test_many_scenes_get_several_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only the pictures of one page are in memory."""
+    monkeypatch.setattr(sweep, "SCENES_PER_PAGE", 2)
+    alive: list[weakref.ref[Any]] = []
+    requests = grid(BASE, ["a cup"], [1, 2, 3, 4, 5])
+    for done in run_sweep(requests, PIPE.defaults, FACTS, tmp_path, "png", Serve()):
+        alive.append(weakref.ref(done.scene))
+        del done
+        assert sum(ref() is not None for ref in alive) <= 2
+    pages = sorted(p.name for p in tmp_path.iterdir() if p.is_file())
+    assert pages == ["grid-2.png", "grid.png", "index-2.html", "index-3.html", "index.html"]
+    assert sorted(p.name for p in sweep.overviews(tmp_path, 5)) == pages
+    curves = [(tmp_path / name).read_text().count('"curve": ') for name in pages[2:]]
+    assert curves == [2, 1, 2]
+    served = Serve()
+    run(requests, tmp_path, served)
+    assert served.served == []
 
 
 @pytest.fixture
