@@ -165,8 +165,8 @@ def test_settings(pipe: Pipeline) -> None:
         "prompt": PROMPT, "bokeh_targets": [3.0, 30.0], "bokeh_pivot": 12.5, "num_inference_steps": 5,
         "num_grounding_steps": 4, "guidance_scale": 3.0, "true_cfg": 2.0, "negative_prompt": NEGATIVE_PROMPT,
         "height": 32, "width": 48, "seed": 4, "model": "tiny", "device": "cpu", "dtype": "float32",
-        "compute": "dtype", "version": bokehflux.__version__, "memory": "resident", "adapter": None, "loras": [],
-        "max_rows": None, "vae_tiling": False,
+        "compute": "dtype", "version": bokehflux.__version__, "memory": "resident", "adapter": None,
+        "loras": [], "max_rows": None, "vae_tiling": False,
     }  # fmt: skip
 
 
