@@ -155,7 +155,7 @@ def preferred(backend: str) -> Iterator[None]:
     """Inside, attention that asks for "auto" gets this backend, also where a run decides."""
     usual = interface.automatic
     if backend != "auto":
-        interface.automatic = lambda device_type: interface.Choice(backend, "asked for by a benchmark")
+        interface.automatic = lambda device: interface.Choice(backend, "asked for by a benchmark")
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ import torch
 from PIL import features
 
 from bokehflux import __version__
-from bokehflux.identity import attention_backend, device_name
+from bokehflux.identity import attention_choice, device_name
 from bokehflux.kernels.fp8.interface import why_not
 from bokehflux.weights.load import BUNDLED, find_model
 from bokehflux.weights.resolve import ADAPTER_REPO, DEV, SCHNELL, hub_cache, resolve_adapter
@@ -70,9 +70,11 @@ def _devices() -> Iterator[str]:
 
 def attention_path(device: torch.device) -> str:
     """The attention that a picture would be made with on a device, and why."""
-    name = attention_backend(device.type)
+    # FLUX's heads, in the type that a device computes in when nothing is said.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    name, reason = attention_choice(device, dtype, 128)
     if name != "sdpa":
-        return f"{name}, chosen for {device.type}"
+        return f"{name} ({reason})"
     if device.type != "cuda":
         return f"sdpa, PyTorch's own: the fused kernels need an NVIDIA GPU, this is {device.type}"
     fused = {
@@ -82,7 +84,8 @@ def attention_path(device: torch.device) -> str:
         "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
     }
     return (
-        f"sdpa with PyTorch's kernels ({', '.join(name for name, on in fused.items() if on) or 'math only'})"
+        f"sdpa with PyTorch's kernels ({', '.join(name for name, on in fused.items() if on) or 'math only'}): "
+        f"{reason}"
     )
 
 

@@ -99,7 +99,7 @@ def facts(
         "torch": torch.__version__,
         "device": pipe.device.type,
         "device_name": device_name(pipe.device),
-        "attention": attention_backend(pipe.device.type),
+        "attention": attention_choice(pipe.device, pipe.dtype, pipe.mmdit.config.head_dim)[0],
     }
 
 
@@ -114,11 +114,11 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()}"
 
 
-def attention_backend(device_type: str) -> str:
-    """Name of the attention backend that "auto" takes on a device."""
+def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """The attention backend that "auto" takes for such queries, and why."""
     from bokehflux.kernels.attention import interface
 
-    return interface.automatic(device_type).backend
+    return interface.choose(device, dtype, head_dim)
 
 
 def _digest(path: Path) -> bytes:

@@ -142,19 +142,28 @@ class Choice(NamedTuple):
     reason: str
 
 
-def automatic(device_type: str) -> Choice:
-    """The backend that `auto` takes, and why."""
-    if device_type == "cuda":
-        return Choice("sdpa", "the Triton kernels are asked for by name until they are measured")
-    return Choice("sdpa", f"there are no kernels of our own for {device_type}")
+def automatic(device: torch.device) -> Choice:
+    """The backend that `auto` prefers on a device, and why. Whether it takes a tensor is another question."""
+    if device.type != "cuda":
+        return Choice("sdpa", f"there are no kernels of our own for {device.type}")
+    reason = _why_no_gluon(device)
+    if reason is None:
+        return Choice("triton", "fastest of those measured on Hopper: benchmarks/results/attention.json")
+    return Choice("sdpa", f"our fastest kernels cannot run here, {reason}; the others are asked for by name")
+
+
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
+    """What `auto` runs for such queries, and why."""
+    choice = automatic(device)
+    if choice.backend == "triton" and (reason := _why_not_triton(device, dtype, head_dim)):
+        return Choice("sdpa", reason)
+    return choice
 
 
 def _resolve(backend: str, q: Tensor) -> str:
     """A name in `BACKENDS`. Raises ValueError for any other, and where `auto-strict` would fall back."""
     if backend in ("auto", "auto-strict"):
-        choice = automatic(q.device.type)
-        if choice.backend == "triton" and (reason := _why_not_triton(q.device, q.dtype, q.shape[-1])):
-            choice = Choice("sdpa", reason)
+        choice = choose(q.device, q.dtype, q.shape[-1])
         if backend == "auto-strict" and choice.backend == "sdpa":
             raise ValueError(f"attention may not fall back on PyTorch's kernels, but {choice.reason}")
         if not torch.compiler.is_compiling():  # a log line is no part of a traced graph
@@ -165,6 +174,13 @@ def _resolve(backend: str, q: Tensor) -> str:
             f"unknown attention backend {backend!r}: expected 'auto' or one of {sorted(BACKENDS)}"
         )
     return backend
+
+
+@functools.cache
+def _why_no_gluon(device: torch.device) -> str | None:
+    from . import tiles, triton_fwd
+
+    return triton_fwd.why_no_gluon(tiles.device(device).family)
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -307,7 +307,7 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             copy.attention(q, k, v)
             grounded(copy, q, k, v, (0,))
     assert [r.levelname for r in caplog.records] == ["INFO"]
-    choice = copy.automatic("cpu")
+    choice = copy.automatic(torch.device("cpu"))
     assert choice.backend == "sdpa" and choice.reason in caplog.text and "cpu" in caplog.text
 
 

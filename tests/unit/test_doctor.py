@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bokehflux import cli, doctor
+from bokehflux.kernels.attention import interface
 from tests.unit.test_load import write_snapshot
 
 
@@ -52,13 +53,18 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(interface, "_why_no_gluon", lambda _: "they are made for sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card 2000")
     lines = list(doctor.report({}))
     assert "  fp8 compute: it needs compute capability 8.9 or higher (Ada, Hopper), cuda:0 has 7.5" in lines
     (line,) = [line for line in lines if line.startswith("device cuda:0")]
     assert line == "device cuda:0: Card 2000, compute capability 7.5, 3.0 of 8.0 GiB free"
     path = doctor.attention_path(torch.device("cuda", 0))
-    assert path.startswith("sdpa with PyTorch's kernels (") and "flash" not in path, "flash needs 8.0"
+    assert path.startswith("sdpa with PyTorch's kernels (") and "flash," not in path, "flash needs 8.0"
+    assert path.endswith("they are made for sm_90; the others are asked for by name")
+    monkeypatch.setattr(interface, "_why_no_gluon", lambda _: None)
+    monkeypatch.setattr(interface, "_why_not_triton", lambda *_: None)
+    assert doctor.attention_path(torch.device("cuda", 0)).startswith("triton (fastest of those measured")
 
 
 def test_what_metal_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
