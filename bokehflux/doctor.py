@@ -83,10 +83,8 @@ def attention_path(device: torch.device) -> str:
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
         "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
     }
-    return (
-        f"sdpa with PyTorch's kernels ({', '.join(name for name, on in fused.items() if on) or 'math only'}): "
-        f"{reason}"
-    )
+    kernels = ", ".join(name for name, on in fused.items() if on) or "math only"
+    return f"sdpa with PyTorch's kernels ({kernels}): {reason}"
 
 
 def _models(environment: Mapping[str, str]) -> Iterator[str]:

@@ -41,6 +41,7 @@ class FakePipeline:
         self.defaults = Defaults(num_inference_steps=3, height_px=32, width_px=32, txt_length=8)
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, "fake"
         self.compute = "dtype"
+        self.mmdit = SimpleNamespace(config=SimpleNamespace(head_dim=16))
 
     def load(self, *args: Any, **kwargs: Any) -> FakePipeline:
         self.loaded = inspect.signature(load).bind(*args, **kwargs).arguments
