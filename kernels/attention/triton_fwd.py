@@ -468,6 +468,7 @@ def _launch(
     forms = [form for form in tiles.MATMULS if counts[form]]
     device = tiles.device(q.device)
     tile = tile or tiles.forward_tile(device, forms, head_dim, fixed, language)
+    fixed = fixed and not tile.keep_maximum
 
     per_job = triton.cdiv(len_q, tile.block_m) * num_heads
     tail = tiles.plan_tail(

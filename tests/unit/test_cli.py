@@ -363,6 +363,7 @@ def test_the_memory_mode_that_was_chosen_is_said(
 ) -> None:  # fmt: skip
     fake.device, fake.memory = torch.device("cuda"), SimpleNamespace(mode="offload")
     monkeypatch.setattr("bokehflux.identity.device_name", lambda _: "a GPU")
+    monkeypatch.setattr("bokehflux.identity.attention_choice", lambda *_: ("triton", "it is fast"))
     assert cli.main([*SWEEP, "--memory", memory]) == 0
     assert capsys.readouterr().err == says
 
