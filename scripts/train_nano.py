@@ -1,11 +1,13 @@
-"""Train the bundled model, one command a stage, each planned for under ten minutes on one H200:
+"""Train the bundled model, one command a stage, each under ten minutes on one H100:
 
     python scripts/train_nano.py vae     --out weights/nano
     python scripts/train_nano.py base    --out weights/nano
     python scripts/train_nano.py adapter --out weights/nano
+    python scripts/train_nano.py base    --out weights/nano --resume
 
 Every stage reads what the earlier ones wrote to --out and adds its own files in the official layout, with a
-log of its curve under training/. Hyper-parameters and seeds are `bokehflux.training.recipe.NANO`.
+log of its curve under training/. Hyper-parameters and seeds are `NANO` and `RESUMED` of
+`bokehflux.training.recipe`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from bokehflux.training.autoencoder import train_autoencoder
 from bokehflux.training.base import Sampler, TextToVelocity, distill_guidance, init_mmdit, train_base
 from bokehflux.training.data import Tokenize, latent_pool, rendered
 from bokehflux.training.log import Log
-from bokehflux.training.recipe import NANO, SIZE_PX, Recipe
+from bokehflux.training.recipe import NANO, RESUMED, SIZE_PX, Recipe
 from bokehflux.training.tokenizers import train_tokenizers
 from bokehflux.weights.load import ADAPTER_PREFIX, load_clip, load_mmdit, load_t5, load_vae
 from bokehflux.weights.save import (
@@ -72,7 +74,8 @@ def main() -> None:
     torch._dynamo.config.cache_size_limit = 64
     (args.out / "training").mkdir(parents=True, exist_ok=True)
     name = {"vae": "autoencoder"}.get(args.stage, args.stage)
-    recipe = dataclasses.replace(NANO, **{name: override(getattr(NANO, name), args.set)})
+    planned = RESUMED if args.resume else getattr(NANO, name)
+    recipe = dataclasses.replace(NANO, **{name: override(planned, args.set)})
     log = Log(args.out / "training" / f"{name}{'-resumed' if args.resume else ''}.json")
     log.note("recipe", dataclasses.asdict(getattr(recipe, name)))
     log.note("device", torch.cuda.get_device_name() if args.device == "cuda" else args.device)
@@ -188,7 +191,8 @@ def adapter_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> 
     adapter = train_adapter(mmdit, pool, text, null_text, nano_rope(recipe, device), stage, generator, log)
     log.note("parameters", sum(p.numel() for _, p in adapter.trainable()))
     _, tensors = split_adapter(half(mmdit))
-    save_adapter(out / "adapter", recipe.bokeh, recipe.mmdit, tensors)
+    saved = dataclasses.replace(recipe.bokeh, bokeh_scale=stage.saved_scale)
+    save_adapter(out / "adapter", saved, recipe.mmdit, tensors)
 
 
 def channels_last(vae: AutoencoderKL) -> AutoencoderKL:
