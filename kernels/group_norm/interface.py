@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import dispatch
+
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """x [B, C, H, W] normalised over groups of C / groups channels, weighted, shifted, through SiLU.
@@ -19,7 +21,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     """
     if x.ndim != 4 or x.shape[1] % groups:
         raise ValueError(f"expected [B, C, H, W] with C a multiple of {groups} groups, got {tuple(x.shape)}")
-    if takes(x) and not torch.compiler.is_compiling():
+    if takes(x):
         from . import fused
 
         return fused.group_norm_silu(x, weight, bias, groups, eps)
@@ -30,10 +32,4 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 
 def takes(x: Tensor) -> bool:
     """Whether the kernels run such a tensor: 16 bits, channels last, on an NVIDIA GPU from sm_80 on."""
-    return (
-        x.is_cuda
-        and torch.version.cuda is not None
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and torch.cuda.get_device_capability(x.device)[0] >= 8
-    )
+    return dispatch.takes(x) and x.is_contiguous(memory_format=torch.channels_last)
