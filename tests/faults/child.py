@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 CPU_SECONDS, SECONDS = 60, 600
-"""What a child may use, and how long it may last: busy machines are slow, but only a hang ends at the second."""
+"""What a child may use, and how long it may last: a busy machine is slow, only a hang ends at the second."""
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
