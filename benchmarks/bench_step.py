@@ -23,7 +23,18 @@ from torch import Tensor
 from benchmarks import networks
 from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms
 from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Batch, Setting
-from benchmarks.report import RESULTS, Budget, Row, bars, first_line, save, table, turns, workspace_bytes
+from benchmarks.report import (
+    RESULTS,
+    Budget,
+    Row,
+    bars,
+    chosen_device,
+    first_line,
+    save,
+    table,
+    turns,
+    workspace_bytes,
+)
 from benchmarks.timing import environment, gemm_ceiling
 
 SANE_ERROR = 0.5
@@ -197,10 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
     args = parser.parse_args(argv)
     budget = Budget(args.seconds)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.tiny:
-        parser.error("there is no GPU; --tiny tries everything on toys")
-    torch.set_float32_matmul_precision("highest")  # float32 is the reference
+    device = chosen_device(parser, tiny=args.tiny)
     allow_recompiling()
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))

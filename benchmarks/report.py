@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +36,17 @@ class Budget:
     @property
     def spent(self) -> bool:
         return self.left <= 0
+
+
+def chosen_device(parser: argparse.ArgumentParser, tiny: bool) -> torch.device:
+    """The GPU; or a CPU, for toys alone, with Triton's kernels in its interpreter. float32 stays float32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        if not tiny:
+            parser.error("there is no GPU; --tiny tries everything on toys")
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    torch.set_float32_matmul_precision("highest")
+    return device
 
 
 def turns(
