@@ -30,6 +30,7 @@ from benchmarks.report import (
     bars,
     chosen_device,
     first_line,
+    pick,
     save,
     table,
     turns,
@@ -67,22 +68,13 @@ class Case:
 
 
 def cases(setting: Setting, device: torch.device, wanted: Sequence[str] = ("",)) -> list[Case]:
-    """Cases whose name contains one of `wanted`, in that order; else the most important first.
-
-    Raises ValueError for a wanted part that no name contains.
-    """
+    """Those `pick`ed, else all, the most important first."""
     every = [
         Case(name=f"{kind}, {side} px", batch=networks.draw_batch(setting, side, levels, device))
         for kind, levels in LEVELS.items()
         for side in setting.sides_px
     ]
-    found: dict[str, Case] = {}
-    for part in wanted:
-        these = {case.name: case for case in every if part in case.name}
-        if not these:
-            raise ValueError(f"no case is called {part!r}: there are {', '.join(c.name for c in every)}")
-        found = found | {name: case for name, case in these.items() if name not in found}
-    return list(found.values())
+    return pick({case.name: case for case in every}, wanted)
 
 
 def tera_flop(setting: Setting, is_ours: bool, batch: Batch) -> float:

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.bench_attention import WANTED, Inputs, draw, exact, pick
-from benchmarks.report import RESULTS, Budget, Row, chosen_device, first_line
+from benchmarks.bench_attention import WANTED, Inputs, draw, exact
+from benchmarks.report import RESULTS, Budget, Row, chosen_device, first_line, pick
 from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
 from benchmarks.timing import environment, interleaved, num_sets
 from bokehflux.kernels.attention import tiles
@@ -116,8 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     budget = Budget(args.seconds)
     device = chosen_device(parser, tiny=args.tiny)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    known = {shape.name: shape for shape in (TOYS if args.tiny else ATTENTION)}
     try:
-        shapes = pick(TOYS if args.tiny else ATTENTION, args.shapes or ([""] if args.tiny else WANTED))
+        shapes = pick(known, args.shapes or ([""] if args.tiny else WANTED))
     except ValueError as error:
         parser.error(str(error))
     torch.manual_seed(0)
