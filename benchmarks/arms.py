@@ -84,14 +84,16 @@ def build_arms(
     wanted: Sequence[str] = ("",),
     graphs: bool = True,
 ) -> list[Arm]:
-    """Arms whose name contains one of `wanted`, ours first; those of diffusers where it is installed.
+    """Arms whose name contains one of `wanted`, or equals what stands before a `$`.
+
+    Ours first; those of diffusers where it is installed.
 
     backend: attention of ours. graphs: with those that are CUDA graphs. All work on the weights of `mmdit` or
     on copies of what they change.
     """
 
     def is_wanted(name: str) -> bool:
-        return any(part in name for part in wanted)
+        return any(name == part[:-1] if part.endswith("$") else part in name for part in wanted)
 
     arms = []
     made: dict[Callable[[MMDiT], MMDiT], MMDiT] = {}

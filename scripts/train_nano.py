@@ -58,9 +58,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="snapshot folder to read from and add to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
+        "--resume", action="store_true", help="base: go on from the weights in --out, not from chance"
+    )
+    parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="change a hyper-parameter of the stage"
     )
     args = parser.parse_args()
+    if args.resume and args.stage != "base":
+        parser.error(f"--resume goes on with the base model; {args.stage} always begins from chance")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
@@ -68,13 +73,15 @@ def main() -> None:
     (args.out / "training").mkdir(parents=True, exist_ok=True)
     name = {"vae": "autoencoder"}.get(args.stage, args.stage)
     recipe = dataclasses.replace(NANO, **{name: override(getattr(NANO, name), args.set)})
-    log = Log(args.out / "training" / f"{name}.json")
+    log = Log(args.out / "training" / f"{name}{'-resumed' if args.resume else ''}.json")
     log.note("recipe", dataclasses.asdict(getattr(recipe, name)))
     log.note("device", torch.cuda.get_device_name() if args.device == "cuda" else args.device)
     log.note("torch", torch.__version__)
-    {"vae": vae_stage, "base": base_stage, "adapter": adapter_stage}[args.stage](
-        recipe, args.out, torch.device(args.device), log
-    )
+    device = torch.device(args.device)
+    if args.stage == "base":
+        base_stage(recipe, args.out, device, log, args.resume)
+    else:
+        {"vae": vae_stage, "adapter": adapter_stage}[args.stage](recipe, args.out, device, log)
     log.save()
 
 
@@ -109,7 +116,7 @@ def vae_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> None
     save_vae(out / "vae", vae.config, half(vae))
 
 
-def base_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> None:
+def base_stage(recipe: Recipe, out: Path, device: torch.device, log: Log, resume: bool) -> None:
     stage = recipe.base
     torch.manual_seed(stage.seed)
     # Captions fix the tokenizers, the tokenizers fix the vocabulary sizes.
@@ -128,11 +135,17 @@ def base_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> Non
         # Fine detail is the harder half: a third of the pictures lie below level 6.
         return torch.rand(n, generator=generator, device=device) ** 1.5 * 30
 
-    pool = latent_pool(vae, tokenize, stage.scenes, stage.levels_per_scene, draw, generator, SIZE_PX)
+    pool = latent_pool(
+        vae, tokenize, stage.scenes, stage.levels_per_scene, draw, generator, SIZE_PX, crowded=stage.crowded
+    )
     log.note("latents", list(pool.latents.shape))
-    mmdit = MMDiT(recipe.mmdit).to(device)
+    mmdit, t5, clip = MMDiT(recipe.mmdit), T5Encoder(t5_config), CLIPTextEncoder(clip_config)
     init_mmdit(mmdit)
-    model = TextToVelocity(mmdit, T5Encoder(t5_config).to(device), CLIPTextEncoder(clip_config).to(device))
+    if resume:
+        mmdit.load_state_dict(load_mmdit(out / "transformer", dtype=torch.float32).state_dict())
+        t5.load_state_dict(load_t5(out / "text_encoder_2", dtype=torch.float32).state_dict())
+        clip.load_state_dict(load_clip(out / "text_encoder", dtype=torch.float32).state_dict())
+    model = TextToVelocity(mmdit.to(device), t5.to(device), clip.to(device))
     log.note("parameters", sum(p.numel() for p in model.parameters()))
     if device.type == "cuda":
         mmdit.compile_blocks()

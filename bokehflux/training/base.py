@@ -77,7 +77,7 @@ def train_base(model: TextToVelocity, rope: RopeTable, sampler: Sampler, stage: 
     ones = torch.ones(stage.batch, device=device)
     for step, done in paced(stage.steps, stage.minutes):
         x0, eps, t5_ids, clip_ids = sampler.draw(stage.batch, stage.caption_dropout)
-        sigma = logit_normal(stage.batch, 0.15, 1.0, sampler.generator)
+        sigma = logit_normal(stage.batch, stage.sigma_mean, 1.0, sampler.generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             v = model(mix(x0, eps, sigma), t5_ids, clip_ids, sigma, ones, rope)
         loss = (v.float() - velocity_target(x0, eps)).square().mean()

@@ -23,11 +23,20 @@ CHUNK = 512
 
 
 def rendered(
-    count: int, renders: int, draw: LevelDraw, generator: torch.Generator, size_px: int, chunk: int = CHUNK
+    count: int,
+    renders: int,
+    draw: LevelDraw,
+    generator: torch.Generator,
+    size_px: int,
+    chunk: int = CHUNK,
+    crowded: float = 0.0,
 ) -> Iterator[tuple[SceneSpec, int, Tensor, Tensor]]:
-    """Yield (specs, k, levels [b], images [b, 3, S, S] in 0-1) for k < renders, chunk scenes at a time."""
+    """Yield (specs, k, levels [b], images [b, 3, S, S] in 0-1) for k < renders, chunk scenes at a time.
+
+    crowded: as in `sample_specs`.
+    """
     for start in range(0, count, chunk):
-        spec = sample_specs(min(chunk, count - start), generator)
+        spec = sample_specs(min(chunk, count - start), generator, crowded=crowded)
         scene = build_scenes(spec, size_px, generator, generator.device)
         for k in range(renders):
             levels = draw(min(chunk, count - start), k)
@@ -62,6 +71,7 @@ def latent_pool(
     generator: torch.Generator,
     size_px: int,
     chunk: int = CHUNK,
+    crowded: float = 0.0,
 ) -> LatentPool:
     """Render, caption and encode `scenes` scenes at `renders` levels each. Stored in bfloat16 on a GPU."""
     rng = random.Random(generator.initial_seed())
@@ -70,7 +80,7 @@ def latent_pool(
     rows: list[list[Tensor]] = [[] for _ in range(renders)]
     levels: list[list[Tensor]] = [[] for _ in range(renders)]
     texts: list[str] = []
-    for spec, k, level, images in rendered(scenes, renders, draw, generator, size_px, chunk):
+    for spec, k, level, images in rendered(scenes, renders, draw, generator, size_px, chunk, crowded):
         if k == 0:
             on_host = spec.to("cpu")
             texts += [captions.caption(on_host, i, rng) for i in range(len(level))]

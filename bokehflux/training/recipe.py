@@ -57,6 +57,10 @@ class BaseStage:
     lr: float = 1.5e-3
     caption_dropout: float = 0.1
     max_guidance: float = 6.0
+    sigma_mean: float = 0.15
+    """Noise levels concentrate around sigmoid(sigma_mean): higher ones decide what is where."""
+    crowded: float = 0.0
+    """Share of scenes that certainly hold other objects, whose colours must not mix with the subject's."""
 
 
 @dataclass(frozen=True, kw_only=True)

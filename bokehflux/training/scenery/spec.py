@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, fields
 
 import torch
@@ -87,8 +88,13 @@ def is_held_out(spec: SceneSpec) -> torch.Tensor:
     return torch.isin(_code(spec), _code(held_out_spec()).to(spec.shape.device))
 
 
-def sample_specs(n: int, generator: torch.Generator, held_out: bool = False) -> SceneSpec:
-    """n random scenes on the generator's device; `held_out=True` allows the evaluation combinations too."""
+def sample_specs(
+    n: int, generator: torch.Generator, held_out: bool = False, crowded: float = 0.0
+) -> SceneSpec:
+    """n random scenes on the generator's device; `held_out=True` allows the evaluation combinations too.
+
+    crowded: share of the scenes that certainly hold other objects than the subject.
+    """
     device = generator.device
 
     def index(count: int, *shape: int) -> torch.Tensor:
@@ -104,12 +110,15 @@ def sample_specs(n: int, generator: torch.Generator, held_out: bool = False) -> 
         mid_shape=index(len(SHAPES), MAX_MID),
         mid_color=index(len(COLORS), MAX_MID),
     )
+    if crowded > 0:
+        few = torch.rand(n, generator=generator, device=device) < crowded
+        spec = dataclasses.replace(spec, num_mid=torch.where(few, spec.num_mid.clamp(min=1), spec.num_mid))
     if held_out:
         return spec
     clash = is_held_out(spec)
     if not clash.any():
         return spec
-    fresh = sample_specs(int(clash.sum()), generator)
+    fresh = sample_specs(int(clash.sum()), generator, crowded=crowded)
     return SceneSpec.cat([spec.select(~clash), fresh])
 
 
