@@ -73,5 +73,6 @@ def concat_gelu(joint: Tensor, hidden: Tensor) -> Tensor:
 
 def takes(*tensors: Tensor, weights: Sequence[Tensor] = ()) -> bool:
     """Whether the Triton form runs on these; weights may be of another type."""
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights))
-    return not needs_grad and dispatch.takes(*tensors)
+    if not dispatch.takes(*tensors):
+        return False
+    return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*tensors, *weights))
