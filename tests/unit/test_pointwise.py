@@ -137,7 +137,7 @@ def test_joint_heads(lengths: tuple[int, ...], heads: int, dim: int, dtype: torc
     check("joint_heads", streams(lengths, 2, 2, heads, dim, dtype), *rotations(sum(lengths), dim))
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     rows=st.integers(1, 3),
@@ -153,7 +153,7 @@ def test_joint_heads_of_any_size(lengths: list[int], rows: int, queries: int, he
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(rows=st.integers(1, 3), length=st.integers(1, 9), width=st.integers(16, 70))
 def test_passes_of_any_size(rows: int, length: int, width: int) -> None:
     """Channels that are no multiple of anything, tokens that leave a block half empty."""
