@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.arms import best_stock_attention
-from benchmarks.report import RESULTS, Budget, Row, bars, first_line, save, table
+from benchmarks.report import RESULTS, Budget, Row, bars, chosen_device, first_line, pick, save, table
 from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
 from benchmarks.timing import environment, gemm_ceiling, interleaved, num_sets
 from bokehflux.kernels.attention import interface, reference, tiles
@@ -350,17 +349,6 @@ def measure(
     return rows
 
 
-def pick(shapes: Sequence[AttentionShape], wanted: Sequence[str]) -> list[AttentionShape]:
-    """Shapes whose name contains one of `wanted`, in that order. Raises ValueError where none does."""
-    found: dict[str, AttentionShape] = {}
-    for part in wanted:
-        these = {shape.name: shape for shape in shapes if part in shape.name}
-        if not these:
-            raise ValueError(f"no shape is called {part!r}: there are {', '.join(s.name for s in shapes)}")
-        found = found | {name: shape for name, shape in these.items() if name not in found}
-    return list(found.values())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=None, help="parts of their names, in the order wanted")
@@ -371,18 +359,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
     args = parser.parse_args(argv)
     budget = Budget(args.seconds)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        if not args.tiny:
-            parser.error("there is no GPU; --tiny tries everything on toys")
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    device = chosen_device(parser, tiny=args.tiny)
     # Triton's interpreter knows no bfloat16.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    known = {shape.name: shape for shape in (TOYS if args.tiny else ATTENTION)}
     try:
-        shapes = pick(TOYS if args.tiny else ATTENTION, args.shapes or ([""] if args.tiny else WANTED))
+        shapes = pick(known, args.shapes or ([""] if args.tiny else WANTED))
     except ValueError as error:
         parser.error(str(error))
-    torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))

@@ -29,7 +29,7 @@ from benchmarks import networks
 from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms, preferred
 from benchmarks.bench_step import check, limit_of
 from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Setting
-from benchmarks.report import RESULTS, Budget, Row, bars, save, table
+from benchmarks.report import RESULTS, Budget, Row, bars, chosen_device, save, table
 from benchmarks.timing import environment
 from bokehflux.color import match_lab_means
 from bokehflux.generate import NEGATIVE_PROMPT, Pipeline
@@ -266,10 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.published_runs < 1:
         parser.error("--published-runs must be at least 1")
     budget = Budget(args.seconds)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.tiny:
-        parser.error("there is no GPU; --tiny tries everything on toys")
-    torch.set_float32_matmul_precision("highest")
+    device = chosen_device(parser, tiny=args.tiny)
     allow_recompiling()
     setting = TINY if args.tiny else FULL
     found = environment(device)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.networks import FULL, TINY, Batch, Setting, build_mmdit, draw_batch
-from benchmarks.report import Row, table
+from benchmarks.report import Row, chosen_device, table
 from benchmarks.timing import environment
 from bokehflux.attention import AttentionSpec, Grounded, Plain
 from bokehflux.models.bokeh import BokehCondition
@@ -90,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="auto", help="attention, by name")
     parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.tiny:
-        parser.error("there is no GPU; --tiny tries everything on toys")
+    device = chosen_device(parser, tiny=args.tiny)
     print(", ".join(f"{key} {value}" for key, value in environment(device).items()))
     print(table(measure(TINY if args.tiny else FULL, device, args.backend), COLUMNS))
     return 0

@@ -30,7 +30,7 @@ from torch import nn
 
 from benchmarks import networks
 from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Setting
-from benchmarks.report import RESULTS, Budget, Row, bars, first_line, save, table
+from benchmarks.report import RESULTS, Budget, Row, bars, chosen_device, first_line, save, table
 from benchmarks.timing import environment
 from bokehflux.generate import Pipeline
 from bokehflux.memory import MODES, MemoryMode, place
@@ -236,9 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.steps < 2:
         parser.error("--steps must be at least 2")
     budget = Budget(args.seconds)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.tiny:
-        parser.error("there is no GPU; --tiny tries everything on toys")
+    device = chosen_device(parser, tiny=args.tiny)
     wanted = [(m, s) for m, s in ORDER if m in args.modes and s in args.storages]
     if args.child:
         ((mode, storage),) = wanted

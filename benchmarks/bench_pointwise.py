@@ -9,14 +9,13 @@ Bytes are those that must be read or written once. Inputs rotate through more th
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.report import Row, table
+from benchmarks.report import Row, chosen_device, table
 from benchmarks.timing import environment, interleaved, num_sets
 
 COLUMNS = {"pass": "s", "tokens": "d", "ours_us": ".1f", "tb_s": ".2f", "eager_us": ".1f", "speedup": ".1f"}
@@ -86,11 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        if not args.tiny:
-            parser.error("there is no GPU; --tiny tries everything on toys")
-        os.environ["TRITON_INTERPRET"] = "1"
+    device = chosen_device(parser, tiny=args.tiny)
     print(", ".join(f"{key} {value}" for key, value in environment(device).items()))
     if args.tiny:
         rows = measure([(2, 6)], 64, 16, device, torch.float16)

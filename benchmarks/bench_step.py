@@ -23,7 +23,19 @@ from torch import Tensor
 from benchmarks import networks
 from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms
 from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Batch, Setting
-from benchmarks.report import RESULTS, Budget, Row, bars, first_line, save, table, turns, workspace_bytes
+from benchmarks.report import (
+    RESULTS,
+    Budget,
+    Row,
+    bars,
+    chosen_device,
+    first_line,
+    pick,
+    save,
+    table,
+    turns,
+    workspace_bytes,
+)
 from benchmarks.timing import environment, gemm_ceiling
 
 SANE_ERROR = 0.5
@@ -56,22 +68,13 @@ class Case:
 
 
 def cases(setting: Setting, device: torch.device, wanted: Sequence[str] = ("",)) -> list[Case]:
-    """Cases whose name contains one of `wanted`, in that order; else the most important first.
-
-    Raises ValueError for a wanted part that no name contains.
-    """
+    """Those `pick`ed, else all, the most important first."""
     every = [
         Case(name=f"{kind}, {side} px", batch=networks.draw_batch(setting, side, levels, device))
         for kind, levels in LEVELS.items()
         for side in setting.sides_px
     ]
-    found: dict[str, Case] = {}
-    for part in wanted:
-        these = {case.name: case for case in every if part in case.name}
-        if not these:
-            raise ValueError(f"no case is called {part!r}: there are {', '.join(c.name for c in every)}")
-        found = found | {name: case for name, case in these.items() if name not in found}
-    return list(found.values())
+    return pick({case.name: case for case in every}, wanted)
 
 
 def tera_flop(setting: Setting, is_ours: bool, batch: Batch) -> float:
@@ -197,10 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
     args = parser.parse_args(argv)
     budget = Budget(args.seconds)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.tiny:
-        parser.error("there is no GPU; --tiny tries everything on toys")
-    torch.set_float32_matmul_precision("highest")  # float32 is the reference
+    device = chosen_device(parser, tiny=args.tiny)
     allow_recompiling()
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))

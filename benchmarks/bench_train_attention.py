@@ -10,7 +10,6 @@ and not timed. Times are whole passes with their launches. Writes train_attentio
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,18 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from benchmarks.arms import STOCK_ORDER
-from benchmarks.report import RESULTS, Budget, Row, bars, first_line, save, table, turns, workspace_bytes
+from benchmarks.report import (
+    RESULTS,
+    Budget,
+    Row,
+    bars,
+    chosen_device,
+    first_line,
+    save,
+    table,
+    turns,
+    workspace_bytes,
+)
 from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
 from benchmarks.timing import environment, gemm_ceiling
 from bokehflux.kernels.attention import interface, reference
@@ -210,11 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
     args = parser.parse_args(argv)
     budget = Budget(args.seconds)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        if not args.tiny:
-            parser.error("there is no GPU; --tiny tries everything on toys")
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    device = chosen_device(parser, tiny=args.tiny)
     # Triton's interpreter knows no bfloat16.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     known = {shape.name: shape for shape in ATTENTION}
@@ -222,7 +228,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = [shape for shape in shapes if args.shapes in shape.name]
     if not shapes:
         parser.error(f"no shape's name contains {args.shapes!r}")
-    torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))

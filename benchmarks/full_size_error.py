@@ -24,7 +24,7 @@ from benchmarks import networks, rivals
 from benchmarks.arms import best_stock_attention
 from benchmarks.bench_step import LEVELS
 from benchmarks.networks import FULL, TINY, Batch, Setting
-from benchmarks.report import RESULTS, Row, table
+from benchmarks.report import RESULTS, Row, chosen_device, table
 from benchmarks.timing import environment
 from bokehflux.weights.write import write_json
 
@@ -62,10 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a toy on any machine, within twice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.tiny:
-        parser.error("there is no GPU; --tiny tries everything on toys")
-    torch.set_float32_matmul_precision("highest")  # float32 is the reference
+    device = chosen_device(parser, tiny=args.tiny)
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     args.out.mkdir(parents=True, exist_ok=True)

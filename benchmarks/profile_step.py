@@ -31,7 +31,7 @@ from benchmarks import networks
 from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms
 from benchmarks.bench_step import cases
 from benchmarks.networks import FULL, TINY, Batch, Setting
-from benchmarks.report import RESULTS, Row, bars, milliseconds, save, table
+from benchmarks.report import RESULTS, Row, bars, chosen_device, milliseconds, save, table
 from benchmarks.timing import environment, gemm_ceiling
 
 ATTENTION = re.compile(
@@ -219,9 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.tiny:
-        parser.error("there is no GPU; --tiny tries everything on toys")
+    device = chosen_device(parser, tiny=args.tiny)
     allow_recompiling()
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -17,6 +19,7 @@ RESULTS = Path("benchmarks/results")
 INKS = ("#1f6fb4", "#7fb2dd", "#d62728", "#2a9d3a", "#888888", "#b8860b", "#6a3d9a", "#c77cbf")
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 Columns = Mapping[str, str]
 """Key of a row -> format of its value: "12.1f"; keys are the headings too."""
 
@@ -34,6 +37,28 @@ class Budget:
     @property
     def spent(self) -> bool:
         return self.left <= 0
+
+
+def chosen_device(parser: argparse.ArgumentParser, tiny: bool) -> torch.device:
+    """The GPU; or a CPU, for toys alone, with Triton's kernels in its interpreter. float32 stays float32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        if not tiny:
+            parser.error("there is no GPU; --tiny tries everything on toys")
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    torch.set_float32_matmul_precision("highest")
+    return device
+
+
+def pick(named: Mapping[str, Item], wanted: Sequence[str]) -> list[Item]:
+    """Items whose names contain `wanted`, in that order. Raises ValueError for a part that none contains."""
+    found: dict[str, Item] = {}
+    for part in wanted:
+        these = {name: item for name, item in named.items() if part in name}
+        if not these:
+            raise ValueError(f"no name contains {part!r}: there are {', '.join(named)}")
+        found = found | {name: item for name, item in these.items() if name not in found}
+    return list(found.values())
 
 
 def turns(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.bench_attention import WANTED, Inputs, draw, exact, pick
-from benchmarks.report import RESULTS, Budget, Row, first_line
+from benchmarks.bench_attention import WANTED, Inputs, draw, exact
+from benchmarks.report import RESULTS, Budget, Row, chosen_device, first_line, pick
 from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
 from benchmarks.timing import environment, interleaved, num_sets
 from bokehflux.kernels.attention import tiles
@@ -115,17 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
     args = parser.parse_args(argv)
     budget = Budget(args.seconds)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        if not args.tiny:
-            parser.error("there is no GPU; --tiny tries everything on toys")
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    device = chosen_device(parser, tiny=args.tiny)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    known = {shape.name: shape for shape in (TOYS if args.tiny else ATTENTION)}
     try:
-        shapes = pick(TOYS if args.tiny else ATTENTION, args.shapes or ([""] if args.tiny else WANTED))
+        shapes = pick(known, args.shapes or ([""] if args.tiny else WANTED))
     except ValueError as error:
         parser.error(str(error))
-    torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
     found = environment(device)
     args.out.mkdir(parents=True, exist_ok=True)

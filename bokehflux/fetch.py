@@ -23,7 +23,6 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 """Files of the repositories that this library knows."""
 OTHERS = ("*.safetensors", "*.sft", "*.gguf", "*.json", "*.txt", "*.model")
 """Files of all other repositories: weights, configs, tokenizers; never pickles."""
-TEXT_ONLY = ("text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*")
 TOKENIZERS_ONLY = ("tokenizer/*", "tokenizer_2/*")
 
 

@@ -1,11 +1,14 @@
-"""What tests share: where the shared data lies, and the tolerance rule for low precision."""
+"""What tests share: where the shared data lies, random configs, and the tolerance rule for low precision."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import strategies as st
 from torch import Tensor
+
+from bokehflux.configs import VAEConfig
 
 _CANDIDATE = Path(__file__).resolve().parents[2] / "shared"
 
@@ -19,6 +22,19 @@ def shared(path: str) -> Path:
     """File or folder `path` of the shared data, for tests marked `needs_shared`."""
     assert SHARED is not None, "mark this test with needs_shared"
     return SHARED / path
+
+
+# At least eight values in every group: the deviation of fewer is at times near zero, and dividing by it makes
+# any two implementations differ.
+vae_configs = st.builds(
+    VAEConfig,
+    channels=st.lists(st.sampled_from((8, 16, 24)), min_size=1, max_size=4).map(tuple),
+    layers_per_block=st.integers(1, 2),
+    latent_channels=st.integers(2, 6),
+    norm_groups=st.sampled_from((1, 2, 4)),
+    scale=st.floats(0.2, 2.0),
+    shift=st.floats(-1.0, 1.0),
+)
 
 
 def max_error(x: Tensor, exact: Tensor) -> float:

@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Sequence[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
+        shapes: dict[tuple[int, int], list[Tensor]] = {}
         for p in params:
             shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
         self.stacks = [

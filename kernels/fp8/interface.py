@@ -102,13 +102,14 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def takes(x: Tensor) -> bool:
+    """Whether Triton quantises such a tensor: on CUDA, always (`why_not` tells whether it can)."""
+    return x.is_cuda
+
+
 def _module(x: Tensor) -> ModuleType:
-    if _has_kernels(x):
+    if takes(x):
         from . import ops  # imports triton
 
         return ops
     return reference
-
-
-def _has_kernels(x: Tensor) -> bool:
-    return x.is_cuda

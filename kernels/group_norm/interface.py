@@ -1,7 +1,7 @@
 """silu(group_norm(x)) in one call: PyTorch's operators, or our kernels where those would copy.
 
 PyTorch's CUDA group norm knows no channels-last layout and turns every activation twice. A 16-bit
-channels-last tensor on an NVIDIA GPU therefore goes through `fused`, which reads it twice and writes it once.
+channels-last tensor on an NVIDIA GPU therefore goes through `triton_norm`, read twice and written once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .. import dispatch
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -19,10 +21,10 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     """
     if x.ndim != 4 or x.shape[1] % groups:
         raise ValueError(f"expected [B, C, H, W] with C a multiple of {groups} groups, got {tuple(x.shape)}")
-    if takes(x) and not torch.compiler.is_compiling():
-        from . import fused
+    if takes(x):
+        from . import triton_norm
 
-        return fused.group_norm_silu(x, weight, bias, groups, eps)
+        return triton_norm.group_norm_silu(x, weight, bias, groups, eps)
     # Autocast would copy every activation to float32 first; the operator accumulates in float32 anyway.
     with torch.autocast(x.device.type, enabled=False):
         return F.silu(F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps))
@@ -30,10 +32,4 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
 
 def takes(x: Tensor) -> bool:
     """Whether the kernels run such a tensor: 16 bits, channels last, on an NVIDIA GPU from sm_80 on."""
-    return (
-        x.is_cuda
-        and torch.version.cuda is not None
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and torch.cuda.get_device_capability(x.device)[0] >= 8
-    )
+    return dispatch.takes(x) and x.is_contiguous(memory_format=torch.channels_last)

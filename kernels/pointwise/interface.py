@@ -1,8 +1,7 @@
 """The public functions of this folder: each picks its Triton form or its eager form, by one rule.
 
-Triton runs on CUDA tensors of one 16-bit type when no gradient is needed: float32 inside, one rounding where
-a result is stored, where the eager forms round after every operation. Everything else is eager, and so is
-code that is being compiled: Inductor fuses the eager forms, and could only work around an opaque kernel.
+Triton runs where `dispatch.takes` says so and no gradient is needed: float32 inside, one rounding where a
+result is stored, where the eager forms round after every operation. Everything else is eager.
 
 B rows, L tokens, E width, H heads, D head dim (a power of two of at least 16). Shifts, scales and gates are
 [B, 1, E], or [1, 1, E] for all rows. Only last dims need be contiguous.
@@ -10,20 +9,19 @@ B rows, L tokens, E width, H heads, D head dim (a power of two of at least 16). 
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from . import eager
 from .eager import Projected
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Layer norm of x [B, L, E] without parameters, then * (1 + scale) + shift."""
-    if _fuses(x, scale, shift):
+    if takes(x, scale, shift):
         from . import ops
 
         return ops.modulate(x, scale, shift)
@@ -32,7 +30,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate * y, all [B, L, E]."""
-    if _fuses(x, y, gate):
+    if takes(x, y, gate):
         from . import ops
 
         return ops.add_gated(x, y, gate)
@@ -43,7 +41,7 @@ def add_gated_modulate(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The sum of `add_gated`, and `modulate` of that sum (as stored: the two calls give the same bits)."""
-    if _fuses(x, y, gate, scale, shift):
+    if takes(x, y, gate, scale, shift):
         from . import ops
 
         return ops.add_gated_modulate(x, y, gate, scale, shift)
@@ -57,7 +55,7 @@ def joint_heads(streams: Sequence[Projected], cos: Tensor, sin: Tensor) -> tuple
     [Q, L, H, D], k and v [B, L, H, D]; the values of one stream alone are a view.
     """
     weights = [t for s in streams for t in (s.q_scale, s.k_scale)]
-    if _fuses(*(t for s in streams for t in (s.q, s.k, s.v)), weights=weights):
+    if takes(*(t for s in streams for t in (s.q, s.k, s.v)), weights=weights):
         from . import ops
 
         return ops.joint_heads(streams, cos, sin)
@@ -66,24 +64,15 @@ def joint_heads(streams: Sequence[Projected], cos: Tensor, sin: Tensor) -> tuple
 
 def concat_gelu(joint: Tensor, hidden: Tensor) -> Tensor:
     """[joint | GELU(hidden)] along the last dim: [B, L, E] and [B, L, M] -> [B, L, E + M]. The tanh form."""
-    if _fuses(joint, hidden):
+    if takes(joint, hidden):
         from . import ops
 
         return ops.concat_gelu(joint, hidden)
     return eager.concat_gelu(joint, hidden)
 
 
-def _fuses(*tensors: Tensor, weights: Sequence[Tensor] = ()) -> bool:
+def takes(*tensors: Tensor, weights: Sequence[Tensor] = ()) -> bool:
     """Whether the Triton form runs on these; weights may be of another type."""
-    if torch.compiler.is_compiling() or not all(t.is_cuda for t in tensors):
+    if not dispatch.takes(*tensors):
         return False
-    dtype = tensors[0].dtype
-    if dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != dtype for t in tensors):
-        return False
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *weights))
-    return _has_triton() and not needs_grad
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
+    return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*tensors, *weights))

@@ -104,17 +104,8 @@ def test_no_payload_runs_wherever_it_is_put(tmp_path, model, kind):
         os.environ["HF_HOME"] = str(tmp_path / "hub")
         for name in ("BOKEHFLUX_MODELS", "FLUX_MODEL", "FLUX_AE", "FLUX_DEV", "FLUX_SCHNELL", "AE"):
             os.environ.pop(name, None)
-        make = [
-            "generate",
-            "--prompt",
-            "p",
-            "--output",
-            "out",
-            "--device",
-            "cpu",
-            "--num-inference-steps",
-            "1",
-        ]
+        few = ["--output", "out", "--device", "cpu", "--num-inference-steps", "1"]
+        make, small = ["generate", "--prompt", "p", *few], ["--height", "16", "--width", "16"]
         calls: list[list[str]] = []
         for name in NAMES:
             folder = Path("given") / name
@@ -129,7 +120,9 @@ def test_no_payload_runs_wherever_it_is_put(tmp_path, model, kind):
                     [*make, "--model", str(model), "--lora", path],
                 ]
             calls += [["info", str(folder / name)], [*make, "--config-from", str(folder / name)]]
-            calls += [["sweep", "--prompts-file", str(folder / name)]]
+            # An old pickle is lines of text, which are prompts.
+            given = ["--model", str(model), "--prompts-file", str(folder / name), "--bokeh-targets", "0"]
+            calls += [["sweep", *given, *few, *small]]
         # In place of each file of a model, and beside all of them.
         every = sorted(p.relative_to(model) for p in model.rglob("*") if p.is_file())
         for number, file in enumerate([*every, None]):
@@ -143,7 +136,7 @@ def test_no_payload_runs_wherever_it_is_put(tmp_path, model, kind):
                 (copy / file).write_bytes(content)
             calls += [
                 ["inspect", str(copy)],
-                [*make, "--model", str(copy), "--height", "16", "--width", "16"],
+                [*make, "--model", str(copy), *small],
             ]
         index = Path("index")
         index.mkdir()

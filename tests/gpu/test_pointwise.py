@@ -141,7 +141,7 @@ def test_a_network_through_them() -> None:
         truth = exact(img.float(), txt.float(), pooled.float(), *rest, *given)
         ours = low(img, txt, pooled, *rest, *given)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(interface, "_fuses", lambda *tensors, weights=(): False)
+            patch.setattr(interface, "takes", lambda *tensors, weights=(): False)
             oracle = low(img, txt, pooled, *rest, *given)
     assert not torch.equal(ours, oracle)
     assert_within_2x(ours, oracle, truth)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as Oracle
 from diffusers.image_processor import VaeImageProcessor
-from helpers import assert_within_2x, needs_shared, shared
+from helpers import assert_within_2x, needs_shared, shared, vae_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -82,25 +82,13 @@ CONFIG = VAEConfig(
     shift=0.1159,
 )
 
-# At least eight values in every group: the deviation of fewer is at times near zero, and dividing by it makes
-# any two implementations differ.
-configs = st.builds(
-    VAEConfig,
-    channels=st.lists(st.sampled_from((8, 16, 24)), min_size=1, max_size=4).map(tuple),
-    layers_per_block=st.integers(1, 2),
-    latent_channels=st.integers(2, 6),
-    norm_groups=st.sampled_from((1, 2, 4)),
-    scale=st.floats(0.2, 2.0),
-    shift=st.floats(-1.0, 1.0),
-)
-
 
 def assert_same(ours: Tensor, oracle: Tensor) -> None:
     torch.testing.assert_close(ours, oracle, atol=1e-5 * max(1.0, oracle.abs().max().item()), rtol=0)
 
 
 @settings(max_examples=10)
-@given(config=configs, rows=st.integers(2, 3), columns=st.integers(2, 4), seed=st.integers(0, 999))
+@given(config=vae_configs, rows=st.integers(2, 3), columns=st.integers(2, 4), seed=st.integers(0, 999))
 @torch.no_grad()
 def test_float32_of_random_configs(config: VAEConfig, rows: int, columns: int, seed: int) -> None:
     torch.manual_seed(seed)

@@ -346,10 +346,10 @@ def test_passes_quantise_what_they_make(monkeypatch: pytest.MonkeyPatch) -> None
 def test_blocks_compile_as_one_graph(kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels and TRITON == "cuda":
         pytest.skip("Triton's interpreter is off where there is a GPU: tests/gpu compiles")
-    monkeypatch.setattr(interface, "_has_kernels", lambda x: kernels)
     mmdit = tiny_mmdit()
     args = arguments(mmdit)
     quantize_mmdit(mmdit)
+    monkeypatch.setattr(interface, "takes", lambda x: kernels)
     expected = mmdit(**args)
     for block in (mmdit.doubles[0], mmdit.singles[0]):
         block.compile(backend="eager", fullgraph=True)

@@ -21,6 +21,7 @@ if not ON_GPU:
 
 from benchmarks import bench_pointwise  # noqa: E402
 from bokehflux.attention import Grounded, Plain  # noqa: E402
+from bokehflux.kernels import dispatch  # noqa: E402
 from bokehflux.kernels.pointwise import (  # noqa: E402
     eager,
     interface,  # noqa: E402
@@ -136,7 +137,7 @@ def test_joint_heads(lengths: tuple[int, ...], heads: int, dim: int, dtype: torc
     check("joint_heads", streams(lengths, 2, 2, heads, dim, dtype), *rotations(sum(lengths), dim))
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     rows=st.integers(1, 3),
@@ -152,7 +153,7 @@ def test_joint_heads_of_any_size(lengths: list[int], rows: int, queries: int, he
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(rows=st.integers(1, 3), length=st.integers(1, 9), width=st.integers(16, 70))
 def test_passes_of_any_size(rows: int, length: int, width: int) -> None:
     """Channels that are no multiple of anything, tokens that leave a block half empty."""
@@ -226,10 +227,10 @@ def test_a_network_through_them(spec: Plain | Grounded, monkeypatch: pytest.Monk
         monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: called.append(name) or op(*args))
     with torch.no_grad():
         truth = exact(img.float(), txt.float(), pooled.float(), sigma, guidance, rope, spec, levels)
-        monkeypatch.setattr(interface, "_fuses", lambda *tensors, weights=(): False)
+        monkeypatch.setattr(interface, "takes", lambda *tensors, weights=(): False)
         oracle = low(img, txt, pooled, sigma, guidance, rope, spec, levels)
         assert not called
-        monkeypatch.setattr(interface, "_fuses", lambda *tensors, weights=(): True)
+        monkeypatch.setattr(interface, "takes", lambda *tensors, weights=(): True)
         ours = low(img, txt, pooled, sigma, guidance, rope, spec, levels)
     double, single = config.num_double, config.num_single
     counts = {name: called.count(name) for name in set(called)}
@@ -244,20 +245,20 @@ def test_a_network_through_them(spec: Plain | Grounded, monkeypatch: pytest.Monk
 
 
 def test_a_cpu_and_gradients_take_the_eager_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not interface._fuses(torch.zeros(1, dtype=torch.float16))
+    assert not interface.takes(torch.zeros(1, dtype=torch.float16))
     monkeypatch.setattr(Tensor, "is_cuda", True)
     half, wide_one = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
     learned = torch.zeros(1, dtype=torch.float16, requires_grad=True)
-    monkeypatch.setattr(interface, "_has_triton", lambda: True)
-    assert interface._fuses(half, half, weights=[wide_one])
-    assert not interface._fuses(half, wide_one)
-    assert not interface._fuses(wide_one)
-    assert not interface._fuses(half, learned)
-    assert not interface._fuses(half, weights=[learned])
+    monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
+    assert interface.takes(half, half, weights=[wide_one])
+    assert not interface.takes(half, wide_one)
+    assert not interface.takes(wide_one)
+    assert not interface.takes(half, learned)
+    assert not interface.takes(half, weights=[learned])
     with torch.no_grad():
-        assert interface._fuses(half, learned, weights=[learned])
+        assert interface.takes(half, learned, weights=[learned])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not interface._fuses(half)
+    assert not interface.takes(half)
 
 
 def test_the_benchmark_runs_every_pass() -> None:

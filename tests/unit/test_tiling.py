@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_within_2x
+from helpers import assert_within_2x, vae_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -56,22 +56,10 @@ def assert_same(ours: Tensor, whole: Tensor) -> None:
     torch.testing.assert_close(ours, whole, atol=1e-5 * max(1.0, whole.abs().max().item()), rtol=0)
 
 
-# As in the parity tests: groups of fewer than eight values may have almost no deviation to divide by.
-configs = st.builds(
-    VAEConfig,
-    channels=st.lists(st.sampled_from((8, 16, 24)), min_size=1, max_size=4).map(tuple),
-    layers_per_block=st.integers(1, 2),
-    latent_channels=st.integers(2, 6),
-    norm_groups=st.sampled_from((1, 2, 4)),
-    scale=st.floats(0.2, 2.0),
-    shift=st.floats(-1.0, 1.0),
-)
-
-
 @settings(max_examples=12)
 @given(
-    config=configs, rows=st.integers(2, 6), columns=st.integers(2, 5), band=st.sampled_from((1, 700, 5000)),
-    seed=st.integers(0, 99),
+    config=vae_configs, rows=st.integers(2, 6), columns=st.integers(2, 5),
+    band=st.sampled_from((1, 700, 5000)), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_config_any_size_any_band(
     config: VAEConfig, rows: int, columns: int, band: int, seed: int

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import needs_shared, shared
+from helpers import needs_shared, shared, vae_configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,16 +17,6 @@ from bokehflux.models.vae import AutoencoderKL, GroupNorm, to_uint8
 
 TINY = VAEConfig(
     channels=(8, 16), layers_per_block=1, latent_channels=4, norm_groups=4, scale=0.36, shift=0.12
-)
-
-configs = st.builds(
-    VAEConfig,
-    channels=st.lists(st.sampled_from((4, 8, 12)), min_size=1, max_size=4).map(tuple),
-    layers_per_block=st.integers(1, 3),
-    latent_channels=st.integers(1, 5),
-    norm_groups=st.sampled_from((1, 2, 4)),
-    scale=st.floats(0.2, 2.0),
-    shift=st.floats(-1.0, 1.0),
 )
 
 
@@ -40,7 +30,7 @@ def test_names_and_shapes_are_those_of_the_official_file() -> None:
 
 
 @settings(max_examples=15)
-@given(config=configs, rows=st.integers(1, 3), columns=st.integers(1, 3))
+@given(config=vae_configs, rows=st.integers(1, 3), columns=st.integers(1, 3))
 def test_shapes_of_any_config(config: VAEConfig, rows: int, columns: int) -> None:
     vae = AutoencoderKL(config)
     x = torch.randn(2, 3, rows * config.downscale, columns * config.downscale)
