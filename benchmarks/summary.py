@@ -261,13 +261,14 @@ def markdown(found: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def write(document: Path, text: str) -> None:
+def write(document: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Replace what lies between the markers. Raises ValueError where a document has not one pair of them."""
+    begin, end = markers
     old = document.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{document}: expected one line {BEGIN!r} and after it one line {END!r}")
-    before, after = old[: old.index(BEGIN)], old[old.index(END) :]
-    document.write_text(f"{before}{BEGIN}\n{text}\n{after}", encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise ValueError(f"{document}: expected one line {begin!r} and after it one line {end!r}")
+    before, after = old[: old.index(begin)], old[old.index(end) :]
+    document.write_text(f"{before}{begin}\n{text}\n{after}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
