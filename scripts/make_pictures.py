@@ -77,15 +77,14 @@ def plain(prompts: Sequence[str]) -> Image.Image:
 
 def scenes(_: Sequence[str]) -> Image.Image:
     """What the renderer draws for the captions of the sweep: nano is trained on such pictures."""
-    spec, prompts = held_out()
-    tiles = []
+    spec, tiles = held_out()[0], []
     for i in SWEPT:
         scene = build_scenes(spec.select(slice(i, i + 1)), 256, torch.Generator().manual_seed(1), "cpu")
         for level in LEVELS:
             pixels = to_uint8(2 * render(scene, torch.tensor([float(level)])) - 1)[0].numpy()
             tiles.append(Tile(image=Image.fromarray(pixels), label=f"level {level}"))
     title = "Renders of three captions, not the output of a model"
-    return contact_sheet(tiles, title, "; ".join(prompts[i] for i in SWEPT), columns=len(LEVELS))
+    return contact_sheet(tiles, title, f"held-out captions {SWEPT}", columns=len(LEVELS))
 
 
 PICTURES = {"sweep": sweep, "levels": levels, "plain": plain, "scenes": scenes}
