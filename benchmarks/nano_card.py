@@ -50,7 +50,7 @@ def figures(record: Mapping[str, Any]) -> list[str]:
 
 
 def stages(logs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How every part was trained: a table, and under it the commands."""
+    """How every part was trained: a table, and under it the commands, indented: no test runs them."""
     lines = ["| stage | seed | scenes | steps | seconds | GPU |", "|---|---|---|---|---|---|"]
     for name, log in logs.items():
         note, recipe = log["notes"], log["notes"]["recipe"]
@@ -59,7 +59,8 @@ def stages(logs: Mapping[str, Mapping[str, Any]]) -> list[str]:
             steps += f" + {note['distill steps']} of guidance distillation"
         cells = (name, recipe["seed"], recipe["scenes"], steps, round(note["seconds"]), note["device"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return [*lines, "", "```", *(command(name, log["notes"]["recipe"]) for name, log in logs.items()), "```"]
+    commands = [f"    {command(name, log['notes']['recipe'])}" for name, log in logs.items()]
+    return [*lines, "", *commands]
 
 
 def command(name: str, recipe: Mapping[str, Any]) -> str:
