@@ -3,7 +3,8 @@
     python -m benchmarks.summary [--results benchmarks/results] [--write]
 
 `--write` puts the table between the markers in README.md and benchmarks/README.md, and what `bench_memory`
-found between those for memory. A figure whose files are not there has no line; without any, nothing is written.
+found between those for memory. A figure whose files are not there has no line; without any figure, nothing
+is written.
 """
 
 from __future__ import annotations
