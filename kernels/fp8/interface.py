@@ -11,12 +11,15 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 
 MULTIPLE = 16
 """Both sizes of a weight must be multiples of it."""
+LEAST_ROWS = 64
+"""Tokens that a product on a GPU is filled up to."""
 
 
 class Quantized(NamedTuple):
@@ -58,19 +61,25 @@ def quantize_gelu(hidden: Tensor, beside: Tensor | None = None) -> Quantized:
 
 def product(x: Quantized, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (weight * scale)^T + bias; weight [N, K] float8_e4m3fn, scale [N] float32, bias [N] -> [..., N]."""
-    values = x.values.flatten(0, -2)
-    if not len(values):
+    values, scales = x.values.flatten(0, -2), x.scale.flatten(0, -2)
+    count = len(values)
+    if not count:
         return x.scale.new_empty((*x.values.shape[:-1], len(weight)), dtype=x.dtype)
+    if values.is_cuda and count < LEAST_ROWS:
+        # cuBLAS has no kernel for fewer at FLUX's widest layers (torch 2.11, H100: 63 rows of 12288).
+        missing = LEAST_ROWS - count
+        values = F.pad(values.view(torch.uint8), (0, 0, 0, missing)).view(values.dtype)
+        scales = F.pad(scales, (0, 0, 0, missing), value=1.0)
     out = torch._scaled_mm(
         values,
         weight.t(),
-        scale_a=x.scale.flatten(0, -2),
+        scale_a=scales,
         scale_b=scale[None],
         bias=bias,
         out_dtype=x.dtype,
         use_fast_accum=True,
     )
-    return out.unflatten(0, x.values.shape[:-1])
+    return out[:count].unflatten(0, x.values.shape[:-1])
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
