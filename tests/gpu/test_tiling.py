@@ -62,6 +62,6 @@ def test_memory(side: int, share: float, capsys: pytest.CaptureFixture[str]) -> 
         for name, peak, took in zip(("whole", "bands"), peaks, times, strict=True):
             print(f"\n{side} px, {name}: {peak:.2f} GB, {took:.0f} ms")
     assert peaks[1] < share * peaks[0]
-    # What is drawn is judged by test_within_rounding. This tells pictures from unwritten memory: they were 0.73
+    # What is drawn, test_within_rounding judges. This tells pictures from unwritten memory: they were 0.73
     # levels of 255 apart, two orders of summation in bfloat16.
     assert (pictures[0] - pictures[1]).abs().float().mean() < 0.05 * pictures[0].float().std()
