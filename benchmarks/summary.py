@@ -2,8 +2,9 @@
 
     python -m benchmarks.summary [--results benchmarks/results] [--write]
 
-`--write` puts the table between the markers in README.md and benchmarks/README.md. A figure whose files are
-not there has no line, and without any figure nothing is written.
+`--write` puts the table between the markers in README.md and benchmarks/README.md, and what `bench_memory`
+found between those for memory. A figure whose files are not there has no line; without any figure, nothing
+is written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.report import RESULTS, Row
 from benchmarks.report import table as text_table
 
 BEGIN, END = "<!-- figures: written by benchmarks.summary -->", "<!-- end of figures -->"
+MEMORY = ("<!-- memory: written by benchmarks.summary -->", "<!-- end of memory -->")
 DOCUMENTS = (Path("README.md"), Path("benchmarks/README.md"))
 SMALL, LARGE = "512 px", "1024 px"
 COLUMNS = {
@@ -248,12 +250,7 @@ def markdown(found: Sequence[Finding]) -> str:
     runs: dict[str, int] = {}
     lines = ["| what | against | at least | aim | measured | reached | with | run |", "|" + "---|" * 8]
     for finding in found:
-        row, where = finding.row(), finding.environment
-        command = re.sub(r" --(out|seconds) \S+", "", where.get("command", "unknown"))
-        run = (
-            f"`{command}` on {where['device']}, torch {where['torch']}, triton {where['triton']}, "
-            f"commit `{where['commit'][:12]}`"
-        )
+        row, run = finding.row(), run_of(finding.environment)
         number = runs.setdefault(run, len(runs) + 1)
         cells = [row[key] for key in COLUMNS if key != "how"] + [row["how"], str(number)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -261,13 +258,36 @@ def markdown(found: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def write(document: Path, text: str) -> None:
+def run_of(environment: Mapping[str, str]) -> str:
+    """The command of a run, and where it ran."""
+    command = re.sub(r" --(out|seconds) \S+", "", environment.get("command", "unknown"))
+    return (
+        f"`{command}` on {environment['device']}, torch {environment['torch']}, "
+        f"triton {environment['triton']}, commit `{environment['commit'][:12]}`"
+    )
+
+
+def memory_markdown(results: Results) -> str:
+    """What each memory mode takes, and the run it comes from; empty without results."""
+    rows = [row for row in results.rows("memory") if row.get("gpu_gb") is not None]
+    if not rows:
+        return ""
+    lines = ["| pictures | mode | weights | peak on the GPU | a step |", "|---|---|---|---|---|"]
+    for row in rows:
+        step = "" if row.get("step_ms") is None else f"{row['step_ms']:.0f} ms"
+        cells = (row["job"], row["mode"], row["storage"], f"{row['gpu_gb']:.1f} GB", step)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{run_of(results.environment('memory'))}."])
+
+
+def write(document: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Replace what lies between the markers. Raises ValueError where a document has not one pair of them."""
+    begin, end = markers
     old = document.read_text(encoding="utf-8")
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{document}: expected one line {BEGIN!r} and after it one line {END!r}")
-    before, after = old[: old.index(BEGIN)], old[old.index(END) :]
-    document.write_text(f"{before}{BEGIN}\n{text}\n{after}", encoding="utf-8")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise ValueError(f"{document}: expected one line {begin!r} and after it one line {end!r}")
+    before, after = old[: old.index(begin)], old[old.index(end) :]
+    document.write_text(f"{before}{begin}\n{text}\n{after}", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -278,8 +298,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = findings(args.results)
     print(table(found))
     if args.write and found:
+        memory = memory_markdown(Results(args.results))
         for document in DOCUMENTS:
             write(document, markdown(found))
+            if memory and MEMORY[0] in document.read_text(encoding="utf-8"):
+                write(document, memory, MEMORY)
     return 0
 
 

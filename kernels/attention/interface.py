@@ -1,7 +1,7 @@
 """The one public attention interface: checks its arguments, picks a backend by name, runs it.
 
 Backends: `reference` (float32 definition), `sdpa` (PyTorch's kernels), `flash` (a flash-attn wheel's) and
-`triton` (ours, 16-bit types, head dim 64 or 128; not yet run on a GPU). `auto` takes the one that `automatic`
+`triton` (ours, 16-bit types, head dim 64 or 128). `auto` takes the one that `automatic`
 names, or `sdpa` where that one cannot take the tensors, and logs once what and why; `auto-strict` raises
 ValueError rather than fall back. A backend asked for by its name never falls back.
 """

@@ -41,13 +41,16 @@ from tests import model_files
 from tests.tiny import BOKEH, MMDIT, VAE, tiny_mmdit
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "weights" / "nano" / "README.md",
+]  # fmt: skip
 SHELLS = ("", "bash", "sh", "console")
 NEEDS_NETWORK = "installs from a network"
 RUNS_TESTS = "runs these tests"
 DRAWING = "kernels -> attention, models -> sampling -> generate -> cli, scripts, benchmarks"
 NOT_RUN = {
-    ("README.md", "make demo"): "needs nano's weights; the same sweep runs in levels.md",
+    ("README.md", "make demo"): "makes an environment; the same sweep runs in levels.md",
     ("README.md", "make test"): RUNS_TESTS,
     ("README.md", "pip install -c constraints.txt -e ."): NEEDS_NETWORK,
     ("CONTRIBUTING.md", "make test"): RUNS_TESTS,

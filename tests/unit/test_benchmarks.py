@@ -621,6 +621,12 @@ def test_documents_change_between_the_markers_alone(
         f"{summary.END}\n\ntail\n"
     )
     assert "| 90% | yes |" in after and "old" not in after
+
+    memory = {"job": "1 at 512 px", "mode": "stream", "storage": "bf16", "gpu_gb": 2.04, "step_ms": 99.6}
+    write_results(tmp_path, "memory", [memory | {"verdict": "ok"}, memory | {"verdict": "out of memory"}])
+    document.write_text(after + "\n".join(summary.MEMORY))
+    assert summary.main(["--results", str(tmp_path), "--write"]) == 0
+    assert document.read_text().count("| 1 at 512 px | stream | bf16 | 2.0 GB | 100 ms |") == 1
     document.write_text("no markers")
     with pytest.raises(ValueError, match="README.md"):
         summary.write(document, "text")

@@ -86,7 +86,7 @@ def test_sampler(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert program != PROGRAMS[1]
     exec(program, names)
     result = pipe.generate(
-        "a glass vase on a marble table in front of a garden", [0, 28], bokeh_pivot=12, seed=1,
+        "a purple vase on a marble table in front of green foliage", [0, 28], bokeh_pivot=12, seed=1,
         num_inference_steps=12, num_grounding_steps=10,
     )  # fmt: skip
     torch.testing.assert_close(names["x"][1:], result.latents, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,108 @@
+"""Draw the pictures in the documents with the bundled model, on a CPU:
+
+    python scripts/make_pictures.py [sweep] [levels] [plain] [scenes]
+
+Without a name, all four: four minutes on two free cores. Prompts are captions kept out of nano's training, by
+number, with the default seed. Sweeps that are finished in outputs/pictures are taken from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from bokehflux import cli
+from bokehflux.images import Tile, contact_sheet
+from bokehflux.models.vae import to_uint8
+from bokehflux.training.captions import held_out
+from bokehflux.training.scenes import build_scenes, render
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+WORK = Path("outputs/pictures")
+LEVELS = (0, 4, 8, 12, 18, 28)
+SWEPT = (4, 5, 3)
+"""Captions of the sweep: city lights at night, string lights, a bookshelf."""
+SCALE = 13
+"""Caption of the scale of levels: string lights far away, and an object half way to them."""
+
+
+def bokehflux(*words: str) -> list[Path]:
+    """Run a command; the files that it names on its standard output."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = cli.main([*words, "--device", "cpu"])
+    if code:
+        raise SystemExit(code)
+    return [Path(line) for line in printed.getvalue().splitlines() if Path(line).suffix]
+
+
+def swept_sheet(prompt: str, *flags: str) -> Image.Image:
+    (path,) = (
+        path
+        for path in bokehflux("sweep", "--prompt", prompt, "--output", str(WORK / "sweeps"), *flags)
+        if path.name == "sheet.png"
+    )
+    return Image.open(path).convert("RGB")
+
+
+def sweep(prompts: Sequence[str]) -> Image.Image:
+    """What `bokehflux sweep` makes of three prompts: its sheets, below each other."""
+    levels = [str(level) for level in LEVELS]
+    sheets = [swept_sheet(prompts[i], "--bokeh-targets", *levels, "--bokeh-pivot", "15") for i in SWEPT]
+    picture = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
+    for i, sheet in enumerate(sheets):
+        picture.paste(sheet, (0, sum(above.height for above in sheets[:i])))
+    return picture
+
+
+def levels(prompts: Sequence[str]) -> Image.Image:
+    """One scene at the levels that a sweep has by default."""
+    return swept_sheet(prompts[SCALE])
+
+
+def plain(prompts: Sequence[str]) -> Image.Image:
+    """The model without its adapter, and at level 0."""
+    tiles = []
+    for i in SWEPT:
+        for label, flags in (("no level", ()), ("level 0", ("--bokeh-targets", "0"))):
+            made = bokehflux("generate", "--prompt", prompts[i], "--output", str(WORK / "plain"), *flags)
+            tiles.append(Tile(image=Image.open(made[0]), label=label))
+    return contact_sheet(tiles, "The plain model, and level 0", "the same seed for all; no pivot")
+
+
+def scenes(_: Sequence[str]) -> Image.Image:
+    """What the renderer draws for the captions of the sweep: nano is trained on such pictures."""
+    spec, tiles = held_out()[0], []
+    for i in SWEPT:
+        scene = build_scenes(spec.select(slice(i, i + 1)), 256, torch.Generator().manual_seed(1), "cpu")
+        for level in LEVELS:
+            pixels = to_uint8(2 * render(scene, torch.tensor([float(level)])) - 1)[0].numpy()
+            tiles.append(Tile(image=Image.fromarray(pixels), label=f"level {level}"))
+    title = "Renders of three captions, not the output of a model"
+    return contact_sheet(tiles, title, f"held-out captions {SWEPT}", columns=len(LEVELS))
+
+
+PICTURES = {"sweep": sweep, "levels": levels, "plain": plain, "scenes": scenes}
+
+
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; default: all")
+    names = parser.parse_args().names
+    if unknown := sorted(set(names) - set(PICTURES)):
+        parser.error(f"expected names of {', '.join(PICTURES)}, got {', '.join(unknown)}")
+    prompts = held_out()[1]
+    for name in names or PICTURES:
+        path = DOCS / f"{name}.jpg"
+        PICTURES[name](prompts).save(path, quality=88, optimize=True)
+        print(f"{path}: {path.stat().st_size / 1000:.0f} KB")
+
+
+if __name__ == "__main__":
+    main()
