@@ -178,8 +178,10 @@ def _resolve(backend: str, q: Tensor) -> str:
 
 @functools.cache
 def _why_no_gluon(device: torch.device) -> str | None:
-    from . import tiles, triton_fwd
-
+    try:
+        from . import tiles, triton_fwd
+    except ImportError as error:  # Triton has no wheels for some systems
+        return f"Triton's modules cannot be imported: {error}"
     return triton_fwd.why_no_gluon(tiles.device(device).family)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -382,6 +383,15 @@ def test_stored_pivot() -> None:
     torch.testing.assert_close(torch.cat([first, rest]), together, atol=3e-6, rtol=0)
     with pytest.raises(ValueError, match="holds nothing for step 3, block 8"):
         OnStored(store=store, step=3).for_block(8, None)(q[:0], k[2:], v[2:])
+
+
+def test_auto_on_a_gpu_without_triton_is_pytorchs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = sys.modules[interface.__package__]
+    monkeypatch.delattr(package, "triton_fwd", raising=False)
+    monkeypatch.setitem(sys.modules, f"{interface.__package__}.triton_fwd", None)
+    monkeypatch.setattr(interface, "_why_no_gluon", interface._why_no_gluon.__wrapped__)
+    choice = interface.choose(torch.device("cuda", 0), torch.bfloat16, 128)
+    assert choice.backend == "sdpa" and "Triton's modules cannot be imported" in choice.reason
 
 
 def test_what_auto_does_where_its_choice_cannot_run(
