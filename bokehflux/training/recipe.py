@@ -1,7 +1,7 @@
 """The recipe of nano: every shape and hyper-parameter of its training, as data. Seeds included.
 
-Steps are fixed numbers, so a run can be repeated: those that `minutes` paced on one H100, in which a stage took
-417, 486, 274 and 250 s, rendering and compiling included. The last is `base --resume` with `RESUMED`.
+Steps are fixed numbers, so a run can be repeated: those that `minutes` paced on one H100, where the stages
+took 417, 486, 274 and 250 s, rendering and compiling included. The last is `base --resume`, with `RESUMED`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class AdapterStage:
     level_guidance: float = 0.12
     """Share of rows whose unconditional half drops the level too: 0 keeps the renderer's own strength."""
     saved_scale: float = 1.15
-    """`bokeh_scale` written with the trained adapter: its response is a third short of the renderer's at 1."""
+    """`bokeh_scale` written with the trained adapter: at 1 it lost 0.7 times what the renderer loses."""
 
     def __post_init__(self) -> None:
         if self.batch % self.group or self.group > self.levels_per_scene:
