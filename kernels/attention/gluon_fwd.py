@@ -25,7 +25,7 @@ after the first keys of a work: the ring needs room for those (three slots), bes
 Barriers are initialised, and fenced for the copy engine, before the warps part. Triton puts a barrier of the
 warpgroup before every arrival, so that one thread may speak for all.
 
-`tests/gluon_emulator.py` runs all this on a CPU. Untested on a GPU.
+`tests/gluon_emulator.py` runs all this on a CPU, `tests/gpu` on a GPU.
 """
 
 from __future__ import annotations
