@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -53,14 +52,13 @@ OURS: dict[str, Ours] = {
         base=lambda mmdit: networks.compiled(networks.on_same_weights(mmdit)),
     ),
     "ours, unfolded": Ours(with_levels=same, base=None),
-}
-"""By name; the first is profiled. All but the last have the adapter folded in, where they have levels."""
-if importlib.util.find_spec("bokehflux.models.fp8") is not None:
-    OURS["ours, fp8"] = Ours(
+    "ours, fp8": Ours(
         with_levels=lambda mmdit: networks.in_fp8(networks.folded(mmdit)),
         base=lambda mmdit: networks.in_fp8(networks.on_same_weights(mmdit)),
         max_error_ratio=10.0,
-    )
+    ),
+}
+"""By name; the first is profiled. Where there are levels, all but one have the adapter folded in."""
 
 
 @dataclass(frozen=True, kw_only=True)

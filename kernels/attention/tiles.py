@@ -65,7 +65,8 @@ class Row:
     """Without or with running maximum; None: both."""
     tile: Tile
     reason: str
-    """What was measured, or "untested" and what speaks for it."""
+    """What was measured; or "untimed" (right on an H100, not compared with others) or "untested" (never run
+    on such a GPU), and what speaks for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,27 +148,27 @@ TABLE: tuple[Row, ...] = (
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=64,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True, programs_per_sm=2),
-        reason="untested; compiled for sm_90: 106 registers, 64 KiB",
+        reason="untimed; compiled for sm_90: 106 registers, 64 KiB",
     ),
     Row(
         family=HOPPER, kernel=TARGET, head_dim=64,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
-        reason="untested; as for pairs",
+        reason="untimed; as for pairs",
     ),
     Row(
         family=HOPPER, kernel=PAIR, head_dim=64,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=3, tma=True),
-        reason="untested; compiled for sm_90: 169 registers, 112 KiB",
+        reason="untimed; compiled for sm_90: 169 registers, 112 KiB",
     ),
     Row(
         family=HOPPER, kernel=DKV, head_dim=None,
         tile=Tile(block_m=32, block_n=64, num_warps=8, num_stages=2, tma=True),
-        reason="untested; compiled for sm_90: 223 registers grounded, no spills; block_m 64 spills",
+        reason="untimed; compiled for sm_90: 223 registers grounded, no spills; block_m 64 spills",
     ),
     Row(
         family=HOPPER, kernel=DQ, head_dim=None,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=2, tma=True),
-        reason="untested; compiled for sm_90: 182 registers grounded, 160 KiB, no spills",
+        reason="untimed; compiled for sm_90: 182 registers grounded, 160 KiB, no spills",
     ),
     # At most 99 KiB, which every GPU from sm_80 on has, and hardly a spill when compiled for sm_80.
     Row(

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import triton_forms
 from .eager import EPS, Projected
 
-# All are bound by memory, so a thread should have several 16-byte loads under way. Untested on a GPU;
+# All are bound by memory, so a thread should have several 16-byte loads under way. Not yet timed;
 # compiled for sm_90 by triton 3.6.0 at E 3072, bfloat16: no spills, and tokens move by 16 bytes everywhere.
 NORM_TILE, NORM_WARPS = 4096, 4
 """Numbers that a program takes: four loads a thread. 62 registers (modulate) and 72 (with a gate)."""
