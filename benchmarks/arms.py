@@ -44,6 +44,14 @@ def same(mmdit: MMDiT) -> MMDiT:
     return mmdit
 
 
+def folded_in_fp8(mmdit: MMDiT) -> MMDiT:
+    return networks.in_fp8(networks.folded(mmdit))
+
+
+def base_in_fp8(mmdit: MMDiT) -> MMDiT:
+    return networks.in_fp8(networks.on_same_weights(mmdit))
+
+
 OURS: dict[str, Ours] = {
     "ours": Ours(with_levels=networks.folded, base=same),
     "ours, graph": Ours(with_levels=networks.folded, base=same, graph=True),
@@ -52,11 +60,8 @@ OURS: dict[str, Ours] = {
         base=lambda mmdit: networks.compiled(networks.on_same_weights(mmdit)),
     ),
     "ours, unfolded": Ours(with_levels=same, base=None),
-    "ours, fp8": Ours(
-        with_levels=lambda mmdit: networks.in_fp8(networks.folded(mmdit)),
-        base=lambda mmdit: networks.in_fp8(networks.on_same_weights(mmdit)),
-        max_error_ratio=10.0,
-    ),
+    "ours, fp8": Ours(with_levels=folded_in_fp8, base=base_in_fp8, max_error_ratio=10.0),
+    "ours, fp8, graph": Ours(with_levels=folded_in_fp8, base=base_in_fp8, graph=True, max_error_ratio=10.0),
 }
 """By name; the first is profiled. Where there are levels, all but one have the adapter folded in."""
 

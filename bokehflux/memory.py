@@ -3,8 +3,7 @@
 resident: everything on the device. offload: each network visits it for its phase (text, denoising, decoding),
 the modulation layers (27 % of FLUX) only for the one table a run needs. stream: T5's and the transformer's
 blocks visit it one by one, the next one's copy hidden behind the current one's work. Latents are the same
-bits in every mode (tested on a CPU; `tests/gpu/test_memory.py` waits for a GPU), and so are pictures that are
-decoded alike (`decode.py`).
+bits in every mode, and so are pictures that are decoded alike (`decode.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +28,10 @@ MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
 Phase = Literal["text", "denoise", "decode"]
 Unit = tuple[nn.Module, list[nn.Parameter]]
 """A module that is called, and the parameters that are there only while it runs."""
+PIECE_BYTES = 2**29
+"""Largest piece of host memory that several parameters share. PyTorch rounds pinned memory up to a power of
+two, which would cost a tensor at a time up to twice its size."""
+ALIGNMENT = 256
 WORKSPACE_BYTES = 3 * 10**9
 """Activations of one 1024 x 1024 picture and the allocator's own share, kept free when a mode is chosen."""
 
@@ -40,8 +43,10 @@ class Placement:
     mode: MemoryMode = "resident"
     device: torch.device | None = None
     """Where the work is done; None: wherever the networks are."""
-    visitors: Mapping[Phase, tuple[nn.Parameter, ...]] = field(default_factory=dict)
+    visitors: Mapping[Phase, tuple[Piece, ...]] = field(default_factory=dict)
     """Parameters that are on the device only during a phase."""
+    streams: Mapping[Phase, tuple[Stream, ...]] = field(default_factory=dict)
+    """Those that come and go within it."""
     needs: Footprint | None = None
     """Of the networks, where it is known: tells which leaner mode would fit."""
 
@@ -51,15 +56,17 @@ class Placement:
 
         Running out of memory becomes a MemoryError that names what would fit.
         """
-        homes = [(parameter, parameter.data) for parameter in self.visitors.get(phase, ())]
+        visitors, streams = self.visitors.get(phase, ()), self.streams.get(phase, ())
         try:
             with advised(self.mode, self.device, self.needs):
-                for parameter, home in homes:
-                    parameter.data = home.to(self.device, non_blocking=True)
+                for piece in visitors:
+                    piece.show(piece.host.to(self.device, non_blocking=True))
                 yield
         finally:
-            for parameter, home in homes:
-                parameter.data = home
+            for piece in visitors:
+                piece.show(piece.host)
+            for stream in streams:
+                stream.release()
 
 
 @contextlib.contextmanager
@@ -140,81 +147,137 @@ def place(
         return Placement(mode=mode, device=device, needs=needs)
     away: set[int] = set()
 
-    def stream(units: list[Unit], again: bool) -> None:
-        Stream(units, device, again=again)
+    def stream(units: list[Unit], again: bool) -> Stream:
         away.update(id(parameter) for _, parameters in units for parameter in parameters)
+        return Stream(units, device, again=again)
 
-    stream(_modulation_units(mmdit), again=False)
+    streams: dict[Phase, tuple[Stream, ...]] = {"denoise": (stream(_modulation_units(mmdit), again=False),)}
     if mode == "stream":
-        stream(_block_units(mmdit), again=True)
-        for network in text:
-            stream(_block_units(network), again=False)
+        streams["denoise"] += (stream(_block_units(mmdit), again=True),)
+        streams["text"] = tuple(
+            stream(units, again=False) for network in text if (units := _block_units(network))
+        )
 
-    def rest(*networks: nn.Module) -> tuple[nn.Parameter, ...]:
-        return tuple(p for network in networks for p in network.parameters() if id(p) not in away)
+    def rest(*networks: nn.Module) -> list[nn.Parameter]:
+        return [p for network in networks for p in network.parameters() if id(p) not in away]
 
-    visitors: dict[Phase, tuple[nn.Parameter, ...]] = {"text": rest(*text), "decode": rest(vae)}
+    visitors: dict[Phase, tuple[Piece, ...]] = {
+        "text": pieces(rest(*text), device),
+        "decode": pieces(rest(vae), device),
+    }
     if mode == "offload":
-        visitors["denoise"] = rest(mmdit)
+        visitors["denoise"] = pieces(rest(mmdit), device)
     else:  # what is left of the transformer is small
         for parameter in rest(mmdit):
             parameter.data = parameter.data.to(device)
-    for parameters in visitors.values():
-        for parameter in parameters:
-            parameter.data = _host(parameter.data, device)
     for network in networks:
         for layer in network.modules():
             if isinstance(layer, Linear):  # LoRA terms are small and used by every step: they stay there
                 layer.terms = tuple(term.moved(lambda t: t.to(device)) for term in layer.terms)
-    return Placement(mode=mode, device=device, visitors=visitors, needs=needs)
+    return Placement(mode=mode, device=device, visitors=visitors, streams=streams, needs=needs)
+
+
+class Piece:
+    """Parameters whose home is one piece of host memory (pinned for a GPU), to be shown elsewhere."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self.parameters = list(parameters)
+        self.starts, size = [], 0
+        for parameter in self.parameters:
+            self.starts.append(size)
+            size += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        values = [parameter.data for parameter in self.parameters]
+        self.show(self.host)
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data.copy_(value)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.host)
+
+    def show(self, memory: Tensor) -> None:
+        """Let the parameters be views of `memory` [nbytes or more], laid out as their home."""
+        for parameter, start in zip(self.parameters, self.starts, strict=True):
+            part = memory[start : start + parameter.nbytes]
+            parameter.data = part.view(parameter.dtype).view(parameter.shape)
+
+
+def pieces(parameters: Sequence[nn.Parameter], device: torch.device) -> tuple[Piece, ...]:
+    """Parameters in their order, as few pieces as `PIECE_BYTES` allows (a larger parameter is one alone)."""
+    groups: list[list[nn.Parameter]] = []
+    size = PIECE_BYTES
+    for parameter in parameters:
+        size += parameter.nbytes + ALIGNMENT
+        if size > PIECE_BYTES:
+            groups.append([])
+            size = parameter.nbytes + ALIGNMENT
+        groups[-1].append(parameter)
+    return tuple(Piece(group, device) for group in groups)
 
 
 class Stream:
-    """Modules that run one after the other, each with its parameters on the device only while it runs.
+    """Modules that run one after the other, each with its parameters on the device only while it is at work.
 
-    The parameters' home is host memory (pinned for a GPU). While module i runs, those of module i + 1 are
-    copied on a stream of their own. again: after the last comes the first, for the next step.
+    Two pieces of device memory take turns: while one module runs, as often as it is called, the next one's
+    parameters are copied into the other on a CUDA stream of its own. again: after the last comes the first,
+    for the next step; otherwise the memory is given back after the last.
     """
 
     def __init__(self, units: Sequence[Unit], device: torch.device, *, again: bool) -> None:
         self.device, self.again = device, again
-        self.parameters = [parameters for _, parameters in units]
+        self.homes = [Piece(parameters, device) for _, parameters in units]
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ready: dict[int, tuple[list[Tensor], torch.cuda.Event | None]] = {}
-        for group in self.parameters:
-            for parameter in group:
-                parameter.data = _host(parameter.data, device)
-        self.homes = [[parameter.data for parameter in group] for group in self.parameters]
+        self.slots: list[Tensor] = []
+        """Both pieces of device memory; none while nothing runs."""
+        self.here: int | None = None
+        """The module whose parameters are on the device."""
+        self.coming: int | None = None
+        """The one whose parameters are being copied, into the other slot."""
         for i, (module, _) in enumerate(units):
             module.register_forward_pre_hook(lambda *_, i=i: self._arrive(i))
-            module.register_forward_hook(lambda *_, i=i: self._leave(i), always_call=True)
+        if not again:
+            units[-1][0].register_forward_hook(lambda *_: self.release())
 
-    def _fetch(self, i: int) -> None:
-        if i in self.ready:
-            return
-        if self.copies is None:
-            self.ready[i] = ([home.to(self.device, copy=True) for home in self.homes[i]], None)
-            return
-        with torch.cuda.stream(self.copies):
-            tensors = [home.to(self.device, non_blocking=True) for home in self.homes[i]]
-            self.ready[i] = (tensors, self.copies.record_event())
+    def release(self) -> None:
+        """All parameters home, no memory of the device held."""
+        self._leave()
+        if self.copies is not None and self.slots:  # what takes the memory next waits for copies under way
+            torch.cuda.current_stream(self.device).wait_stream(self.copies)
+        self.slots, self.coming = [], None
 
     def _arrive(self, i: int) -> None:
-        self._fetch(i)
-        tensors, event = self.ready.pop(i)
-        if event is not None:
-            work = torch.cuda.current_stream(self.device)
-            work.wait_event(event)
-            for tensor in tensors:
-                tensor.record_stream(work)  # not to be reused for the next copy before this work is done
-        for parameter, tensor in zip(self.parameters[i], tensors, strict=True):
-            parameter.data = tensor
-        if i + 1 < len(self.parameters) or self.again:
-            self._fetch((i + 1) % len(self.parameters))
+        if i == self.here:
+            return
+        self._leave()
+        if i != self.coming:
+            self._fetch(i)
+        if self.copies is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.copies)
+        self.slots.reverse()  # the first is at work
+        self.homes[i].show(self.slots[0])
+        self.here, self.coming = i, None
+        if i + 1 < len(self.homes) or self.again:
+            self._fetch((i + 1) % len(self.homes))
 
-    def _leave(self, i: int) -> None:
-        for parameter, home in zip(self.parameters[i], self.homes[i], strict=True):
-            parameter.data = home
+    def _fetch(self, i: int) -> None:
+        """Begin to copy into the second slot, whose last module's work has been queued."""
+        if not self.slots:
+            size = max(piece.nbytes for piece in self.homes)
+            self.slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        home = self.homes[i]
+        if self.copies is None:
+            self.slots[1][: home.nbytes].copy_(home.host)
+        else:
+            self.copies.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self.copies):
+                self.slots[1][: home.nbytes].copy_(home.host, non_blocking=True)
+        self.coming = i
+
+    def _leave(self) -> None:
+        if self.here is not None:
+            self.homes[self.here].show(self.homes[self.here].host)
+        self.here = None
 
 
 def _modulation_units(mmdit: MMDiT) -> list[Unit]:
@@ -238,12 +301,6 @@ def _block_units(network: nn.Module) -> list[Unit]:
         (block, [p for name, p in block.named_parameters() if not any(part in name for part in shared)])
         for block in blocks
     ]
-
-
-def _host(x: Tensor, device: torch.device) -> Tensor:
-    """In host memory, pinned if that is where a GPU will copy it from."""
-    x = x.cpu()
-    return x.pin_memory() if device.type == "cuda" and not x.is_pinned() else x
 
 
 def _bytes(network: nn.Module) -> int:

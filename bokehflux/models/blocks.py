@@ -20,7 +20,7 @@ from bokehflux.kernels.pointwise import interface as pointwise
 from bokehflux.kernels.pointwise.eager import Projected
 from bokehflux.models.bokeh import BlockAdapter
 from bokehflux.models.embeddings import RopeTable
-from bokehflux.models.linear import GeluLinear, Linear
+from bokehflux.models.linear import Linear
 from bokehflux.models.norms import QKNorm
 
 
@@ -81,21 +81,22 @@ class StreamAttention(nn.Module):
 
     def project(self, x: Tensor, mod: ModulationOut, terms: BlockTerms) -> Projected:
         """x [B, L, E] -> queries of the spec's query rows, keys and values."""
-        return project_heads(self.qkv, self.norm, modulate(x, mod, self.qkv), terms)[0]
+        return project_heads(self.qkv, self.norm, modulate(x, mod, self.qkv), terms, self.qkv.out_features)[0]
 
 
 def project_heads(
-    linear: Linear, norm: QKNorm, x: Tensor | Quantized, terms: BlockTerms
+    linear: Linear, norm: QKNorm, x: Tensor | Quantized, terms: BlockTerms, end: int
 ) -> tuple[Projected, Tensor]:
-    """Queries, keys and values of x [B, L, E], and what else the fused projection holds [B, L, *].
+    """Queries, keys and values of x [B, L, E], and what else the fused projection holds before column `end`.
 
     Queries are computed for the rows that the attention asks for, no others. The adapter acts on projected
     queries and keys, before their norms.
     """
-    width, end = linear.in_features, linear.out_features
+    width = linear.in_features
     rows = terms.spec.query_rows()
     if rows is None or len(rows) == len(x.values if isinstance(x, Quantized) else x):
-        q, k, v, rest = linear(x).split([width, width, width, end - 3 * width], dim=-1)
+        whole = linear(x) if end == linear.out_features else linear.columns(x, 0, end)
+        q, k, v, rest = whole.split([width, width, width, end - 3 * width], dim=-1)
     else:
         q = linear.columns(queried(x, rows), 0, width)
         k, v, rest = linear.columns(x, width, end).split([width, width, end - 3 * width], dim=-1)
@@ -124,19 +125,22 @@ class MLP(nn.Sequential):
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__(
-            GeluLinear(config.hidden_size, config.mlp_size),
+            Linear(config.hidden_size, config.mlp_size),
             nn.Identity(),
             Linear(config.mlp_size, config.hidden_size),
         )
 
     @property
-    def layers(self) -> tuple[GeluLinear, Linear]:
+    def layers(self) -> tuple[Linear, Linear]:
         return self[0], self[2]  # type: ignore[return-value]
 
     def forward(self, x: Tensor | Quantized) -> Tensor:
         """[B, L, E] -> [B, L, E]."""
         first, last = self.layers
-        return last(fp8.quantize_gelu(first.before_gelu(x)) if last.takes_quantized else first(x))
+        if isinstance(x, Tensor) and first.takes_epilogues(x):
+            return last(first.gelu_columns(x, 0, first.out_features))
+        hidden = first(x)
+        return last(fp8.quantize_gelu(hidden) if last.takes_quantized else F.gelu(hidden, approximate="tanh"))
 
 
 class DoubleModulation(NamedTuple):
@@ -207,14 +211,28 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, mod: ModulationOut, rope: RopeTable, terms: BlockTerms) -> Tensor:
         """x [B, L, E] -> [B, L, E]."""
-        heads, hidden = project_heads(self.linear1, self.norm, modulate(x, mod, self.linear1), terms)
-        q, k, v = pointwise.joint_heads((heads,), rope.cos, rope.sin)
-        joint = self.attention(terms.spec, q, k, v).flatten(2)
-        if self.linear2.takes_quantized:
+        normed = modulate(x, mod, self.linear1)
+        # As products of their own, GELU costs no pass over the tokens, and laying both halves together none.
+        apart = all(layer.takes_epilogues(normed) for layer in (self.linear1, self.linear2))
+        end = self.linear1.out_features
+        mlp = 3 * self.linear1.in_features if apart else end
+        joint, hidden = self._attend(normed, mlp, rope, terms)
+        if apart:
+            assert isinstance(normed, Tensor)
+            update = self.linear2.of_parts(joint, self.linear1.gelu_columns(normed, mlp, end))
+        elif self.linear2.takes_quantized:
             update = self.linear2(fp8.quantize_gelu(hidden, beside=joint))
         else:
             update = self.linear2(pointwise.concat_gelu(joint, hidden))
         return pointwise.add_gated(x, update, mod.gate)
+
+    def _attend(
+        self, x: Tensor | Quantized, end: int, rope: RopeTable, terms: BlockTerms
+    ) -> tuple[Tensor, Tensor]:
+        """What attention makes of x [B, L, E], and what else `linear1` gives before column `end`."""
+        heads, rest = project_heads(self.linear1, self.norm, x, terms, end)
+        q, k, v = pointwise.joint_heads((heads,), rope.cos, rope.sin)
+        return self.attention(terms.spec, q, k, v).flatten(2), rest
 
 
 class FinalLayer(nn.Module):

@@ -116,24 +116,29 @@ class Linear(nn.Linear):
             out = term.add_to(out, x, start)
         return out
 
-
-class GeluLinear(Linear):
-    """A linear layer and GELU (tanh form); on CUDA, without gradients, in the epilogue of the product."""
-
-    def before_gelu(self, x: Tensor | Quantized) -> Tensor:
-        """The product alone."""
-        return super().forward(x)
-
-    def forward(self, x: Tensor | Quantized) -> Tensor:
-        if isinstance(x, Quantized) or not self._has_epilogue(x):
-            return F.gelu(self.before_gelu(x), approximate="tanh")
-        rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.T, use_gelu=True)
-        return rows.unflatten(0, x.shape[:-1])
-
-    def _has_epilogue(self, x: Tensor) -> bool:
-        """Whether one product makes all: a dense 16-bit weight, no terms to add before the activation."""
-        if torch.compiler.is_compiling() or not x.is_cuda or not self.is_dense or self.terms:
+    def takes_epilogues(self, x: Tensor | Quantized) -> bool:
+        """Whether a product with x may be taken apart and end in GELU: a dense 16-bit weight on CUDA without
+        terms or gradients, and no compiler at work, which fuses by itself."""
+        if isinstance(x, Quantized) or torch.compiler.is_compiling():
+            return False
+        if not x.is_cuda or not self.is_dense or self.terms or self.bias is None:
             return False
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        narrow = x.dtype in (torch.bfloat16, torch.float16)
-        return narrow and self.weight.dtype == x.dtype and self.bias is not None and not needs_grad
+        return x.dtype in (torch.bfloat16, torch.float16) and self.weight.dtype == x.dtype and not needs_grad
+
+    def gelu_columns(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """GELU (tanh form) of `columns`, in the epilogue of the product. Only where it `takes_epilogues`."""
+        weight, bias = self.weight[start:stop], self.bias[start:stop]
+        rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
+        return rows.unflatten(0, x.shape[:-1])
+
+    def of_parts(self, left: Tensor, right: Tensor) -> Tensor:
+        """The layer's output for [left | right], which are never laid side by side.
+
+        Two products, the second added to the first, so that the sum is rounded once more than in `forward`.
+        Only where it `takes_epilogues`.
+        """
+        width = left.shape[-1]
+        rows = torch.addmm(self.bias, left.flatten(0, -2), self.weight[:, :width].T)
+        rows.addmm_(right.flatten(0, -2), self.weight[:, width:].T)
+        return rows.unflatten(0, left.shape[:-1])

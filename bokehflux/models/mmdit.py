@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,17 @@ class Constants:
     def rows(self, rows: slice) -> Constants:
         """Those of some rows of the batch."""
         return dataclasses.replace(self, values={i: value[rows] for i, value in self.values.items()})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """Some rows of a batch, and what the blocks compute for them: arguments of `MMDiT.velocity`."""
+
+    img: Tensor
+    txt: Tensor
+    attention: AttentionSpec | None = None
+    bokeh: BokehCondition | None = None
+    constants: Constants | None = None
 
 
 class MMDiT(nn.Module):
@@ -162,17 +173,33 @@ class MMDiT(nn.Module):
     ) -> Tensor:
         """`forward` with its modulations already computed, and the `constants` of its levels, if a run has
         computed them; without, logits count as unbounded."""
-        if bokeh is not None and self.bokeh is None:
+        part = Part(img=img, txt=txt, attention=attention, bokeh=bokeh, constants=constants)
+        return self.velocities([part], mods, rope)[0]
+
+    def velocities(self, parts: Sequence[Part], mods: Modulations, rope: RopeTable) -> list[Tensor]:
+        """`velocity` of each part, block by block: what a part leaves for a later one (a pivot's queries and
+        keys) is needed in one block only, and weights that visit the device come once for all parts.
+
+        mods: of the rows of each part, or [1, 1, E] for all. Raises ValueError as `velocity`.
+        """
+        if self.bokeh is None and any(part.bokeh is not None for part in parts):
             raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
-        terms = self._block_terms(attention if attention is not None else Plain(), bokeh, constants)
-        img, txt = self.img_in(img), self.txt_in(txt)
+        terms = [self._block_terms(p.attention or Plain(), p.bokeh, p.constants) for p in parts]
+        streams = [(self.img_in(part.img), self.txt_in(part.txt)) for part in parts]
         count = len(mods.double)
-        for block, mod, term in zip(self.doubles, mods.double, terms[:count], strict=True):
-            img, txt = block(img, txt, mod, rope, term)
-        x = torch.cat([txt, img], dim=1)
-        for single, shift, term in zip(self.singles, mods.single, terms[count:], strict=True):
-            x = single(x, shift, rope, term)
-        return self.final_layer(x[:, txt.shape[1] :], mods.final)
+        for i, (double, double_mod) in enumerate(zip(self.doubles, mods.double, strict=True)):
+            for n, term in enumerate(terms):  # one by one, so that no part's input outlives its output
+                streams[n] = double(*streams[n], double_mod, rope, term[i])
+        xs = []
+        while streams:
+            img, txt = streams.pop(0)
+            xs.append(torch.cat([txt, img], dim=1))
+        for i, (single, mod) in enumerate(zip(self.singles, mods.single, strict=True), start=count):
+            for n, term in enumerate(terms):
+                xs[n] = single(xs[n], mod, rope, term[i])
+        return [
+            self.final_layer(x[:, part.txt.shape[1] :], mods.final) for x, part in zip(xs, parts, strict=True)
+        ]
 
     def constants(self, bokeh: BokehCondition | None) -> Constants:
         """What every evaluation with these levels and these weights shares. For inference: it waits for the

@@ -3,7 +3,7 @@
 A step is more than a thousand kernels, and Python may need longer to launch them than a GPU needs to run them
 for a small picture. A graph launches all at once, the same kernels on the same numbers: no picture changes.
 It costs the activations of one evaluation, reserved while the run lasts, and as much again for every further
-kind of step (grounded, plain, negative): under 0.5 GB each for FLUX.1 (derived, not measured).
+kind of step (grounded, plain, negative): about 1 GB each for FLUX.1 at `MAX_TOKENS` (derived, not measured).
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from bokehflux.models.mmdit import MMDiT, Modulations
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 4608
-"""Joint tokens of all rows up to which a batch is captured: one row at 1024 x 1024, three at 512 x 512.
-
-Above, launching hides behind the work: on an H100 with a busy CPU a pair at 1024 x 1024 took 244 ms either
-way, one row 123 ms with a graph and 141 without."""
+MAX_TOKENS = 12288
+"""Joint tokens of all rows up to which a batch is captured: a pair at 1024 x 1024, six targets and their pivot
+at 512 x 512. Larger batches take longer than they take to launch, in fp8 too."""
 Evaluate = Callable[[Tensor, Modulations], Tensor]
 """(x [B, N, C], modulations) -> velocity [B, N, C]; everything else about it is fixed."""
 

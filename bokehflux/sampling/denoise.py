@@ -7,7 +7,8 @@ step, or in a `PivotCache` from an earlier run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 from bokehflux.attention import AttentionSpec, Grounded, OnStored, PivotQuery, Plain, Recorded
 from bokehflux.models.bokeh import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
-from bokehflux.models.mmdit import Constants, MMDiT, Modulations
+from bokehflux.models.mmdit import Constants, MMDiT, Modulations, Part
 from bokehflux.sampling.cuda_graph import StepGraphs, worth_capturing
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.sampling.pivot_cache import PivotCache
+from bokehflux.sampling.pivot_cache import PivotCache, PivotInHand
 from bokehflux.types import Conditioning
 
 AttentionAt = Callable[[int, int], AttentionSpec]
@@ -59,20 +60,29 @@ class Guide:
         found = self.known.get(float(sigma))
         return found if found is not None else self.table(sigma[None])[float(sigma)]
 
-    def velocity(self, x: Tensor, mods: Modulations, rows: slice, spec: AttentionSpec) -> Tensor:
-        """Of some rows of x [B, N, C]."""
-        part = x[rows]
-        txt = self.conditioning.txt.expand(len(part), -1, -1)
-        bokeh = self.bokeh.rows(rows) if self.bokeh is not None else None
-        constants = self.constants.rows(rows)
+    def velocity(self, x: Tensor, sigma: Tensor, batches: Sequence[tuple[slice, AttentionSpec]]) -> Tensor:
+        """Of every row of x [B, N, C] at one noise level, batch by batch."""
+        mods = self.modulations(sigma)
+        parts = [self._part(x[rows], rows, spec) for rows, spec in batches]
+        if len(parts) > 1:
+            return torch.cat(self.mmdit.velocities(parts, mods, self.rope))
+        (part,), ((_, spec),) = parts, batches
 
-        def evaluate(part: Tensor, mods: Modulations) -> Tensor:
-            return self.mmdit.velocity(part, txt, mods, self.rope, spec, bokeh, constants)
+        def evaluate(x: Tensor, mods: Modulations) -> Tensor:
+            return self.mmdit.velocities([dataclasses.replace(part, img=x)], mods, self.rope)[0]
 
-        graphs = self.graphs if len(part) == len(x) else None
-        if graphs is None or not worth_capturing(self.mmdit, spec, part, txt.shape[1]):
-            return evaluate(part, mods)
-        return graphs(spec, evaluate, part, mods)
+        if self.graphs is None or not worth_capturing(self.mmdit, spec, x, part.txt.shape[1]):
+            return evaluate(x, mods)
+        return self.graphs(spec, evaluate, x, mods)
+
+    def _part(self, x: Tensor, rows: slice, spec: AttentionSpec) -> Part:
+        return Part(
+            img=x,
+            txt=self.conditioning.txt.expand(len(x), -1, -1),
+            attention=spec,
+            bokeh=self.bokeh.rows(rows) if self.bokeh is not None else None,
+            constants=self.constants.rows(rows),
+        )
 
     def table(self, sigmas: Tensor) -> dict[float, Modulations]:
         """[S] noise levels -> their modulations. 2 MB a level for FLUX in bfloat16."""
@@ -103,10 +113,10 @@ class Denoiser:
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: Tensor, step: int) -> Tensor:
         """x [B, N, 64] -> velocity [B, N, 64]. The negative pass: no level, guidance 1, plain attention."""
-        v = _predict(self.positive, x, sigma, self.batches(len(x), step))
+        v = self.positive.velocity(x, sigma, list(self.batches(len(x), step)))
         if self.true_cfg > 1 and self.negative is not None:
-            plain = ((rows, Plain()) for rows in self._slices(len(x)))
-            v_neg = _predict(self.negative, x, sigma, plain)
+            plain = [(rows, Plain()) for rows in self._slices(len(x))]
+            v_neg = self.negative.velocity(x, sigma, plain)
             v = v_neg + self.true_cfg * (v - v_neg)
         return v
 
@@ -122,7 +132,7 @@ class Denoiser:
             return
         adapter = self.positive.mmdit.bokeh
         parts = list(self._slices(rows))
-        store = grounding.cache if grounding.cache is not None else PivotCache()
+        store = grounding.cache if grounding.cache is not None else PivotInHand()
         if grounding.pivot_row is not None:
             first, *parts = parts
             pivot_of = (grounding.pivot_row,) * len(range(rows)[first])
@@ -139,13 +149,6 @@ class Denoiser:
         size = rows if self.max_rows is None else self.max_rows
         for start in range(0, rows, size):
             yield slice(start, min(start + size, rows))
-
-
-def _predict(guide: Guide, x: Tensor, sigma: Tensor, parts: Iterator[tuple[slice, AttentionSpec]]) -> Tensor:
-    """The velocity of every row, part by part."""
-    mods = guide.modulations(sigma)
-    out = [guide.velocity(x, mods, rows, spec) for rows, spec in parts]
-    return torch.cat(out) if len(out) > 1 else out[0]
 
 
 def model_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,7 +178,7 @@ def denoiser(
 
     attention: a specification of your own for every step, in place of `grounding`. sigmas: the noise levels
     of the run, whose modulations are computed now, all at once. max_rows: rows that go through the network
-    together; more are split into batches that share the pivot's queries and keys, so that N targets cost
+    together; more take turns in each block and share the pivot's queries and keys, so that N targets cost
     N + 1 rows in any case (the pivot must then be row 0). cuda_graphs: whether steps of small batches may be
     replayed as CUDA graphs (`cuda_graph.py`: where, and what that costs); it changes no number.
     Raises ValueError for true CFG without a negative conditioning, for both grounding and attention, and for

@@ -65,3 +65,20 @@ class PivotCache:
             host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             return host.copy_(x, non_blocking=True)
         return x.to(self.device)
+
+
+class PivotInHand:
+    """A pivot's query and key of the block at work, for the rows of the same step that come after it."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+
+    def put(self, step: int, block: int, q: Tensor, k: Tensor) -> None:
+        """Keep those of one block, in place of any others."""
+        self._kept = (step, block), (q, k)
+
+    def get(self, step: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Query and key [1, L, H, D]. Raises ValueError for any block but the last that was put."""
+        if self._kept is None or self._kept[0] != (step, block):
+            raise ValueError(f"no pivot is at hand for step {step}, block {block}: its rows come first")
+        return self._kept[1]

@@ -14,7 +14,7 @@ from bokehflux.kernels.pointwise import eager, interface
 from bokehflux.kernels.pointwise.eager import Projected
 from bokehflux.models.bokeh import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
-from bokehflux.models.linear import GeluLinear
+from bokehflux.models.linear import Linear
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from tests.helpers import assert_within_2x
 from tests.tiny import tiny_mmdit
@@ -105,13 +105,26 @@ def test_concat_gelu(rows: int, length: int, width: int, dtype: torch.dtype) -> 
 
 @each_dtype
 @pytest.mark.parametrize("length", [1, 333, 1024])
-def test_gelu_in_the_epilogue(length: int, dtype: torch.dtype) -> None:
-    layer = GeluLinear(3072, 12288).to("cuda", dtype).requires_grad_(False)
+@pytest.mark.parametrize("start", [0, 3072])
+def test_gelu_in_the_epilogue(start: int, length: int, dtype: torch.dtype) -> None:
+    layer = Linear(3072, 12288).to("cuda", dtype).requires_grad_(False)
     exact = copy.deepcopy(layer).float()
     x = torch.randn(2, length, 3072, device="cuda").to(dtype)
-    assert layer._has_epilogue(x)
-    oracle = F.gelu(F.linear(x, layer.weight, layer.bias), approximate="tanh")
-    assert_within_2x(layer(x), oracle, exact(x.float()))
+    assert layer.takes_epilogues(x)
+    oracle = F.gelu(F.linear(x, layer.weight[start:], layer.bias[start:]), approximate="tanh")
+    truth = F.gelu(exact.columns(x.float(), start, 12288), approximate="tanh")
+    assert_within_2x(layer.gelu_columns(x, start, 12288), oracle, truth)
+
+
+@each_dtype
+@pytest.mark.parametrize("length", [1, 333, 1024])
+def test_a_product_of_two_parts(length: int, dtype: torch.dtype) -> None:
+    layer = Linear(3072 + 12288, 3072).to("cuda", dtype).requires_grad_(False)
+    exact = copy.deepcopy(layer).float()
+    x = torch.randn(2, length, 3072 + 12288, device="cuda").to(dtype)
+    left, right = x.split([3072, 12288], dim=-1)
+    ours = layer.of_parts(left.contiguous(), right.contiguous())
+    assert_within_2x(ours, layer(x), exact(x.float()))
 
 
 def test_past_32_bits() -> None:

@@ -11,7 +11,7 @@ import torch
 
 import bokehflux
 from bokehflux.configs import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL, T5Config
-from bokehflux.memory import Footprint, Placement, Stream, choose, footprint, place
+from bokehflux.memory import Footprint, Placement, Stream, choose, footprint, pieces, place
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.mmdit import MMDiT
@@ -35,31 +35,83 @@ def test_every_mode_makes_the_same_picture(mode: str) -> None:
 
 @pytest.mark.parametrize("again", [True, False])
 def test_a_streamed_module_holds_its_weights_only_while_it_runs(again: bool) -> None:
-    layers = [torch.nn.Linear(4, 4) for _ in range(3)]
+    layers = [torch.nn.Linear(4, 4) for _ in range(4)]
     values = [copy.deepcopy(layer.state_dict()) for layer in layers]
     stream = Stream([(layer, list(layer.parameters())) for layer in layers], CPU, again=again)
     homes = [layer.weight.data_ptr() for layer in layers]
-    seen = []
+    seen: list[tuple[int, int | None]] = []
     for layer in layers:
-        layer.register_forward_pre_hook(lambda m, _: seen.append((m.weight.data_ptr(), sorted(stream.ready))))
-    x = torch.randn(2, 4)
-    for layer in layers:
-        x = layer(x)
-    assert [layer.weight.data_ptr() for layer in layers] == homes, "back home"
-    assert not {pointer for pointer, _ in seen} & set(homes), "a copy at work"
-    last = [0] if again else []
-    assert [ready for _, ready in seen] == [[1], [2], last], "the next one on its way, and only that"
+        layer.register_forward_pre_hook(lambda m, _: seen.append((m.weight.data_ptr(), stream.coming)))
+    for _ in range(2):
+        x = y = torch.randn(2, 4)
+        for i, (layer, value) in enumerate(zip(layers, values, strict=True)):
+            x = layer(x)
+            if again:  # as often as it is called
+                assert torch.equal(layer(y), torch.nn.functional.linear(y, value["weight"], value["bias"]))
+                seen.pop()
+            assert [at for at, other in enumerate(layers) if other.weight.data_ptr() != homes[at]] == (
+                [] if i == 3 and not again else [i]
+            )
+    pointers = [pointer for pointer, _ in seen]
+    assert not set(pointers) & set(homes) and len(set(pointers[:4])) == 2, "two slots take turns"
+    assert [coming for _, coming in seen] == [1, 2, 3, 0 if again else None] * 2, "the next one on its way"
+    stream.release()
+    assert [layer.weight.data_ptr() for layer in layers] == homes and not stream.slots, "back home"
     for layer, value in zip(layers, values, strict=True):
         assert all(torch.equal(t, value[name]) for name, t in layer.state_dict().items())
 
 
+def test_a_block_comes_once_a_step_however_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    pipe = dataclasses.replace(pipe, memory=place(pipe.mmdit, (), pipe.vae, "stream", CPU))
+    whole = pipe.generate("a mug", [0, 8, 28], bokeh_pivot=15)
+    fetched: list[int] = []
+    real = Stream._fetch
+    monkeypatch.setattr(
+        Stream, "_fetch", lambda self, i: (fetched.append(i) if self.again else None, real(self, i))[1]
+    )
+    split = pipe.generate("a mug", [0, 8, 28], bokeh_pivot=15, max_rows=1)
+    torch.testing.assert_close(split.latents, whole.latents, atol=2e-4, rtol=0)
+    blocks, steps = pipe.mmdit.config.num_blocks, split.settings["num_inference_steps"]
+    assert fetched == [*range(blocks)] * steps + [0]
+
+
+def test_streamed_modules_in_an_order_of_their_own() -> None:
+    layers = [torch.nn.Linear(4, 4) for _ in range(4)]
+    values = [copy.deepcopy(layer.state_dict()) for layer in layers]
+    Stream([(layer, list(layer.parameters())) for layer in layers], CPU, again=True)
+    x = torch.randn(2, 4)
+    for i in (2, 0, 1, 1, 3, 2, 0, 3):
+        expected = torch.nn.functional.linear(x, values[i]["weight"], values[i]["bias"])
+        assert torch.equal(layers[i](x), expected)
+
+
 def test_weights_come_home_after_an_error() -> None:
-    layer = torch.nn.Linear(4, 4)
-    Stream([(layer, list(layer.parameters()))], CPU, again=True)
-    home = layer.weight.data_ptr()
-    with pytest.raises(RuntimeError):
-        layer(torch.randn(2, 3))
-    assert layer.weight.data_ptr() == home
+    pipe = tiny_pipeline()
+    placement = place(pipe.mmdit, (), pipe.vae, "stream", CPU)
+    homes = {name: p.data_ptr() for name, p in pipe.mmdit.named_parameters()}
+    with pytest.raises(AttributeError), placement.phase("denoise"):
+        pipe.mmdit.doubles[0](torch.randn(2, 3), None, None, None, None)  # type: ignore[arg-type]
+    assert {name: p.data_ptr() for name, p in pipe.mmdit.named_parameters()} == homes
+
+
+def test_pieces_hold_every_parameter_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """... of any type and shape, in pieces no larger than asked for, shared by neighbours."""
+    monkeypatch.setattr("bokehflux.memory.PIECE_BYTES", 1024)
+    kinds = [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn]
+    shapes = [(3, 5), (), (7,), (0, 4), (9, 4, 2), (400,)]
+    values = [torch.randn(s).mul(9).to(kinds[i % 4]) for i, s in enumerate(shapes)]
+    parameters = [torch.nn.Parameter(value.clone(), requires_grad=False) for value in values]
+    made = pieces(parameters, CPU)
+    assert [p for piece in made for p in piece.parameters] == parameters
+    assert 1 < len(made) < len(parameters)
+    assert all(piece.nbytes <= 1024 or len(piece.parameters) == 1 for piece in made)
+    for piece in made:
+        piece.show(piece.host.clone())
+    for parameter, value in zip(parameters, values, strict=True):
+        assert parameter.dtype == value.dtype
+        assert torch.equal(parameter.view(torch.uint8) if value.ndim else parameter.float(),
+                           value.view(torch.uint8) if value.ndim else value.float())  # fmt: skip
 
 
 def test_a_streamed_text_encoder_gives_the_same_states() -> None:
@@ -70,7 +122,8 @@ def test_a_streamed_text_encoder_gives_the_same_states() -> None:
     for _ in range(2):
         with placement.phase("text"):
             torch.testing.assert_close(t5(ids), expected, atol=0, rtol=0)
-    assert len(placement.visitors["text"]) == 3, "embedding, position bias and the final norm"
+    (piece,) = placement.visitors["text"]
+    assert len(piece.parameters) == 3, "embedding, position bias and the final norm"
 
 
 def test_footprint() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,6 +31,7 @@ from bokehflux.kernels.pointwise import (  # noqa: E402
 from bokehflux.kernels.pointwise.eager import Projected  # noqa: E402
 from bokehflux.models.bokeh import BokehCondition  # noqa: E402
 from bokehflux.models.embeddings import rope_table  # noqa: E402
+from bokehflux.models.linear import Linear, LowRankTerm  # noqa: E402
 from bokehflux.sampling.latents import LatentGrid, position_ids  # noqa: E402
 from tests.helpers import assert_within_2x  # noqa: E402
 from tests.tiny import tiny_mmdit  # noqa: E402
@@ -242,6 +244,48 @@ def test_a_network_through_them(spec: Plain | Grounded, monkeypatch: pytest.Monk
         "concat_gelu": single,
     }
     assert_within_2x(ours, oracle, truth)
+
+
+def test_a_network_whose_products_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA does: GELU in the epilogue, the single blocks' second product in two."""
+    low = tiny_mmdit().to(DEVICE)
+    rope = rope_table(
+        position_ids(LatentGrid(height_px=32, width_px=48), 5), low.config.axes_dim, low.config.theta
+    )
+    rope = type(rope)(*(t.to(DEVICE) for t in rope))
+    img, txt = (randn(3, n, c, dtype=torch.float32) for n, c in ((6, 64), (5, low.config.txt_dim)))
+    pooled = randn(3, low.config.pooled_dim, dtype=torch.float32)
+    sigma, guidance = torch.full((3,), 0.7, device=DEVICE), torch.full((3,), 3.0, device=DEVICE)
+    levels, spec, parts = BokehCondition.of([15, 0, 30]), Grounded(pivot_of=(0, 0, 0)), []
+
+    def with_gelu(bias: Tensor, x: Tensor, weight: Tensor, use_gelu: bool) -> Tensor:
+        assert use_gelu
+        return F.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+    with torch.no_grad():
+        whole = low(img, txt, pooled, sigma, guidance, rope, spec, levels)
+        monkeypatch.setattr(Linear, "takes_epilogues", lambda self, x: True)
+        monkeypatch.setattr(torch, "_addmm_activation", with_gelu)
+        real = Linear.of_parts
+        monkeypatch.setattr(Linear, "of_parts", lambda *args: parts.append(args) or real(*args))
+        apart = low(img, txt, pooled, sigma, guidance, rope, spec, levels)
+    assert len(parts) == low.config.num_single
+    torch.testing.assert_close(apart, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_who_takes_epilogues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    layer, x = Linear(16, 8).half(), torch.zeros(1, 16, dtype=torch.float16)
+    assert not layer.takes_epilogues(x)  # gradients
+    layer.requires_grad_(False)
+    assert layer.takes_epilogues(x)
+    assert not layer.takes_epilogues(x.float())
+    assert not layer.takes_epilogues(x.clone().requires_grad_())
+    layer.terms = (LowRankTerm(down=torch.zeros(1, 16), up=torch.zeros(8, 1), strength=1.0),)
+    assert not layer.takes_epilogues(x)
+    layer.terms = ()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not layer.takes_epilogues(x)
 
 
 def test_a_cpu_and_gradients_take_the_eager_forms(monkeypatch: pytest.MonkeyPatch) -> None:

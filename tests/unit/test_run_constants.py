@@ -139,8 +139,8 @@ def test_what_is_captured() -> None:
     """Small batches on CUDA of our own attentions, and only where no Python is left out by a replay."""
     assert worth(batch(1, 1024), Plain()) and worth(batch(2, 1024), Grounded(pivot_of=(0, 0)))
     assert not worth(batch(1, 1024, is_cuda=False), Plain())
-    assert worth(batch(1, 4096), Plain()) and worth(batch(3, 1024), Plain())
-    assert not worth(batch(1, 4097), Plain()) and not worth(batch(4, 1024), Plain())
+    assert worth(batch(2, 4096), Plain()) and worth(batch(8, 1024), Plain())
+    assert not worth(batch(8, 1025), Plain()) and not worth(batch(9, 1024), Plain())
     assert not worth(batch(2, 1024), Grounded(pivot_of=(1, 1)))
     assert not worth(batch(2, 1024), PivotQuery(pivot_of=(0, 0)))
     assert not worth(batch(2, 1024), OnStored(store=PivotCache(), step=0))
