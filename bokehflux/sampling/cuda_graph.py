@@ -21,8 +21,8 @@ from bokehflux.models.mmdit import MMDiT, Modulations
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 12288
-"""Joint tokens of all rows up to which a batch is captured: a pair at 1024 x 1024, six targets and their pivot
-at 512 x 512. Larger batches take longer than they take to launch, in fp8 too."""
+"""Joint tokens of all rows up to which a batch is captured: two pictures at 1024 x 1024, seven at 512 x 512.
+Larger batches take longer than they take to launch, in fp8 too."""
 Evaluate = Callable[[Tensor, Modulations], Tensor]
 """(x [B, N, C], modulations) -> velocity [B, N, C]; everything else about it is fixed."""
 
