@@ -240,10 +240,10 @@ def backend_arms(shape: AttentionShape) -> list[Arm]:
 
 def plain_triton_arms(shape: AttentionShape, device: torch.device) -> list[Arm]:
     """Our kernels in Triton, where the backend of that name would take those in Gluon."""
-    from bokehflux.kernels.attention import ops, triton_fwd  # imports triton
+    from bokehflux.kernels.attention import launch, ops  # imports triton
 
     of = tiles.device(device)
-    if triton_fwd.why_no_gluon(of.family) is not None:
+    if launch.why_no_gluon(of.family) is not None:
         return []
     n = shape.num_targets
     form, jobs = {
@@ -257,7 +257,7 @@ def plain_triton_arms(shape: AttentionShape, device: torch.device) -> list[Arm]:
 
         def run(x: Inputs) -> Tensor:
             k, k_pivot, v = (x.k[:n], x.k[n:], x.v[:n]) if form == tiles.TARGET else (x.k, None, x.v)
-            return triton_fwd.forward(x.q, k, k_pivot, v, None, jobs, fixed=fixed, tile=tile)[0]
+            return launch.forward(x.q, k, k_pivot, v, None, jobs, fixed=fixed, tile=tile)[0]
 
         products = {"plain": 2 * n, "target": 3 * n, "grounded": 3 * n + 1}[shape.form]
         return Arm(name=name, run=run, num_products=products, read=lambda out: out, is_ours=True)

@@ -29,7 +29,7 @@ from bokehflux.weights.write import write_json
 
 def sweep(shape: AttentionShape, device: torch.device, dtype: torch.dtype, repeats: int) -> list[Row]:
     """Every candidate tile of a shape's longest form that compiles and is right, fastest first."""
-    from bokehflux.kernels.attention import ops, triton_fwd  # imports triton
+    from bokehflux.kernels.attention import launch, ops  # imports triton
 
     n = shape.num_targets
     form = {"plain": tiles.PLAIN, "target": tiles.TARGET, "grounded": tiles.PAIR}[shape.form]
@@ -43,7 +43,7 @@ def sweep(shape: AttentionShape, device: torch.device, dtype: torch.dtype, repea
 
     def run(x: Inputs, fixed: bool, tile: tiles.Tile) -> Tensor:
         k, k_pivot, v = (x.k[:n], x.k[n:], x.v[:n]) if form == tiles.TARGET else (x.k, None, x.v)
-        return triton_fwd.forward(x.q, k, k_pivot, v, None, jobs, fixed=fixed, tile=tile)[0]
+        return launch.forward(x.q, k, k_pivot, v, None, jobs, fixed=fixed, tile=tile)[0]
 
     rows = []
     for fixed in (True, False):

@@ -30,10 +30,6 @@ warpgroup before every arrival, so that one thread may speak for all.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -44,9 +40,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.tools import tensor_descriptor
 
 from . import triton_fwd
-from .tiles import Tail, Tile
 
 PLAIN: gl.constexpr = gl.constexpr(triton_fwd.PLAIN.value)
 TARGET: gl.constexpr = gl.constexpr(triton_fwd.TARGET.value)
@@ -490,7 +486,7 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=["len_q", "len_k", "num_heads", "num_whole", "num_parts", "num_items"])
-def _forward_kernel(
+def forward_kernel(
     q_desc, k_desc, kp_desc, v_desc, out, lse, value_bias, part_out, part_lse,
     job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7,
     len_q, len_k, num_heads, scale_log2, num_whole, num_parts, num_items,
@@ -552,42 +548,7 @@ REGISTERS = {2: 168, 3: 128}
 the rest of what `warp_specialize` gives to the others: as much as each of them."""
 
 
-def launch(
-    tensors: Sequence[Tensor],
-    results: Sequence[Tensor],
-    jobs: Sequence[int],
-    tail: Tail,
-    tile: Tile,
-    *,
-    form: str,
-    mapped: bool,
-    fixed: bool,
-    has_bias: bool,
-    num_programs: int,
-) -> None:
-    """One form, on one program a multiprocessor.
-
-    tensors: q, k, k_pivot, v, all of which a tensor descriptor can express. results: out, lse, value bias,
-    and where parts are parked: values and log2-sum-exps. jobs: as `triton_fwd.pack` gives them.
-    """
-    q, k, _, v = tensors
-    head_dim = v.shape[-1]
-    blocks = (GROUP_M, tile.block_n, tile.block_n, tile.block_n)
-    num_groups = tile.block_m // GROUP_M
-    num_items = tail.num_whole + tail.num_slots
-    _forward_kernel[(min(num_programs, num_items),)](
-        *(_descriptor(x, block) for x, block in zip(tensors, blocks, strict=True)), *results, *jobs,
-        q.shape[1], k.shape[1], v.shape[2], head_dim**-0.5 * math.log2(math.e),
-        tail.num_whole, tail.num_parts, num_items,
-        KIND=triton_fwd.FORMS[form], MAPPED=mapped, FIXED=fixed, HAS_BIAS=has_bias,
-        EVEN_K=k.shape[1] % tile.block_n == 0, KEEP_Q=tile.keep_q,
-        NUM_GROUPS=num_groups, NUM_SLOTS=tile.num_stages, BLOCK_N=tile.block_n, D=head_dim,
-        num_warps=4, maxnreg=REGISTERS[num_groups],
-    )  # fmt: skip
-
-
-def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
-    """Over [B, H, L, D], as `triton_fwd.describe`, with the layout that the tensor cores read."""
-    over = triton_fwd.descriptor_of(x, block)
+def with_layout(plain: tensor_descriptor.TensorDescriptor) -> TensorDescriptor:
+    """A descriptor of `launch.descriptor_of`, with the layout that the tensor cores read."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(over.base, over.shape, over.strides, over.block_shape, layout)
+    return TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)

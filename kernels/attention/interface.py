@@ -1,9 +1,10 @@
 """The one public attention interface: checks its arguments, picks a backend by name, runs it.
 
 Backends: `reference` (float32 definition), `sdpa` (PyTorch's kernels), `flash` (a flash-attn wheel's) and
-`triton` (ours, 16-bit types, head dim 64 or 128). `auto` takes the one that `automatic`
-names, or `sdpa` where that one cannot take the tensors, and logs once what and why; `auto-strict` raises
-ValueError rather than fall back. A backend asked for by its name never falls back.
+`triton` (ours, 16-bit types, head dim 64 or 128). `auto` takes the one that `automatic` names, or `sdpa`
+where that one cannot take the tensors or gradients are needed, and logs once what and why. `auto-strict`
+raises ValueError rather than fall back from our kernels, and takes them for gradients too. A backend asked
+for by its name never falls back.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def attention(
     Raises ValueError for shapes that disagree or an unknown backend.
     """
     _check(q, k, v, value_bias)
-    name = _resolve(backend, q)
+    name = _resolve(backend, q, k, v, value_bias)
     return _module(name).attention(q, k, v, value_bias=value_bias, **_bound(name, logit_bound))
 
 
@@ -78,7 +79,7 @@ def target_attention(
         raise ValueError(f"pivot and targets differ in [L, H, D]: {tuple(q.shape[1:])}, {tuple(k.shape[1:])}")
     if len(pivot_index) != k.shape[0] or not all(0 <= p < q.shape[0] for p in pivot_index):
         raise ValueError(f"expected {k.shape[0]} pivots below {q.shape[0]}, got {tuple(pivot_index)}")
-    name = _resolve(backend, q)
+    name = _resolve(backend, q, k_pivot, k, v, value_bias)
     bound = _bound(name, logit_bound)
     return _module(name).target_attention(q, k_pivot, k, v, pivot_index, value_bias=value_bias, **bound)
 
@@ -108,7 +109,7 @@ def grounded_attention(
             f"expected the queries of the {len(set(pivot_of))} pivots alone, for k {tuple(k.shape)}; "
             f"got q {tuple(q.shape)}"
         )
-    name = _resolve(backend, q)
+    name = _resolve(backend, q, k, v, value_bias)
     bound = _bound(name, logit_bound)
     return _module(name).grounded_attention(q, k, v, pivot_of, value_bias=value_bias, **bound)
 
@@ -142,6 +143,13 @@ class Choice(NamedTuple):
     reason: str
 
 
+FOR_GRADIENTS = Choice(
+    "sdpa",
+    "gradients are needed, and with them PyTorch's kernels are faster on Hopper; backend 'triton' takes less "
+    "memory with many targets: benchmarks/results/train_attention.json",
+)
+
+
 def automatic(device: torch.device) -> Choice:
     """The backend that `auto` prefers on a device, and why. Whether it takes a tensor is another question."""
     if device.type != "cuda":
@@ -152,18 +160,25 @@ def automatic(device: torch.device) -> Choice:
     return Choice("sdpa", f"our fastest kernels cannot run here, {reason}; the others are asked for by name")
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> Choice:
-    """What `auto` runs for such queries, and why."""
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, *, gradients: bool = False) -> Choice:
+    """What `auto` runs for such queries, with or without a backward pass to follow, and why."""
     choice = automatic(device)
-    if choice.backend == "triton" and (reason := _why_not_triton(device, dtype, head_dim)):
+    if choice.backend != "triton":
+        return choice
+    if reason := _why_not_triton(device, dtype, head_dim):
         return Choice("sdpa", reason)
-    return choice
+    return FOR_GRADIENTS if gradients else choice
 
 
-def _resolve(backend: str, q: Tensor) -> str:
-    """A name in `BACKENDS`. Raises ValueError for any other, and where `auto-strict` would fall back."""
+def _resolve(backend: str, q: Tensor, *others: Tensor | None) -> str:
+    """A name in `BACKENDS`. Raises ValueError for any other, and where `auto-strict` cannot run ours.
+
+    others: the further tensors that gradients may be needed of.
+    """
     if backend in ("auto", "auto-strict"):
-        choice = choose(q.device, q.dtype, q.shape[-1])
+        # `auto-strict` forbids falling back from our kernels, and with gradients they can run.
+        gradients = backend == "auto" and _needs_gradients(q, *others)
+        choice = choose(q.device, q.dtype, q.shape[-1], gradients=gradients)
         if backend == "auto-strict" and choice.backend == "sdpa":
             raise ValueError(f"attention may not fall back on PyTorch's kernels, but {choice.reason}")
         if not torch.compiler.is_compiling():  # a log line is no part of a traced graph
@@ -176,13 +191,17 @@ def _resolve(backend: str, q: Tensor) -> str:
     return backend
 
 
+def _needs_gradients(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
 @functools.cache
 def _why_no_gluon(device: torch.device) -> str | None:
     try:
-        from . import tiles, triton_fwd
+        from . import launch, tiles
     except ImportError as error:  # Triton has no wheels for some systems
         return f"Triton's modules cannot be imported: {error}"
-    return triton_fwd.why_no_gluon(tiles.device(device).family)
+    return launch.why_no_gluon(tiles.device(device).family)
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tiles, triton_bwd, triton_fwd
-from .triton_fwd import Job
+from . import launch, tiles, triton_bwd, triton_fwd
+from .launch import Job
 
 HEAD_DIMS = (64, 128)
 MAX_LOG2_SCORE = {torch.bfloat16: 96.0, torch.float16: 14.0}
@@ -151,7 +151,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v)
     with torch.cuda.device_of(q):
-        return triton_fwd.forward(q, k, None, v, value_bias, None, fixed=fixed)
+        return launch.forward(q, k, None, v, value_bias, None, fixed=fixed)
 
 
 @torch.library.custom_op(
@@ -171,7 +171,7 @@ def _target_attention(
 ) -> tuple[Tensor, Tensor]:
     _check(q, k_pivot, k, v)
     with torch.cuda.device_of(q):
-        return triton_fwd.forward(q, k, k_pivot, v, value_bias, _target_jobs(tuple(pivot_index)), fixed=fixed)
+        return launch.forward(q, k, k_pivot, v, value_bias, _target_jobs(tuple(pivot_index)), fixed=fixed)
 
 
 @torch.library.custom_op(
@@ -185,7 +185,7 @@ def _grounded_attention(
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v)
     with torch.cuda.device_of(q):
-        return triton_fwd.forward(q, k, None, v, value_bias, _grounded_jobs(tuple(pivot_of)), fixed=fixed)
+        return launch.forward(q, k, None, v, value_bias, _grounded_jobs(tuple(pivot_of)), fixed=fixed)
 
 
 def _like_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Backward attention in Triton: the gradients of `triton_fwd.forward`, in memory linear in L.
+"""Backward attention in Triton: the gradients of `launch.forward`, in memory linear in L.
 
 Probabilities are made again from the log-sum-exps of the forward pass. For a target t on pivot p, one
 dP = dO_t V_t^T serves both sets of keys, and with delta = rowsum(dO_t * O_t):
@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
+from .launch import Job, chunks, describe, last_contiguous, pack
 from .tiles import Tile
-from .triton_fwd import Job, chunks, describe, last_contiguous, load_tile, pack, pick_job
+from .triton_fwd import load_tile, pick_job
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 DELTA_BLOCK = 32
@@ -189,7 +190,7 @@ def backward(
     dkv_tile: Tile | None = None,
     dq_tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of q, k, k_pivot and v, from grad [B, L, H, D] and what `forward` took and gave.
+    """Gradients of q, k, k_pivot and v, from grad [B, L, H, D] and what `launch.forward` took and gave.
 
     out must be without value bias: rounded together with one, it would blur delta. The tiles stand in for the
     table's, for sweeps and tests.

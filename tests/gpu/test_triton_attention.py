@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from bokehflux.kernels.attention import ops, reference, tiles, triton_bwd, triton_fwd
+from bokehflux.kernels.attention import launch, ops, reference, tiles, triton_bwd
 from bokehflux.kernels.attention.tiles import Row
 from tests.helpers import assert_within_2x, max_error
 
@@ -83,12 +83,12 @@ def skip_unless_it_runs_here(row: Row) -> None:
 
 def skip_without(language: str) -> None:
     family = tiles.device(torch.device("cuda")).family
-    if language == tiles.GLUON and (reason := triton_fwd.why_no_gluon(family)):
+    if language == tiles.GLUON and (reason := launch.why_no_gluon(family)):
         pytest.skip(f"no Gluon kernels: {reason}")
 
 
 def inputs_for(row: Row, length: int, dim: int, dtype: torch.dtype) -> tuple[list, tuple[int, ...]]:
-    """Arguments of `triton_fwd.forward` that hold the row's form, with every shorter one for a pair's tile.
+    """Arguments of `launch.forward` that hold the row's form, with every shorter one for a pair's tile.
 
     Returns them and, for every row of the batch, its pivot.
     """
@@ -110,7 +110,7 @@ def test_forward_tiles(row: Row, fixed: bool, dtype: torch.dtype, lengths: tuple
         for length in lengths:
             args, index = inputs_for(row, length, dim, dtype)
             q, k, k_pivot, v = args[:4]
-            out, lse = triton_fwd.forward(*args, fixed=fixed, tile=row.tile)
+            out, lse = launch.forward(*args, fixed=fixed, tile=row.tile)
             if k_pivot is None:
                 exact = reference.grounded_attention(*wide(q, k, v), index)
                 oracle = grounded(q, k, v, index)
@@ -135,7 +135,7 @@ def test_backward_tiles(row: Row, dtype: torch.dtype) -> None:
             q = q[[1, 2]].contiguous()
             grad = torch.randn(4, length, 3, dim, device="cuda").to(dtype)
             jobs = ops._grounded_jobs(pivot_of)
-            out, lse = triton_fwd.forward(q, k, None, v, None, jobs, fixed=False)
+            out, lse = launch.forward(q, k, None, v, None, jobs, fixed=False)
             dq, dk, _, dv = triton_bwd.backward(grad, q, k, None, v, out, lse, jobs, **chosen)
             theirs = gradients(lambda q, k, v: grounded(q, k, v, pivot_of), [q, k, v], grad)
             true = gradients(
@@ -195,7 +195,7 @@ def test_targets_on_stored_pivots() -> None:
 def test_the_table_is_followed() -> None:
     skip_without(tiles.GLUON)
     q, k, v = make(1, 100, 128, torch.bfloat16)
-    assert triton_fwd.pick_language((q, k, k, v)) == tiles.GLUON
+    assert launch.pick_language((q, k, k, v)) == tiles.GLUON
 
 
 @each_language
@@ -210,8 +210,8 @@ def test_split_and_whole_tiles_agree(length: int, language: str) -> None:
         tile = tiles.forward_tile(device, [job.form for job in jobs], 128, True, language)
         unsplit = dataclasses.replace(tile, max_parts=1)
         args = q[:1], k, None, v, None, jobs
-        split = triton_fwd.forward(*args, fixed=True, tile=tile)
-        whole = triton_fwd.forward(*args, fixed=True, tile=unsplit)
+        split = launch.forward(*args, fixed=True, tile=tile)
+        whole = launch.forward(*args, fixed=True, tile=unsplit)
         assert max_error(split[1], whole[1]) < 1e-4
         assert_within_2x(split[0], whole[0], whole[0].float(), atol=2**-7 * whole[0].abs().max().item())
 
@@ -231,10 +231,10 @@ def test_addresses_beyond_32_bits(far: str) -> None:
     jobs = ops._grounded_jobs((0, 1))
     for row in FORWARD:
         if row.head_dim in (None, 64) and row.family == tiles.device(q.device).family:
-            if row.tile.language == tiles.GLUON and triton_fwd.why_no_gluon(row.family):
+            if row.tile.language == tiles.GLUON and launch.why_no_gluon(row.family):
                 continue
-            here = triton_fwd.forward(q, k, None, v, None, jobs, fixed=False, tile=row.tile)
-            there = triton_fwd.forward(
+            here = launch.forward(q, k, None, v, None, jobs, fixed=False, tile=row.tile)
+            there = launch.forward(
                 *(moved[n] for n in "qk"), None, moved["v"], None, jobs, fixed=False, tile=row.tile
             )
             assert torch.equal(here[0], there[0])

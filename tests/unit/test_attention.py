@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -387,8 +388,8 @@ def test_stored_pivot() -> None:
 
 def test_auto_on_a_gpu_without_triton_is_pytorchs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     package = sys.modules[interface.__package__]
-    monkeypatch.delattr(package, "triton_fwd", raising=False)
-    monkeypatch.setitem(sys.modules, f"{interface.__package__}.triton_fwd", None)
+    monkeypatch.delattr(package, "launch", raising=False)
+    monkeypatch.setitem(sys.modules, f"{interface.__package__}.launch", None)
     monkeypatch.setattr(interface, "_why_no_gluon", interface._why_no_gluon.__wrapped__)
     choice = interface.choose(torch.device("cuda", 0), torch.bfloat16, 128)
     assert choice.backend == "sdpa" and "Triton's modules cannot be imported" in choice.reason
@@ -414,6 +415,79 @@ def test_what_auto_does_where_its_choice_cannot_run(
     ]
     with pytest.raises(ValueError, match=r"may not fall back.*head dims \(64, 128\), not 16"):
         interface.attention(q, k, v, backend="auto-strict")
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` prefers the backend `triton`, which gives zeros."""
+
+    def zeros(q: Tensor, *others: object, **options: object) -> Tensor:
+        return torch.zeros_like(q)
+
+    module = SimpleNamespace(attention=zeros, grounded_attention=zeros, target_attention=zeros)
+    monkeypatch.setitem(interface.BACKENDS, "triton", module)
+    monkeypatch.setattr(interface, "automatic", lambda device: interface.Choice("triton", "the fastest"))
+    monkeypatch.setattr(interface, "_why_not_triton", lambda *_: None)
+
+
+FORMS = [
+    (interface.attention, ("q", "k", "v", "value_bias"), {}),
+    (interface.target_attention, ("q", "k_pivot", "k", "v", "value_bias"), {"pivot_index": (0,)}),
+    (interface.grounded_attention, ("q", "k", "v", "value_bias"), {"pivot_of": (0,)}),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "names", "options", "wanted"),
+    [(*form, wanted) for form in FORMS for wanted in form[1]],
+    ids=[f"{form[0].__name__}-{wanted}" for form in FORMS for wanted in form[1]],
+)
+def test_auto_is_pytorchs_where_gradients_are_needed(
+    form: Callable[..., Tensor], names: tuple[str, ...], options: dict, wanted: str, ours: None
+) -> None:
+    """Of any input; not where they are off, or where ours are asked for by name or as the only ones."""
+    q, k, v = qkv(1, 4)
+    every = {"q": q, "k_pivot": k.clone(), "k": k, "v": v, "value_bias": torch.ones(1, 2, 16)}
+    inputs = {name: every[name] for name in names}
+
+    def is_ours(backend: str) -> bool:
+        return not form(**inputs, **options, backend=backend).any()
+
+    assert is_ours("auto") and not is_ours("sdpa")
+    inputs[wanted].requires_grad_()
+    assert not is_ours("auto")
+    assert is_ours("auto-strict") and is_ours("triton")
+    with torch.no_grad():
+        assert is_ours("auto")
+
+
+def test_the_choice_for_gradients_is_logged_once_and_names_the_other(
+    ours: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    interface._log_choice.cache_clear()
+    q, k, v = qkv(1, 4)
+    with caplog.at_level(logging.INFO, logger=interface.__name__):
+        for _ in range(2):
+            interface.attention(q, k, v)
+            interface.attention(q.clone().requires_grad_(), k, v)
+    without, with_gradients = (r.getMessage() for r in caplog.records)
+    assert without == "attention backend for cpu: triton (the fastest)"
+    assert "cpu: sdpa (gradients are needed" in with_gradients
+    assert "backend 'triton' takes less memory" in with_gradients
+
+
+def test_the_choice_for_gradients_is_compiled_without_a_break(ours: None) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(interface.attention, backend="eager", fullgraph=True)
+    q, k, v = qkv(1, 4)
+    assert not compiled(q, k, v).any()
+    q.requires_grad_()
+    out = compiled(q, k, v)
+    assert torch.equal(out, interface.attention(q, k, v, backend="sdpa"))
+    out.sum().backward()
+    assert q.grad is not None and q.grad.isfinite().all()
+    with torch.no_grad():
+        assert not compiled(q, k, v).any()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from bokehflux.kernels import attention as package  # noqa: E402
-from bokehflux.kernels.attention import ops, reference, tiles, triton_fwd  # noqa: E402
+from bokehflux.kernels.attention import launch, ops, reference, tiles, triton_fwd  # noqa: E402
 from bokehflux.kernels.attention.tiles import Tile  # noqa: E402
 from tests.gluon_emulator import load_emulated  # noqa: E402
 from tests.helpers import assert_within_2x  # noqa: E402
@@ -26,7 +26,7 @@ each_softmax = pytest.mark.parametrize("fixed", [False, True], ids=["running-max
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     load_emulated(package.__name__, monkeypatch)
-    monkeypatch.setattr(triton_fwd, "why_no_gluon", lambda family: None)
+    monkeypatch.setattr(launch, "why_no_gluon", lambda family: None)
 
 
 def tile(groups: int = 2, block_n: int = 16, slots: int = 3, keep_q: bool = False, parts: int = 8) -> Tile:
@@ -52,7 +52,7 @@ def check_lse(lse: Tensor, q: Tensor, keys: list[Tensor]) -> None:
 def test_plain(length: int, length_k: int, tiled: Tile, fixed: bool) -> None:
     q, k, v = qkv(2, 2, length, 2, 64, length_k)
     bias = bias_of(2)
-    out, lse = triton_fwd.forward(q, k, None, v, bias, None, fixed=fixed, tile=tiled)
+    out, lse = launch.forward(q, k, None, v, bias, None, fixed=fixed, tile=tiled)
     exact = reference.attention(*wide(q, k, v), value_bias=bias)
     assert_within_2x(out, reference.attention(q, k, v, value_bias=bias), exact, atol=2e-3)
     check_lse(lse[1], q[1], [k[1]])
@@ -66,7 +66,7 @@ def test_grounded(pivot_of: tuple[int, ...], length: int, fixed: bool) -> None:
     q, k, v = qkv(len(set(pivot_of)), len(pivot_of), length)
     bias = bias_of(len(pivot_of))
     jobs = ops._grounded_jobs(pivot_of)
-    out, lse = triton_fwd.forward(q, k, None, v, bias, jobs, fixed=fixed, tile=tile())
+    out, lse = launch.forward(q, k, None, v, bias, jobs, fixed=fixed, tile=tile())
     exact = reference.grounded_attention(*wide(q, k, v), pivot_of, value_bias=bias)
     assert_within_2x(out, grounded(q, k, v, pivot_of, bias), exact)
     for row, pivot in enumerate(pivot_of):
@@ -80,7 +80,7 @@ def test_targets(fixed: bool) -> None:
     k_pivot = k_pivot[:2]
     index = (1, 0, 1)
     args = q, k, k_pivot, v, None, ops._target_jobs(index)
-    out, _ = triton_fwd.forward(*args, fixed=fixed, tile=tile(block_n=32, slots=4, keep_q=True))
+    out, _ = launch.forward(*args, fixed=fixed, tile=tile(block_n=32, slots=4, keep_q=True))
     exact = reference.target_attention(*wide(q, k_pivot, k, v), index)
     assert_within_2x(out, published(q, k_pivot, k, v, index, None), exact)
 
@@ -89,8 +89,8 @@ def test_split_tiles() -> None:
     """The imitated device has three multiprocessors: this grid has a tail, whose parts are merged."""
     q, k, v = qkv(1, 2, 200, 2)
     jobs = ops._grounded_jobs((0, 0))
-    split = triton_fwd.forward(q, k, None, v, None, jobs, fixed=True, tile=tile())
-    whole = triton_fwd.forward(q, k, None, v, None, jobs, fixed=True, tile=tile(parts=1))
+    split = launch.forward(q, k, None, v, None, jobs, fixed=True, tile=tile())
+    whole = launch.forward(q, k, None, v, None, jobs, fixed=True, tile=tile(parts=1))
     for a, b in zip(split, whole, strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-3)
     assert not torch.equal(split[1], whole[1])
@@ -101,6 +101,6 @@ def test_what_a_tensor_descriptor_cannot_express() -> None:
     odd = torch.empty(1, 20, 2, 65, dtype=torch.float16)[..., 1:]
     odd.copy_(k)
     with pytest.raises(ValueError, match="16 bytes"):
-        triton_fwd.forward(q, odd, None, v, None, None, fixed=False, tile=tile())
-    assert triton_fwd.pick_language((q, odd, odd, v)) == tiles.TRITON
-    assert triton_fwd.pick_language((q, k, k, v)) == tiles.GLUON
+        launch.forward(q, odd, None, v, None, None, fixed=False, tile=tile())
+    assert launch.pick_language((q, odd, odd, v)) == tiles.TRITON
+    assert launch.pick_language((q, k, k, v)) == tiles.GLUON

@@ -22,7 +22,7 @@ if not ON_GPU:
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from bokehflux.kernels.attention import ops, reference, tiles, triton_bwd, triton_fwd  # noqa: E402
+from bokehflux.kernels.attention import launch, ops, reference, tiles, triton_bwd, triton_fwd  # noqa: E402
 from bokehflux.kernels.attention.tiles import Tail, Tile  # noqa: E402
 from tests.helpers import assert_within_2x, max_error  # noqa: E402
 
@@ -134,7 +134,7 @@ def test_tiles_and_loads(block_m: int, block_n: int, tma: bool, bound: float | N
     pivot_of = (0, 0, 0, 3)
     q, k, v = qkv(2, 4, 63, 1)
     jobs = ops._grounded_jobs(pivot_of)
-    ours, lse = triton_fwd.forward(q, k, None, v, None, jobs, fixed=bound is not None, tile=tile)
+    ours, lse = launch.forward(q, k, None, v, None, jobs, fixed=bound is not None, tile=tile)
     exact = reference.grounded_attention(*wide(q, k, v), pivot_of)
     assert_within_2x(ours, grounded(q, k, v, pivot_of, None), exact)
     # Log-sum-exps, of one set of keys for pivots. A fixed offset sums probabilities rounded to float16.
@@ -148,13 +148,13 @@ def test_tiles_and_loads(block_m: int, block_n: int, tma: bool, bound: float | N
 def test_descriptors_are_used_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     tile = Tile(block_m=16, block_n=16, num_warps=4, num_stages=1, tma=True)
     q = torch.zeros(2, 9, 3, 64, dtype=torch.float16, device=DEVICE)
-    assert triton_fwd.describe((q, q.transpose(1, 2).contiguous().transpose(1, 2)), (16, 16), tile)[0]
-    assert triton_fwd.describe((q[:1],), (16,), tile)[0]
-    assert not triton_fwd.describe((q,), (16,), Tile(block_m=16, block_n=16, num_warps=4, num_stages=1))[0]
-    assert not triton_fwd.describe((q[:1].expand(2, -1, -1, -1),), (16,), tile)[0], "a repeated row"
+    assert launch.describe((q, q.transpose(1, 2).contiguous().transpose(1, 2)), (16, 16), tile)[0]
+    assert launch.describe((q[:1],), (16,), tile)[0]
+    assert not launch.describe((q,), (16,), Tile(block_m=16, block_n=16, num_warps=4, num_stages=1))[0]
+    assert not launch.describe((q[:1].expand(2, -1, -1, -1),), (16,), tile)[0], "a repeated row"
     odd = torch.zeros(2, 9, 3, 65, dtype=torch.float16, device=DEVICE)[..., :64]
-    assert not triton_fwd.describe((odd,), (16,), tile)[0], "rows 130 bytes apart"
-    assert not triton_fwd.describe((q.view(-1)[1:65].view(1, 1, 1, 64),), (16,), tile)[0], "2 bytes off"
+    assert not launch.describe((odd,), (16,), tile)[0], "rows 130 bytes apart"
+    assert not launch.describe((q.view(-1)[1:65].view(1, 1, 1, 64),), (16,), tile)[0], "2 bytes off"
 
 
 @each_load
@@ -173,7 +173,7 @@ def test_any_strides(tma: bool) -> None:
         q, k, v = make(2), make(3), make(3)
         assert not v.is_contiguous()
         jobs = ops._grounded_jobs(pivot_of)
-        ours, _ = triton_fwd.forward(q, k, None, v, None, jobs, fixed=False, tile=tile)
+        ours, _ = launch.forward(q, k, None, v, None, jobs, fixed=False, tile=tile)
         exact = reference.grounded_attention(*wide(q, k, v), pivot_of)
         assert_within_2x(ours, grounded(q, k, v, pivot_of, None), exact)
 
@@ -228,7 +228,7 @@ def test_fixed_offset_at_its_limit(
     k = torch.stack([sign * length * direction for sign in signs]).to(dtype)
     k = k[:, None, None] * torch.linspace(0.97, 1, 40, device=DEVICE).to(dtype)[:, None, None]
     jobs = ops._grounded_jobs((0, 0))
-    ours, lse = triton_fwd.forward(q, k, None, v, None, jobs, fixed=True)
+    ours, lse = launch.forward(q, k, None, v, None, jobs, fixed=True)
     assert lse.isfinite().all()
     exact = reference.grounded_attention(*wide(q, k, v), (0, 0))
     assert_within_2x(ours, grounded(q, k, v, (0, 0), None), exact)
@@ -325,7 +325,7 @@ def test_backward_tiles(block_m: int, block_n: int, tma: bool) -> None:
     tile = Tile(block_m=block_m, block_n=block_n, num_warps=4, num_stages=1, tma=tma)
     q, k, v = qkv(1, 3, 40, 1)
     jobs = ops._grounded_jobs((0, 0, 0))
-    out, lse = triton_fwd.forward(q, k, None, v, None, jobs, fixed=False)
+    out, lse = launch.forward(q, k, None, v, None, jobs, fixed=False)
     # [B, H, L, D] storage, as a transposed consumer would hand it back.
     grad = torch.randn(3, 1, 40, 64, device=DEVICE).half().transpose(1, 2)
     args = grad, q, k, None, v, out, lse, jobs
@@ -485,11 +485,11 @@ def test_split_tiles(pivot_of: tuple[int, ...], bound: float | None, monkeypatch
     q, k, v = qkv(len(set(pivot_of)), len(pivot_of), 70, 1)
     bias = bias_of(len(pivot_of), 1)
     args = q, k, None, v, bias, ops._grounded_jobs(pivot_of)
-    whole = triton_fwd.forward(*args, fixed=bound is not None, tile=tile)
+    whole = launch.forward(*args, fixed=bound is not None, tile=tile)
     total = 5 * (2 if len(pivot_of) == 3 else len(set(pivot_of)))
     plan = Tail(num_whole=1, num_parts=3, num_slots=3 * (total - 1))
     monkeypatch.setattr(tiles, "plan_tail", lambda *_: plan)
-    parts = triton_fwd.forward(*args, fixed=bound is not None, tile=tile)
+    parts = launch.forward(*args, fixed=bound is not None, tile=tile)
     for a, b, tolerance in zip(parts, whole, (2e-3, 1e-5 if bound is None else 2**-11), strict=True):
         assert max_error(a, b.float()) <= tolerance
     exact = reference.grounded_attention(*wide(q, k, v), pivot_of, value_bias=bias)
@@ -504,14 +504,14 @@ def test_jobs_survive_packing() -> None:
         (tiles.TARGET, 1, 3, 1),
         (tiles.PAIR, 2, 5, 4),
     ]
-    ordered = [job for launch in triton_fwd.chunks(jobs * 5) for job in launch]
+    ordered = [job for some in launch.chunks(jobs * 5) for job in some]
     assert sorted(map(str, ordered)) == sorted(map(str, jobs * 5))
-    sizes = [len(launch) for launch in triton_fwd.chunks(jobs * 5)]
-    assert max(sizes) <= triton_fwd.JOBS_PER_LAUNCH and max(sizes) - min(sizes) <= 1
-    packed = triton_fwd.pack(jobs)
-    assert len(packed) == triton_fwd.JOBS_PER_LAUNCH
+    sizes = [len(some) for some in launch.chunks(jobs * 5)]
+    assert max(sizes) <= launch.JOBS_PER_LAUNCH and max(sizes) - min(sizes) <= 1
+    packed = launch.pack(jobs)
+    assert len(packed) == launch.JOBS_PER_LAUNCH
     # One type and one divisibility, whatever the rows: nothing is compiled twice.
     assert all(2**62 < number < 2**63 and number % 2 for number in packed)
     assert packed[1] >> 1 & 0xFFFFF == 1 and packed[1] >> 21 & 0xFFFFF == 3 and packed[1] >> 41 & 0xFFFFF == 0
     with pytest.raises(ValueError, match="1048576 rows"):
-        triton_fwd.pack([triton_fwd.Job(form=tiles.PLAIN, q_row=2**20, pivot_row=0, row=0)])
+        launch.pack([launch.Job(form=tiles.PLAIN, q_row=2**20, pivot_row=0, row=0)])
