@@ -35,7 +35,7 @@ from benchmarks.report import RESULTS, Row, bars, chosen_device, milliseconds, s
 from benchmarks.timing import environment, gemm_ceiling
 
 ATTENTION = re.compile(
-    r"flash|fmha|sdpa|scaled_dot_product|cudnn.*attention|bokehflux::\w*attention|^_(forward|merge)_kernel",
+    r"flash|fmha|sdpa|scaled_dot_product|cudnn.*attention|bokehflux::\w*attention|^(forward|merge)_kernel$",
     re.I,
 )
 """Names of attention kernels: PyTorch's, cuDNN's and ours."""
