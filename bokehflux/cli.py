@@ -112,9 +112,9 @@ def sweep(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """The recipe inside a picture, one line each."""
-    from bokehflux.metadata import read_recipe
+    from bokehflux.metadata import read_recipe, shown
 
-    for name, value in read_recipe(args.image).items():
+    for name, value in shown(read_recipe(args.image)).items():
         print(_plain(f"{name}: {value}"))
     return 0
 
