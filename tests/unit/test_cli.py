@@ -264,14 +264,43 @@ def test_what_the_pipeline_refuses_is_one_line(
     assert "first line second line" in error_of(SWEEP, capsys)
 
 
-@pytest.mark.parametrize(
-    "argv", [["--device", "cuda:99"], ["--device", "toaster"], ["--model", "."], ["--model", "no"]]
-)
-def test_devices_and_models_that_are_not_there(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, argv: list[str]
+@pytest.mark.parametrize("device", ["cuda:99", "toaster"])
+def test_devices_that_are_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert argv[1] in error_of([*SWEEP, *argv], capsys)
+    assert device in error_of([*SWEEP, "--device", device], capsys)
+
+
+@pytest.mark.parametrize(("model", "lacks"), [("no", False), ("some/no", False), (".", True)])
+def test_a_model_that_is_not_there_is_one_line_and_one_for_each_place(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    model: str, lacks: bool,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", "hub")
+    monkeypatch.delenv("BOKEHFLUX_MODELS", raising=False)
+    assert cli.main([*SWEEP, "--model", model]) == 2
+    out, err = capsys.readouterr()
+    first, *listed = err.splitlines()
+    assert out == ""
+    assert first == f"bokehflux: error: no complete model {model} found; bundled with bokehflux: nano"
+    assert all(line.startswith("  - ") for line in listed)
+    assert any(line.startswith(f"  - looked in {model}") for line in listed)
+    assert any(line == "  - looked in hub, the Hugging Face cache, for some/no: nothing there"
+               for line in listed) == (model == "some/no")  # fmt: skip
+    assert any("looked in vain for" in line for line in listed) == lacks, "where nothing is, all lacks"
+
+
+def test_a_list_cannot_hide_what_rules_a_terminal(
+    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise ValueError("two\nthings\n  - a\x1b[2J\n  b\n  - c")
+
+    fake.during = refuse
+    assert cli.main(SWEEP) == 2
+    assert capsys.readouterr().err == "bokehflux: error: two things\n  - a\\x1b[2J b\n  - c\n"
 
 
 def test_broken_weights_are_one_line(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
