@@ -36,8 +36,9 @@ class FakePipeline:
         self.loaded: dict[str, Any] = {}
         self.called: dict[str, Any] = {}
         self.during: Callable[[], None] = lambda: None
+        self.unknown: list[str] = []
         self.vae = SimpleNamespace(decoder=SimpleNamespace(conv_in=torch.nn.Identity()))
-        self.text = SimpleNamespace(networks=())
+        self.text = SimpleNamespace(networks=(), unknown_words=lambda _: self.unknown)
         self.defaults = Defaults(num_inference_steps=3, height_px=32, width_px=32, txt_length=8)
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, "fake"
         self.compute = "dtype"
@@ -301,6 +302,29 @@ def test_a_list_cannot_hide_what_rules_a_terminal(
     fake.during = refuse
     assert cli.main(SWEEP) == 2
     assert capsys.readouterr().err == "bokehflux: error: two things\n  - a\\x1b[2J b\n  - c\n"
+
+
+@pytest.mark.parametrize(
+    ("unknown", "says"),
+    [
+        ([], []),
+        (["Mars"], ["nano does not know 'Mars': expect a picture without them"]),
+        (
+            ["a\x1bb", *"ABCDEFGHI"],
+            ["nano does not know 'a\\x1bb', 'A', 'B', 'C', 'D', 'E', 'F', 'G' and 2 more: "
+             "expect a picture without them"],
+        ),
+    ],
+)  # fmt: skip
+def test_words_that_the_model_does_not_know_are_named_once_a_prompt(
+    fake: FakePipeline, caplog: pytest.LogCaptureFixture, unknown: list[str], says: list[str]
+) -> None:
+    fake.unknown = unknown
+    assert cli.main([*SWEEP]) == 0
+    assert [record.getMessage() for record in caplog.records] == says
+    caplog.clear()
+    assert cli.main(["sweep", "--prompt", "p", "--seeds", "1", "2", "--bokeh-targets", "3"]) == 0
+    assert [record.getMessage() for record in caplog.records] == says
 
 
 def test_broken_weights_are_one_line(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
