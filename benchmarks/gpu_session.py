@@ -3,16 +3,18 @@
     python -m benchmarks.gpu_session --out "$OUT" --seconds 520 --commit HASH --jobs tests attention step
     python -m benchmarks.gpu_session --out "$OUT" --jobs "step --cases pair --backend triton" generate
 
-A job is a name of `JOBS`, options of its own program after it. Each runs in a process of its own, which is
-ended at its limit; the GPU is the one of CUDA_VISIBLE_DEVICES. OUT/session.tar.gz holds results (JSON and
-plots) and logs, renewed after every job; unpack it into benchmarks/results and run `benchmarks.summary`. The
-last lines printed are those that matter: the figures, then how each job ended.
+A job is a name of `JOBS`, options of its own program after it; one replaces the default of its name. Each job
+runs in a process of its own, which is ended at its limit; the GPU is the one of CUDA_VISIBLE_DEVICES.
+OUT/session.tar.gz holds results (JSON and plots) and logs, renewed after every job; unpack it into
+benchmarks/results and run `benchmarks.summary`. The last lines printed are those that matter: the figures,
+then how each job ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -88,6 +90,22 @@ class Outcome:
         return f"{self.name}: {how}, {self.seconds:.0f} s"
 
 
+def with_options(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A job's arguments, of which two name its program, and `options` in place of those of the same name."""
+    given, kept, drops = {_option(word) for word in options}, list(arguments[:2]), False
+    for word in arguments[2:]:
+        if (name := _option(word)) is not None:  # up to the next one, words are its values
+            drops = name in given
+        kept += [] if drops else [word]
+    return [*kept, *options]
+
+
+def _option(word: str) -> str | None:
+    """`--name` of "--name" or "--name=value", `-n` of "-n"; None for a value, also a negative number."""
+    found = re.match(r"--?[A-Za-z][\w-]*", word)
+    return found[0] if found else None
+
+
 def run(name: str, options: Sequence[str], folder: Path, budget: Budget) -> Outcome:
     """Run one job; its log and results go below `folder`."""
     job = JOBS[name]
@@ -96,11 +114,11 @@ def run(name: str, options: Sequence[str], folder: Path, budget: Budget) -> Outc
         return Outcome(name=name, status=None, seconds=0.0, log=None)
     log = _unused(folder / "logs" / f"{name}.log")
     filled = {"{out}": str(folder / "results"), "{seconds}": f"{0.75 * limit:.0f}"}
-    arguments = [filled.get(argument, argument) for argument in job.arguments]
+    arguments = [filled.get(word, word) for word in with_options(job.arguments, options)]
     begin, status = time.monotonic(), None
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, *arguments, *options],
+            [sys.executable, *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},

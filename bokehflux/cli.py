@@ -1,7 +1,7 @@
 """The command `bokehflux`: reads arguments, runs the pipeline, writes pictures. No other logic lives here.
 
-Bad input ends with one line on stderr and exit code 2, a failing disk or broken weights with 1, Ctrl-C
-with 130.
+Bad input ends with one message on stderr and exit code 2, a failing disk or broken weights with 1, Ctrl-C
+with 130. A message is one line; what it lists (places, missing tensors) follows, a line each.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[args.command](args)
     except ValueError as error:
-        print(f"bokehflux: error: {_plain(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"bokehflux: error: {_said(error)}", file=sys.stderr)
         return 2
     except (OSError, ArithmeticError, MemoryError) as error:
         # ArithmeticError: NaN in weights or activations. MemoryError: at loading; later a ValueError.
-        said = " ".join(str(error).split()) or "out of memory"  # Python's own says nothing
-        print(f"bokehflux: error: {_plain(said)}", file=sys.stderr)
+        said = _said(error) or "out of memory"  # Python's own says nothing
+        print(f"bokehflux: error: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"bokehflux: interrupted{stop}", file=sys.stderr)
@@ -112,9 +112,9 @@ def sweep(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """The recipe inside a picture, one line each."""
-    from bokehflux.metadata import read_recipe
+    from bokehflux.metadata import read_recipe, shown
 
-    for name, value in read_recipe(args.image).items():
+    for name, value in shown(read_recipe(args.image)).items():
         print(_plain(f"{name}: {value}"))
     return 0
 
@@ -150,6 +150,12 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": generate, "sweep": sweep, "info": info, "doctor": doctor, "inspect": inspect,
     "fetch": fetch,
 }  # fmt: skip
+
+
+def _said(error: Exception) -> str:
+    """A message in one line, and one more for each thing that it lists ("  - ...")."""
+    parts = str(error).split("\n  - ")
+    return "\n  - ".join(_plain(" ".join(part.split())) for part in parts)
 
 
 def _plain(text: str) -> str:

@@ -111,6 +111,13 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     raise NoRecipe(f"{path} holds no bokehflux recipe: not written by bokehflux, or edited since")
 
 
+def shown(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe for people. It holds the adapter as it was given, where None may mean the model's own."""
+    if recipe.get("adapter", "") is None and recipe.get("adapter_hash") is not None:
+        return {**recipe, "adapter": "the model's own"}
+    return recipe
+
+
 def _json(text: object) -> object:
     if not isinstance(text, str | bytes) or not text or len(text) > _MAX_RECIPE:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from bokehflux.request import Request
 from bokehflux.sampling.samplers import StepInfo
 from bokehflux.weights.tiny import load_tiny_decoder
 
+logger = logging.getLogger(__name__)
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with what is to be said about it."""
@@ -25,9 +28,13 @@ def server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Call
     """Serves requests with everything that people watch meanwhile."""
     preview_of = _previews(args, pipe)
     max_rows, vae_tiling = args.max_rows, {"auto": None, "on": True, "off": False}[args.vae_tiling]
+    read: set[str] = set()
 
     def serve(request: Request) -> Result:
         nonlocal max_rows, vae_tiling
+        if request.prompt not in read:
+            read.add(request.prompt)
+            _warn_of_words(pipe, request.prompt)
         grounded = request.bokeh_pivot is not None and request.num_grounding_steps != 0
         rows, prompts = len(request.bokeh_targets or (0,)) + grounded, 1 + (request.true_cfg > 1)
         preview = preview_of(request)
@@ -56,6 +63,14 @@ def server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Call
             raise Interrupted(f"; no picture is finished, {done}") from stop
 
     return serve
+
+
+def _warn_of_words(pipe: Pipeline, prompt: str) -> None:
+    """Name what a model of few words cannot read, such as nano."""
+    if unknown := pipe.text.unknown_words(prompt):
+        some = ", ".join(f"{word!r:.40}" for word in unknown[:8])
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        logger.warning("%s does not know %s%s: expect a picture without them", pipe.name, some, more)
 
 
 def _previews(args: argparse.Namespace, pipe: Pipeline) -> Callable[[Request], Preview | None]:

@@ -30,6 +30,5 @@ def test_the_first_command_of_the_readme(tmp_path: Path, capsys: pytest.CaptureF
     # 5 to 11 of 255 when this was written; a scene that ignored its level would give 0.
     assert max(ImageStat.Stat(ImageChops.difference(sharp, blurred)).mean) > 2
     assert cli.main(["info", str(out / names[1])]) == 0
-    assert {f"prompt: {prompt}", "bokeh_level: 28.0", "model: nano"} <= set(
-        capsys.readouterr().out.splitlines()
-    )
+    said = {f"prompt: {prompt}", "bokeh_level: 28.0", "model: nano", "adapter: the model's own"}
+    assert said <= set(capsys.readouterr().out.splitlines())

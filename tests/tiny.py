@@ -37,6 +37,9 @@ class FakeText:
     networks: tuple[torch.nn.Module, ...] = ()
     device: str = "cpu"
 
+    def unknown_words(self, prompt: str) -> list[str]:
+        return []
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
         txt = [torch.randn(TXT_LENGTH, MMDIT.txt_dim, generator=g) for g in rows]

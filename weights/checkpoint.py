@@ -65,9 +65,19 @@ class CheckpointError(ValueError):
         else:
             shown = [f"  - {p}" for p in self.problems[:_SHOWN_PROBLEMS]]
             if len(self.problems) > _SHOWN_PROBLEMS:
-                shown.append(f"  ... and {len(self.problems) - _SHOWN_PROBLEMS} more")
-            message = "\n".join([f"{where}: {len(self.problems)} problems", *shown])
+                shown.append(f"  - ... and {len(self.problems) - _SHOWN_PROBLEMS} more")
+            message = "\n".join([self._head(), *shown])
         super().__init__(message)
+
+    def _head(self) -> str:
+        return f"{self.where}: {len(self.problems)} problems"
+
+
+class NotFoundError(CheckpointError):
+    """Nothing of that name, or not all of it; `where` says so, `problems` say where it was looked for."""
+
+    def _head(self) -> str:
+        return self.where
 
 
 class TensorInfo(NamedTuple):

@@ -37,11 +37,9 @@ from .mapping import Entry, Shape
 from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
 from .parts import CLIP, T5, TRANSFORMER, VAE, Part, open_part, plan_part
 from .precision import Stored, store
-from .resolve import Env, ModelFiles, resolve_adapter, resolve_lora, resolve_model
+from .resolve import BUNDLED, Env, ModelFiles, resolve_adapter, resolve_lora, resolve_model
 from .snapshot import Snapshot, open_snapshot
 
-BUNDLED = ("nano",)
-"""Models that come with the package, as folders beside this file."""
 ADAPTER_PREFIX = "bokeh."
 """Where MMDiT keeps its adapter."""
 LoraChoice = tuple[str | Path, float]

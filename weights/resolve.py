@@ -18,11 +18,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import FILE_SUFFIXES, CheckpointError, holds_checkpoint, read_json
+from .checkpoint import FILE_SUFFIXES, CheckpointError, NotFoundError, holds_checkpoint, read_json
 from .layouts import COMFYUI, TOKENIZERS, Candidate, Findings, candidates, scan
 from .parts import TRANSFORMER
 from .snapshot import Place, Snapshot, complete
 
+BUNDLED = ("nano",)
+"""Models that come with the package, as folders beside this file."""
 DEV, SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
 ADAPTER_REPO = "atfortes/BokehDiffusion"
 NAMES = {
@@ -61,16 +63,17 @@ def resolve_model(model: str | Path | ModelFiles, env: Env | None = None) -> Sna
     """Every part of a model.
 
     model: a path, a repository id such as "black-forest-labs/FLUX.1-dev", its short name, or `ModelFiles`.
-    env: stands in for the environment. Raises CheckpointError that names every place looked at.
+    env: stands in for the environment. Raises NotFoundError that names every place looked at.
     """
     env = os.environ if env is None else env
-    return complete(_places(model, env), f"{model}: no complete model", _ADVICE)
+    failure = f"no complete model {model} found; bundled with bokehflux: {', '.join(BUNDLED)}"
+    return complete(_places(model, env), failure, _ADVICE)
 
 
 def resolve_adapter(adapter: str | Path, env: Env | None = None) -> Path:
     """The file or folder of an adapter, given as a path or a repository id such as "atfortes/BokehDiffusion".
 
-    Raises CheckpointError that names every place looked at.
+    Raises NotFoundError that names every place looked at.
     """
     env = os.environ if env is None else env
     path = _given(adapter)
@@ -88,13 +91,13 @@ def resolve_adapter(adapter: str | Path, env: Env | None = None) -> Path:
             return cached
         looked.append(f"{hub_cache(env)} (Hugging Face cache)")
     hint = f"`bokehflux fetch {repo or ADAPTER_REPO}` gets it"
-    raise CheckpointError(f"adapter {adapter} not found", *(f"looked at {p}" for p in looked), hint)
+    raise NotFoundError(f"adapter {adapter} not found", *(f"looked at {p}" for p in looked), hint)
 
 
 def resolve_lora(lora: str | Path, env: Env | None = None) -> Path:
     """A LoRA file: a path, or the name of a file in the `loras` folder of a folder in BOKEHFLUX_MODELS.
 
-    Raises CheckpointError that names every place looked at.
+    Raises NotFoundError that names every place looked at.
     """
     env = os.environ if env is None else env
     path = _given(lora)
@@ -107,7 +110,7 @@ def resolve_lora(lora: str | Path, env: Env | None = None) -> Path:
                 if (home / name).is_file():
                     return home / name
             looked.append(home)
-    raise CheckpointError(f"LoRA {lora} not found", *(f"looked at {p}" for p in looked))
+    raise NotFoundError(f"LoRA {lora} not found", *(f"looked at {p}" for p in looked))
 
 
 def hub_cache(env: Env) -> Path:
@@ -170,7 +173,7 @@ def _places(model: str | Path | ModelFiles, env: Env) -> Iterator[Place]:
     elif path.is_dir():
         yield Place(label=str(path), findings=scan(path))
     else:
-        yield Place(label=f"{path}, which does not exist", findings=None)
+        yield Place(label=str(path), findings=None)
         repo = _repo(model)
         if repo is None:
             return

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, Defaults, MMDiTConfig, ScheduleConfig
 
-from .checkpoint import CheckpointError, holds_checkpoint, read_json
+from .checkpoint import CheckpointError, NotFoundError, holds_checkpoint, read_json
 from .layouts import Candidate, Findings, fits, is_flux, scan
 from .official import Json, read_mmdit_config, schedule_config
 from .parts import TRANSFORMER, open_part
@@ -83,8 +83,8 @@ def open_snapshot(path: str | Path) -> Snapshot:
 def complete(places: Iterable[Place], failure: str, advice: Sequence[str] = ()) -> Snapshot:
     """Take every part from the first place that has it.
 
-    Later places are looked into only while something is missing. `failure` heads the CheckpointError that
-    names every missing part, every place, and `advice`.
+    Later places are looked into only while something is missing. `failure` heads the NotFoundError that
+    names every missing part (unless nothing was found at all), every place, and `advice`.
     """
     seen: list[Place] = []
     chosen: dict[str, Candidate] = {}
@@ -142,8 +142,10 @@ def _one(place: Place, part: str, found: Sequence[Candidate]) -> Candidate | Non
 
 def _incomplete(
     seen: Sequence[Place], chosen: set[str], failure: str, advice: Sequence[str]
-) -> CheckpointError:
-    problems = [f"looked in vain for {what}" for part, what in PARTS.items() if part not in chosen]
+) -> NotFoundError:
+    missing = [what for part, what in PARTS.items() if part not in chosen]
+    anything = any(place.findings is not None for place in seen)
+    problems = [f"looked in vain for {what}" for what in missing] if anything else []
     for place in seen:
         if len(seen) > 1 or place.findings is None:
             problems.append(f"looked in {place.label}{'' if place.findings else ': nothing there'}")
@@ -151,7 +153,7 @@ def _incomplete(
     roots = [place.findings.root for place in seen if place.findings is not None and place.has_model]
     if len(seen) == 1 and roots and not (roots[0] / "scheduler" / "scheduler_config.json").is_file():
         problems.append("looked in vain for scheduler/scheduler_config.json")
-    return CheckpointError(failure, *problems, *advice)
+    return NotFoundError(failure, *problems, *advice)
 
 
 def _snapshot(root: Path, paths: dict[str, Path], mmdit: MMDiTConfig) -> Snapshot:

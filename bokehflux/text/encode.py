@@ -28,6 +28,10 @@ class TextEncoders:
     def networks(self) -> tuple[torch.nn.Module, ...]:
         return self.t5, self.clip
 
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words that mean nothing to a model of a small vocabulary, as `T5Tokenizer.unknown_words`."""
+        return self.t5_tokenizer.unknown_words(prompt)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """`txt` [B, txt_length, t5 width] and `pooled` [B, clip width], in the dtype of the encoders."""

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 100_000_000
 """T5's largest file has 2.4 MB."""
+SMALL_VOCAB = 1000
+"""Pieces of T5 that hold the words of a few captions and no language: nano has 298, FLUX 32,128."""
 MAX_ID = 10_000_000
 """Ids of tokens are below this; T5's largest is 32127, CLIP's 49407."""
 
@@ -180,6 +182,17 @@ class T5Tokenizer:
             contents.append(self._pieces.ids(prompt))
         length = self.length if length is None else length
         return _fit(contents, prompts, length, self._ended, self.pad_id, reader="T5")
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that a small vocabulary lacks, each once; none where it holds a language.
+
+        A word of the training captions is one piece, and one more for each sign in it; others fall apart.
+        """
+        if self.vocab_size > SMALL_VOCAB:
+            return []
+        words = [w for w in re.findall(r"\w+(?:[-'’]\w+)*", prompt) if any(map(str.isalpha, w))]
+        whole = {w: len(re.findall(r"\w+|\W", w)) for w in words}
+        return [w for w, num_pieces in whole.items() if len(self._pieces.ids(w)) != num_pieces]
 
     def _ended(self, content: list[int]) -> list[int]:
         return self._pieces.ended(content, self.eos_id)

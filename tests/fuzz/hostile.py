@@ -68,6 +68,9 @@ def command(*argv: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def assert_one_line(err: str) -> None:
-    """What a person sees of a failure: one line, with nothing in it that rules the terminal."""
-    assert err.startswith("bokehflux: error: ") and err.endswith("\n") and err[:-1].isprintable(), err[:400]
+def assert_one_message(err: str) -> None:
+    """What a person sees of a failure: one line, a list below it at most, nothing that rules the terminal."""
+    first, *listed = err.removesuffix("\n").split("\n")
+    assert first.startswith("bokehflux: error: ") and err.endswith("\n"), err[:400]
+    assert all(line.startswith("  - ") for line in listed), err[:400]
+    assert all(line.isprintable() for line in (first, *listed)), err[:400]

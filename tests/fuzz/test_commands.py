@@ -1,4 +1,4 @@
-"""The command line with anything on it, and prompts with anything in them: one line, and one folder."""
+"""The command line with anything on it, and prompts with anything in them: one message, and one folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bokehflux.metadata import read_recipe
 from bokehflux.request import Request
 from bokehflux.sweep import read_prompts
 from tests import model_files
-from tests.fuzz.hostile import assert_one_line, command
+from tests.fuzz.hostile import assert_one_message, command
 from tests.tiny import tiny_pipeline
 
 PIPE = tiny_pipeline()
@@ -110,7 +110,7 @@ def _load(*args: Any, **kwargs: Any) -> Any:
 @example("generate", [("--prompt", ["p"]), ("--height", ["1000000000"])], True)
 @example("generate", [("--prompt", ["p"]), ("--num-inference-steps", ["1000000000000"])], True)
 @example("sweep", [("--prompts-file", ["/dev/zero"])], True)
-def test_any_command_line_ends_well_or_in_one_line(tmp_path_factory, name, flags, complete):
+def test_any_command_line_ends_well_or_in_one_message(tmp_path_factory, name, flags, complete):
     folder = tmp_path_factory.mktemp("cli")
     words = [
         word for flag, values in flags for word in (flag, *values) if flag not in ("--output", "--output-dir")
@@ -122,7 +122,9 @@ def test_any_command_line_ends_well_or_in_one_line(tmp_path_factory, name, flags
     # 1: the system itself refuses a name (too long), in its own words.
     assert code in (0, 2) or (code == 1 and "too long" in err), err
     if code:
-        assert err.count("\n") == 1 and err.startswith("bokehflux: error: "), err
+        first, *listed = err.removesuffix("\n").split("\n")
+        assert first.startswith("bokehflux: error: ") and err.endswith("\n"), err
+        assert all(line.startswith("  - ") for line in listed), err
 
 
 @pytest.mark.parametrize("flag", ["--model", "--adapter", "--lora"])
@@ -130,7 +132,7 @@ def test_the_home_of_nobody(tmp_path, monkeypatch, model, flag):
     monkeypatch.chdir(tmp_path)
     code, _, err = command("generate", "--prompt", "p", "--model", str(model), flag, "~nosuchuser/x")
     assert code == 2
-    assert_one_line(err)
+    assert_one_message(err)
 
 
 @pytest.mark.parametrize("device", ["meta", "xla", "privateuseone"])
@@ -138,7 +140,7 @@ def test_devices_that_nobody_meant(tmp_path, monkeypatch, model, device):
     monkeypatch.chdir(tmp_path)
     code, _, err = command("generate", "--prompt", "p", "--model", str(model), "--device", device)
     assert code == 2
-    assert_one_line(err)
+    assert_one_message(err)
 
 
 # Prompts

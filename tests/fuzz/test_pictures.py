@@ -18,7 +18,7 @@ from PIL import Image
 from bokehflux import arguments, metadata
 from bokehflux.metadata import NoRecipe, read_recipe
 from bokehflux.request import Request
-from tests.fuzz.hostile import JSON, assert_one_line, command
+from tests.fuzz.hostile import JSON, assert_one_message, command
 
 FIELDS = list(Request.__dataclass_fields__)
 RECIPE: dict[str, Any] = {
@@ -176,13 +176,13 @@ def test_any_recipe_gives_arguments_or_one_message(tmp_path_factory, changes):
     {"device": "\x1b[2J"}, {"model": "\x1b]0;owned\x07"}, {"model": "x" * 200}, {"loras": [["a", 10**400]]},
     {"adapter": "/dev/zero"}, {"max_rows": 10**400, "model": "absent"},
 ], ids=str)  # fmt: skip
-def test_lies_in_a_recipe_end_in_one_line(tmp_path, monkeypatch, lies):
+def test_lies_in_a_recipe_end_in_one_message(tmp_path, monkeypatch, lies):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "none"))
     path = picture(tmp_path, {**RECIPE, "model": "absent", **lies})
     code, _, err = command("generate", "--config-from", str(path))
     assert code == 2
-    assert_one_line(err)
+    assert_one_message(err)
 
 
 def test_a_picture_that_lies_about_being_finished_is_made_again(tmp_path):

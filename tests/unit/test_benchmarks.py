@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import shlex
 import sys
 import tarfile
 import time
@@ -531,6 +532,35 @@ def test_a_session_begins_nothing_it_has_no_time_for(tmp_path: Path) -> None:
     assert outcome.line() == "step: not begun, 0 s" and list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit):
         gpu_session.main(["--out", str(tmp_path), "--jobs", "stepp"])
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "together"),
+    [
+        ("--repeats 9 --cases a b --quiet", "", "--repeats 9 --cases a b --quiet"),
+        ("--repeats 9 --cases a b --quiet", "--cases c", "--repeats 9 --quiet --cases c"),
+        ("--repeats 9 --cases a b", "--repeats=3 --cases -1 d", "--repeats=3 --cases -1 d"),
+        ("--shift -1 --repeats 9", "--shift 2", "--repeats 9 --shift 2"),
+        ("--repeats 9 --repeat-all", "--repeats 1", "--repeat-all --repeats 1"),
+        ("--out {out}", "--arms x --arms y", "--out {out} --arms x --arms y"),
+        ("folder -m gpu -n 8", "-n 2 -k 'a or b'", "folder -m gpu -n 2 -k 'a or b'"),
+    ],
+)
+def test_an_option_given_to_a_job_replaces_its_own(own: str, given: str, together: str) -> None:
+    program = ["-m", "benchmarks.x"]
+    found = gpu_session.with_options([*program, *shlex.split(own)], shlex.split(given))
+    assert found == [*program, *shlex.split(together)]
+
+
+def test_a_session_records_the_command_as_it_was_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_session, "SHORTEST_SECONDS", 0.1)
+    show = gpu_session.Job(
+        arguments=("-c", "import sys; print(*sys.argv[1:])", "--repeats", "20", "--seconds", "{seconds}"),
+        limit_s=40,
+    )
+    monkeypatch.setattr(gpu_session, "JOBS", {"show": show})
+    outcome = gpu_session.run("show", ["--repeats", "12"], tmp_path, report.Budget(100))
+    assert outcome.log is not None and outcome.log.read_text() == "--seconds 30 --repeats 12\n"
 
 
 def test_a_sessions_options_are_their_programs() -> None:

@@ -36,8 +36,9 @@ class FakePipeline:
         self.loaded: dict[str, Any] = {}
         self.called: dict[str, Any] = {}
         self.during: Callable[[], None] = lambda: None
+        self.unknown: list[str] = []
         self.vae = SimpleNamespace(decoder=SimpleNamespace(conv_in=torch.nn.Identity()))
-        self.text = SimpleNamespace(networks=())
+        self.text = SimpleNamespace(networks=(), unknown_words=lambda _: self.unknown)
         self.defaults = Defaults(num_inference_steps=3, height_px=32, width_px=32, txt_length=8)
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, "fake"
         self.compute = "dtype"
@@ -264,14 +265,66 @@ def test_what_the_pipeline_refuses_is_one_line(
     assert "first line second line" in error_of(SWEEP, capsys)
 
 
-@pytest.mark.parametrize(
-    "argv", [["--device", "cuda:99"], ["--device", "toaster"], ["--model", "."], ["--model", "no"]]
-)
-def test_devices_and_models_that_are_not_there(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, argv: list[str]
+@pytest.mark.parametrize("device", ["cuda:99", "toaster"])
+def test_devices_that_are_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert argv[1] in error_of([*SWEEP, *argv], capsys)
+    assert device in error_of([*SWEEP, "--device", device], capsys)
+
+
+@pytest.mark.parametrize(("model", "lacks"), [("no", False), ("some/no", False), (".", True)])
+def test_a_model_that_is_not_there_is_one_line_and_one_for_each_place(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    model: str, lacks: bool,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", "hub")
+    monkeypatch.delenv("BOKEHFLUX_MODELS", raising=False)
+    assert cli.main([*SWEEP, "--model", model]) == 2
+    out, err = capsys.readouterr()
+    first, *listed = err.splitlines()
+    assert out == ""
+    assert first == f"bokehflux: error: no complete model {model} found; bundled with bokehflux: nano"
+    assert all(line.startswith("  - ") for line in listed)
+    assert any(line.startswith(f"  - looked in {model}") for line in listed)
+    assert any(line == "  - looked in hub, the Hugging Face cache, for some/no: nothing there"
+               for line in listed) == (model == "some/no")  # fmt: skip
+    assert any("looked in vain for" in line for line in listed) == lacks, "where nothing is, all lacks"
+
+
+def test_a_list_cannot_hide_what_rules_a_terminal(
+    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise ValueError("two\nthings\n  - a\x1b[2J\n  b\n  - c")
+
+    fake.during = refuse
+    assert cli.main(SWEEP) == 2
+    assert capsys.readouterr().err == "bokehflux: error: two things\n  - a\\x1b[2J b\n  - c\n"
+
+
+@pytest.mark.parametrize(
+    ("unknown", "says"),
+    [
+        ([], []),
+        (["Mars"], ["nano does not know 'Mars': expect a picture without them"]),
+        (
+            ["a\x1bb", *"ABCDEFGHI"],
+            ["nano does not know 'a\\x1bb', 'A', 'B', 'C', 'D', 'E', 'F', 'G' and 2 more: "
+             "expect a picture without them"],
+        ),
+    ],
+)  # fmt: skip
+def test_words_that_the_model_does_not_know_are_named_once_a_prompt(
+    fake: FakePipeline, caplog: pytest.LogCaptureFixture, unknown: list[str], says: list[str]
+) -> None:
+    fake.unknown = unknown
+    assert cli.main([*SWEEP]) == 0
+    assert [record.getMessage() for record in caplog.records] == says
+    caplog.clear()
+    assert cli.main(["sweep", "--prompt", "p", "--seeds", "1", "2", "--bokeh-targets", "3"]) == 0
+    assert [record.getMessage() for record in caplog.records] == says
 
 
 def test_broken_weights_are_one_line(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from bokehflux import metadata
-from bokehflux.metadata import NoRecipe, encode, encode_animation, read_recipe
+from bokehflux.metadata import NoRecipe, encode, encode_animation, read_recipe, shown
 
 RECIPE: dict[str, Any] = {
     "prompt": 'a "café" 夜\n\U0001f33c </script>', "bokeh_targets": [0.0, 4.2], "bokeh_pivot": None,
@@ -91,6 +91,20 @@ def test_a_recipe_too_long_for_jpeg_is_refused_and_fits_elsewhere(tmp_path: Path
         encode(solid(), recipe, "jpeg")
     (tmp_path / "x").write_bytes(encode(solid(), recipe, "webp"))
     assert read_recipe(tmp_path / "x") == recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ({"adapter": None, "adapter_hash": "0253"}, "the model's own"),
+        ({"adapter": None, "adapter_hash": None}, None),
+        ({"adapter": None}, None),
+        ({"adapter": "ada", "adapter_hash": "0253"}, "ada"),
+    ],
+)
+def test_an_adapter_that_the_model_brought_is_said(recipe: dict[str, Any], says: str | None) -> None:
+    assert shown(recipe) == {**recipe, "adapter": says}
+    assert shown(RECIPE) == RECIPE
 
 
 def test_files_without_a_recipe(tmp_path: Path) -> None:

@@ -209,9 +209,10 @@ def test_the_error_names_every_place(tmp_path, env):
     }
     message = problems(resolve_model, DEV, env)
     for part in (f"{own} (BOKEHFLUX_MODELS)", "FLUX_MODEL and FLUX_AE", "FLUX_DEV and AE",
-                 str(tmp_path / "hf" / "hub"), "which does not exist", "bokehflux fetch",
+                 str(tmp_path / "hf" / "hub"), f"looked in {DEV}: nothing there", "bokehflux fetch",
                  "looked in vain for transformer", "docs/files.md"):  # fmt: skip
         assert part in message, part
+    assert message.startswith(f"no complete model {DEV} found; bundled with bokehflux: nano\n  - looked in")
     # What can only be a path is not looked for by name.
     assert "hugging" not in problems(resolve_model, tmp_path / "nowhere", env).split("get what")[0].lower()
 

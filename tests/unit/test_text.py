@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bokehflux import weights
 from bokehflux.configs import CLIPConfig, T5Config
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.t5 import T5Encoder
@@ -19,6 +20,7 @@ from bokehflux.text.encode import TextEncoders
 from bokehflux.text.pieces import AddedToken, SentencePieces
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError
 from bokehflux.text.words import words
+from bokehflux.training import captions
 from bokehflux.training.tokenizers import learn_merges, train_tokenizers
 
 CORPUS = [
@@ -194,6 +196,24 @@ def test_trained_tokenizers_know_the_corpus_and_any_text(clip: CLIPTokenizer, t5
     # Byte-level: no text is unknown to CLIP. T5 knows ASCII; the rest is unknown, id 2.
     assert clip.eos_id not in clip(["日 🙂 \u0ca0"])[0, 1:6]
     assert 2 not in t5(["Zebra #42 (f/1.4)?"]) and 2 in t5(["日"])
+
+
+def test_a_small_vocabulary_names_the_words_it_lacks(
+    t5: T5Tokenizer, encoders: TextEncoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert t5.unknown_words("A red CAT, in\nfront of (a) wall; 3 + 4!") == []
+    assert t5.unknown_words("a red rhinoceros on Mars, Mars and a red-hot cats' café") == [
+        "rhinoceros", "on", "Mars", "and", "red-hot", "cats", "café",
+    ]  # fmt: skip
+    assert encoders.unknown_words("日本 vase") == ["日本"]
+    monkeypatch.setattr(t5, "vocab_size", 32_128)
+    assert t5.unknown_words("a rhinoceros") == [], "FLUX reads any word"
+
+
+def test_nano_knows_every_word_of_its_captions() -> None:
+    t5 = T5Tokenizer.from_folder(Path(weights.__file__).parent / "nano" / "tokenizer_2")
+    assert {word for caption in captions.corpus(2000) for word in t5.unknown_words(caption)} == set()
+    assert t5.unknown_words("a rhinoceros on Mars") == ["rhinoceros", "Mars"]
 
 
 def test_training_is_deterministic(tmp_path: Path) -> None:
