@@ -27,7 +27,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "weights" / "nano"
 TRAINING = ("<!-- training: written by benchmarks.nano_card -->", "<!-- end of training -->")
 FIGURES = ("<!-- figures: written by benchmarks.nano_card -->", "<!-- end of figures -->")
 AXES = ("step", "seconds")
-STAGES = {"autoencoder": "vae", "base": "base", "adapter": "adapter", "base-resumed": "base --resume"}
+STAGES = {"autoencoder": "vae", "base": "base", "base-resumed": "base --resume", "adapter": "adapter"}
 """Name of a log -> its stage in scripts/train_nano.py, in their order."""
 
 

@@ -2,8 +2,8 @@
 
     python scripts/train_nano.py vae     --out weights/nano
     python scripts/train_nano.py base    --out weights/nano
-    python scripts/train_nano.py adapter --out weights/nano
     python scripts/train_nano.py base    --out weights/nano --resume
+    python scripts/train_nano.py adapter --out weights/nano
 
 Every stage reads what the earlier ones wrote to --out and adds its own files in the official layout, with a
 log of its curve under training/. Hyper-parameters and seeds are `NANO` and `RESUMED` of

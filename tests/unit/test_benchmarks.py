@@ -230,7 +230,7 @@ def test_wrong_and_failing_arms_are_not_timed() -> None:
         arm("nan", lambda x: x * float("nan")),
         arm("broken", broken),
     ]
-    rows = bench_step.measure(TINY, case, some, exact, 1.0, 1, FOREVER)
+    rows = bench_step.measure(TINY, case, some, exact, 1, FOREVER)
     verdicts = {row["arm"]: row["verdict"] for row in rows}
     assert verdicts.pop("broken") == "failed: RuntimeError: no kernel"
     assert {name: verdict.split(":")[0] for name, verdict in verdicts.items()} == {
@@ -253,7 +253,9 @@ def test_a_wrong_yardstick_lets_nothing_wrong_through() -> None:
 def test_generate_runs_and_adds_up(tmp_path: Path) -> None:
     assert bench_generate.main(["--tiny", "--sides", "32", "--out", str(tmp_path)]) == 0
     rows = results(tmp_path, "generate_tiny")["rows"]
-    assert [row["verdict"] for row in rows] == ["ok"] * (sum(not way.graph for way in arms.OURS.values()) + 2 * HAS_RIVALS)
+    assert [row["verdict"] for row in rows] == ["ok"] * (
+        sum(not way.graph for way in arms.OURS.values()) + 2 * HAS_RIVALS
+    )
     for row in rows:
         assert row["total_s"] >= row["text_s"] + row["denoise_s"] + row["decode_s"] > 0
 
@@ -610,7 +612,8 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
     kernels = [arm("triton", 2.0, ours=True), arm("cuDNN", 1.9, ours=False), arm("FA3", 1.0, ours=False)]
     write_results(tmp_path, "attention", [row | {"shape": "plain-1-1536"} for row in kernels])
     stream = {"mode": "stream", "storage": "bf16", "job": "6 at 1024 px", "vs_resident": 1.1}
-    write_results(tmp_path, "memory", [stream | {"verdict": "ok", "gpu_gb": 2.0}])
+    over = stream | {"job": "1 at 512 px", "vs_resident": 4.0, "verdict": "over the cap, measured without"}
+    write_results(tmp_path, "memory", [stream | {"verdict": "ok", "gpu_gb": 2.0}, over | {"gpu_gb": 3.4}])
 
     found = {(f.what, f.against): (round(f.value, 3), f.reached) for f in summary.findings(tmp_path)}
     assert found == {
@@ -620,6 +623,7 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         ("grounded pair 1024²", "published, eager"): (2.2, "aim"),
         ("grounded pair 1024²", "published, compiled"): (1.3, "NO"),
         ("six targets, 30 steps, 512², fp8", "published, eager"): (5.0, "yes"),
+        ("peak GPU memory, streamed", ""): (3.4, "NO"),
         ("time of a streamed step", ""): (1.1, "yes"),
         ("error of each bf16 arm against fp32", "published, eager"): (1.2, "NO"),
     }
