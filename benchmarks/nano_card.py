@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks import summary
 from benchmarks.report import INKS, RESULTS
-from bokehflux.training.recipe import NANO
+from bokehflux.training.recipe import NANO, RESUMED
 from bokehflux.weights.write import replacing
 
 FOLDER = Path(__file__).resolve().parents[1] / "weights" / "nano"
@@ -59,14 +59,19 @@ def stages(logs: Mapping[str, Mapping[str, Any]]) -> list[str]:
             steps += f" + {note['distill steps']} of guidance distillation"
         cells = (name, recipe["seed"], recipe["scenes"], steps, round(note["seconds"]), note["device"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    commands = [f"    {command(name, log['notes']['recipe'])}" for name, log in logs.items()]
+    commands = [f"    {command(name, log['notes'])}" for name, log in logs.items()]
     return [*lines, "", *commands]
 
 
-def command(name: str, recipe: Mapping[str, Any]) -> str:
-    """The command of a stage, with what its log says that the recipe of today does not."""
-    stage = getattr(NANO, name.partition("-")[0])
-    changed = [f"{key}={value}" for key, value in recipe.items() if getattr(stage, key, None) != value]
+def command(name: str, notes: Mapping[str, Any]) -> str:
+    """The command that repeats a stage: with what its log says that the recipe of today does not."""
+    stage = RESUMED if name.endswith("-resumed") else getattr(NANO, name)
+    # A stage that was paced by the clock is repeated by its steps; `saved_scale` is calibrated after training.
+    made = dict(notes["recipe"]) | {"steps": notes["steps"], "minutes": 0.0}
+    if "distill steps" in notes:
+        made |= {"distill_steps": notes["distill steps"], "distill_minutes": 0.0}
+    made.pop("saved_scale", None)
+    changed = [f"{key}={value}" for key, value in made.items() if getattr(stage, key, None) != value]
     words = ["python scripts/train_nano.py", STAGES[name], "--out weights/nano"]
     return " ".join([*words, "--set", *changed] if changed else words)
 

@@ -18,7 +18,7 @@ from . import reference
 
 MULTIPLE = 16
 """Both sizes of a weight must be multiples of it."""
-LEAST_ROWS = 64
+LEAST_ROWS = 256
 """Tokens that a product on a GPU is filled up to."""
 
 

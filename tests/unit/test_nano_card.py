@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import nano_card
-from bokehflux.training.recipe import NANO
+from bokehflux.training.recipe import NANO, RESUMED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,19 +23,16 @@ def log(stage: object, **changes: object) -> dict:
 
 
 def test_a_command_repeats_what_the_log_says() -> None:
-    lines = nano_card.stages(
-        {
-            "autoencoder": log(NANO.autoencoder),
-            "base-resumed": log(NANO.base, minutes=2.5, scenes=7),
-        }
-    )
-    assert "| autoencoder | 1 | 20480 | 12 | 4 | a GPU |" in lines
+    by_the_clock = log(dataclasses.replace(NANO.autoencoder, steps=9000), minutes=6.5)
+    by_the_clock["notes"]["steps"] = NANO.autoencoder.steps
+    lines = nano_card.stages({"autoencoder": by_the_clock, "base-resumed": log(RESUMED, scenes=7)})
+    assert f"| autoencoder | 1 | 20480 | {NANO.autoencoder.steps} | 4 | a GPU |" in lines
     assert "    python scripts/train_nano.py vae --out weights/nano" in lines
     (resumed,) = (line for line in lines if "--resume" in line)
     assert resumed.strip().startswith("python scripts/train_nano.py base --resume --out weights/nano --set ")
     override = runpy.run_path(str(ROOT / "scripts" / "train_nano.py"))["override"]
-    changed = override(NANO.base, resumed.split(" --set ")[1].split())
-    assert changed == dataclasses.replace(NANO.base, minutes=2.5, scenes=7)
+    changed = override(RESUMED, resumed.split(" --set ")[1].split())
+    assert changed == dataclasses.replace(RESUMED, scenes=7, steps=12)
 
 
 def test_figures_say_what_is_missed() -> None:
