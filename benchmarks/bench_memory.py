@@ -51,7 +51,7 @@ CAPS_GB = {
 }
 """1e9 bytes; other combinations run without cap."""
 MEASURED_AGAINST = ("resident", "bf16")
-NUM_STEPS = 5
+NUM_STEPS = 8
 """Of which 80 % are grounded. Memory does not depend on it; times are per step, the first one left out."""
 ROW_MARK = "ROW "
 COLUMNS = {
@@ -168,6 +168,7 @@ def measure(
                         found = run_job(pipeline, side, num_targets, num_steps, max_rows)
                 except (MemoryError, torch.cuda.OutOfMemoryError) as error:
                     found = {"verdict": first_line(error)}
+                    print(f"{row['job']}, {mode}, {storage}: {found['verdict']}", file=sys.stderr, flush=True)
                     continue
                 found["verdict"] = verdict
                 break

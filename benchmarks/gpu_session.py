@@ -64,7 +64,7 @@ JOBS: dict[str, Job] = {
     "profile": _bench("profile_step", 70),
     "profile_base": _bench("profile_step", 70, "--case", "base, 1024", "--name", "profile_base"),
     "generate": _bench("bench_generate", 300, *TIMED),
-    "memory": _bench("bench_memory", 340, "--modes", "stream", "resident", "offload", "--steps", "4", *TIMED),
+    "memory": _bench("bench_memory", 340, "--modes", "stream", "resident", "offload", *TIMED),
     "train_attention": _bench("bench_train_attention", 110, "--repeats", "10", *TIMED),
     "error": _bench("full_size_error", 90),
     "tiles": _bench("sweep_tiles", 200, *TIMED),

@@ -67,6 +67,9 @@ class Placement:
                 piece.show(piece.host)
             for stream in streams:
                 stream.release()
+            if self.device is not None and self.device.type == "cuda" and (visitors or streams):
+                # The next phase's pieces are of other sizes: what is kept for them in parts would lie idle.
+                torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
