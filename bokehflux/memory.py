@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
@@ -83,6 +84,8 @@ def advised(mode: MemoryMode, device: torch.device | None, needs: Footprint | No
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
+        # Tensors of the calls that failed would live on with the error, and be missing in another attempt.
+        traceback.clear_frames(error.__traceback__)
         smaller = "fewer pictures at once (max_rows) or a smaller size"
         reason = " ".join(str(error).split())[:300]
         if not isinstance(error, torch.OutOfMemoryError):  # that one comes from a GPU

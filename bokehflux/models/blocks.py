@@ -173,14 +173,19 @@ class DoubleStreamBlock(nn.Module):
         self, img: Tensor, txt: Tensor, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
     ) -> tuple[Tensor, Tensor]:
         """img [B, N, E], txt [B, T, E] -> (img, txt)."""
-        txt_heads = self.txt_attn.project(txt, mod.txt_attn, BlockTerms(spec=terms.spec))
-        img_heads = self.img_attn.project(img, mod.img_attn, terms)
-        q, k, v = pointwise.joint_heads((txt_heads, img_heads), rope.cos, rope.sin)
-        joint = self.attention(terms.spec, q, k, v).flatten(2)
-        txt_out, img_out = joint.split([txt.shape[1], img.shape[1]], dim=1)
+        txt_out, img_out = self._attend(img, txt, mod, rope, terms)
         img = add_updates(img, self.img_attn.proj(img_out), mod.img_attn, self.img_mlp, mod.img_mlp)
         txt = add_updates(txt, self.txt_attn.proj(txt_out), mod.txt_attn, self.txt_mlp, mod.txt_mlp)
         return img, txt
+
+    def _attend(
+        self, img: Tensor, txt: Tensor, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
+    ) -> tuple[Tensor, ...]:
+        """What joint attention makes of text and image; queries, keys and values end here."""
+        txt_heads = self.txt_attn.project(txt, mod.txt_attn, BlockTerms(spec=terms.spec))
+        img_heads = self.img_attn.project(img, mod.img_attn, terms)
+        q, k, v = pointwise.joint_heads((txt_heads, img_heads), rope.cos, rope.sin)
+        return self.attention(terms.spec, q, k, v).flatten(2).split([txt.shape[1], img.shape[1]], dim=1)
 
 
 def add_updates(

@@ -93,6 +93,12 @@ class Linear(nn.Linear):
             return (self.weight.float() * self.scale[:, None]).to(dtype)
         return self.weight.to(dtype) if self.dequantize is None else self.dequantize(self.weight, dtype)
 
+    def part(self, dtype: torch.dtype, rows: slice, columns: slice = slice(None)) -> Tensor:
+        """Rows and columns of `dense`; of a weight that is only cast, no more than those are cast."""
+        if self.dequantize is None and self.scale is None:
+            return self.weight[rows, columns].to(dtype)
+        return self.dense(dtype)[rows, columns]
+
     def forward(self, x: Tensor | Quantized) -> Tensor:
         return self.columns(x, 0, self.out_features)
 
@@ -107,29 +113,31 @@ class Linear(nn.Linear):
             out = fp8.product(values, self.weight[start:stop], self.scale[start:stop], bias)
         else:
             assert isinstance(x, Tensor)
-            weight: Tensor = self.weight if self.is_dense else self.dense(x.dtype)
+            # Dense weights as they are: under autocast it is the product that casts.
+            rows = slice(start, stop)
+            weight = self.weight[rows] if self.is_dense else self.part(x.dtype, rows)
             # A strided x (one stream of several rows) would be multiplied row by row, its bias added in
             # another pass, with another rounding. The copy costs no more.
-            out = F.linear(x.contiguous(), weight[start:stop], bias)
+            out = F.linear(x.contiguous(), weight, bias)
         for term in self.terms:
             assert isinstance(x, Tensor)
             out = term.add_to(out, x, start)
         return out
 
     def takes_epilogues(self, x: Tensor | Quantized) -> bool:
-        """Whether a product with x may be taken apart and end in GELU: a dense 16-bit weight on CUDA without
-        terms or gradients, and no compiler at work, which fuses by itself."""
-        if isinstance(x, Quantized) or torch.compiler.is_compiling():
+        """Whether a product with x may be taken apart and end in GELU: 16-bit on CUDA, with a weight that is
+        at most cast, without terms or gradients, and with no compiler at work, which fuses by itself."""
+        if isinstance(x, Quantized) or torch.compiler.is_compiling() or not x.is_cuda:
             return False
-        if not x.is_cuda or not self.is_dense or self.terms or self.bias is None:
+        if self.dequantize is not None or self.scale is not None or self.terms or self.bias is None:
             return False
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return x.dtype in (torch.bfloat16, torch.float16) and self.weight.dtype == x.dtype and not needs_grad
+        return x.dtype in (torch.bfloat16, torch.float16) and self.bias.dtype == x.dtype and not needs_grad
 
     def gelu_columns(self, x: Tensor, start: int, stop: int) -> Tensor:
         """GELU (tanh form) of `columns`, in the epilogue of the product. Only where it `takes_epilogues`."""
-        weight, bias = self.weight[start:stop], self.bias[start:stop]
-        rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
+        weight = self.part(x.dtype, slice(start, stop))
+        rows = torch._addmm_activation(self.bias[start:stop], x.flatten(0, -2), weight.T, use_gelu=True)
         return rows.unflatten(0, x.shape[:-1])
 
     def of_parts(self, left: Tensor, right: Tensor) -> Tensor:
@@ -138,7 +146,7 @@ class Linear(nn.Linear):
         Two products, the second added to the first, so that the sum is rounded once more than in `forward`.
         Only where it `takes_epilogues`.
         """
-        width = left.shape[-1]
-        rows = torch.addmm(self.bias, left.flatten(0, -2), self.weight[:, :width].T)
-        rows.addmm_(right.flatten(0, -2), self.weight[:, width:].T)
+        width, every = left.shape[-1], slice(None)
+        rows = torch.addmm(self.bias, left.flatten(0, -2), self.part(left.dtype, every, slice(width)).T)
+        rows.addmm_(right.flatten(0, -2), self.part(left.dtype, every, slice(width, None)).T)
         return rows.unflatten(0, left.shape[:-1])

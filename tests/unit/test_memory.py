@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,22 @@ def test_placement_knows_the_needs() -> None:
     pipe = tiny_pipeline()
     for mode in ("resident", "offload", "stream"):
         assert place(pipe.mmdit, (), pipe.vae, mode, CPU).needs == footprint(pipe.mmdit, (), pipe.vae)
+
+
+def test_an_error_keeps_no_tensors() -> None:
+    """Another attempt has the memory of the first, also while its error is still at hand."""
+    seen: list[weakref.ref] = []
+
+    def fail(x: torch.Tensor) -> None:
+        seen.append(weakref.ref(x))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def work() -> None:
+        fail(torch.zeros(3))
+
+    with pytest.raises(MemoryError) as caught, Placement(mode="stream").phase("denoise"):
+        work()
+    assert caught.value.__cause__ is not None and seen[0]() is None
 
 
 @pytest.mark.parametrize("error", [

@@ -246,9 +246,14 @@ def test_a_network_through_them(spec: Plain | Grounded, monkeypatch: pytest.Monk
     assert_within_2x(ours, oracle, truth)
 
 
-def test_a_network_whose_products_are_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("storage", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_a_network_whose_products_are_taken_apart(
+    storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What CUDA does: GELU in the epilogue, the single blocks' second product in two."""
     low = tiny_mmdit().to(DEVICE)
+    for layer in (module for module in low.modules() if isinstance(module, Linear)):
+        layer.weight.data = layer.weight.data.to(storage)
     rope = rope_table(
         position_ids(LatentGrid(height_px=32, width_px=48), 5), low.config.axes_dim, low.config.theta
     )
@@ -284,6 +289,14 @@ def test_who_takes_epilogues(monkeypatch: pytest.MonkeyPatch) -> None:
     layer.terms = (LowRankTerm(down=torch.zeros(1, 16), up=torch.zeros(8, 1), strength=1.0),)
     assert not layer.takes_epilogues(x)
     layer.terms = ()
+    layer.dequantize = lambda weight, dtype: weight
+    assert not layer.takes_epilogues(x)
+    layer.dequantize = None
+    layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
+    assert layer.takes_epilogues(x)  # a weight that is cast
+    layer.set_fp8(layer.weight.data, torch.ones(8))
+    assert not layer.takes_epilogues(x)
+    layer = Linear(16, 8).half().requires_grad_(False)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not layer.takes_epilogues(x)
 
