@@ -66,7 +66,7 @@ def stages(logs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def command(name: str, notes: Mapping[str, Any]) -> str:
     """The command that repeats a stage: with what its log says that the recipe of today does not."""
     stage = RESUMED if name.endswith("-resumed") else getattr(NANO, name)
-    # A stage that was paced by the clock is repeated by its steps; `saved_scale` is calibrated after training.
+    # What was paced by the clock is repeated by its steps; `saved_scale` is calibrated after training.
     made = dict(notes["recipe"]) | {"steps": notes["steps"], "minutes": 0.0}
     if "distill steps" in notes:
         made |= {"distill_steps": notes["distill steps"], "distill_minutes": 0.0}
