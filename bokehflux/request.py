@@ -5,6 +5,7 @@ written into a picture and read back from it.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import math
 import sys
@@ -127,6 +128,7 @@ class Request:
             except (OutOfMemoryError, MemoryError) as error:
                 if (max_rows or rows) <= 1:
                     raise ValueError(f"even one picture at a time does not fit: {error}") from error
+            gc.collect()  # what the attempt has left in cycles
             max_rows = max(1, min(max_rows or rows, rows) // 2)
             logger.warning("out of memory: trying again with %d pictures at a time", max_rows)
 

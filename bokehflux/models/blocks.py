@@ -181,10 +181,16 @@ class DoubleStreamBlock(nn.Module):
     def _attend(
         self, img: Tensor, txt: Tensor, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
     ) -> tuple[Tensor, ...]:
-        """What joint attention makes of text and image; queries, keys and values end here."""
-        txt_heads = self.txt_attn.project(txt, mod.txt_attn, BlockTerms(spec=terms.spec))
-        img_heads = self.img_attn.project(img, mod.img_attn, terms)
-        q, k, v = pointwise.joint_heads((txt_heads, img_heads), rope.cos, rope.sin)
+        """What joint attention makes of text and image."""
+        # Nothing outlives its use: a row's heads are six times its tokens.
+        q, k, v = pointwise.joint_heads(
+            (
+                self.txt_attn.project(txt, mod.txt_attn, BlockTerms(spec=terms.spec)),
+                self.img_attn.project(img, mod.img_attn, terms),
+            ),
+            rope.cos,
+            rope.sin,
+        )
         return self.attention(terms.spec, q, k, v).flatten(2).split([txt.shape[1], img.shape[1]], dim=1)
 
 
@@ -237,6 +243,7 @@ class SingleStreamBlock(nn.Module):
         """What attention makes of x [B, L, E], and what else `linear1` gives before column `end`."""
         heads, rest = project_heads(self.linear1, self.norm, x, terms, end)
         q, k, v = pointwise.joint_heads((heads,), rope.cos, rope.sin)
+        del heads  # attention's result takes their place
         return self.attention(terms.spec, q, k, v).flatten(2), rest
 
 

@@ -327,7 +327,13 @@ def test_fp8_storage_is_used_and_smaller() -> None:
 
 @pytest.mark.parametrize(
     ("failures", "verdict"),
-    [(0, "ok"), (1, "ok, row by row"), (2, "over the cap, measured without"), (3, "MemoryError: too small")],
+    [
+        (0, "ok"),
+        (1, "ok, 3 rows at a time"),
+        (2, "ok, row by row"),
+        (3, "over the cap, measured without"),
+        (4, "MemoryError: too small"),
+    ],
 )
 def test_a_job_over_the_cap_is_tried_leaner(
     monkeypatch: pytest.MonkeyPatch, failures: int, verdict: str
@@ -344,7 +350,7 @@ def test_a_job_over_the_cap_is_tried_leaner(
         if not caps:
             return {}  # the warm-up
         tried.append((caps[-1], max_rows))
-        if len(tried) % (failures + 1) or failures == 3:
+        if len(tried) % (failures + 1) or failures == 4:
             raise MemoryError("too small")
         return {"step_ms": 1.0}
 
@@ -355,7 +361,7 @@ def test_a_job_over_the_cap_is_tried_leaner(
     options = {"cap_gb": 2.0, "num_steps": 2, "emit": rows.append, "budget": FOREVER}
     bench_memory.measure(setting, "resident", "bf16", CPU, **options)
     assert [row["verdict"] for row in rows] == [verdict] * 2
-    ways = [(2.0, None), (2.0, 1), (None, None)]
+    ways = [(2.0, None), (2.0, 3), (2.0, 1), (None, None)]
     assert tried == ways[: failures + 1] * 2
 
 
