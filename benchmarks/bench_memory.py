@@ -41,7 +41,7 @@ from bokehflux.sampling.samplers import StepInfo
 STORAGES = ("bf16", "fp8")
 ORDER: tuple[tuple[MemoryMode, str], ...] = (
     ("stream", "bf16"), ("resident", "bf16"), ("offload", "bf16"),
-    ("stream", "fp8"), ("offload", "fp8"), ("resident", "fp8"),
+    ("offload", "fp8"), ("stream", "fp8"), ("resident", "fp8"),
 )  # fmt: skip
 """Most important first."""
 CAPS_GB = {
