@@ -87,12 +87,19 @@ class BlockAdapter(nn.Module):
         self.to_k_adp = LowRank(hidden_size, hidden_size, config.rank, scale) if config.adapt_k else None
 
     def update_q(self, q: Tensor, scale: float) -> Tensor:
-        """Projected queries [B, L, E], before their norm -> q + scale * lowrank(q)."""
-        return q if self.to_q_adp is None else q + scale * self.to_q_adp(q)
+        """Projected queries [B, L, E], before their norm -> q + scale * lowrank(q). Without gradients the
+        result takes the place of q."""
+        return q if self.to_q_adp is None else _updated(q, self.to_q_adp, scale)
 
     def update_k(self, k: Tensor, scale: float) -> Tensor:
-        """Projected keys [B, L, E], before their norm -> k + scale * lowrank(k)."""
-        return k if self.to_k_adp is None else k + scale * self.to_k_adp(k)
+        """Projected keys [B, L, E], before their norm -> k + scale * lowrank(k), in the same way."""
+        return k if self.to_k_adp is None else _updated(k, self.to_k_adp, scale)
+
+
+def _updated(x: Tensor, update: LowRank, scale: float) -> Tensor:
+    if torch.is_grad_enabled():
+        return x + scale * update(x)
+    return x.add_(update(x).mul_(scale))  # the same two roundings
 
 
 class BokehAdapter(nn.Module):

@@ -132,7 +132,7 @@ class Denoiser:
             return
         adapter = self.positive.mmdit.bokeh
         parts = list(self._slices(rows))
-        store = grounding.cache if grounding.cache is not None else PivotInHand()
+        store = grounding.cache if grounding.cache is not None else PivotInHand(readers=len(parts) - 1)
         if grounding.pivot_row is not None:
             first, *parts = parts
             pivot_of = (grounding.pivot_row,) * len(range(rows)[first])

@@ -68,17 +68,24 @@ class PivotCache:
 
 
 class PivotInHand:
-    """A pivot's query and key of the block at work, for the rows of the same step that come after it."""
+    """A pivot's query and key of the block at work, for the batches of the same step that come after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, readers: int) -> None:
+        self.readers = readers
+        """Batches that will ask for each block's; the last one takes it out of this hand."""
         self._kept: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self._asked = 0
 
     def put(self, step: int, block: int, q: Tensor, k: Tensor) -> None:
         """Keep those of one block, in place of any others."""
-        self._kept = (step, block), (q, k)
+        self._kept, self._asked = ((step, block), (q, k)), 0
 
     def get(self, step: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Query and key [1, L, H, D]. Raises ValueError for any block but the last that was put."""
+        """Query and key [1, L, H, D]. Raises ValueError for any block but the one that is kept."""
         if self._kept is None or self._kept[0] != (step, block):
             raise ValueError(f"no pivot is at hand for step {step}, block {block}: its rows come first")
-        return self._kept[1]
+        found = self._kept[1]
+        self._asked += 1
+        if self._asked == self.readers:
+            self._kept = None
+        return found
