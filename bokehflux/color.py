@@ -45,11 +45,24 @@ def match_lab_means(target: _Bytes, pivot: _Bytes) -> _Bytes:
     Each Lab channel moves by the difference of the means, is clipped to 8 bits and truncated, as published
     for grounded Bokeh Diffusion. Raises ValueError unless both are 8-bit [H,W,3].
     """
+    return shift_to_lab_mean(target, lab_mean(pivot))
+
+
+def lab_mean(rgb: _Bytes) -> NDArray[np.float64]:
+    """Mean 8-bit Lab colour [3] of 8-bit sRGB [H,W,3]; for several targets of one pivot. Errors as above."""
+    return _mean(rgb_to_lab8(rgb))
+
+
+def shift_to_lab_mean(target: _Bytes, mean: NDArray[np.float64]) -> _Bytes:
+    """`match_lab_means` to a mean that is known."""
     lab = rgb_to_lab8(target)
-    shift = rgb_to_lab8(pivot).mean(axis=(0, 1)) - lab.mean(axis=(0, 1))
     # One difference, not "- mean + mean": equal means must be a shift of exactly zero, or truncation darkens.
-    shifted = (np.arange(256)[:, None] + shift).clip(0, 255).astype(np.uint8)
-    return lab8_to_rgb(np.stack([shifted[lab[..., i], i] for i in range(3)], axis=-1))
+    shifted = (np.arange(256)[:, None] + (mean - _mean(lab))).clip(0, 255).astype(np.uint8)
+    return lab8_to_rgb(np.stack([shifted[:, i].take(lab[..., i]) for i in range(3)], axis=-1))
+
+
+def _mean(lab: _Bytes) -> NDArray[np.float64]:
+    return np.array([channel.sum(dtype=np.int64) / channel.size for channel in np.moveaxis(lab, -1, 0)])
 
 
 def rgb_to_lab8(rgb: _Bytes) -> _Bytes:

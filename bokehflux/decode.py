@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from bokehflux.color import match_lab_means
+from bokehflux.color import lab_mean, shift_to_lab_mean
 from bokehflux.memory import MemoryMode, ran_out
 from bokehflux.models import tiling
 from bokehflux.models.vae import AutoencoderKL, to_uint8
@@ -50,14 +50,15 @@ def decode_pictures(
     Where memory runs out, it goes on in bands and says so. Ctrl-C after the first picture ends it early.
     """
     images: list[np.ndarray] = []
-    base: np.ndarray | None = None
+    base = mean = None
     stop = None
     try:
         if pivot is not None:
             base, tiled = _pixels(vae, pivot, grid, tiled)
+            mean = lab_mean(base)
         for row in latents:
             pixels, tiled = _pixels(vae, row, grid, tiled)
-            images.append(pixels if base is None else match_lab_means(pixels, base))
+            images.append(pixels if mean is None else shift_to_lab_mean(pixels, mean))
     except KeyboardInterrupt as pressed:
         if base is None and not images:
             raise
