@@ -260,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=None, help="default 30; 80 %% of them are grounded")
     parser.add_argument("--published-runs", type=int, default=1, help="how many of the six to measure")
     parser.add_argument("--seconds", type=float, default=500, help="begin no arm after this")
+    parser.add_argument("--name", default="generate", help="of the files")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
     args = parser.parse_args(argv)
@@ -271,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = TINY if args.tiny else FULL
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
-    name, rows = "generate_tiny" if args.tiny else "generate", []
+    name, rows = f"{args.name}_tiny" if args.tiny else args.name, []
     with best_stock_attention(), preferred(args.backend):
         for rows in run(
             setting, device, sides=args.sides or setting.sides_px, arms=args.arms,

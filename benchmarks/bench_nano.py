@@ -340,10 +340,11 @@ def main() -> int:
         "curves": {"level": CURVE} | {of: line.tolist() for of, line in lines.items()},
     }
     write_json(args.out / "nano.json", record)
-    pictures = {name: sheet(generated[name], prompts, name) for name in ("grounded", "unbounded")}
-    for name, picture in (pictures | {"curves": plot({of: lines[of] for of in PLOTTED})}).items():
-        with replacing(args.out / f"nano-{name}.png") as temporary:
-            picture.save(temporary, "PNG")
+    with replacing(args.out / "nano-curves.png") as temporary:
+        plot({of: lines[of] for of in PLOTTED}).save(temporary, "PNG")
+    for name in ("grounded", "unbounded"):
+        with replacing(args.out / f"nano-{name}.jpg") as temporary:
+            sheet(generated[name], prompts, name).save(temporary, "JPEG", quality=90)
     missed = [row for row in rows if row.passed is False]
     print(f"{len(missed)} target(s) missed; pictures and nano.json are in {args.out}")
     return 1 if args.check and missed else 0

@@ -573,8 +573,8 @@ def test_a_session_records_the_command_as_it_was_run(monkeypatch: pytest.MonkeyP
 
 def test_a_sessions_options_are_their_programs() -> None:
     """A misspelt option would be found out on a rented machine."""
-    names = ("attention", "step", "profile", "profile_base", "generate", "memory", "train_attention", "tiles")
-    for name in names:
+    programs = {"attention", "step", "profile", "profile_base", "generate", "generate_512", "memory"}
+    for name in programs | {"train_attention", "tiles"}:
         arguments = [a.replace("{seconds}", "0") for a in gpu_session.JOBS[name].arguments]
         program = importlib.import_module(arguments[1])
         with pytest.raises(SystemExit) as stopped:
@@ -614,7 +614,7 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
     ]  # fmt: skip
     write_results(tmp_path, "step", step)
     total = [{"arm": "ours, fp8", "total_s": 10.0}, {"arm": "published, eager", "total_s": 50.0}]
-    write_results(tmp_path, "generate", [row | {"side": "512 px", "verdict": "ok"} for row in total])
+    write_results(tmp_path, "generate-512", [row | {"side": "512 px", "verdict": "ok"} for row in total])
     kernels = [arm("triton", 2.0, ours=True), arm("cuDNN", 1.9, ours=False), arm("FA3", 1.0, ours=False)]
     write_results(tmp_path, "attention", [row | {"shape": "plain-1-1536"} for row in kernels])
     stream = {"mode": "stream", "storage": "bf16", "job": "6 at 1024 px", "vs_resident": 1.1}
