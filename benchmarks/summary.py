@@ -275,13 +275,15 @@ def run_of(environment: Mapping[str, str]) -> str:
 
 def memory_markdown(results: Results) -> str:
     """What each memory mode takes, and the run it comes from; empty without results."""
-    rows = [row for row in results.rows("memory") if row.get("gpu_gb") is not None]
+    rows = [row for row in results.all_rows("memory") if row.get("gpu_gb") is not None]
     if not rows:
         return ""
-    lines = ["| pictures | mode | weights | peak on the GPU | a step |", "|---|---|---|---|---|"]
+    lines = ["| targets | mode | weights | capped at | peak | a grounded step | |", "|" + "---|" * 7]
     for row in rows:
+        cap = "" if row.get("cap_gb") is None else f"{row['cap_gb']:.1f} GB"
         step = "" if row.get("step_ms") is None else f"{row['step_ms']:.0f} ms"
-        cells = (row["job"], row["mode"], row["storage"], f"{row['gpu_gb']:.1f} GB", step)
+        how = str(row.get("verdict", "ok")).removeprefix("ok").removeprefix(", ")
+        cells = (row["job"], row["mode"], row["storage"], cap, f"{row['gpu_gb']:.1f} GB", step, how)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"{run_of(results.environment('memory'))}."])
 

@@ -663,10 +663,15 @@ def test_documents_change_between_the_markers_alone(
     assert "| 90% | yes |" in after and "old" not in after
 
     memory = {"job": "1 at 512 px", "mode": "stream", "storage": "bf16", "gpu_gb": 2.04, "step_ms": 99.6}
-    write_results(tmp_path, "memory", [memory | {"verdict": "ok"}, memory | {"verdict": "out of memory"}])
+    over = memory | {"cap_gb": 2.0, "verdict": "over the cap, measured without"}
+    failed = memory | {"gpu_gb": None, "verdict": "out of memory"}
+    write_results(tmp_path, "memory", [memory | {"verdict": "ok"}, over, failed])
     document.write_text(after + "\n".join(summary.MEMORY))
     assert summary.main(["--results", str(tmp_path), "--write"]) == 0
-    assert document.read_text().count("| 1 at 512 px | stream | bf16 | 2.0 GB | 100 ms |") == 1
+    text = document.read_text()
+    assert text.count("| 1 at 512 px | stream | bf16 |  | 2.0 GB | 100 ms |  |") == 1
+    assert text.count("| stream | bf16 | 2.0 GB | 2.0 GB | 100 ms | over the cap, measured without |") == 1
+    assert text.count("1 at 512 px") == 2
     document.write_text("no markers")
     with pytest.raises(ValueError, match="README.md"):
         summary.write(document, "text")
