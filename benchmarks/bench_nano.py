@@ -9,7 +9,6 @@ Prints one table of figures, targets and verdicts; writes it as JSON with the pi
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import bokehflux
+from benchmarks.timing import environment
 from bokehflux.generate import Pipeline
 from bokehflux.images import Tile, contact_sheet
 from bokehflux.metrics import blur_matched_psnr, dominant_color, pearson, psnr, sharpness, spearman
@@ -290,14 +290,6 @@ def plot(lines: Mapping[str, Tensor]) -> Image.Image:
     return image
 
 
-def commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main() -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="bench_nano", description=__doc__, formatter_class=formatter)
@@ -329,7 +321,7 @@ def main() -> int:
         "device": device,
         "dtype": str(pipe.dtype),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": environment(pipe.device)["commit"],
         "command": " ".join(["python -m benchmarks.bench_nano", *sys.argv[1:]]),
         "captions": len(prompts),
         "steps": args.steps,
