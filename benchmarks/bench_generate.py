@@ -130,10 +130,9 @@ def run_published(pipeline: Pipeline, network: nn.Module, job: Job, clock: Clock
         steps = sigmas(pipeline.schedule, job.num_steps, job.grid.num_tokens)
         latents = euler(velocity, pack(noise(job.grid, SEED, dtype)).to(device).repeat(2, 1, 1), steps)
     with clock.phase("decode"):
-        target, pivot = (
-            to_uint8(pipeline.vae.decode(unpack(row[None], job.grid))).cpu().numpy()[0] for row in latents
-        )
-    return [match_lab_means(target, pivot)]
+        target, pivot = (to_uint8(pipeline.vae.decode(unpack(row[None], job.grid)))[0] for row in latents)
+        picture = match_lab_means(target, pivot).cpu().numpy()
+    return [picture]
 
 
 Run = Callable[[Pipeline, nn.Module, Job, Clock], list[np.ndarray]]

@@ -1,9 +1,9 @@
 """Lab colour transfer between 8-bit images: gives a re-rendered image the mean colour of its pivot.
 
 Published results went through OpenCV's 8-bit Lab, whose rounding is visible in them. Its fixed-point
-arithmetic is repeated here with tables, without OpenCV, so that all 2^24 colours come out equal. 8-bit Lab is
-(L * 255 / 100, a + 128, b + 128) of sRGB with white point D65. L = 116 f(Y) - 16, a = 500 (f(X) - f(Y)),
-b = 200 (f(Y) - f(Z)); f(t) is the cube root, and a straight line below (6/29)^3.
+arithmetic is repeated here with tables, without OpenCV: all 2^24 colours come out equal, on any device.
+8-bit Lab is (L * 255 / 100, a + 128, b + 128) of sRGB with white point D65. L = 116 f(Y) - 16,
+a = 500 (f(X) - f(Y)), b = 200 (f(Y) - f(Z)); f(t) is the cube root, and a straight line below (6/29)^3.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-_Bytes = NDArray[np.uint8]
 _Ints = NDArray[np.int32]
 
 # Binary digits after the point.
@@ -39,7 +40,7 @@ _XYZ_TO_RGB = (
 _WHITE = (0.950456, 1.0, 1.088754)
 
 
-def match_lab_means(target: _Bytes, pivot: _Bytes) -> _Bytes:
+def match_lab_means(target: Tensor, pivot: Tensor) -> Tensor:
     """`target` shifted to the mean Lab colour of `pivot`; 8-bit RGB, [H,W,3] each, sizes may differ.
 
     Each Lab channel moves by the difference of the means, is clipped to 8 bits and truncated, as published
@@ -48,57 +49,63 @@ def match_lab_means(target: _Bytes, pivot: _Bytes) -> _Bytes:
     return shift_to_lab_mean(target, lab_mean(pivot))
 
 
-def lab_mean(rgb: _Bytes) -> NDArray[np.float64]:
-    """Mean 8-bit Lab colour [3] of 8-bit sRGB [H,W,3]; for several targets of one pivot. Errors as above."""
+def lab_mean(rgb: Tensor) -> Tensor:
+    """Mean 8-bit Lab colour [3], float64 on the CPU, of 8-bit sRGB [H,W,3]: for several targets of one pivot.
+
+    Raises ValueError unless `rgb` is 8-bit [H,W,3].
+    """
     return _mean(rgb_to_lab8(rgb))
 
 
-def shift_to_lab_mean(target: _Bytes, mean: NDArray[np.float64]) -> _Bytes:
+def shift_to_lab_mean(target: Tensor, mean: Tensor) -> Tensor:
     """`match_lab_means` to a mean that is known."""
     lab = rgb_to_lab8(target)
     # One difference, not "- mean + mean": equal means must be a shift of exactly zero, or truncation darkens.
-    shifted = (np.arange(256)[:, None] + (mean - _mean(lab))).clip(0, 255).astype(np.uint8)
-    return lab8_to_rgb(np.stack([shifted[:, i].take(lab[..., i]) for i in range(3)], axis=-1))
+    shifted = (torch.arange(256)[:, None] + (mean - _mean(lab))).clamp(0, 255).to(torch.uint8).to(lab.device)
+    return lab8_to_rgb(torch.stack([shifted[:, i][lab[..., i].int()] for i in range(3)], dim=-1))
 
 
-def _mean(lab: _Bytes) -> NDArray[np.float64]:
-    return np.array([channel.sum(dtype=np.int64) / channel.size for channel in np.moveaxis(lab, -1, 0)])
-
-
-def rgb_to_lab8(rgb: _Bytes) -> _Bytes:
+def rgb_to_lab8(rgb: Tensor) -> Tensor:
     """8-bit Lab of 8-bit sRGB, [H,W,3] -> [H,W,3]. Raises ValueError unless `rgb` is 8-bit [H,W,3]."""
-    tables = _to_lab_tables()
-    linear = tables.linear[_checked(rgb, "rgb")]
-    fx, fy, fz = (tables.f[xyz] for xyz in _apply(tables.matrix, np.moveaxis(linear, -1, 0), _MATRIX_BITS))
+    _check(rgb, "rgb")
+    linear, f = _on(_to_lab_tables, rgb.device)
+    channels = [linear[channel.int()] for channel in rgb.unbind(-1)]
+    fx, fy, fz = (f[xyz] for xyz in _apply(_to_lab_tables().matrix, channels, _MATRIX_BITS))
     # 255 / 100 * (116 f - 16) and the offset 128; 296 is 295.8 rounded, as in OpenCV.
     lightness = 296 * fy - ((16 * 255 << _F_BITS) + 50) // 100
     a = 500 * (fx - fy) + (128 << _F_BITS)
     b = 200 * (fy - fz) + (128 << _F_BITS)
-    lab = (_descale(channel, _F_BITS).clip(0, 255) for channel in (lightness, a, b))
-    return np.stack([channel.astype(np.uint8) for channel in lab], axis=-1)
+    lab = (_descale(channel, _F_BITS).clamp(0, 255) for channel in (lightness, a, b))
+    return torch.stack([channel.to(torch.uint8) for channel in lab], dim=-1)
 
 
-def lab8_to_rgb(lab: _Bytes) -> _Bytes:
+def lab8_to_rgb(lab: Tensor) -> Tensor:
     """8-bit sRGB of 8-bit Lab, [H,W,3] -> [H,W,3], clipped where sRGB lacks the colour.
 
     Raises ValueError unless `lab` is 8-bit [H,W,3].
     """
+    _check(lab, "lab")
     tables = _from_lab_tables()
-    lightness, a, b = np.moveaxis(_checked(lab, "lab"), -1, 0)
-    fy = tables.f[lightness]
-    x = tables.cube[fy + tables.a[a] - tables.cube_start]
-    z = tables.cube[fy - tables.b[b] - tables.cube_start]
-    linear = _apply(tables.matrix, (x, tables.y[lightness], z), _MATRIX_BITS + 2)
-    return np.stack([tables.srgb[channel.clip(0, _INVERSE_SIZE - 1)] for channel in linear], axis=-1)
+    luminance, f, f_a, f_b, cube, srgb = _on(_from_lab_tables, lab.device)
+    lightness, a, b = (channel.int() for channel in lab.unbind(-1))
+    fy = f[lightness]
+    x = cube[fy + f_a[a] - tables.cube_start]
+    z = cube[fy - f_b[b] - tables.cube_start]
+    linear = _apply(tables.matrix, (x, luminance[lightness], z), _MATRIX_BITS + 2)
+    return torch.stack([srgb[channel.clamp(0, _INVERSE_SIZE - 1)] for channel in linear], dim=-1)
+
+
+def _mean(lab: Tensor) -> Tensor:
+    return lab.sum(dim=(0, 1), dtype=torch.int64).cpu().double() / (lab.shape[0] * lab.shape[1])
 
 
 class _ToLab(NamedTuple):
     linear: _Ints
     """8-bit sRGB -> linear light, 0 ... 2040."""
-    matrix: _Ints
-    """[3,3], linear light -> XYZ / white."""
     f: _Ints
     """XYZ / white on the scale of linear light -> f."""
+    matrix: _Ints
+    """[3,3], linear light -> XYZ / white."""
 
 
 class _FromLab(NamedTuple):
@@ -112,11 +119,11 @@ class _FromLab(NamedTuple):
     """8-bit b -> f(Y) - f(Z)."""
     cube: _Ints
     """f - cube_start -> X or Z."""
+    srgb: NDArray[np.uint8]
+    """Linear light, 0 ... 4095 -> 8-bit sRGB."""
     cube_start: int
     matrix: _Ints
     """[3,3], XYZ / white -> linear light."""
-    srgb: _Bytes
-    """Linear light, 0 ... 4095 -> 8-bit sRGB."""
 
 
 @cache
@@ -172,12 +179,20 @@ def _descale(x: Any, bits: int) -> Any:
     return (x + (1 << (bits - 1))) >> bits
 
 
-def _apply(matrix: _Ints, channels: Any, bits: int) -> list[_Ints]:
+def _apply(matrix: _Ints, channels: Any, bits: int) -> list[Tensor]:
     first, second, third = channels
-    return [_descale(row[0] * first + row[1] * second + row[2] * third, bits) for row in matrix]
+    rows = matrix.tolist()
+    return [_descale(row[0] * first + row[1] * second + row[2] * third, bits) for row in rows]
 
 
-def _checked(image: _Bytes, name: str) -> _Bytes:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"{name} must be uint8 [H,W,3], got {image.dtype} {image.shape}; convert it first")
-    return image
+@cache
+def _on(tables: Any, device: torch.device) -> tuple[Tensor, ...]:
+    """The one-dimensional tables, in their order, on a device."""
+    some = (table for table in tables() if isinstance(table, np.ndarray) and table.ndim == 1)
+    return tuple(torch.from_numpy(table).to(device) for table in some)
+
+
+def _check(image: Tensor, name: str) -> None:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        kind = str(image.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must be uint8 [H,W,3], got {kind} {tuple(image.shape)}; convert it first")

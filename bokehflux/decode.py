@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -49,7 +48,7 @@ def decode_pictures(
 
     Where memory runs out, it goes on in bands and says so. Ctrl-C after the first picture ends it early.
     """
-    images: list[np.ndarray] = []
+    images: list[Tensor] = []
     base = mean = None
     stop = None
     try:
@@ -64,22 +63,22 @@ def decode_pictures(
             raise
         stop = pressed
     return Decoded(
-        images=[Image.fromarray(image) for image in images],
-        pivot=None if base is None else Image.fromarray(base),
+        images=[Image.fromarray(image.cpu().numpy()) for image in images],
+        pivot=None if base is None else Image.fromarray(base.cpu().numpy()),
         tiled=tiled,
         stop=stop,
     )
 
 
-def _pixels(vae: AutoencoderKL, latents: Tensor, grid: LatentGrid, tiled: bool) -> tuple[np.ndarray, bool]:
+def _pixels(vae: AutoencoderKL, latents: Tensor, grid: LatentGrid, tiled: bool) -> tuple[Tensor, bool]:
     """[L, 64] packed latents -> [H, W, 3] uint8, and whether it was made in bands."""
     z = unpack(latents[None], grid)
     if not tiled:
         try:
-            return to_uint8(vae.decode(z)).cpu().numpy()[0], False
+            return to_uint8(vae.decode(z))[0], False
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
         # Only here are the tensors gone that the error held.
         logger.warning("out of memory while decoding: going on in bands (VAE tiling)")
-    return to_uint8(tiling.decode(vae, z)).cpu().numpy()[0], True
+    return to_uint8(tiling.decode(vae, z))[0], True

@@ -8,13 +8,23 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import pytest
+import torch
 from helpers import needs_shared, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from bokehflux.color import lab8_to_rgb, match_lab_means, rgb_to_lab8
+from bokehflux import color
 
+
+def on_arrays(function: Callable[..., torch.Tensor]) -> Callable[..., np.ndarray]:
+    """The function for OpenCV's arrays."""
+    return lambda *images: function(*(torch.from_numpy(image) for image in images)).numpy()
+
+
+rgb_to_lab8, lab8_to_rgb, match_lab_means = map(
+    on_arrays, (color.rgb_to_lab8, color.lab8_to_rgb, color.match_lab_means)
+)
 CONVERSIONS = [(rgb_to_lab8, cv2.COLOR_RGB2LAB), (lab8_to_rgb, cv2.COLOR_LAB2RGB)]
 
 
@@ -52,7 +62,7 @@ def test_any_size(height: int, width: int, seed: int) -> None:
 
 
 def test_strided_input() -> None:
-    image = scene(0).transpose(1, 0, 2)[::2, ::-1]
+    image = scene(0).transpose(1, 0, 2)[::2, 1::3]
     assert np.array_equal(rgb_to_lab8(image), cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2LAB))
 
 
