@@ -278,12 +278,13 @@ def memory_markdown(results: Results) -> str:
     rows = [row for row in results.all_rows("memory") if row.get("gpu_gb") is not None]
     if not rows:
         return ""
-    lines = ["| targets | mode | weights | capped at | peak | a grounded step | |", "|" + "---|" * 7]
+    lines = ["| targets | mode | weights | capped at | peak | host | a grounded step | |", "|" + "---|" * 8]
     for row in rows:
         cap = "" if row.get("cap_gb") is None else f"{row['cap_gb']:.1f} GB"
         step = "" if row.get("step_ms") is None else f"{row['step_ms']:.0f} ms"
         how = str(row.get("verdict", "ok")).removeprefix("ok").removeprefix(", ")
-        cells = (row["job"], row["mode"], row["storage"], cap, f"{row['gpu_gb']:.1f} GB", step, how)
+        host = "" if row.get("host_gb") is None else f"{row['host_gb']:.0f} GB"
+        cells = (row["job"], row["mode"], row["storage"], cap, f"{row['gpu_gb']:.1f} GB", host, step, how)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"{run_of(results.environment('memory'))}."])
 

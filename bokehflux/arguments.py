@@ -168,7 +168,7 @@ def _picture_flags(parser: argparse.ArgumentParser) -> None:
         help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--compute", choices=("dtype", "fp8"), default="dtype",
         help="fp8: the transformer's products in e4m3, faster and in half the memory on Ada and Hopper GPUs, "
-             "and a slightly different picture (default: %(default)s)")
+             "and a slightly different picture; on a CPU slower (default: %(default)s)")
     add("--output", "--output-dir", "--results-dir", default="results", metavar="FOLDER",
         help="where to put pictures; those of earlier runs are kept (default: %(default)s)")
     add("--format", choices=("png", "jpeg", "webp"), default="png",

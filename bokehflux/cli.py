@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bokehflux.arguments import loras_from, model_from, parse, request_from
+from bokehflux.request import DEFAULT_NEGATIVE_PROMPT
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def sweep(args: argparse.Namespace) -> int:
         if isinstance(stop, Stopped) and (begun := len(stop.result.images)):
             finished += f", and {begun} of the levels of the next"
         raise Interrupted(f"; {finished}; the same command continues") from stop
-    print(*sweeps.overviews(output, len(requests)), sep="\n")
+    print(*sweeps.overviews(output, requests, pipe.defaults, facts), sep="\n")
     return 0
 
 
@@ -174,6 +175,9 @@ def _check(args: argparse.Namespace) -> None:
     from bokehflux.output import check_folder
 
     loras_from(args)
+    for name in ("model", "adapter", "vae", "clip", "t5", "tokenizers", "output"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name} is empty: give a path, or leave it out")
     if args.max_rows is not None and args.max_rows < 1:
         raise ValueError(f"--max-rows must be at least 1, got {args.max_rows}")
     if args.preview is not None or args.preview_every != 1 or args.preview_vae is not None:
@@ -185,6 +189,8 @@ def _check(args: argparse.Namespace) -> None:
 
         load_tiny_decoder(args.preview_vae)
     check_folder(Path(args.output))
+    if args.negative_prompt != DEFAULT_NEGATIVE_PROMPT and args.true_cfg <= 1:
+        print("bokehflux: --negative-prompt does nothing without --true-cfg above 1", file=sys.stderr)
     if args.true_cfg > 1.5 and args.guidance_scale > 2:
         both = f"--guidance-scale {args.guidance_scale:g} and --true-cfg {args.true_cfg:g}"
         print(f"bokehflux: {both} add up; if pictures look burnt, lower one", file=sys.stderr)
@@ -196,6 +202,10 @@ def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[
     from bokehflux.generate import load
 
     model, loras = model_from(args), loras_from(args)
+    if args.config_from is not None:
+        from bokehflux.replay import use_threads_of
+
+        use_threads_of(args.config_from)
     progress.show(f"loading {args.model}")
     try:
         pipe = load(

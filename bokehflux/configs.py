@@ -13,6 +13,8 @@ from typing import Any
 
 MAX_LAYERS = 1000
 """Of any kind; the largest published network has 57. A config file must not make us build without end."""
+GROUNDED_SHARE = 0.8
+"""Share of the steps that are grounded when a pivot is given and nothing is said (published: 24 of 30)."""
 MAX_SIDE_PX = 16_383
 """The largest side that every picture format can hold (WebP's limit)."""
 MAX_STEPS = 10_000

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from bokehflux import __version__
-from bokehflux.configs import Defaults, ScheduleConfig
+from bokehflux.configs import GROUNDED_SHARE, Defaults, ScheduleConfig
 from bokehflux.decode import decode_pictures, wants_tiling
 from bokehflux.memory import (
     MODES,
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NEGATIVE_PROMPT = "bad quality, low resolution"
-GROUNDED_SHARE = 0.8
-"""Share of the steps that are grounded when a pivot is given and nothing is said (published: 24 of 30)."""
 Compute = Literal["dtype", "fp8"]
 """What the transformer's blocks multiply in."""
 
@@ -289,7 +287,8 @@ def load(
     device: None takes CUDA, then MPS, then the CPU. dtype: "bfloat16", "float32" or "float16"; None takes
         bfloat16 on a GPU and float32 on a CPU.
     compute: "fp8" multiplies in e4m3 with rowwise scales in the transformer's blocks (`models/fp8.py`), which
-        takes half the memory; it needs a GPU of compute capability 8.9 or higher. "dtype": exactly in dtype.
+        takes half the memory; it needs a GPU of compute capability 8.9 or higher (a CPU can, slowly, to try
+        it out). "dtype": exactly in dtype.
     memory: "resident", "offload" or "stream" (`memory.py`); "auto" takes the first that fits in the GPU's
         free memory, and "resident" on other devices.
     on_progress: called with the bytes read so far and those of the whole model, first with 0.
@@ -305,6 +304,8 @@ def load(
         raise ValueError(f"unknown compute {compute!r}: expected one of {get_args(Compute)}")
     if compute == "fp8":
         check_fp8(where, kind)
+        if where.type == "cpu":
+            logger.warning("compute 'fp8' on a CPU is for trying it out: it is slower than the dtype")
     if memory not in (*MODES, "auto"):
         raise ValueError(f"unknown memory mode {memory!r}: expected 'auto' or one of {MODES}")
     resident = memory == "resident" or where.type != "cuda"

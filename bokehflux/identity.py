@@ -9,6 +9,7 @@ the files are called; a file that was tampered with on purpose can escape.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -97,14 +98,25 @@ def facts(
         "compute": pipe.compute,
         "version": __version__,
         "torch": torch.__version__,
+        "triton": _triton_version() if pipe.device.type == "cuda" else None,
+        "threads": torch.get_num_threads() if pipe.device.type == "cpu" else None,
         "device": pipe.device.type,
         "device_name": device_name(pipe.device),
         "attention": attention_choice(pipe.device, pipe.dtype, pipe.mmdit.config.head_dim)[0],
     }
 
 
+def _triton_version() -> str | None:
+    """Of the package that compiles our kernels; read without importing it."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def device_name(device: torch.device) -> str:
-    """Devices of one name compute alike: the GPU's product name, or the CPU's kind and vector unit."""
+    """Devices of one name compute alike, a CPU with as many threads: the GPU's product name, or the CPU's
+    kind and vector unit."""
     import torch
 
     if device.type == "cuda":

@@ -92,6 +92,8 @@ def encode_animation(
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The recipe of a picture that bokehflux wrote, in any format. Raises NoRecipe for other files."""
+    if not Path(path).is_file() and Path(path).exists() and not Path(path).is_dir():
+        raise NoRecipe(f"{path} is no regular file")  # a pipe would be waited for
     try:
         with Image.open(path, formats=READABLE) as image:
             if isinstance(recipe := _json(image.info.get(KEY)), dict):

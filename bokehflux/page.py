@@ -29,15 +29,32 @@ from bokehflux.scene import Scene
 WIDTH, HEIGHT, PAD = 360, 200, 36
 """Size of the blur curve in SVG units, and the room for its axes."""
 
-
-def write_page(scenes: Sequence[Scene], path: Path) -> None:
-    """Write the page, in place of an earlier one. Raises OSError; then the earlier one is whole."""
-    replace_file(path, page(scenes).encode("utf-8"))
+MAX_HEAD = 64 << 10
+"""Characters of a page in which its scenes are named."""
 
 
-def page(scenes: Sequence[Scene]) -> str:
+def write_page(scenes: Sequence[Scene], path: Path, names: Sequence[str] = ()) -> None:
+    """Write the page, in place of an earlier one. Raises OSError; then the earlier one is whole.
+
+    names: of the scenes' folders, which `scenes_of` reads from it.
+    """
+    replace_file(path, page(scenes, names).encode("utf-8"))
+
+
+def scenes_of(path: Path) -> set[str] | None:
+    """Names of the scenes' folders of a page; None for a file that no sweep has written."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            found = re.search('<meta name="bokehflux-scenes" content="([^"]*)">', file.read(MAX_HEAD))
+    except (OSError, ValueError):
+        return None
+    return None if found is None else set(found[1].split())
+
+
+def page(scenes: Sequence[Scene], names: Sequence[str] = ()) -> str:
     """The page as text, for one or more scenes of at least one target each."""
     parts = {
+        "SCENES": html.escape(" ".join(names)),
         "TITLE": html.escape(str(scenes[0].recipe["prompt"])[:80]),
         "SOURCE_TYPE": SOURCE_TYPE,
         "DATA": _json([_scene(scene) for scene in scenes]),

@@ -1,4 +1,4 @@
-"""Markup, style and script of the sweep page. `page.py` fills in @@TITLE@@, @@SOURCE_TYPE@@ and @@DATA@@."""
+"""Markup, style and script of the sweep page. `page.py` fills in what stands between @@."""
 
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
@@ -9,6 +9,7 @@ TEMPLATE = """<!DOCTYPE html>
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <meta name="generator" content="bokehflux (AI generated pictures)">
 <meta name="digital-source-type" content="@@SOURCE_TYPE@@">
+<meta name="bokehflux-scenes" content="@@SCENES@@">
 <title>@@TITLE@@</title>
 <style>
 :root { color-scheme: dark; --paper: #141416; --ink: #f2f2f0; --faint: #9a9aa0; --accent: #ffb340;

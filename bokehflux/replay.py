@@ -7,11 +7,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from bokehflux.configs import GROUNDED_SHARE
 from bokehflux.metadata import read_recipe
 from bokehflux.request import Request
 
 logger = logging.getLogger(__name__)
 
+MAX_THREADS = 256
 TEXT = ("model", "vae", "clip", "t5", "tokenizers", "adapter", "device", "dtype", "compute")
 
 
@@ -22,6 +24,8 @@ def defaults_from(image: str, command: str) -> dict[str, Any]:
     """
     recipe = read_recipe(image)
     values: dict[str, Any] = dataclasses.asdict(Request.from_recipe(recipe))
+    if _is_default(values["num_grounding_steps"], values["num_inference_steps"], values["bokeh_pivot"]):
+        values["num_grounding_steps"] = None  # to follow a pivot or a number of steps that is given now
     if values["bokeh_targets"] is not None:
         values["bokeh_targets"] = list(values["bokeh_targets"])
     for name in TEXT:
@@ -43,6 +47,22 @@ def defaults_from(image: str, command: str) -> dict[str, Any]:
     return values
 
 
+def _is_default(num_grounded: int | None, num_steps: int | None, pivot: float | None) -> bool:
+    """Whether so many grounded steps come about when nothing is said."""
+    if pivot is None:
+        return not num_grounded
+    return num_steps is not None and num_grounded == round(GROUNDED_SHARE * num_steps)
+
+
+def use_threads_of(image: str) -> None:
+    """Let PyTorch use as many threads as made a picture on a CPU: sums depend on how they are shared out."""
+    count = read_recipe(image).get("threads")
+    if type(count) is int and 0 < count <= MAX_THREADS:
+        import torch
+
+        torch.set_num_threads(count)
+
+
 def _is_lora(value: object) -> bool:
     return (
         isinstance(value, list)
@@ -62,7 +82,9 @@ def warn_of_differences(image: str, facts: Mapping[str, Any]) -> None:
         "dtype",
         "compute",
         "device_name",
+        "threads",
         "torch",
+        "triton",
         "version",
         "attention",
     ):

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bokehflux.configs import MAX_SIDE_PX, MAX_STEPS
+from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS
 
 if TYPE_CHECKING:
     from bokehflux.configs import Defaults
@@ -93,8 +93,6 @@ class Request:
 
     def completed(self, defaults: Defaults) -> Request:
         """The same request with the model's own steps and size filled in, as `generate` will do."""
-        from bokehflux.generate import GROUNDED_SHARE
-
         steps = self.num_inference_steps or defaults.num_inference_steps
         grounded = self.num_grounding_steps
         if grounded is None:

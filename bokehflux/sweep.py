@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Generator, Sequence
@@ -21,7 +22,7 @@ from PIL import Image
 from bokehflux import metadata
 from bokehflux.images import Tile, contact_sheet, up_and_down
 from bokehflux.output import check_folder, replace_file, save_pictures, uninterrupted
-from bokehflux.page import write_page
+from bokehflux.page import scenes_of, write_page
 from bokehflux.request import Request
 from bokehflux.scene import Scene, Shot
 
@@ -99,9 +100,10 @@ def run_sweep(
     The page is written for the scenes that are finished even when the sweep is stopped, and pictures of an
     unfinished scene are kept. Ctrl-C does not come between the pictures of a scene and its `Done`.
     """
-    for number in range(num_pages(len(requests))):
+    ends = _ends(output, requests, defaults, facts)
+    for number, end in enumerate(ends):
         some = requests[number * SCENES_PER_PAGE :][:SCENES_PER_PAGE]
-        yield from _run_page(some, defaults, facts, output, kind, run, number)
+        yield from _run_page(some, defaults, facts, output, kind, run, end)
 
 
 def _run_page(
@@ -111,7 +113,7 @@ def _run_page(
     output: Path,
     kind: str,
     run: Callable[[Request], Result],
-    number: int,
+    end: str,
 ) -> Generator[Done, None, None]:
     """The scenes of one page, and the page."""
     scenes: list[Scene] = []
@@ -123,9 +125,9 @@ def _run_page(
                 scenes.append(done.scene)
                 yield done
     finally:
-        end = f"-{number + 1}" if number else ""
         if scenes:
-            write_page(scenes, output / PAGE.format(end))
+            names = [folder_name(scene.recipe) for scene in scenes]
+            write_page(scenes, output / PAGE.format(end), names)
         if len(scenes) > 1:
             replace_file(output / GRID.format(end), _grid_sheet(scenes, PAGE.format(end)))
 
@@ -134,14 +136,26 @@ def num_pages(num_scenes: int) -> int:
     return -(-num_scenes // SCENES_PER_PAGE)
 
 
-def overviews(output: Path, num_scenes: int) -> list[Path]:
-    """The files that `run_sweep` leaves beside the scenes."""
+def overviews(
+    output: Path, requests: Sequence[Request], defaults: Defaults, facts: dict[str, Any]
+) -> list[Path]:
+    """The files that `run_sweep` leaves, or has left, beside the scenes."""
     paths = []
-    for number in range(num_pages(num_scenes)):
-        end = f"-{number + 1}" if number else ""
-        here = min(SCENES_PER_PAGE, num_scenes - number * SCENES_PER_PAGE)
+    for number, end in enumerate(_ends(output, requests, defaults, facts)):
+        here = min(SCENES_PER_PAGE, len(requests) - number * SCENES_PER_PAGE)
         paths += [output / name.format(end) for name in ([GRID, PAGE] if here > 1 else [PAGE])]
     return paths
+
+
+def _ends(output: Path, requests: Sequence[Request], defaults: Defaults, facts: dict[str, Any]) -> list[str]:
+    """Ends of the pages' names. A page with scenes that this sweep lacks is another sweep's and stays."""
+    mine = {folder_name({**dataclasses.asdict(r.completed(defaults)), **facts}) for r in requests}
+    for count in itertools.count(1):
+        run = "" if count == 1 else f"-run{count}"
+        first = output / PAGE.format(run)
+        if not first.exists() or (shown := scenes_of(first)) is not None and shown <= mine:
+            return [run + (f"-{n + 1}" if n else "") for n in range(num_pages(len(requests)))]
+    raise AssertionError("unreachable")
 
 
 def folder_name(wanted: dict[str, Any]) -> str:

@@ -261,6 +261,52 @@ def test_flags_override_a_replay(world: dict[str, Any]) -> None:
     assert {key for key in recipe if recipe[key] != earlier[key]} == {"seed"} and recipe["seed"] == 9
 
 
+def test_a_pivot_and_steps_override_a_replay(world: dict[str, Any]) -> None:
+    """What followed from defaults follows from what is given now."""
+    assert cli.main(["generate", "--prompt", "a boat", "--output", "first"]) == 0
+    plain = read_recipe("first/plain.png")
+    assert plain["num_grounding_steps"] == 0 and plain["bokeh_pivot"] is None
+    flags = ["--bokeh-targets", "0", "20", "--bokeh-pivot", "15", "--num-inference-steps", "10"]
+    assert cli.main(["generate", "--config-from", "first/plain.png", *flags, "--output", "second"]) == 0
+    grounded = read_recipe("second/pivot-bokeh-15.0.png")
+    assert (grounded["num_inference_steps"], grounded["num_grounding_steps"]) == (10, 8)
+    again = ["generate", "--config-from", "second/bokeh-20.0.png", "--output", "third"]
+    assert cli.main([*again, "--num-inference-steps", "5"]) == 0
+    assert read_recipe("third/bokeh-20.0.png")["num_grounding_steps"] == 4
+    asked = ["generate", "--config-from", "third/bokeh-20.0.png", "--num-grounding-steps", "1"]
+    assert cli.main([*asked, "--output", "fourth"]) == 0
+    assert cli.main(["generate", "--config-from", "fourth/bokeh-20.0.png", "--output", "fifth"]) == 0
+    assert read_recipe("fifth/bokeh-20.0.png")["num_grounding_steps"] == 1
+
+
+def test_a_replay_uses_the_threads_of_its_recipe(
+    world: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    assert cli.main(["generate", "--prompt", "a boat", "--output", "first"]) == 0
+    recipe = read_recipe("first/plain.png")
+    assert recipe["threads"] == torch.get_num_threads() and not used
+    assert cli.main(["generate", "--config-from", "first/plain.png", "--output", "second"]) == 0
+    assert used == [recipe["threads"]]
+
+
+@pytest.mark.parametrize("flag", ["model", "adapter", "vae", "clip", "t5", "tokenizers", "output"])
+def test_an_empty_path_is_refused(world: dict[str, Any], flag: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["generate", "--prompt", "a boat", f"--{flag}", ""]) == 2
+    assert capsys.readouterr().err == f"bokehflux: error: --{flag} is empty: give a path, or leave it out\n"
+
+
+def test_a_negative_prompt_that_does_nothing_is_named(
+    world: dict[str, Any], capsys: pytest.CaptureFixture
+) -> None:
+    argv = ["generate", "--prompt", "a boat", "--negative-prompt", "fog"]
+    assert cli.main(argv) == 0
+    assert "--negative-prompt does nothing without --true-cfg above 1" in capsys.readouterr().err
+    assert cli.main([*argv, "--true-cfg", "1.4"]) == 0
+    assert "does nothing" not in capsys.readouterr().err
+
+
 def test_a_replay_with_another_model_says_so(world: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     assert cli.main(["generate", "--config-from", "earlier.png", "--model", "other"]) == 0
     assert "model_hash nano, here it is other: the picture may differ" in caplog.text

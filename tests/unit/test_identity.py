@@ -94,7 +94,8 @@ def test_facts_name_model_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "model_facts", lambda *_: {"model_hash": "h"})
     assert facts(tiny_pipeline(), "tiny", None) == {
         "model": "tiny", "model_hash": "h", "dtype": "float32", "compute": "dtype",
-        "version": identity.__version__, "torch": torch.__version__,
-        "device": "cpu", "device_name": device_name(torch.device("cpu")),
+        "version": identity.__version__, "torch": torch.__version__, "triton": None,
+        "threads": torch.get_num_threads(), "device": "cpu",
+        "device_name": device_name(torch.device("cpu")),
         "attention": "sdpa",
     }  # fmt: skip

@@ -217,6 +217,24 @@ def test_a_sweep_that_is_stopped_has_a_page_of_what_is_finished(tmp_path: Path) 
     assert (tmp_path / "index.html").read_text().count('"curve": ') == 3
 
 
+def test_the_page_of_another_sweep_stays(tmp_path: Path) -> None:
+    one, other = grid(BASE, ["a cup"], [1]), grid(BASE, ["a tree"], [1])
+    run(one, tmp_path)
+    first = (tmp_path / "index.html").read_bytes()
+    for _ in range(2):  # the same command finds its own page again
+        run(other, tmp_path)
+    assert (tmp_path / "index.html").read_bytes() == first
+    assert {p.name for p in tmp_path.glob("*.html")} == {"index.html", "index-run2.html"}
+    assert sweep.overviews(tmp_path, other, PIPE.defaults, FACTS) == [tmp_path / "index-run2.html"]
+    assert '"prompt": "a tree"' in (tmp_path / "index-run2.html").read_text()
+    run([*one, *other], tmp_path)  # all that is shown, and more
+    assert (tmp_path / "index.html").read_text().count('"curve": ') == 2
+    (tmp_path / "index.html").write_text("somebody's own")
+    run(one, tmp_path)
+    assert (tmp_path / "index.html").read_text() == "somebody's own"
+    assert len(list(tmp_path.glob("*.html"))) == 3
+
+
 def test_many_scenes_get_several_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only the pictures of one page are in memory."""
     monkeypatch.setattr(sweep, "SCENES_PER_PAGE", 2)
@@ -228,7 +246,7 @@ def test_many_scenes_get_several_pages(tmp_path: Path, monkeypatch: pytest.Monke
         assert sum(ref() is not None for ref in alive) <= 2
     pages = sorted(p.name for p in tmp_path.iterdir() if p.is_file())
     assert pages == ["grid-2.png", "grid.png", "index-2.html", "index-3.html", "index.html"]
-    assert sorted(p.name for p in sweep.overviews(tmp_path, 5)) == pages
+    assert sorted(p.name for p in sweep.overviews(tmp_path, requests, PIPE.defaults, FACTS)) == pages
     curves = [(tmp_path / name).read_text().count('"curve": ') for name in pages[2:]]
     assert curves == [2, 1, 2]
     served = Serve()
