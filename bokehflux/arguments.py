@@ -62,6 +62,14 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     sweep.add_argument("--seeds", type=int, nargs="+", default=[DEFAULT_SEED], metavar="N", help=seeds_help)
     _picture_flags(sweep)
 
+    refocus = command("refocus", "show a photograph at other bokeh levels")
+    refocus.add_argument("photo", metavar="PHOTO", help="the photograph: PNG, JPEG, WebP or GIF")
+    refocus.add_argument("--prompt", help="what it shows")
+    refocus.add_argument("--photo-level", type=float, default=0.0, metavar="LEVEL",
+                         help="its own bokeh level, 0 (all sharp) to 30 (default: %(default)s)")  # fmt: skip
+    _request_flags(refocus, guidance_scale=1.0)
+    _run_flags(refocus)
+
     info = command("info", "show how a picture was made")
     info.add_argument("image", metavar="IMAGE", help="a picture that bokehflux wrote")
     command("doctor", "show versions, devices, memory, attention, models, and what is missing")
@@ -130,23 +138,46 @@ class _Parser(argparse.ArgumentParser):
 def _picture_flags(parser: argparse.ArgumentParser) -> None:
     """What `generate` and `sweep` have in common."""
     add = parser.add_argument
+    _request_flags(parser, guidance_scale=3.0)
     # fmt: off
-    add("--bokeh-targets", type=float, nargs="+", metavar="LEVEL",
-        help="bokeh levels, 0 (all sharp) to 30; without any, generate makes one picture of the plain model "
-             "and sweep goes from 0 to 30 in steps of 5")
     add("--bokeh-pivot", type=float, metavar="LEVEL",
         help="level of a further picture that anchors the scene; 10 to 20 works best (default: generate "
              "none, sweep 15)")
-    add("--num-grounding-steps", type=int, metavar="N",
-        help="steps grounded on the pivot (default: 80 %%); 0 leaves the pivot out")
-    add("--num-inference-steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
-    add("--guidance-scale", type=float, default=3.0, metavar="X",
-        help="distilled guidance, usually 3 to 6 (default: %(default)s)")
     add("--true-cfg", type=float, default=1.0, metavar="X",
         help="above 1, each step has a second pass that steers away from --negative-prompt (default: off)")
     add("--negative-prompt", default=DEFAULT_NEGATIVE_PROMPT, metavar="TEXT", help="default: %(default)s")
+    add("--preview", metavar="FILE", help="a small picture that is written again and again meanwhile")
+    add("--preview-every", type=int, default=1, metavar="K",
+        help="steps between previews (default: %(default)s)")
+    add("--preview-vae", metavar="PATH",
+        help="TAEF1's file or folder, for previews with detail (default: a map of colours)")
+    add("--config-from", metavar="IMAGE",
+        help="make this picture again; flags that are given as well take precedence")
+    # fmt: on
+    _run_flags(parser)
+
+
+def _request_flags(parser: argparse.ArgumentParser, guidance_scale: float) -> None:
+    """What is to be made, by every command that makes pictures."""
+    add = parser.add_argument
+    # fmt: off
+    add("--bokeh-targets", type=float, nargs="+", metavar="LEVEL",
+        help="bokeh levels, 0 (all sharp) to 30; without any, generate makes one picture of the plain model, "
+             "and sweep and refocus go from 0 to 30 in steps of 5")
+    add("--num-grounding-steps", type=int, metavar="N",
+        help="steps grounded on the pivot or photograph (default: 80 %%); 0 leaves the pivot out")
+    add("--num-inference-steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
+    add("--guidance-scale", type=float, default=guidance_scale, metavar="X",
+        help="distilled guidance, for prompts usually 3 to 6 (default: %(default)s)")
     add("--height", type=int, metavar="PX", help="floored to a multiple of 16 (default: the model's own)")
     add("--width", type=int, metavar="PX", help="likewise")
+    # fmt: on
+
+
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    """Which model it is, where it runs, and where pictures go."""
+    add = parser.add_argument
+    # fmt: off
     add("--max-rows", type=int, metavar="N",
         help="pictures that go through the network together (default: all that fit)")
     add("--vae-tiling", choices=("auto", "on", "off"), default="auto",
@@ -173,13 +204,6 @@ def _picture_flags(parser: argparse.ArgumentParser) -> None:
         help="where to put pictures; those of earlier runs are kept (default: %(default)s)")
     add("--format", choices=("png", "jpeg", "webp"), default="png",
         help="of the pictures; webp is lossless (default: %(default)s)")
-    add("--preview", metavar="FILE", help="a small picture that is written again and again meanwhile")
-    add("--preview-every", type=int, default=1, metavar="K",
-        help="steps between previews (default: %(default)s)")
-    add("--preview-vae", metavar="PATH",
-        help="TAEF1's file or folder, for previews with detail (default: a map of colours)")
-    add("--config-from", metavar="IMAGE",
-        help="make this picture again; flags that are given as well take precedence")
     # fmt: on
 
 

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(args: argparse.Namespace) -> int:
     """One picture per level, the pivot and a contact sheet; prints their paths."""
     request = request_from(args, _required(args.prompt), args.seed)
+    _check_picture_flags(args)
     _check(args)
     from bokehflux.generate import Stopped
     from bokehflux.output import save_pictures, uninterrupted
@@ -84,6 +85,7 @@ def sweep(args: argparse.Namespace) -> int:
     args.bokeh_targets = args.bokeh_targets or sweeps.LEVELS
     args.bokeh_pivot = sweeps.PIVOT if args.bokeh_pivot is None else args.bokeh_pivot
     requests = sweeps.grid(request_from(args, prompts[0], args.seeds[0]), prompts, args.seeds)
+    _check_picture_flags(args)
     _check(args)
 
     progress, output, num_done = Progress.for_people(), Path(args.output), 0
@@ -108,6 +110,48 @@ def sweep(args: argparse.Namespace) -> int:
             finished += f", and {begun} of the levels of the next"
         raise Interrupted(f"; {finished}; the same command continues") from stop
     print(*sweeps.overviews(output, requests, pipe.defaults, facts), sep="\n")
+    return 0
+
+
+def refocus(args: argparse.Namespace) -> int:
+    """A photograph at other levels, and a contact sheet; prints their paths."""
+    from bokehflux.request import Request
+    from bokehflux.sweep import LEVELS
+
+    levels = args.bokeh_targets or list(LEVELS)
+    names = ("num_inference_steps", "num_grounding_steps", "guidance_scale", "height", "width")
+    how = {name: getattr(args, name) for name in names}
+    prompt = _required(args.prompt)
+    Request(prompt=prompt, bokeh_targets=tuple(levels), bokeh_pivot=args.photo_level, **how)
+    _check(args)
+    from bokehflux.generate import Stopped
+    from bokehflux.output import save_pictures
+    from bokehflux.progress import Progress
+    from bokehflux.refocus import read_photo
+    from bokehflux.refocus import refocus as run
+    from bokehflux.scene import Scene
+    from bokehflux.serve import Interrupted
+
+    photo, photo_facts = read_photo(Path(args.photo))
+    progress, output = Progress.for_people(), Path(args.output)
+    pipe, facts = _load(args, progress)
+    tiling = {"auto": None, "on": True, "off": False}[args.vae_tiling]
+    stop: KeyboardInterrupt | None = None
+    try:
+        with progress.watching(pipe, 1 + len(levels)) as on_step:
+            result = run(
+                pipe, photo, prompt, levels, photo_level=args.photo_level, on_step=on_step,
+                max_rows=args.max_rows, vae_tiling=tiling, **how,
+            )  # fmt: skip
+    except Stopped as stopped:
+        result, stop = stopped.result, stopped
+    scene = Scene.of(result, {**facts, **photo_facts})
+    made = scene.pictures()
+    views = [] if stop else [scene.sheet()]
+    print(*save_pictures([*made, *views], output, args.format), sep="\n", flush=True)
+    if stop is not None:
+        kept = f"{len(made)} of {len(levels)} pictures are finished and kept in {output}"
+        raise Interrupted(f"; {kept}") from stop
     return 0
 
 
@@ -148,8 +192,8 @@ def fetch(args: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "generate": generate, "sweep": sweep, "info": info, "doctor": doctor, "inspect": inspect,
-    "fetch": fetch,
+    "generate": generate, "sweep": sweep, "refocus": refocus, "info": info, "doctor": doctor,
+    "inspect": inspect, "fetch": fetch,
 }  # fmt: skip
 
 
@@ -180,6 +224,11 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is empty: give a path, or leave it out")
     if args.max_rows is not None and args.max_rows < 1:
         raise ValueError(f"--max-rows must be at least 1, got {args.max_rows}")
+    check_folder(Path(args.output))
+
+
+def _check_picture_flags(args: argparse.Namespace) -> None:
+    """Likewise, of the flags that only `generate` and `sweep` have."""
     if args.preview is not None or args.preview_every != 1 or args.preview_vae is not None:
         from bokehflux.preview import check_preview
 
@@ -188,7 +237,6 @@ def _check(args: argparse.Namespace) -> None:
         from bokehflux.weights.tiny import load_tiny_decoder
 
         load_tiny_decoder(args.preview_vae)
-    check_folder(Path(args.output))
     if args.negative_prompt != DEFAULT_NEGATIVE_PROMPT and args.true_cfg <= 1:
         print("bokehflux: --negative-prompt does nothing without --true-cfg above 1", file=sys.stderr)
     if args.true_cfg > 1.5 and args.guidance_scale > 2:
@@ -202,10 +250,11 @@ def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[
     from bokehflux.generate import load
 
     model, loras = model_from(args), loras_from(args)
-    if args.config_from is not None:
+    replayed = getattr(args, "config_from", None)
+    if replayed is not None:
         from bokehflux.replay import use_threads_of
 
-        use_threads_of(args.config_from)
+        use_threads_of(replayed)
     progress.show(f"loading {args.model}")
     try:
         pipe = load(
@@ -223,10 +272,10 @@ def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[
         progress.end()
     if args.memory == "auto" and pipe.device.type == "cuda":  # elsewhere there is no choice
         print(f"bokehflux: memory mode {pipe.memory.mode}, chosen from free memory", file=sys.stderr)
-    if args.config_from is not None:
+    if replayed is not None:
         from bokehflux.replay import warn_of_differences
 
-        warn_of_differences(args.config_from, facts)
+        warn_of_differences(replayed, facts)
     return pipe, facts
 
 

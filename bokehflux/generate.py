@@ -108,6 +108,19 @@ class Pipeline:
     def compute(self) -> Compute:
         return "fp8" if is_fp8(self.mmdit) else "dtype"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Of every run's settings: which model it was, and how it was computed."""
+        return {
+            "model": self.name,
+            "adapter": self.adapter,
+            "loras": [list(lora) for lora in self.loras],
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compute": self.compute,
+            "version": __version__,
+        }
+
     @torch.inference_mode()
     def generate(
         self,
@@ -147,8 +160,8 @@ class Pipeline:
         `Stopped` for Ctrl-C when some pictures are finished.
         """
         num_steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        targets = _levels(bokeh_targets)
-        num_grounded = self._check(prompt, targets, bokeh_pivot, num_steps, num_grounding_steps)
+        targets = levels_of(bokeh_targets)
+        num_grounded = self.check(prompt, targets, bokeh_pivot, num_steps, num_grounding_steps)
         if not true_cfg >= 1:
             raise ValueError(f"true_cfg must be 1 (off) or larger, got {true_cfg}")
         grid = LatentGrid.floored(
@@ -167,13 +180,7 @@ class Pipeline:
             "height": grid.height_px,
             "width": grid.width_px,
             "seed": seed,
-            "model": self.name,
-            "adapter": self.adapter,
-            "loras": [list(lora) for lora in self.loras],
-            "device": self.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "compute": self.compute,
-            "version": __version__,
+            **self.facts,
         }
         grounded = num_grounded > 0
         if pivot_cache is not None and not grounded:
@@ -233,7 +240,7 @@ class Pipeline:
             raise Stopped(result) from made.stop
         return result
 
-    def _check(
+    def check(
         self,
         prompt: str,
         targets: list[float] | None,
@@ -345,7 +352,7 @@ def load(
     )
 
 
-def _levels(targets: Sequence[float] | None) -> list[float] | None:
+def levels_of(targets: Sequence[float] | None) -> list[float] | None:
     """Targets as plain numbers. Raises ValueError for anything but one or more levels in 0-30."""
     if targets is None:
         return None

@@ -32,7 +32,7 @@ READABLE = ("PNG", "JPEG", "WEBP", "GIF")
 _MAX_RECIPE = 1 << 20
 """Bytes of JSON that are looked at: a file from a stranger must not make us work without bound."""
 # What Pillow raises for files that are no pictures, or broken ones.
-_UNREADABLE = (
+UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, AttributeError,
     OverflowError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
@@ -105,7 +105,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             user = Image.Image.getexif(image).get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise NoRecipe(f"cannot read {path}: {error.strerror}") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise NoRecipe(f"{path} is no picture that can be read: {error}") from error
     if isinstance(user, bytes) and user.startswith(_ASCII):
         if isinstance(recipe := _json(user.removeprefix(_ASCII)), dict):

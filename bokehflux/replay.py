@@ -23,6 +23,11 @@ def defaults_from(image: str, command: str) -> dict[str, Any]:
     Raises ValueError (NoRecipe) when the file holds no recipe, or one that no run could have had.
     """
     recipe = read_recipe(image)
+    if "photo" in recipe:
+        raise ValueError(
+            f"{image} was made from the photograph {str(recipe['photo'])[:80]}: `bokehflux refocus` makes it "
+            "again, and `bokehflux info` shows its settings"
+        )
     values: dict[str, Any] = dataclasses.asdict(Request.from_recipe(recipe))
     if _is_default(values["num_grounding_steps"], values["num_inference_steps"], values["bokeh_pivot"]):
         values["num_grounding_steps"] = None  # to follow a pivot or a number of steps that is given now

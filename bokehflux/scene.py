@@ -25,6 +25,8 @@ class Shot:
     """None: the plain model."""
     image: Image.Image
     is_pivot: bool = False
+    is_photo: bool = False
+    """A pivot that no model made."""
 
     @property
     def stem(self) -> str:
@@ -34,7 +36,9 @@ class Shot:
 
     @property
     def label(self) -> str:
-        return "plain" if self.level is None else f"{'pivot' if self.is_pivot else 'bokeh'} {self.level:g}"
+        if self.level is None:
+            return "plain"
+        return f"{'photo' if self.is_photo else 'pivot' if self.is_pivot else 'bokeh'} {self.level:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +57,19 @@ class Scene:
         levels: Sequence[float | None] = recipe["bokeh_targets"] or [None]
         finished = levels[: len(result.images)]
         shots = [Shot(level=lv, image=img) for lv, img in zip(finished, result.images, strict=True)]
-        pivot = result.pivot_image
-        return cls(
-            recipe=recipe,
-            targets=tuple(shots),
-            pivot=None if pivot is None else Shot(level=recipe["bokeh_pivot"], image=pivot, is_pivot=True),
-        )
+        pivot = None
+        if result.pivot_image is not None:
+            pivot = Shot(
+                level=recipe["bokeh_pivot"],
+                image=result.pivot_image,
+                is_pivot=True,
+                is_photo="photo" in recipe,
+            )
+        return cls(recipe=recipe, targets=tuple(shots), pivot=pivot)
 
     def pictures(self) -> list[Picture]:
-        """One file per target, then the pivot."""
-        shots = [*self.targets, *([] if self.pivot is None else [self.pivot])]
+        """One file per target, then the pivot, if the model made it."""
+        shots = [*self.targets, *([] if self.pivot is None or self.pivot.is_photo else [self.pivot])]
         stems = distinct([shot.stem for shot in shots])
         return [
             Picture(stem=stem, image=shot.image, recipe=self.recipe_of(shot))
@@ -94,7 +101,7 @@ class Scene:
                 Path(r["model"]).name,
                 f"{r['num_inference_steps']} steps{grounded}",
                 f"guidance {r['guidance_scale']:g}",
-                f"seed {r['seed']}",
+                f"seed {r['seed']}" if "seed" in r else f"from {r['photo']}",
             )
         )
 

@@ -1,0 +1,195 @@
+"""Photographs at other levels: the way to noise and back, and what is grounded on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import bench_refocus
+from bokehflux import cli
+from bokehflux.metadata import read_recipe
+from bokehflux.models.vae import to_uint8
+from bokehflux.refocus import grid_of, read_photo, refocus
+from bokehflux.sampling.inversion import followed, invert
+from bokehflux.sampling.latents import LatentGrid, unpack
+from bokehflux.sampling.samplers import StepInfo, euler
+from tests.tiny import tiny_pipeline
+
+SIGMAS = torch.linspace(1, 0, 21)
+
+
+def field(x: Tensor, sigma: Tensor, _: int) -> Tensor:
+    """A smooth velocity that depends on place and noise level."""
+    return torch.sin(x + sigma) - 0.5 * x
+
+
+def photo(width: int = 48, height: int = 32) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height))
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 8])
+def test_the_way_to_noise_is_the_samplers_way(iterations: int) -> None:
+    x = torch.randn(2, 5, 4)
+    states = invert(field, x, SIGMAS, iterations=iterations)
+    assert len(states) == len(SIGMAS) and states[-1] is x
+    seen: list[StepInfo] = []
+    back = euler(field, states[0], SIGMAS, seen.append)
+    error = (back - x).abs().max()
+    assert error < {1: 0.2, 2: 0.01, 8: 1e-5}[iterations]
+    assert (back - x).abs().max() > 0 or iterations == 8
+    for state, info in zip(states[1:], seen, strict=True):
+        assert (state - info.latents).abs().max() <= error + 1e-6
+    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
+        invert(field, x, SIGMAS, iterations=0)
+
+
+def test_inversion_tells_its_steps() -> None:
+    seen: list[StepInfo] = []
+    states = invert(field, torch.randn(1, 3, 4), SIGMAS[::5], seen.append)
+    assert [info.step for info in seen] == [0, 1, 2, 3] and {info.num_steps for info in seen} == {4}
+    assert [info.sigma for info in seen] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert torch.equal(seen[-1].latents, states[0])
+
+
+def test_the_first_row_follows_its_path_whatever_is_predicted() -> None:
+    x = torch.randn(1, 3, 4)
+    states = [torch.randn(1, 3, 4) for _ in SIGMAS[:-1]] + [x]
+    asked: list[Tensor] = []
+
+    def wild(x: Tensor, sigma: Tensor, step: int) -> Tensor:
+        asked.append(x[:1])
+        return torch.cat([torch.full_like(x[:1], torch.nan), x[1:]])
+
+    out = euler(followed(wild, states, SIGMAS), states[0].expand(3, -1, -1), SIGMAS)
+    torch.testing.assert_close(out[:1], x)
+    assert all(torch.equal(given, state) for given, state in zip(asked, states[:-1], strict=True))
+    assert torch.equal(out[1], out[2]) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("max_rows", [None, 1])
+@pytest.mark.parametrize("grounded", [None, 0])
+def test_a_photo_at_its_own_level_comes_back(max_rows: int | None, grounded: int | None) -> None:
+    pipe = tiny_pipeline()
+    errors = []
+    for steps in (10, 40):
+        made = refocus(
+            pipe, photo(), "a mug", [7, 30], photo_level=7, height=32, width=48, max_rows=max_rows,
+            num_inference_steps=steps, num_grounding_steps=grounded,
+        )  # fmt: skip
+        assert made.pivot_latents is not None and made.pivot_image is not None
+        same, other = ((row - made.pivot_latents).abs().mean() for row in made.latents)
+        errors.append(same / made.pivot_latents.std())
+        assert same < other / 2
+    assert errors[1] < 0.03 and errors[1] < errors[0] / 2
+    assert [image.size for image in made.images] == [(48, 32)] * 2
+    assert np.array_equal(np.asarray(made.pivot_image), np.asarray(photo()))
+    grid = LatentGrid(height_px=32, width_px=48)
+    own = to_uint8(pipe.vae.decode(unpack(made.pivot_latents.clone()[None], grid)))[0].numpy().astype(int)
+    assert np.abs(np.asarray(made.images[0]).astype(int) - own).mean() < 3
+    assert made.settings["bokeh_pivot"] == 7.0 and made.settings["bokeh_targets"] == [7.0, 30.0]
+
+
+def test_every_argument_counts() -> None:
+    pipe = tiny_pipeline()
+
+    def latents(**changed: object) -> Tensor:
+        options = {"prompt": "a mug", "bokeh_targets": [30], "num_inference_steps": 4} | changed
+        return refocus(pipe, photo(), **options).latents  # type: ignore[arg-type]
+
+    plain = latents()
+    assert torch.equal(plain, latents()), "nothing is drawn"
+    for change in (
+        {"prompt": "a dog"}, {"bokeh_targets": [10]}, {"photo_level": 9}, {"num_inference_steps": 5},
+        {"num_grounding_steps": 1}, {"guidance_scale": 4.0}, {"height": 64, "width": 64},
+    ):  # fmt: skip
+        other = latents(**change)
+        assert other.shape != plain.shape or not torch.allclose(other, plain, atol=1e-4), change
+
+
+@pytest.mark.parametrize(
+    ("size", "orientation", "tokens"),
+    [
+        ((640, 480), 1, (28, 37)),
+        ((640, 480), 6, (37, 28)),
+        ((99, 99), 1, (32, 32)),
+        ((9000, 9), 1, (1, 1012)),
+    ],
+)
+def test_the_photos_own_shape(size: tuple[int, int], orientation: int, tokens: tuple[int, int]) -> None:
+    """About as many pixels as the model is made for, upright."""
+    pipe = tiny_pipeline()
+    pipe = dataclasses.replace(pipe, defaults=dataclasses.replace(pipe.defaults, height_px=512, width_px=512))
+    picture = Image.new("RGB", size)
+    picture.getexif()[0x0112] = orientation
+    assert grid_of(picture, pipe, None, None).token_hw == tokens
+    assert grid_of(picture, pipe, 70, 100).token_hw == (4, 6)
+
+
+@pytest.mark.parametrize(("changed", "says"), [
+    ({"photo_level": 31}, "bokeh level lies between 0"), ({"bokeh_targets": []}, "bokeh_targets is empty"),
+    ({"prompt": " "}, "prompt is empty"), ({"height": 64}, "both height and width"),
+    ({"num_grounding_steps": 99}, "between 0 and the"), ({"num_inference_steps": 0}, "at least 1"),
+])  # fmt: skip
+def test_bad_arguments(changed: dict[str, object], says: str) -> None:
+    options = {"prompt": "a mug", "bokeh_targets": [30]} | changed
+    with pytest.raises(ValueError, match=says):
+        refocus(tiny_pipeline(), photo(), **options)  # type: ignore[arg-type]
+
+
+def test_photos_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    photo().save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:99])
+    for name, says in (
+        ("none.png", "it is not there"),
+        ("text.png", "cannot"),
+        ("half.png", ""),
+        (".", "regular"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot read the photograph .*{says}.*expected one of PNG"):
+            read_photo(tmp_path / name)
+    image, facts = read_photo(tmp_path / "whole.png")
+    assert image.size == (48, 32) and facts["photo"] == "whole.png" and len(facts["photo_hash"]) == 32
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: tiny_pipeline())
+    monkeypatch.setattr("bokehflux.identity.model_facts", lambda *_: {"model_hash": "h"})
+    monkeypatch.chdir(tmp_path)
+    photo().save("mug.jpg")
+    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--photo-level", "4"]
+    assert cli.main([*argv, "--bokeh-targets", "0", "20", "--output", "out"]) == 0
+    paths = capsys.readouterr().out.split()
+    assert paths == ["out/bokeh-00.0.png", "out/bokeh-20.0.png", "out/sheet.png"], "the photo is no output"
+    recipe = read_recipe(paths[1])
+    assert (recipe["photo"], recipe["bokeh_pivot"], recipe["bokeh_level"]) == ("mug.jpg", 4.0, 20.0)
+    assert cli.main(["generate", "--config-from", paths[0]]) == 2
+    assert "was made from the photograph mug.jpg" in capsys.readouterr().err
+    for wrong, says in (
+        (["refocus", "none.jpg", "--prompt", "a"], "cannot read the photograph none.jpg: it is not there"),
+        (["refocus", "mug.jpg"], "a prompt is needed"),
+        ([*argv[:-1], "31"], "a bokeh level must be between 0"),
+    ):
+        assert cli.main(wrong) == 2
+        assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+def test_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pipe = tiny_pipeline()
+    pipe = dataclasses.replace(pipe, defaults=dataclasses.replace(pipe.defaults, height_px=64, width_px=64))
+    monkeypatch.setattr("bokehflux.load", lambda *_, **__: pipe)
+    assert bench_refocus.main(["--captions", "2", "--steps", "2", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "refocus.json").read_text())
+    assert [row["level"] for row in record["rows"]] == [0, 8, 15, 28]
+    assert record["rows"][0]["photo"] > 55 > record["rows"][1]["photo"], "the photograph is at level 0"
+    assert (tmp_path / "refocus.jpg").is_file()
