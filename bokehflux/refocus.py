@@ -59,6 +59,7 @@ def refocus(
     num_steps = pipe.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
     targets = levels_of(bokeh_targets)
     num_grounded = pipe.check(prompt, targets, photo_level, num_steps, num_grounding_steps)
+    assert targets is not None  # a level of the photograph without targets was refused
     grid = grid_of(photo, pipe, height, width)
     fitted = ImageOps.fit(
         ImageOps.exif_transpose(photo).convert("RGB"),
