@@ -23,6 +23,7 @@ from bokehflux.metadata import READABLE, UNREADABLE
 from bokehflux.models import tiling
 from bokehflux.models.bokeh import BokehCondition
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
+from bokehflux.sampling.diagnose import explain_nonfinite
 from bokehflux.sampling.inversion import followed, invert
 from bokehflux.sampling.latents import TOKEN_PX, LatentGrid, pack
 from bokehflux.sampling.samplers import OnStep, euler
@@ -87,11 +88,18 @@ def refocus(
         )
 
     with pipe.memory.phase("denoise"):
-        states = invert(velocity([photo_level], None), z, steps, on_step)
+        alone = velocity([photo_level], None)
+        states = invert(alone, z, steps, on_step)
+        if not states[0].isfinite().all():
+            raise explain_nonfinite(pipe.mmdit, alone, z, steps)
+        del alone
         grounding = Grounding(pivot_row=0, num_steps=num_grounded) if num_grounded else None
         follow = followed(velocity([photo_level, *targets], grounding), states, steps)
-        x = euler(follow, states[0].expand(1 + len(targets), -1, -1), steps, on_step)[1:]
-        del follow
+        start = states[0].expand(1 + len(targets), -1, -1)
+        x = euler(follow, start, steps, on_step)[1:]
+        if not x.isfinite().all():
+            raise explain_nonfinite(pipe.mmdit, follow, start, steps)
+        del follow  # and with it the memory of its CUDA graphs
     with pipe.memory.phase("decode"):
         made = decode_pictures(pipe.vae, x, z[0], grid, tiled=tiled)
     result = Result(

@@ -144,6 +144,13 @@ def test_bad_arguments(changed: dict[str, object], says: str) -> None:
         refocus(tiny_pipeline(), photo(), **options)  # type: ignore[arg-type]
 
 
+def test_numbers_that_are_none_are_named() -> None:
+    pipe = tiny_pipeline()
+    pipe.mmdit.singles[1].linear2.weight.data[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="single_blocks.1"):
+        refocus(pipe, photo(), "a mug", [30], num_inference_steps=2)
+
+
 def test_photos_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     photo().save(tmp_path / "whole.png")
