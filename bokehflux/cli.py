@@ -237,7 +237,8 @@ def _check_picture_flags(args: argparse.Namespace) -> None:
         from bokehflux.weights.tiny import load_tiny_decoder
 
         load_tiny_decoder(args.preview_vae)
-    if args.negative_prompt != DEFAULT_NEGATIVE_PROMPT and args.true_cfg <= 1:
+    typed = args.config_from is None and args.negative_prompt != DEFAULT_NEGATIVE_PROMPT
+    if typed and args.true_cfg <= 1:
         print("bokehflux: --negative-prompt does nothing without --true-cfg above 1", file=sys.stderr)
     if args.true_cfg > 1.5 and args.guidance_scale > 2:
         both = f"--guidance-scale {args.guidance_scale:g} and --true-cfg {args.true_cfg:g}"
