@@ -95,6 +95,8 @@ def uninterrupted() -> Iterator[None]:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file in place of the one of that name, if any. Raises OSError; then the old one is whole."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and a file of that name is to be written: move it away")
     temporary = _temporary(path.parent, data)
     try:
         os.replace(temporary, path)

@@ -103,8 +103,7 @@ def test_dependencies_are_what_the_code_imports() -> None:
     third_party = imported - set(sys.stdlib_module_names) - {"bokehflux"}
     names = {IMPORT_NAMES.get(name, name) for name in declared}
     assert third_party - {"flash_attn", "gguf", "huggingface_hub"} <= names  # those are extras
-    # Triton's kernels are part of the design and may not be in this checkout yet.
-    assert names - {"triton"} <= third_party
+    assert names <= third_party
 
 
 def test_every_tested_version_is_pinned() -> None:

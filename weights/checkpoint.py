@@ -174,9 +174,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         path = _inside(path)
     if not path.is_file():
-        raise CheckpointError(
-            path, "no such file or folder; expected a .safetensors file, its index, or a folder with one"
-        )
+        what = "no regular file" if path.exists() else "no such file or folder"
+        raise CheckpointError(path, f"{what}; expected a .safetensors file, its index, or a folder with one")
     if path.suffix == ".json":
         return _open_index(path)
     tensors, metadata = read_header(path)

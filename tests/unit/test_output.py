@@ -221,3 +221,10 @@ def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="cannot write to output folder .*: Permission denied"):
         check_folder(tmp_path)
+
+
+def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sheet.png").mkdir()
+    with pytest.raises(OSError, match=r"sheet.png is a folder, .*: move it away"):
+        replace_file(tmp_path / "sheet.png", b"data")
+    assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
