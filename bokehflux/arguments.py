@@ -169,7 +169,8 @@ def _request_flags(parser: argparse.ArgumentParser, guidance_scale: float) -> No
     add("--num-inference-steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
     add("--guidance-scale", type=float, default=guidance_scale, metavar="X",
         help="distilled guidance, for prompts usually 3 to 6 (default: %(default)s)")
-    add("--height", type=int, metavar="PX", help="floored to a multiple of 16 (default: the model's own)")
+    add("--height", type=int, metavar="PX",
+        help="floored to a multiple of 16 (default: the model's own, of refocus in the photograph's shape)")
     add("--width", type=int, metavar="PX", help="likewise")
     # fmt: on
 

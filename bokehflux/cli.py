@@ -19,7 +19,7 @@ from bokehflux.request import DEFAULT_NEGATIVE_PROMPT
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
-    from bokehflux.generate import Pipeline
+    from bokehflux.generate import Pipeline, Result
     from bokehflux.progress import Progress
 
 
@@ -115,7 +115,7 @@ def sweep(args: argparse.Namespace) -> int:
 
 def refocus(args: argparse.Namespace) -> int:
     """A photograph at other levels, and a contact sheet; prints their paths."""
-    from bokehflux.request import Request
+    from bokehflux.request import Request, with_fewer_rows
     from bokehflux.sweep import LEVELS
 
     levels = args.bokeh_targets or list(LEVELS)
@@ -125,32 +125,40 @@ def refocus(args: argparse.Namespace) -> int:
     Request(prompt=prompt, bokeh_targets=tuple(levels), bokeh_pivot=args.photo_level, **how)
     _check(args)
     from bokehflux.generate import Stopped
-    from bokehflux.output import save_pictures
+    from bokehflux.output import save_pictures, uninterrupted
     from bokehflux.progress import Progress
     from bokehflux.refocus import read_photo
     from bokehflux.refocus import refocus as run
     from bokehflux.scene import Scene
-    from bokehflux.serve import Interrupted
+    from bokehflux.serve import TILING, Interrupted, warn_of_words
 
     photo, photo_facts = read_photo(Path(args.photo))
     progress, output = Progress.for_people(), Path(args.output)
     pipe, facts = _load(args, progress)
-    tiling = {"auto": None, "on": True, "off": False}[args.vae_tiling]
+    warn_of_words(pipe, prompt)
     stop: KeyboardInterrupt | None = None
+    rows = 1 + len(levels)
     try:
-        with progress.watching(pipe, 1 + len(levels)) as on_step:
-            result = run(
-                pipe, photo, prompt, levels, photo_level=args.photo_level, on_step=on_step,
-                max_rows=args.max_rows, vae_tiling=tiling, **how,
-            )  # fmt: skip
+        with progress.watching(pipe, rows) as on_step:
+
+            def attempt(max_rows: int | None) -> Result:
+                return run(
+                    pipe, photo, prompt, levels, photo_level=args.photo_level, on_step=on_step,
+                    max_rows=max_rows, vae_tiling=TILING[args.vae_tiling], **how,
+                )  # fmt: skip
+
+            result = with_fewer_rows(attempt, rows, args.max_rows)
     except Stopped as stopped:
         result, stop = stopped.result, stopped
-    scene = Scene.of(result, {**facts, **photo_facts})
-    made = scene.pictures()
-    views = [] if stop else [scene.sheet()]
-    print(*save_pictures([*made, *views], output, args.format), sep="\n", flush=True)
+    try:
+        with uninterrupted():
+            scene = Scene.of(result, {**facts, **photo_facts})
+            views = [] if stop else [scene.sheet()]
+            print(*save_pictures([*scene.pictures(), *views], output, args.format), sep="\n", flush=True)
+    except KeyboardInterrupt as pressed:
+        stop = stop or pressed
     if stop is not None:
-        kept = f"{len(made)} of {len(levels)} pictures are finished and kept in {output}"
+        kept = f"{len(scene.targets)} of {len(levels)} pictures are finished and kept in {output}"
         raise Interrupted(f"; {kept}") from stop
     return 0
 

@@ -9,7 +9,7 @@ import gc
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,18 +117,8 @@ class Request:
         max_rows: rows to begin with; None is all. vae_tiling: as in `Pipeline.generate`. Raises ValueError as
         that does, and when not even a single row fits.
         """
-        from torch import OutOfMemoryError
-
         rows = len(self.bokeh_targets or (0,)) + (self.bokeh_pivot is not None)
-        while True:
-            try:
-                return self._generate(pipe, on_step, max_rows, vae_tiling)
-            except (OutOfMemoryError, MemoryError) as error:
-                if (max_rows or rows) <= 1:
-                    raise ValueError(f"even one picture at a time does not fit: {error}") from error
-            gc.collect()  # what the attempt has left in cycles
-            max_rows = max(1, min(max_rows or rows, rows) // 2)
-            logger.warning("out of memory: trying again with %d pictures at a time", max_rows)
+        return with_fewer_rows(lambda some: self._generate(pipe, on_step, some, vae_tiling), rows, max_rows)
 
     def _generate(
         self, pipe: Pipeline, on_step: OnStep | None, max_rows: int | None, vae_tiling: bool | None
@@ -149,6 +139,24 @@ class Request:
             max_rows=max_rows,
             vae_tiling=vae_tiling,
         )
+
+
+def with_fewer_rows(run: Callable[[int | None], Result], rows: int, max_rows: int | None) -> Result:
+    """run(max_rows), and out of memory again with half as many of `rows` pictures at a time.
+
+    Raises ValueError when not even a single one fits.
+    """
+    from torch import OutOfMemoryError
+
+    while True:
+        try:
+            return run(max_rows)
+        except (OutOfMemoryError, MemoryError) as error:
+            if (max_rows or rows) <= 1:
+                raise ValueError(f"even one picture at a time does not fit: {error}") from error
+        gc.collect()  # what the attempt has left in cycles
+        max_rows = max(1, min(max_rows or rows, rows) // 2)
+        logger.warning("out of memory: trying again with %d pictures at a time", max_rows)
 
 
 def _fits(kind: str, value: object) -> bool:

@@ -19,6 +19,9 @@ from bokehflux.weights.tiny import load_tiny_decoder
 
 logger = logging.getLogger(__name__)
 
+TILING = {"auto": None, "on": True, "off": False}
+"""--vae-tiling, as `Pipeline.generate` takes it."""
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with what is to be said about it."""
@@ -27,14 +30,14 @@ class Interrupted(KeyboardInterrupt):
 def server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Callable[[Request], Result]:
     """Serves requests with everything that people watch meanwhile."""
     preview_of = _previews(args, pipe)
-    max_rows, vae_tiling = args.max_rows, {"auto": None, "on": True, "off": False}[args.vae_tiling]
+    max_rows, vae_tiling = args.max_rows, TILING[args.vae_tiling]
     read: set[str] = set()
 
     def serve(request: Request) -> Result:
         nonlocal max_rows, vae_tiling
         if request.prompt not in read:
             read.add(request.prompt)
-            _warn_of_words(pipe, request.prompt)
+            warn_of_words(pipe, request.prompt)
         grounded = request.bokeh_pivot is not None and request.num_grounding_steps != 0
         rows, prompts = len(request.bokeh_targets or (0,)) + grounded, 1 + (request.true_cfg > 1)
         preview = preview_of(request)
@@ -65,7 +68,7 @@ def server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Call
     return serve
 
 
-def _warn_of_words(pipe: Pipeline, prompt: str) -> None:
+def warn_of_words(pipe: Pipeline, prompt: str) -> None:
     """Name what a model of few words cannot read, such as nano."""
     if unknown := pipe.text.unknown_words(prompt):
         some = ", ".join(f"{word!r:.40}" for word in unknown[:8])

@@ -93,7 +93,7 @@ class Linear(nn.Linear):
             return (self.weight.float() * self.scale[:, None]).to(dtype)
         return self.weight.to(dtype) if self.dequantize is None else self.dequantize(self.weight, dtype)
 
-    def part(self, dtype: torch.dtype, rows: slice, columns: slice = slice(None)) -> Tensor:
+    def dense_part(self, dtype: torch.dtype, rows: slice, columns: slice = slice(None)) -> Tensor:
         """Rows and columns of `dense`; of a weight that is only cast, no more than those are cast."""
         if self.dequantize is None and self.scale is None:
             return self.weight[rows, columns].to(dtype)
@@ -115,7 +115,7 @@ class Linear(nn.Linear):
             assert isinstance(x, Tensor)
             # Dense weights as they are: under autocast it is the product that casts.
             rows = slice(start, stop)
-            weight = self.weight[rows] if self.is_dense else self.part(x.dtype, rows)
+            weight = self.weight[rows] if self.is_dense else self.dense_part(x.dtype, rows)
             # A strided x (one stream of several rows) would be multiplied row by row, its bias added in
             # another pass, with another rounding. The copy costs no more.
             out = F.linear(x.contiguous(), weight, bias)
@@ -136,7 +136,7 @@ class Linear(nn.Linear):
 
     def gelu_columns(self, x: Tensor, start: int, stop: int) -> Tensor:
         """GELU (tanh form) of `columns`, in the epilogue of the product. Only where it `takes_epilogues`."""
-        weight = self.part(x.dtype, slice(start, stop))
+        weight = self.dense_part(x.dtype, slice(start, stop))
         rows = torch._addmm_activation(self.bias[start:stop], x.flatten(0, -2), weight.T, use_gelu=True)
         return rows.unflatten(0, x.shape[:-1])
 
@@ -147,6 +147,6 @@ class Linear(nn.Linear):
         Only where it `takes_epilogues`.
         """
         width, every = left.shape[-1], slice(None)
-        rows = torch.addmm(self.bias, left.flatten(0, -2), self.part(left.dtype, every, slice(width)).T)
-        rows.addmm_(right.flatten(0, -2), self.part(left.dtype, every, slice(width, None)).T)
+        rows = torch.addmm(self.bias, left.flatten(0, -2), self.dense_part(left.dtype, every, slice(width)).T)
+        rows.addmm_(right.flatten(0, -2), self.dense_part(left.dtype, every, slice(width, None)).T)
         return rows.unflatten(0, left.shape[:-1])

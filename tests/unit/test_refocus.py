@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from benchmarks import bench_refocus
 from bokehflux import cli
+from bokehflux.generate import Stopped
 from bokehflux.metadata import read_recipe
 from bokehflux.models.vae import to_uint8
 from bokehflux.refocus import grid_of, read_photo, refocus
@@ -187,6 +189,47 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     ):
         assert cli.main(wrong) == 2
         assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+def test_the_command_goes_on_with_fewer_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[int | None] = []
+
+    def run(*args: Any, max_rows: int | None, **options: Any) -> Any:
+        tried.append(max_rows)
+        if max_rows != 1:
+            raise MemoryError("too small")
+        return refocus(*args, max_rows=max_rows, **options)
+
+    monkeypatch.setattr("bokehflux.refocus.refocus", run)
+    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: tiny_pipeline())
+    monkeypatch.setattr("bokehflux.identity.model_facts", lambda *_: {"model_hash": "h"})
+    monkeypatch.chdir(tmp_path)
+    photo().save("mug.jpg")
+    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
+    assert cli.main([*argv, "--num-inference-steps", "2"]) == 0
+    assert tried == [None, 1] and read_recipe("results/bokeh-20.0.png")["max_rows"] == 1
+    assert "trying again with 1 pictures at a time" in caplog.text
+
+
+def test_the_command_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stopped(*args: Any, **options: Any) -> Any:
+        made = refocus(*args, **options)
+        raise Stopped(dataclasses.replace(made, images=made.images[:1]))
+
+    monkeypatch.setattr("bokehflux.refocus.refocus", stopped)
+    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: tiny_pipeline())
+    monkeypatch.setattr("bokehflux.identity.model_facts", lambda *_: {"model_hash": "h"})
+    monkeypatch.chdir(tmp_path)
+    photo().save("mug.jpg")
+    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
+    assert cli.main([*argv, "--num-inference-steps", "2"]) == 130
+    said = capsys.readouterr()
+    assert said.out.split() == ["results/bokeh-00.0.png"]
+    assert "; 1 of 2 pictures are finished and kept in results" in said.err
 
 
 def test_the_benchmark(
