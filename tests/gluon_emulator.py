@@ -206,7 +206,7 @@ def jit(function: Callable | None = None, **_: Any) -> Any:
 
 def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
     if layout == "barrier":
-        return Barriers(shape[0])
+        return Barriers(shape[0]) if len(shape) > 1 else Barrier()
     return Shared(torch.full(list(shape), float("nan"), dtype=dtype))
 
 

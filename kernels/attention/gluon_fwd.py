@@ -22,6 +22,9 @@ Round r of empty[i] ends when all groups have arrived, so no side can lap the ot
 sequence of uses, so (slot, parity) carries on from work to work without any reset. Queries have one buffer a
 group, with `q_full[g]` and `q_empty[g]` of the same meaning, one use a work. The producer waits for it
 after the first keys of a work: the ring needs room for those (three slots), besides none that consumers hold.
+Turns. Where groups take turns, a group starts the products of a step only after the group before has started
+its own of the same step; group 0 begins. Then one group takes exponentials while the products of the other
+run, and never both at once. `turns[g]` (1 arrival) is completed by the group before g.
 Barriers are initialised, and fenced for the copy engine, before the warps part. Triton puts a barrier of the
 warpgroup before every arrival, so that one thread may speak for all.
 
@@ -88,6 +91,22 @@ def _take(ring, slot, parity):
 def _release(ring, slot):
     _, _, empty = ring
     mbarrier.arrive(empty.index(slot), count=1)
+
+
+@gluon.jit
+def _wait_turn(turns, group: gl.constexpr, parity, TURNS: gl.constexpr):
+    """Consumer: until it may start products. Returns the parity of the next wait."""
+    if TURNS:
+        mbarrier.wait(turns[group], parity)
+    return parity ^ 1
+
+
+@gluon.jit
+def _pass_turn(turns, group: gl.constexpr, TURNS: gl.constexpr):
+    """Consumer: the next group may."""
+    NEXT: gl.constexpr = (group + 1) % len(turns)
+    if TURNS:
+        mbarrier.arrive(turns[NEXT], count=1)
 
 
 # Work.
@@ -190,8 +209,8 @@ def _exp(s, m, scale, FIXED: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(e, dtype: gl.constexpr, FIXED: gl.constexpr):
-    """e as 16-bit weights for the tensor cores, and the sums to divide by, see `triton_fwd._row_sums`."""
+def _weigh(e, dtype: gl.constexpr):
+    """e as 16-bit weights for the tensor cores, and its sums, to divide by."""
     # Two conversions an instruction; one by one they would go through the unit that takes exponentials.
     if dtype == gl.bfloat16:
         weights = gl.inline_asm_elementwise(
@@ -201,23 +220,7 @@ def _weigh(e, dtype: gl.constexpr, FIXED: gl.constexpr):
         weights = gl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [e], dtype=gl.float16, is_pure=True, pack=2
         )
-    if FIXED:
-        e = weights.to(gl.float32)
     return weights, gl.sum(e, 1)
-
-
-@gluon.jit
-def _settle(sums):
-    """Keep ptxas from moving the exponentials in `sums` to a place where no product runs beside them.
-
-    Nothing ties them to the place where they stand, and it moves them. Threads of a warp that meet here tie
-    them: who meets depends on the sums, as far as ptxas knows. Sums are never negative, so all always do.
-    """
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred wrong; .reg .b32 lanes; setp.lt.f32 wrong, $1, 0f00000000;"
-        " selp.b32 lanes, 0x7fffffff, 0xffffffff, wrong; bar.warp.sync lanes; mov.b32 $0, $1; }",
-        "=r,r", [sums], dtype=gl.float32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -253,9 +256,10 @@ def _start_values(weights, acc, ring, slot, parity):
 
 @gluon.jit
 def _row(
-    q, q_empty, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
+    q, q_empty, no_scores, acc, ring, slot, parity, turns, group: gl.constexpr, turn,
+    begin, end, len_k, scale,
     IS_TARGET: gl.constexpr, FIXED: gl.constexpr, EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    TURNS: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """A plain row or a target: values [64, D] to be divided, offsets, sums [64], and where the ring stands.
 
@@ -280,9 +284,10 @@ def _row(
     e = _exp(s, m, scale, FIXED)
     if IS_TARGET:
         e += _exp(s_p, m, scale, FIXED)
-    weights, total = _weigh(e, dtype, FIXED)
+    weights, total = _weigh(e, dtype)
 
     for _ in range(1, end - begin):
+        turn = _wait_turn(turns, group, turn, TURNS)
         if IS_TARGET:
             s_p, kp_slot, use = _start_scores(q, no_scores, ring, slot, parity)
             slot, parity = use
@@ -290,6 +295,7 @@ def _row(
         slot, parity = use
         acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
         slot, parity = use
+        _pass_turn(turns, group, TURNS)
         m_old = m
         if IS_TARGET:
             s_p = warpgroup_mma_wait(2, [s_p])
@@ -305,8 +311,7 @@ def _row(
             if not FIXED:
                 e_p = _exp(s_p, m, scale, FIXED)
             e += e_p
-        weights, sums = _weigh(e, dtype, FIXED)
-        sums = _settle(sums)
+        weights, sums = _weigh(e, dtype)
         acc = warpgroup_mma_wait(0, [acc])
         _release(ring, v_slot)
         if not FIXED:
@@ -320,7 +325,7 @@ def _row(
     acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
     acc = warpgroup_mma_wait(0, [acc])
     _release(ring, v_slot)
-    return acc, m, total, use
+    return acc, m, total, use, turn
 
 
 @gluon.jit
@@ -336,8 +341,10 @@ def _add_pivot(s, m, weights_p, m_p, scale, FIXED: gl.constexpr):
 
 @gluon.jit
 def _pair(
-    q, q_empty, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
-    FIXED: gl.constexpr, EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr, BLOCK_N: gl.constexpr,
+    q, q_empty, no_scores, acc, ring, slot, parity, turns, group: gl.constexpr, turn,
+    begin, end, len_k, scale,
+    FIXED: gl.constexpr, EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr, TURNS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """A pivot with its first target: results of the target as in `_row`, then the pivot's.
 
@@ -351,7 +358,7 @@ def _pair(
     _release(ring, k_slot)
     s_p = _mask(s_p, end - 1, len_k, EVEN_K, BLOCK_N)
     m_p = _first_maximum(s_p, scale, FIXED)
-    weights_p, total_p = _weigh(_exp(s_p, m_p, scale, FIXED), dtype, FIXED)
+    weights_p, total_p = _weigh(_exp(s_p, m_p, scale, FIXED), dtype)
 
     s, k_slot, use = _start_scores(q, no_scores, ring, use[0], use[1])
     acc_p, v_slot, use = _start_values(weights_p, acc, ring, use[0], use[1])
@@ -359,40 +366,44 @@ def _pair(
     _release(ring, k_slot)
     s = _mask(s, end - 1, len_k, EVEN_K, BLOCK_N)
     e, m = _add_pivot(s, m_p, weights_p, m_p, scale, FIXED)
-    weights, total = _weigh(e, dtype, FIXED)
+    weights, total = _weigh(e, dtype)
     acc_p = warpgroup_mma_wait(0, [acc_p])
     _release(ring, v_slot)
     slot, parity = use
 
     for _ in range(1, end - begin):
+        turn = _wait_turn(turns, group, turn, TURNS)
         s_p, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
         acc, v_slot, use = _start_values(weights, acc, ring, use[0], use[1])
+        _pass_turn(turns, group, TURNS)
         s_p = warpgroup_mma_wait(1, [s_p])
         _release(ring, k_slot)
         m_old = m_p
         m_p = _raise(m_p, s_p, scale, FIXED)
-        weights_p, sums = _weigh(_exp(s_p, m_p, scale, FIXED), dtype, FIXED)
+        weights_p, sums = _weigh(_exp(s_p, m_p, scale, FIXED), dtype)
         if not FIXED:
             fade = gl.exp2(m_old - m_p)
             acc_p = _fade(acc_p, fade)
             total_p *= fade
-        total_p += _settle(sums)
+        total_p += sums
         acc = warpgroup_mma_wait(0, [acc])
         _release(ring, v_slot)
 
+        turn = _wait_turn(turns, group, turn, TURNS)
         s, k_slot, use = _start_scores(q, no_scores, ring, use[0], use[1])
         acc_p, v_slot, use = _start_values(weights_p, acc_p, ring, use[0], use[1])
         slot, parity = use
+        _pass_turn(turns, group, TURNS)
         s = warpgroup_mma_wait(1, [s])
         _release(ring, k_slot)
         m_old = m
         e, m = _add_pivot(s, m, weights_p, m_p, scale, FIXED)
-        weights, sums = _weigh(e, dtype, FIXED)
+        weights, sums = _weigh(e, dtype)
         if not FIXED:
             fade = gl.exp2(m_old - m)
             acc = _fade(acc, fade)
             total *= fade
-        total += _settle(sums)
+        total += sums
         acc_p = warpgroup_mma_wait(0, [acc_p])
         _release(ring, v_slot)
 
@@ -401,7 +412,7 @@ def _pair(
     acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
     acc = warpgroup_mma_wait(0, [acc])
     _release(ring, v_slot)
-    return acc, m, total, acc_p, m_p, total_p, use
+    return acc, m, total, acc_p, m_p, total_p, use, turn
 
 
 @gluon.jit
@@ -434,9 +445,9 @@ def _store(
 
 @gluon.jit
 def _consume(
-    group, ring, queries, results, plan, jobs, scale,
+    group: gl.constexpr, ring, turns, queries, results, plan, jobs, scale,
     KIND: gl.constexpr, MAPPED: gl.constexpr, FIXED: gl.constexpr, EVEN_K: gl.constexpr,
-    HAS_BIAS: gl.constexpr, KEEP_Q: gl.constexpr, NUM_GROUPS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, KEEP_Q: gl.constexpr, TURNS: gl.constexpr, NUM_GROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup `group`: queries 64 * group .. of every tile of this program."""
@@ -447,6 +458,7 @@ def _consume(
     slot = gl.to_tensor(0)
     parity = gl.to_tensor(0)
     q_parity = gl.to_tensor(0)
+    turn = gl.to_tensor(1 if group == 0 else 0)  # a fresh barrier lets the first group pass
     no_scores = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
     zeros = gl.zeros([64, D], gl.float32, VALUES)
     line = 64 * group
@@ -463,14 +475,14 @@ def _consume(
             fence_async_shared()
             mbarrier.arrive(q_empty.index(group), count=1)
         if KIND == PAIR:
-            acc, m, total, acc_p, m_p, total_p, use = _pair(
-                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
-                FIXED, EVEN_K, KEEP_Q, BLOCK_N,
+            acc, m, total, acc_p, m_p, total_p, use, turn = _pair(
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, turns, group, turn,
+                begin, end, plan[1], scale, FIXED, EVEN_K, KEEP_Q, TURNS, BLOCK_N,
             )  # fmt: skip
         else:
-            acc, m, total, use = _row(
-                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
-                KIND == TARGET, FIXED, EVEN_K, KEEP_Q, BLOCK_N,
+            acc, m, total, use, turn = _row(
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, turns, group, turn,
+                begin, end, plan[1], scale, KIND == TARGET, FIXED, EVEN_K, KEEP_Q, TURNS, BLOCK_N,
             )  # fmt: skip
         slot, parity = use
         if KIND == PAIR:
@@ -491,7 +503,7 @@ def forward_kernel(
     job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7,
     len_q, len_k, num_heads, scale_log2, num_whole, num_parts, num_items,
     KIND: gl.constexpr, MAPPED: gl.constexpr, FIXED: gl.constexpr, HAS_BIAS: gl.constexpr,
-    EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr,
+    EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr, TURNS: gl.constexpr,
     NUM_GROUPS: gl.constexpr, NUM_SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Persistent: one program a multiprocessor. See the module for who waits for whom."""
@@ -500,6 +512,10 @@ def forward_kernel(
     slots = gl.allocate_shared_memory(k_desc.dtype, [NUM_SLOTS, 1, 1, BLOCK_N, D], k_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
+    # Apart: Triton puts a barrier of the warpgroup between uses of one allocation.
+    turn_0 = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    turn_1 = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    turn_2 = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], BARRIER)
     for i in gl.static_range(NUM_GROUPS):
@@ -508,6 +524,9 @@ def forward_kernel(
     for i in gl.static_range(NUM_SLOTS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=NUM_GROUPS)
+    mbarrier.init(turn_0, count=1)
+    mbarrier.init(turn_1, count=1)
+    mbarrier.init(turn_2, count=1)
     fence_async_shared()
 
     descs = (q_desc, k_desc, kp_desc, v_desc)
@@ -520,10 +539,10 @@ def forward_kernel(
     if NUM_GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
-                            HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
-                (_consume, (1, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
-                            HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
+                (_consume, (0, ring, (turn_0, turn_1), queries, results, plan, jobs, scale_log2, KIND,
+                            MAPPED, FIXED, EVEN_K, HAS_BIAS, KEEP_Q, TURNS, NUM_GROUPS, BLOCK_N, D)),
+                (_consume, (1, ring, (turn_0, turn_1), queries, results, plan, jobs, scale_log2, KIND,
+                            MAPPED, FIXED, EVEN_K, HAS_BIAS, KEEP_Q, TURNS, NUM_GROUPS, BLOCK_N, D)),
                 (_produce, (descs, ring, queries, plan, jobs, KIND, MAPPED, NUM_GROUPS, BLOCK_N)),
             ],
             [4, 1], [240, 24],
@@ -531,12 +550,12 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
-                            HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
-                (_consume, (1, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
-                            HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
-                (_consume, (2, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
-                            HAS_BIAS, KEEP_Q, NUM_GROUPS, BLOCK_N, D)),
+                (_consume, (0, ring, (turn_0, turn_1, turn_2), queries, results, plan, jobs, scale_log2, KIND,
+                            MAPPED, FIXED, EVEN_K, HAS_BIAS, KEEP_Q, TURNS, NUM_GROUPS, BLOCK_N, D)),
+                (_consume, (1, ring, (turn_0, turn_1, turn_2), queries, results, plan, jobs, scale_log2, KIND,
+                            MAPPED, FIXED, EVEN_K, HAS_BIAS, KEEP_Q, TURNS, NUM_GROUPS, BLOCK_N, D)),
+                (_consume, (2, ring, (turn_0, turn_1, turn_2), queries, results, plan, jobs, scale_log2, KIND,
+                            MAPPED, FIXED, EVEN_K, HAS_BIAS, KEEP_Q, TURNS, NUM_GROUPS, BLOCK_N, D)),
                 (_produce, (descs, ring, queries, plan, jobs, KIND, MAPPED, NUM_GROUPS, BLOCK_N)),
             ],
             [4, 4, 1], [160, 160, 24],

@@ -30,11 +30,11 @@ def attention(
     q [B, Lq, H, D], k and v [B, Lk, H, D], bfloat16 or float16, D 64 or 128, any strides (copied where the
     last dim is not contiguous); value_bias [B, H, D]. logit_bound: what |q . k| / sqrt(D) never exceeds,
     known for instance from QK-norm weights; if small enough (see `is_bounded`) the softmax runs without a
-    running maximum. A bound that is not true can give infinities.
+    running maximum, unless gradients are needed. A bound that is not true can give infinities.
     Returns [B, Lq, H, D]. Raises ValueError where `why_not` names a reason.
     """
-    fused, added = _split_bias(value_bias, q, k, v)
-    return _add(_attention(q, k, v, fused, is_bounded(logit_bound, q.dtype))[0], added)
+    fused, added, fixed = _plan(value_bias, logit_bound, q, k, v)
+    return _add(_attention(q, k, v, fused, fixed)[0], added)
 
 
 def target_attention(
@@ -48,8 +48,7 @@ def target_attention(
     logit_bound: float | None = None,
 ) -> Tensor:
     """Targets on pivots outside the batch, as `reference.target_attention`; the rest as `attention`."""
-    fused, added = _split_bias(value_bias, q, k_pivot, k, v)
-    fixed = is_bounded(logit_bound, q.dtype)
+    fused, added, fixed = _plan(value_bias, logit_bound, q, k_pivot, k, v)
     return _add(_target_attention(q, k_pivot, k, v, list(pivot_index), fused, fixed)[0], added)
 
 
@@ -63,8 +62,7 @@ def grounded_attention(
     logit_bound: float | None = None,
 ) -> Tensor:
     """Pivots and targets together, as `reference.grounded_attention`; the rest as `attention`."""
-    fused, added = _split_bias(value_bias, q, k, v)
-    fixed = is_bounded(logit_bound, q.dtype)
+    fused, added, fixed = _plan(value_bias, logit_bound, q, k, v)
     return _add(_grounded_attention(q, k, v, list(pivot_of), fused, fixed)[0], added)
 
 
@@ -95,16 +93,18 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def _split_bias(value_bias: Tensor | None, *inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The bias for the kernel's epilogue and the bias to add afterwards: the latter where gradients flow.
+def _plan(
+    value_bias: Tensor | None, logit_bound: float | None, *inputs: Tensor
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """The bias for the kernel's epilogue, the bias to add afterwards, and whether the offset is fixed.
 
-    The backward pass needs the output without it.
+    The backward pass needs the output without the bias, and takes probabilities to be exactly those that the
+    output was made with: a fixed offset rounds the largest (see `triton_fwd`).
     """
-    if value_bias is None or not torch.is_grad_enabled():
-        return value_bias, None
-    if value_bias.requires_grad or any(x.requires_grad for x in inputs):
-        return None, value_bias
-    return value_bias, None
+    tensors = inputs if value_bias is None else (*inputs, value_bias)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None, value_bias, False
+    return value_bias, None, is_bounded(logit_bound, inputs[0].dtype)
 
 
 def _add(out: Tensor, value_bias: Tensor | None) -> Tensor:

@@ -9,6 +9,10 @@ does both rows (a pair) takes four for two rows, with E_p made once.
 
 B rows, L tokens, H heads, D head dim. Tensors are [B, L, H, D] with any strides but a contiguous last dim.
 Scores are kept in powers of two: log2(e) / sqrt(D) is one factor, folded into the exponent.
+
+With a running maximum the largest weight of a line is exactly 1; with a fixed offset it is rounded to 16 bits
+like any other, while the sum that divides it is not. Where it dominates, that is the larger error: 1.03 times
+a running maximum's for normal scores of standard deviation 1, 1.3 times for 3 (bfloat16, L 1536).
 """
 
 from __future__ import annotations
@@ -130,19 +134,6 @@ def _narrow(p, dtype: tl.constexpr):
 
 
 @triton.jit
-def _row_sums(p, weights, FIXED: tl.constexpr):
-    """What values are divided by: sums of p, or with a fixed offset of its 16-bit form that weighted them.
-
-    A running maximum makes the largest weight of a line exactly 1. Without one it is rounded like any other;
-    where it dominates, dividing by the rounded sum takes that error out again (bfloat16, normal scores of
-    standard deviation 3: error against float32 1.08 times that with a running maximum, otherwise 1.27).
-    """
-    if FIXED:
-        p = weights.to(tl.float32)
-    return tl.sum(p, 1)
-
-
-@triton.jit
 def _tile(
     q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
     stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
@@ -220,13 +211,13 @@ def _tile(
                 v, pivot_row, head, start, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, TMA
             )
             weights_p = _narrow(p_p, v_tile_p.dtype)
-            total_p += _row_sums(p_p, weights_p, FIXED)
+            total_p += tl.sum(p_p, 1)
             acc_p = tl.dot(weights_p, v_tile_p, acc_p)
         v_tile = load_tile(
             v, row, head, start, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, TMA
         )
         weights = _narrow(p, v_tile.dtype)
-        total += _row_sums(p, weights, FIXED)
+        total += tl.sum(p, 1)
         acc = tl.dot(weights, v_tile, acc)
 
     if KIND == PAIR:
