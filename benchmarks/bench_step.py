@@ -40,7 +40,7 @@ from benchmarks.timing import environment, gemm_burst
 
 SANE_ERROR = 0.5
 """No error above this passes, whatever the comparison arm's: that one may be wrong itself."""
-CASE_SECONDS = 15.0
+CASE_SECONDS = 25.0
 """Timing of a case ends after this, three rounds at the least."""
 PRODUCTS = "products"
 """Large matrix products, by this name among the arms that take turns."""

@@ -1,7 +1,8 @@
 """Where a model's weights live while it runs: all on the device, or only what is at work.
 
 resident: everything on the device. offload: each network visits it for its phase (text, denoising, decoding),
-the modulation layers (27 % of FLUX) only for the one table a run needs. stream: T5's and the transformer's
+layers that a run needs once before its steps (modulation, 27 % of FLUX, and the adapter's values) only for
+that. stream: T5's and the transformer's
 blocks visit it one by one, the next one's copy hidden behind the current one's work. Latents are the same
 bits in every mode, and so are pictures that are decoded alike (`decode.py`).
 """
@@ -119,8 +120,9 @@ class Footprint(NamedTuple):
 
 
 def footprint(mmdit: MMDiT, text: Sequence[nn.Module], vae: nn.Module) -> Footprint:
-    modulation, blocks = _size(_modulation_units(mmdit)), _block_units(mmdit)
-    loop = _bytes(mmdit) - modulation
+    blocks = _block_units(mmdit)
+    once = _size(_modulation_units(mmdit) + _value_units(mmdit))
+    loop = _bytes(mmdit) - once - sum(p.nbytes for p in _unused(mmdit))
     streamed_text = sum(_bytes(n) - _size(_block_units(n)) + 2 * _largest(_block_units(n)) for n in text)
     return Footprint(
         resident=sum(map(_bytes, (mmdit, *text, vae))),
@@ -151,13 +153,17 @@ def place(
         for network in networks:
             network.to(device)
         return Placement(mode=mode, device=device, needs=needs)
-    away: set[int] = set()
+    away = {id(parameter) for parameter in _unused(mmdit)}
+    for parameter in _unused(mmdit):
+        parameter.data = parameter.data.cpu()
 
     def stream(units: list[Unit], again: bool) -> Stream:
         away.update(id(parameter) for _, parameters in units for parameter in parameters)
         return Stream(units, device, again=again)
 
     streams: dict[Phase, tuple[Stream, ...]] = {"denoise": (stream(_modulation_units(mmdit), again=False),)}
+    if mmdit.bokeh is not None:
+        streams["denoise"] += (stream(_value_units(mmdit), again=False),)
     if mode == "stream":
         streams["denoise"] += (stream(_block_units(mmdit), again=True),)
         streams["text"] = tuple(
@@ -291,6 +297,18 @@ def _modulation_units(mmdit: MMDiT) -> list[Unit]:
     double = [layer for block in mmdit.doubles for layer in (block.img_mod, block.txt_mod)]
     layers = [*double, *(block.modulation for block in mmdit.singles)]
     return [(layer, list(layer.parameters())) for layer in layers]
+
+
+def _value_units(mmdit: MMDiT) -> list[Unit]:
+    """In the order in which `BokehAdapter.values` calls them."""
+    adapter = mmdit.bokeh
+    layers = [] if adapter is None else [adapter.block(i).to_v_bokeh for i in adapter.config.blocks]
+    return [(layer, list(layer.parameters())) for layer in layers]
+
+
+def _unused(mmdit: MMDiT) -> list[nn.Parameter]:
+    """What no call reads."""
+    return [p for name, p in mmdit.named_parameters() if ".to_k_bokeh." in name]
 
 
 def _block_units(network: nn.Module) -> list[Unit]:

@@ -91,6 +91,17 @@ def test_turns_take_one_round_of_every_arm_when_time_is_up() -> None:
     assert len(calls) == 6 + 6
 
 
+def test_a_turn_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls until the clock has settled; those after that count."""
+    times = iter([50.0, 10.0, 30.0, 20.0, *[99.0] * 9])
+    monkeypatch.setattr(report, "milliseconds", lambda call, device: (call(), next(times))[1])
+    monkeypatch.setattr(report, "TURN_SECONDS", 0.3)
+    calls: list[int] = []
+    assert report.sustained_milliseconds(lambda: calls.append(1), torch.device("cuda")) == 20.0
+    assert len(calls) == 6, "two halves of three calls of 50 ms"
+    assert report.sustained_milliseconds(lambda: None, CPU) == 99.0
+
+
 def test_table_aligns_and_shows_what_is_unknown() -> None:
     rows = [{"arm": "ours", "ms": 1.25}, {"arm": "long name", "ms": None}]
     lines = report.table(rows, {"arm": "s", "ms": ".1f"}).splitlines()

@@ -18,6 +18,7 @@ from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.sampling.samplers import StepInfo
 from tests.tiny import tiny_mmdit, tiny_pipeline
 
 CPU = torch.device("cpu")
@@ -60,6 +61,26 @@ def test_a_streamed_module_holds_its_weights_only_while_it_runs(again: bool) -> 
     assert [layer.weight.data_ptr() for layer in layers] == homes and not stream.slots, "back home"
     for layer, value in zip(layers, values, strict=True):
         assert all(torch.equal(t, value[name]) for name, t in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", ["offload", "stream"])
+def test_the_adapter_s_values_are_away_during_steps(mode: str) -> None:
+    pipe = tiny_pipeline()
+    pipe = dataclasses.replace(pipe, memory=place(pipe.mmdit, (), pipe.vae, mode, CPU))
+    assert pipe.mmdit.bokeh is not None
+    homes = {name: p.data_ptr() for name, p in pipe.mmdit.bokeh.named_parameters()}
+    at_steps: list[bool] = []
+
+    def look(_: StepInfo) -> None:
+        layers = (m for n, m in pipe.mmdit.bokeh.named_modules() if n.endswith(("_k_bokeh", "_v_bokeh")))
+        at_steps.append(all(p.data_ptr() in homes.values() for layer in layers for p in layer.parameters()))
+
+    came: list[int] = []
+    for block in pipe.mmdit.bokeh.adapter_modules.values():
+        block.to_v_bokeh.register_forward_pre_hook(lambda m, _: came.append(m.up.weight.data_ptr()))
+    pipe.generate("a mug", [0, 28], bokeh_pivot=15, on_step=look)
+    assert came and not set(came) & set(homes.values()), "on the device for the value vectors"
+    assert at_steps and all(at_steps), "home again for the steps"
 
 
 def test_a_block_comes_once_a_step_however_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +154,7 @@ def test_footprint() -> None:
     needs = footprint(mmdit, (text,), vae)
     assert needs.resident == size + 40_400 + 440
     assert needs.stream < needs.offload < needs.resident
-    names = ("_mod.lin.", ".modulation.lin.")
+    names = ("_mod.lin.", ".modulation.lin.", ".to_k_bokeh.", ".to_v_bokeh.")
     mods = sum(p.nbytes for n, p in mmdit.named_parameters() if any(name in n for name in names))
     assert needs.offload == max(size - mods, 40_400)
 
