@@ -45,11 +45,42 @@ class Modulation(nn.Module):
         return tuple(ModulationOut(*chunks[3 * i : 3 * i + 3]) for i in range(self.count))
 
 
-def modulate(x: Tensor, mod: ModulationOut, into: Linear) -> Tensor | Quantized:
-    """Layer norm without parameters, then scale and shift: the input of a layer, as that layer takes it."""
-    if into.takes_quantized:
-        return fp8.quantize_modulated(x, mod.scale, mod.shift)
-    return pointwise.modulate(x, mod.scale, mod.shift)
+class Residual(NamedTuple):
+    """The tokens of a stream [B, L, E], whose last update may still have to be added: x + gate * update.
+
+    The pass that prepares the stream for its next layer adds it on the way (`modulate`).
+    """
+
+    x: Tensor
+    update: Tensor | None = None
+    gate: Tensor | None = None
+    """[B, 1, E], or [1, 1, E] for all rows; there is one where there is an update."""
+
+    def sum(self) -> Tensor:
+        """The tokens with nothing left to add."""
+        if self.update is None or self.gate is None:
+            return self.x
+        return pointwise.add_gated(self.x, self.update, self.gate)
+
+    def leaving(self) -> Residual:
+        """As a block hands it on. Under a compiler nothing is left to add: with and without an update would
+        be two blocks to compile."""
+        return Residual(self.sum()) if torch.compiler.is_compiling() else self
+
+    def tokens(self, part: slice) -> Residual:
+        """Some of the tokens."""
+        return Residual(self.x[:, part], None if self.update is None else self.update[:, part], self.gate)
+
+
+def modulate(stream: Residual, mod: ModulationOut, into: Linear) -> tuple[Tensor, Tensor | Quantized]:
+    """The stream's `sum`, and its layer norm without parameters, scaled and shifted: the input of a layer, as
+    that layer takes it. One pass over the tokens."""
+    x, update, gate = stream
+    if update is None or gate is None:
+        only_norm = fp8.quantize_modulated if into.takes_quantized else pointwise.modulate
+        return x, only_norm(x, mod.scale, mod.shift)
+    both = fp8.add_gated_quantize_modulated if into.takes_quantized else pointwise.add_gated_modulate
+    return both(x, update, gate, mod.scale, mod.shift)
 
 
 class AttentionCall(nn.Module):
@@ -79,9 +110,10 @@ class StreamAttention(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def project(self, x: Tensor, mod: ModulationOut, terms: BlockTerms) -> Projected:
-        """x [B, L, E] -> queries of the spec's query rows, keys and values."""
-        return project_heads(self.qkv, self.norm, modulate(x, mod, self.qkv), terms, self.qkv.out_features)[0]
+    def project(self, stream: Residual, mod: ModulationOut, terms: BlockTerms) -> tuple[Tensor, Projected]:
+        """The stream's sum [B, L, E], and its queries (of the spec's query rows), keys and values."""
+        x, normed = modulate(stream, mod, self.qkv)
+        return x, project_heads(self.qkv, self.norm, normed, terms, self.qkv.out_features)[0]
 
 
 def project_heads(
@@ -170,39 +202,35 @@ class DoubleStreamBlock(nn.Module):
         return DoubleModulation(*self.img_mod(vec), *self.txt_mod(vec))
 
     def forward(
-        self, img: Tensor, txt: Tensor, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
-    ) -> tuple[Tensor, Tensor]:
+        self, img: Residual, txt: Residual, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
+    ) -> tuple[Residual, Residual]:
         """img [B, N, E], txt [B, T, E] -> (img, txt)."""
-        txt_out, img_out = self._attend(img, txt, mod, rope, terms)
-        img = add_updates(img, self.img_attn.proj(img_out), mod.img_attn, self.img_mlp, mod.img_mlp)
-        txt = add_updates(txt, self.txt_attn.proj(txt_out), mod.txt_attn, self.txt_mlp, mod.txt_mlp)
-        return img, txt
+        img, txt = self._attend(img, txt, mod, rope, terms)
+        img, txt = through_mlp(img, self.img_mlp, mod.img_mlp), through_mlp(txt, self.txt_mlp, mod.txt_mlp)
+        return img.leaving(), txt.leaving()
 
     def _attend(
-        self, img: Tensor, txt: Tensor, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
-    ) -> tuple[Tensor, ...]:
-        """What joint attention makes of text and image."""
+        self, img: Residual, txt: Residual, mod: DoubleModulation, rope: RopeTable, terms: BlockTerms
+    ) -> tuple[Residual, Residual]:
+        """Both streams, with what joint attention makes of them as the update."""
         # Nothing outlives its use: a row's heads are six times its tokens.
-        q, k, v = pointwise.joint_heads(
-            (
-                self.txt_attn.project(txt, mod.txt_attn, BlockTerms(spec=terms.spec)),
-                self.img_attn.project(img, mod.img_attn, terms),
-            ),
-            rope.cos,
-            rope.sin,
+        img_x, img_heads = self.img_attn.project(img, mod.img_attn, terms)
+        txt_x, txt_heads = self.txt_attn.project(txt, mod.txt_attn, BlockTerms(spec=terms.spec))
+        q, k, v = pointwise.joint_heads((txt_heads, img_heads), rope.cos, rope.sin)
+        del img_heads, txt_heads
+        out = self.attention(terms.spec, q, k, v).flatten(2)
+        del q, k, v
+        txt_out, img_out = out.split([txt_x.shape[1], img_x.shape[1]], dim=1)
+        return (
+            Residual(img_x, self.img_attn.proj(img_out), mod.img_attn.gate),
+            Residual(txt_x, self.txt_attn.proj(txt_out), mod.txt_attn.gate),
         )
-        return self.attention(terms.spec, q, k, v).flatten(2).split([txt.shape[1], img.shape[1]], dim=1)
 
 
-def add_updates(
-    x: Tensor, attended: Tensor, attn_mod: ModulationOut, mlp: MLP, mlp_mod: ModulationOut
-) -> Tensor:
-    """A stream [B, L, E] plus what attention gave it, then plus its MLP."""
-    fused = (
-        fp8.add_gated_quantize_modulated if mlp.layers[0].takes_quantized else pointwise.add_gated_modulate
-    )
-    x, normed = fused(x, attended, attn_mod.gate, mlp_mod.scale, mlp_mod.shift)
-    return pointwise.add_gated(x, mlp(normed), mlp_mod.gate)
+def through_mlp(stream: Residual, mlp: MLP, mod: ModulationOut) -> Residual:
+    """A stream [B, L, E] with its MLP's result as the update."""
+    x, normed = modulate(stream, mod, mlp.layers[0])
+    return Residual(x, mlp(normed), mod.gate)
 
 
 class SingleStreamBlock(nn.Module):
@@ -220,9 +248,9 @@ class SingleStreamBlock(nn.Module):
         """[B, E] -> the vectors of this block; they depend on prompt, guidance and noise level only."""
         return self.modulation(vec)[0]
 
-    def forward(self, x: Tensor, mod: ModulationOut, rope: RopeTable, terms: BlockTerms) -> Tensor:
-        """x [B, L, E] -> [B, L, E]."""
-        normed = modulate(x, mod, self.linear1)
+    def forward(self, stream: Residual, mod: ModulationOut, rope: RopeTable, terms: BlockTerms) -> Residual:
+        """stream [B, L, E] -> [B, L, E]."""
+        x, normed = modulate(stream, mod, self.linear1)
         # As products of their own, GELU costs no pass over the tokens, and laying both halves together none.
         apart = all(layer.takes_epilogues(normed) for layer in (self.linear1, self.linear2))
         end = self.linear1.out_features
@@ -235,7 +263,7 @@ class SingleStreamBlock(nn.Module):
             update = self.linear2(fp8.quantize_gelu(hidden, beside=joint))
         else:
             update = self.linear2(pointwise.concat_gelu(joint, hidden))
-        return pointwise.add_gated(x, update, mod.gate)
+        return Residual(x, update, mod.gate).leaving()
 
     def _attend(
         self, x: Tensor | Quantized, end: int, rope: RopeTable, terms: BlockTerms
@@ -260,6 +288,6 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
         return ModulationOut(shift, scale, torch.ones_like(scale))
 
-    def forward(self, x: Tensor, mod: ModulationOut) -> Tensor:
-        """x [B, N, E] -> [B, N, C]."""
-        return self.linear(modulate(x, mod, self.linear))
+    def forward(self, stream: Residual, mod: ModulationOut) -> Tensor:
+        """stream [B, N, E] -> [B, N, C]."""
+        return self.linear(modulate(stream, mod, self.linear)[1])

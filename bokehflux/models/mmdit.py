@@ -18,6 +18,7 @@ from bokehflux.models.blocks import (
     DoubleStreamBlock,
     FinalLayer,
     ModulationOut,
+    Residual,
     SingleStreamBlock,
 )
 from bokehflux.models.bokeh import BokehAdapter, BokehCondition
@@ -185,20 +186,25 @@ class MMDiT(nn.Module):
         if self.bokeh is None and any(part.bokeh is not None for part in parts):
             raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
         terms = [self._block_terms(p.attention or Plain(), p.bokeh, p.constants) for p in parts]
-        streams = [(self.img_in(part.img), self.txt_in(part.txt)) for part in parts]
+        streams = [(Residual(self.img_in(part.img)), Residual(self.txt_in(part.txt))) for part in parts]
+        # A part that waits for its turn holds its tokens and no update beside them.
+        waits = len(parts) > 1
         count = len(mods.double)
         for i, (double, double_mod) in enumerate(zip(self.doubles, mods.double, strict=True)):
             for n, term in enumerate(terms):  # one by one, so that no part's input outlives its output
-                streams[n] = double(*streams[n], double_mod, rope, term[i])
+                img, txt = double(*streams[n], double_mod, rope, term[i])
+                streams[n] = (Residual(img.sum()), Residual(txt.sum())) if waits else (img, txt)
         xs = []
         while streams:
             img, txt = streams.pop(0)
-            xs.append(torch.cat([txt, img], dim=1))
+            xs.append(Residual(torch.cat([txt.sum(), img.sum()], dim=1)))
         for i, (single, mod) in enumerate(zip(self.singles, mods.single, strict=True), start=count):
             for n, term in enumerate(terms):
-                xs[n] = single(xs[n], mod, rope, term[i])
+                x = single(xs[n], mod, rope, term[i])
+                xs[n] = Residual(x.sum()) if waits else x
         return [
-            self.final_layer(x[:, part.txt.shape[1] :], mods.final) for x, part in zip(xs, parts, strict=True)
+            self.final_layer(x.tokens(slice(part.txt.shape[1], None)), mods.final)
+            for x, part in zip(xs, parts, strict=True)
         ]
 
     def constants(self, bokeh: BokehCondition | None) -> Constants:

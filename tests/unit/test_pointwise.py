@@ -237,9 +237,9 @@ def test_a_network_through_them(spec: Plain | Grounded, monkeypatch: pytest.Monk
     double, single = config.num_double, config.num_single
     counts = {name: called.count(name) for name in set(called)}
     assert counts == {
-        "modulate": 2 * double + single + 1,
-        "add_gated": 2 * double + single,
-        "add_gated_modulate": 2 * double,
+        "modulate": 2 + 1,  # before the first block of a kind
+        "add_gated": 2,  # where text and image are joined
+        "add_gated_modulate": 4 * double - 2 + single,  # the final norm's among them
         "joint_heads": double + single,
         "concat_gelu": single,
     }
