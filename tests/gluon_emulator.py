@@ -76,9 +76,6 @@ class Shared:
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.data.permute(*order))
 
-    def load(self, layout: Any) -> Value:
-        return value(self.data.clone())
-
 
 class Barriers:
     def __init__(self, count: int) -> None:
@@ -206,7 +203,7 @@ def jit(function: Callable | None = None, **_: Any) -> Any:
 
 def allocate(dtype: Any, shape: Sequence[int], layout: Any) -> Any:
     if layout == "barrier":
-        return Barriers(shape[0]) if len(shape) > 1 else Barrier()
+        return Barriers(shape[0])
     return Shared(torch.full(list(shape), float("nan"), dtype=dtype))
 
 

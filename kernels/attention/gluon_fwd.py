@@ -5,7 +5,7 @@ program p of P takes work p, p + P, p + 2 P ... The producer copies blocks of ke
 shared memory, in exactly the order in which consumers use them, on over the borders of work:
 
     plain     K0 | K1 V0 | K2 V1 | ... | V(n-1)
-    target    Kp0 K0 | Kp1 K1 V0 | ... | V(n-1)
+    target    Kp0 | K0 | Kp1 V0 | K1 | ... | V(n-1)
     pair      Kp0 | K0 Vp0 | Kp1 V0 | K1 Vp1 | ... | V(n-1)
 
 Between two bars a consumer starts products on the tensor cores, and while they run takes exponentials of the
@@ -22,9 +22,6 @@ Round r of empty[i] ends when all groups have arrived, so no side can lap the ot
 sequence of uses, so (slot, parity) carries on from work to work without any reset. Queries have one buffer a
 group, with `q_full[g]` and `q_empty[g]` of the same meaning, one use a work. The producer waits for it
 after the first keys of a work: the ring needs room for those (three slots), besides none that consumers hold.
-Turns. Where groups take turns, a group starts the products of a step only after the group before has started
-its own of the same step; group 0 begins. Then one group takes exponentials while the products of the other
-run, and never both at once. `turns[g]` (1 arrival) is completed by the group before g.
 Barriers are initialised, and fenced for the copy engine, before the warps part. Triton puts a barrier of the
 warpgroup before every arrival, so that one thread may speak for all.
 
@@ -93,22 +90,6 @@ def _release(ring, slot):
     mbarrier.arrive(empty.index(slot), count=1)
 
 
-@gluon.jit
-def _wait_turn(turns, group: gl.constexpr, parity, TURNS: gl.constexpr):
-    """Consumer: until it may start products. Returns the parity of the next wait."""
-    if TURNS:
-        mbarrier.wait(turns[group], parity)
-    return parity ^ 1
-
-
-@gluon.jit
-def _pass_turn(turns, group: gl.constexpr, TURNS: gl.constexpr):
-    """Consumer: the next group may."""
-    NEXT: gl.constexpr = (group + 1) % len(turns)
-    if TURNS:
-        mbarrier.arrive(turns[NEXT], count=1)
-
-
 # Work.
 
 
@@ -171,8 +152,8 @@ def _produce(
                 slot, parity = _put(v_desc, row, head, block + 1, ring, slot, parity, BLOCK_N)
             if KIND == TARGET:
                 slot, parity = _put(kp_desc, pivot_row, head, block, ring, slot, parity, BLOCK_N)
-                slot, parity = _put(k_desc, row, head, block, ring, slot, parity, BLOCK_N)
                 slot, parity = _put(v_desc, row, head, block + 1, ring, slot, parity, BLOCK_N)
+                slot, parity = _put(k_desc, row, head, block, ring, slot, parity, BLOCK_N)
             if KIND == PAIR:
                 slot, parity = _put(kp_desc, pivot_row, head, block, ring, slot, parity, BLOCK_N)
                 slot, parity = _put(v_desc, row, head, block + 1, ring, slot, parity, BLOCK_N)
@@ -256,62 +237,31 @@ def _start_values(weights, acc, ring, slot, parity):
 
 @gluon.jit
 def _row(
-    q, q_empty, no_scores, acc, ring, slot, parity, turns, group: gl.constexpr, turn,
-    begin, end, len_k, scale,
-    IS_TARGET: gl.constexpr, FIXED: gl.constexpr, EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr,
-    TURNS: gl.constexpr, BLOCK_N: gl.constexpr,
+    q, q_empty, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
+    FIXED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """A plain row or a target: values [64, D] to be divided, offsets, sums [64], and where the ring stands.
+    """A row by itself: values [64, D] to be divided, offsets, sums [64], and where the ring stands.
 
-    acc: zeros. What ends in _p belongs to the pivot's keys.
+    acc: zeros.
     """
     dtype: gl.constexpr = ring[0].dtype
-    if IS_TARGET:
-        s_p, kp_slot, use = _start_scores(q, no_scores, ring, slot, parity)
-        slot, parity = use
     s, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
-    slot, parity = use
-    if IS_TARGET:
-        s_p = warpgroup_mma_wait(1, [s_p])
-        _release(ring, kp_slot)
-        s_p = _mask(s_p, end - 1, len_k, EVEN_K, BLOCK_N)
     s = warpgroup_mma_wait(0, [s])
     _release(ring, k_slot)
     s = _mask(s, end - 1, len_k, EVEN_K, BLOCK_N)
     m = _first_maximum(s, scale, FIXED)
-    if IS_TARGET:
-        m = _raise(m, s_p, scale, FIXED)
-    e = _exp(s, m, scale, FIXED)
-    if IS_TARGET:
-        e += _exp(s_p, m, scale, FIXED)
-    weights, total = _weigh(e, dtype)
+    weights, total = _weigh(_exp(s, m, scale, FIXED), dtype)
+    slot, parity = use
 
     for _ in range(1, end - begin):
-        turn = _wait_turn(turns, group, turn, TURNS)
-        if IS_TARGET:
-            s_p, kp_slot, use = _start_scores(q, no_scores, ring, slot, parity)
-            slot, parity = use
         s, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
+        acc, v_slot, use = _start_values(weights, acc, ring, use[0], use[1])
         slot, parity = use
-        acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
-        slot, parity = use
-        _pass_turn(turns, group, TURNS)
-        m_old = m
-        if IS_TARGET:
-            s_p = warpgroup_mma_wait(2, [s_p])
-            _release(ring, kp_slot)
-            m = _raise(m, s_p, scale, FIXED)
-            if FIXED:
-                e_p = _exp(s_p, m, scale, FIXED)
         s = warpgroup_mma_wait(1, [s])
         _release(ring, k_slot)
+        m_old = m
         m = _raise(m, s, scale, FIXED)
-        e = _exp(s, m, scale, FIXED)
-        if IS_TARGET:
-            if not FIXED:
-                e_p = _exp(s_p, m, scale, FIXED)
-            e += e_p
-        weights, sums = _weigh(e, dtype)
+        weights, sums = _weigh(_exp(s, m, scale, FIXED), dtype)
         acc = warpgroup_mma_wait(0, [acc])
         _release(ring, v_slot)
         if not FIXED:
@@ -320,12 +270,11 @@ def _row(
             total *= fade
         total += sums
 
-    if not KEEP_Q:
-        mbarrier.arrive(q_empty, count=1)
+    mbarrier.arrive(q_empty, count=1)
     acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
     acc = warpgroup_mma_wait(0, [acc])
     _release(ring, v_slot)
-    return acc, m, total, use, turn
+    return acc, m, total, use
 
 
 @gluon.jit
@@ -340,11 +289,65 @@ def _add_pivot(s, m, weights_p, m_p, scale, FIXED: gl.constexpr):
 
 
 @gluon.jit
+def _target(
+    q, q_empty, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
+    FIXED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """A target on its pivot: results as in `_row`.
+
+    A step is two halves: the pivot's keys, then the target's own. The pivot's exponentials wait for the
+    target's in 16 bits: in 32 they would not fit into the registers.
+    """
+    dtype: gl.constexpr = ring[0].dtype
+    s_p, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
+    s_p = warpgroup_mma_wait(0, [s_p])
+    _release(ring, k_slot)
+    s_p = _mask(s_p, end - 1, len_k, EVEN_K, BLOCK_N)
+    m_p = _first_maximum(s_p, scale, FIXED)
+    weights_p, _ = _weigh(_exp(s_p, m_p, scale, FIXED), dtype)
+
+    s, k_slot, use = _start_scores(q, no_scores, ring, use[0], use[1])
+    s = warpgroup_mma_wait(0, [s])
+    _release(ring, k_slot)
+    s = _mask(s, end - 1, len_k, EVEN_K, BLOCK_N)
+    e, m = _add_pivot(s, m_p, weights_p, m_p, scale, FIXED)
+    weights, total = _weigh(e, dtype)
+    slot, parity = use
+
+    for _ in range(1, end - begin):
+        s_p, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
+        acc, v_slot, use = _start_values(weights, acc, ring, use[0], use[1])
+        s_p = warpgroup_mma_wait(1, [s_p])
+        _release(ring, k_slot)
+        m_p = _raise(m, s_p, scale, FIXED)
+        weights_p, _ = _weigh(_exp(s_p, m_p, scale, FIXED), dtype)
+        acc = warpgroup_mma_wait(0, [acc])
+        _release(ring, v_slot)
+
+        s, k_slot, use = _start_scores(q, no_scores, ring, use[0], use[1])
+        slot, parity = use
+        s = warpgroup_mma_wait(0, [s])
+        _release(ring, k_slot)
+        m_old = m
+        e, m = _add_pivot(s, m_p, weights_p, m_p, scale, FIXED)
+        weights, sums = _weigh(e, dtype)
+        if not FIXED:
+            fade = gl.exp2(m_old - m)
+            acc = _fade(acc, fade)
+            total *= fade
+        total += sums
+
+    mbarrier.arrive(q_empty, count=1)
+    acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
+    acc = warpgroup_mma_wait(0, [acc])
+    _release(ring, v_slot)
+    return acc, m, total, use
+
+
+@gluon.jit
 def _pair(
-    q, q_empty, no_scores, acc, ring, slot, parity, turns, group: gl.constexpr, turn,
-    begin, end, len_k, scale,
-    FIXED: gl.constexpr, EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr, TURNS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
+    q, q_empty, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
+    FIXED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """A pivot with its first target: results of the target as in `_row`, then the pivot's.
 
@@ -372,10 +375,8 @@ def _pair(
     slot, parity = use
 
     for _ in range(1, end - begin):
-        turn = _wait_turn(turns, group, turn, TURNS)
         s_p, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
         acc, v_slot, use = _start_values(weights, acc, ring, use[0], use[1])
-        _pass_turn(turns, group, TURNS)
         s_p = warpgroup_mma_wait(1, [s_p])
         _release(ring, k_slot)
         m_old = m_p
@@ -389,11 +390,9 @@ def _pair(
         acc = warpgroup_mma_wait(0, [acc])
         _release(ring, v_slot)
 
-        turn = _wait_turn(turns, group, turn, TURNS)
         s, k_slot, use = _start_scores(q, no_scores, ring, use[0], use[1])
         acc_p, v_slot, use = _start_values(weights_p, acc_p, ring, use[0], use[1])
         slot, parity = use
-        _pass_turn(turns, group, TURNS)
         s = warpgroup_mma_wait(1, [s])
         _release(ring, k_slot)
         m_old = m
@@ -407,12 +406,11 @@ def _pair(
         acc_p = warpgroup_mma_wait(0, [acc_p])
         _release(ring, v_slot)
 
-    if not KEEP_Q:
-        mbarrier.arrive(q_empty, count=1)
+    mbarrier.arrive(q_empty, count=1)
     acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
     acc = warpgroup_mma_wait(0, [acc])
     _release(ring, v_slot)
-    return acc, m, total, acc_p, m_p, total_p, use, turn
+    return acc, m, total, acc_p, m_p, total_p, use
 
 
 @gluon.jit
@@ -445,9 +443,9 @@ def _store(
 
 @gluon.jit
 def _consume(
-    group: gl.constexpr, ring, turns, queries, results, plan, jobs, scale,
+    group, ring, queries, results, plan, jobs, scale,
     KIND: gl.constexpr, MAPPED: gl.constexpr, FIXED: gl.constexpr, EVEN_K: gl.constexpr,
-    HAS_BIAS: gl.constexpr, KEEP_Q: gl.constexpr, TURNS: gl.constexpr, NUM_GROUPS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, NUM_GROUPS: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup `group`: queries 64 * group .. of every tile of this program."""
@@ -458,7 +456,6 @@ def _consume(
     slot = gl.to_tensor(0)
     parity = gl.to_tensor(0)
     q_parity = gl.to_tensor(0)
-    turn = gl.to_tensor(1 if group == 0 else 0)  # a fresh barrier lets the first group pass
     no_scores = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
     zeros = gl.zeros([64, D], gl.float32, VALUES)
     line = 64 * group
@@ -469,20 +466,20 @@ def _consume(
         mbarrier.wait(q_full.index(group), q_parity)
         q_parity ^= 1
         q = q_tiles.index(group).reshape([64, D])
-        if KEEP_Q:
-            q = q.load(gl.DotOperandLayout(0, SCORES, 2))
-            # What was read here before what the copy engine writes next.
-            fence_async_shared()
-            mbarrier.arrive(q_empty.index(group), count=1)
         if KIND == PAIR:
-            acc, m, total, acc_p, m_p, total_p, use, turn = _pair(
-                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, turns, group, turn,
-                begin, end, plan[1], scale, FIXED, EVEN_K, KEEP_Q, TURNS, BLOCK_N,
+            acc, m, total, acc_p, m_p, total_p, use = _pair(
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
+                FIXED, EVEN_K, BLOCK_N,
             )  # fmt: skip
-        else:
-            acc, m, total, use, turn = _row(
-                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, turns, group, turn,
-                begin, end, plan[1], scale, KIND == TARGET, FIXED, EVEN_K, KEEP_Q, TURNS, BLOCK_N,
+        if KIND == TARGET:
+            acc, m, total, use = _target(
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
+                FIXED, EVEN_K, BLOCK_N,
+            )  # fmt: skip
+        if KIND == PLAIN:
+            acc, m, total, use = _row(
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
+                FIXED, EVEN_K, BLOCK_N,
             )  # fmt: skip
         slot, parity = use
         if KIND == PAIR:
@@ -503,7 +500,7 @@ def forward_kernel(
     job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7,
     len_q, len_k, num_heads, scale_log2, num_whole, num_parts, num_items,
     KIND: gl.constexpr, MAPPED: gl.constexpr, FIXED: gl.constexpr, HAS_BIAS: gl.constexpr,
-    EVEN_K: gl.constexpr, KEEP_Q: gl.constexpr, TURNS: gl.constexpr,
+    EVEN_K: gl.constexpr,
     NUM_GROUPS: gl.constexpr, NUM_SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Persistent: one program a multiprocessor. See the module for who waits for whom."""
@@ -512,10 +509,6 @@ def forward_kernel(
     slots = gl.allocate_shared_memory(k_desc.dtype, [NUM_SLOTS, 1, 1, BLOCK_N, D], k_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [NUM_GROUPS, 1], BARRIER)
-    # Apart: Triton puts a barrier of the warpgroup between uses of one allocation.
-    turn_0 = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    turn_1 = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    turn_2 = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [NUM_SLOTS, 1], BARRIER)
     for i in gl.static_range(NUM_GROUPS):
@@ -524,9 +517,6 @@ def forward_kernel(
     for i in gl.static_range(NUM_SLOTS):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=NUM_GROUPS)
-    mbarrier.init(turn_0, count=1)
-    mbarrier.init(turn_1, count=1)
-    mbarrier.init(turn_2, count=1)
     fence_async_shared()
 
     descs = (q_desc, k_desc, kp_desc, v_desc)
@@ -539,10 +529,10 @@ def forward_kernel(
     if NUM_GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, ring, (turn_0, turn_1), queries, results, plan, jobs, scale_log2, KIND,
-                            MAPPED, FIXED, EVEN_K, HAS_BIAS, KEEP_Q, TURNS, NUM_GROUPS, BLOCK_N, D)),
-                (_consume, (1, ring, (turn_0, turn_1), queries, results, plan, jobs, scale_log2, KIND,
-                            MAPPED, FIXED, EVEN_K, HAS_BIAS, KEEP_Q, TURNS, NUM_GROUPS, BLOCK_N, D)),
+                (_consume, (0, ring, queries, results, plan, jobs, scale_log2, KIND,
+                            MAPPED, FIXED, EVEN_K, HAS_BIAS, NUM_GROUPS, BLOCK_N, D)),
+                (_consume, (1, ring, queries, results, plan, jobs, scale_log2, KIND,
+                            MAPPED, FIXED, EVEN_K, HAS_BIAS, NUM_GROUPS, BLOCK_N, D)),
                 (_produce, (descs, ring, queries, plan, jobs, KIND, MAPPED, NUM_GROUPS, BLOCK_N)),
             ],
             [4, 1], [240, 24],
@@ -550,12 +540,12 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, ring, (turn_0, turn_1, turn_2), queries, results, plan, jobs, scale_log2, KIND,
-                            MAPPED, FIXED, EVEN_K, HAS_BIAS, KEEP_Q, TURNS, NUM_GROUPS, BLOCK_N, D)),
-                (_consume, (1, ring, (turn_0, turn_1, turn_2), queries, results, plan, jobs, scale_log2, KIND,
-                            MAPPED, FIXED, EVEN_K, HAS_BIAS, KEEP_Q, TURNS, NUM_GROUPS, BLOCK_N, D)),
-                (_consume, (2, ring, (turn_0, turn_1, turn_2), queries, results, plan, jobs, scale_log2, KIND,
-                            MAPPED, FIXED, EVEN_K, HAS_BIAS, KEEP_Q, TURNS, NUM_GROUPS, BLOCK_N, D)),
+                (_consume, (0, ring, queries, results, plan, jobs, scale_log2, KIND,
+                            MAPPED, FIXED, EVEN_K, HAS_BIAS, NUM_GROUPS, BLOCK_N, D)),
+                (_consume, (1, ring, queries, results, plan, jobs, scale_log2, KIND,
+                            MAPPED, FIXED, EVEN_K, HAS_BIAS, NUM_GROUPS, BLOCK_N, D)),
+                (_consume, (2, ring, queries, results, plan, jobs, scale_log2, KIND,
+                            MAPPED, FIXED, EVEN_K, HAS_BIAS, NUM_GROUPS, BLOCK_N, D)),
                 (_produce, (descs, ring, queries, plan, jobs, KIND, MAPPED, NUM_GROUPS, BLOCK_N)),
             ],
             [4, 4, 1], [160, 160, 24],

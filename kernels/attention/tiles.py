@@ -46,11 +46,6 @@ class Tile:
     """How finely the last tiles of a forward grid may be split along the keys; 1: not at all."""
     language: str = TRITON
     """`TRITON` or `GLUON`. In Gluon num_warps counts the warps that compute: four hold 64 query tokens."""
-    keep_q: bool = False
-    """Gluon: queries in registers rather than in shared memory."""
-    take_turns: bool = False
-    """Gluon: groups of warps start their products one after the other, so that the exponentials of one run
-    beside the products of another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,27 +89,20 @@ TABLE: tuple[Row, ...] = (
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=128,
         tile=Tile(block_m=128, block_n=128, num_warps=8, num_stages=6, tma=True, language=GLUON),
-        reason="H100, 24 heads: 0.398 ms at L 4608, 0.060 at 1536, running maximum 0.430 and 0.063; in turns "
-        "0.401 and 0.060; three groups with block_n 64 0.412 and 0.063; keep_q spills",
+        reason="H100, 24 heads: 0.398 ms at L 4608, 0.060 at 1536, running maximum 0.430 and 0.063; three "
+        "groups with block_n 64 0.412 and 0.063",
     ),
     Row(
-        family=HOPPER, kernel=TARGET, head_dim=128, fixed=True,
-        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=12, tma=True, language=GLUON,
-                  take_turns=True),
-        reason="H100, 24 heads, six targets: 3.82 ms at L 4608, 0.482 at 1536; not in turns 3.95 and 0.507, "
-        "queries in registers 3.90 and 0.485; block_n 128 compiles to products that are serialised",
-    ),
-    Row(
-        family=HOPPER, kernel=TARGET, head_dim=128, fixed=False,
-        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=12, tma=True, language=GLUON, keep_q=True),
-        reason="H100, 24 heads, six targets: 4.36 ms at L 4608, 0.549 at 1536; in turns 4.46 and 0.566, "
-        "queries in shared memory 4.76 and 0.571",
+        family=HOPPER, kernel=TARGET, head_dim=128,
+        tile=Tile(block_m=128, block_n=128, num_warps=8, num_stages=6, tma=True, language=GLUON),
+        reason="H100, 24 heads, six targets: 3.58 ms at L 4608, 0.448 at 1536, running maximum 4.18 and "
+        "0.514; block_n 64 4.05 and 0.492",
     ),
     Row(
         family=HOPPER, kernel=PAIR, head_dim=128,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=12, tma=True, language=GLUON),
-        reason="H100, 24 heads: 0.837 ms at L 4608, 0.115 at 1536, running maximum 1.076 and 0.139; in turns "
-        "0.867 and 0.120; keep_q compiles to spills and products serialised",
+        reason="H100, 24 heads: 0.837 ms at L 4608, 0.115 at 1536, running maximum 1.076 and 0.139; block_n "
+        "128 does not fit into the registers",
     ),
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=64,
@@ -123,13 +111,13 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         family=HOPPER, kernel=TARGET, head_dim=64,
-        tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=16, tma=True, language=GLUON),
-        reason="untimed; compiled for sm_90a: no spills; block_n 128 spills 544 bytes",
+        tile=Tile(block_m=128, block_n=128, num_warps=8, num_stages=12, tma=True, language=GLUON),
+        reason="untimed; compiled for sm_90a: no spills",
     ),
     Row(
         family=HOPPER, kernel=PAIR, head_dim=64,
         tile=Tile(block_m=128, block_n=64, num_warps=8, num_stages=16, tma=True, language=GLUON),
-        reason="untimed; compiled for sm_90a: no spills; block_n 128 spills 352 bytes",
+        reason="untimed; compiled for sm_90a: no spills",
     ),
     Row(
         family=HOPPER, kernel=PLAIN, head_dim=128, fixed=True,

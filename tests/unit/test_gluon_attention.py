@@ -29,17 +29,10 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "why_no_gluon", lambda family: None)
 
 
-def tile(
-    groups: int = 2,
-    block_n: int = 16,
-    slots: int = 3,
-    keep_q: bool = False,
-    parts: int = 8,
-    turns: bool = False,
-) -> Tile:
+def tile(groups: int = 2, block_n: int = 16, slots: int = 3, parts: int = 8) -> Tile:
     return Tile(
         block_m=64 * groups, block_n=block_n, num_warps=4 * groups, num_stages=slots, tma=True,
-        max_parts=parts, language=tiles.GLUON, keep_q=keep_q, take_turns=turns,
+        max_parts=parts, language=tiles.GLUON,
     )  # fmt: skip
 
 
@@ -53,8 +46,7 @@ def check_lse(lse: Tensor, q: Tensor, keys: list[Tensor]) -> None:
 @pytest.mark.parametrize(("length", "length_k", "tiled"), [
     (1, 1, tile()),
     (65, 33, tile(slots=4)),
-    (130, 64, tile(groups=3, block_n=32, keep_q=True)),
-    (130, 100, tile(groups=3, slots=4, turns=True)),
+    (130, 64, tile(groups=3, block_n=32)),
     (300, 50, tile(slots=5, parts=1)),
 ])  # fmt: skip
 def test_plain(length: int, length_k: int, tiled: Tile, fixed: bool) -> None:
@@ -68,14 +60,13 @@ def test_plain(length: int, length_k: int, tiled: Tile, fixed: bool) -> None:
 
 @each_softmax
 @pytest.mark.parametrize("length", [16, 100])
-@pytest.mark.parametrize("turns", [False, True], ids=["at-will", "in-turns"])
 @pytest.mark.parametrize("pivot_of", [(0, 0), (1, 1, 1), (2, 1, 2, 1, 2), (0,) * 10], ids=str)
-def test_grounded(pivot_of: tuple[int, ...], turns: bool, length: int, fixed: bool) -> None:
+def test_grounded(pivot_of: tuple[int, ...], length: int, fixed: bool) -> None:
     """Pairs, targets, plain rows; more jobs than a launch takes; odd lengths; tiles split along the keys."""
     q, k, v = qkv(len(set(pivot_of)), len(pivot_of), length)
     bias = bias_of(len(pivot_of))
     jobs = ops._grounded_jobs(pivot_of)
-    out, lse = launch.forward(q, k, None, v, bias, jobs, fixed=fixed, tile=tile(turns=turns))
+    out, lse = launch.forward(q, k, None, v, bias, jobs, fixed=fixed, tile=tile())
     exact = reference.grounded_attention(*wide(q, k, v), pivot_of, value_bias=bias)
     assert_within_2x(out, grounded(q, k, v, pivot_of, bias), exact)
     for row, pivot in enumerate(pivot_of):
@@ -89,7 +80,7 @@ def test_targets(fixed: bool) -> None:
     k_pivot = k_pivot[:2]
     index = (1, 0, 1)
     args = q, k, k_pivot, v, None, ops._target_jobs(index)
-    out, _ = launch.forward(*args, fixed=fixed, tile=tile(block_n=32, slots=4, keep_q=True, turns=True))
+    out, _ = launch.forward(*args, fixed=fixed, tile=tile(block_n=32, slots=4))
     exact = reference.target_attention(*wide(q, k_pivot, k, v), index)
     assert_within_2x(out, published(q, k_pivot, k, v, index, None), exact)
 
