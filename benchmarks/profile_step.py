@@ -3,9 +3,10 @@
     python -m benchmarks.profile_step [--case "pivot + 6, 1024"] [--arm ours]
     python -m benchmarks.profile_step --tiny
 
-Of each kernel: calls, time, share of the step, and what it achieves: TFLOP/s for matrix products (from the
-shapes of the operators that launched them) and for attention (whose work per step is known), TB/s for
-kernels that torch.compile made (from the tensors they are given) and for our passes between products. A
+Several steps are traced right after others, in the state that the GPU's clock has settled in; the table is of
+one of them. Of each kernel: calls, time, share of the step, and what it achieves: TFLOP/s for matrix products
+(from the shapes of the operators that launched them) and for attention (whose work per step is known), TB/s
+for kernels that torch.compile made (from the tensors they are given) and for our passes between products. A
 machine without a GPU shows operators instead. Cases and arms are those of bench_step. Writes
 profile_step.json and .png.
 """
@@ -31,7 +32,7 @@ from benchmarks import networks
 from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms
 from benchmarks.bench_step import cases
 from benchmarks.networks import FULL, TINY, Batch, Setting
-from benchmarks.report import RESULTS, Row, bars, chosen_device, milliseconds, save, table
+from benchmarks.report import RESULTS, Row, bars, chosen_device, save, sustained_milliseconds, table
 from benchmarks.timing import environment, gemm_ceiling
 
 ATTENTION = re.compile(
@@ -46,6 +47,8 @@ ITEM_BYTES = {
 """By the profiler's names of element types."""
 COLUMNS = {"kernel": "s", "calls": "d", "ms": ".3f", "share": ".1%", "tflops": ".0f", "tb_s": ".2f"}
 NAME_WIDTH = 80
+TRACED_STEPS = 8
+"""At once on a GPU."""
 WRITTEN = {"modulate": 1, "add_gated": 1, "add_gated_modulate": 2, "concat_gelu": 5}
 """Our passes by operator: what they write, in units of their first input (an MLP is four times as wide)."""
 Event = Mapping[str, Any]
@@ -160,21 +163,24 @@ def totals(events: Sequence[Event]) -> dict[str, Total]:
     return dict(sorted(found.items(), key=lambda item: -item[1].us))
 
 
-def rows_of(found: Mapping[str, Total], attention_flop: float) -> list[Row]:
-    """attention_flop: of the step, shared by all attention kernels in proportion to their time."""
+def rows_of(found: Mapping[str, Total], attention_flop: float, steps: int = 1) -> list[Row]:
+    """The totals of so many steps as a table of one.
+
+    attention_flop: of a step, shared by all attention kernels in proportion to their time.
+    """
     whole = sum(total.us for total in found.values())
     attention = sum(total.us for name, total in found.items() if ATTENTION.search(name))
     rows: list[Row] = []
     for name, total in found.items():
         flop = total.flop
         if ATTENTION.search(name):
-            flop = attention_flop * total.us / attention
+            flop = steps * attention_flop * total.us / attention
         seconds = total.us / 1e6
         rows.append(
             {
                 "kernel": name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 3] + "...",
-                "calls": total.calls,
-                "ms": total.us / 1000,
+                "calls": total.calls // steps,
+                "ms": total.us / 1000 / steps,
                 "share": total.us / whole,
                 "tflops": flop / seconds / 1e12 if flop and seconds else None,
                 "tb_s": total.bytes / seconds / 1e12 if total.bytes and seconds else None,
@@ -204,8 +210,15 @@ def measure(
     call = arm.prepare(case.batch)
     for _ in range(3):
         call()
-    step_ms = sorted(milliseconds(call, device) for _ in range(5))[2]
-    rows = rows_of(totals(trace(call, device)), attention_work(setting, arm, case.batch))
+    steps = TRACED_STEPS if device.type == "cuda" else 1
+
+    def several() -> None:
+        for _ in range(steps):
+            call()
+
+    trace(call, device)  # the profiler's own start takes time, in which the GPU would cool
+    step_ms = sustained_milliseconds(call, device)
+    rows = rows_of(totals(trace(several, device)), attention_work(setting, arm, case.batch), steps)
     return {"case": case.name, "arm": arm.name, "step_ms": step_ms, "rows": rows}
 
 

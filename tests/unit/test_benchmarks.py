@@ -455,6 +455,10 @@ def test_profile_gives_kernels_the_work_of_their_operators() -> None:
     moved = 2 * (2 * 64 + 4) + 2 * 2 * 64
     assert rows["residual_norm"]["tb_s"] == pytest.approx(moved / 1e-6 / 1e12)
     assert rows["residual_norm"]["tflops"] is None, "no attention"
+    two = {row["kernel"]: row for row in profile_step.rows_of(profile_step.totals(events), 12e6, steps=2)}
+    same = ("share", "tflops", "tb_s")
+    assert all(two[name][key] == rows[name][key] for name in rows for key in same)
+    assert (two["gemm"]["calls"], two["gemm"]["ms"]) == (1, 0.01)
 
 
 def test_profile_without_gpu_counts_each_operators_own_time() -> None:
