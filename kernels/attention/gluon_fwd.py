@@ -1,8 +1,8 @@
 """Forward attention for Hopper in Gluon: the forms of `triton_fwd`, with loading and computing warps.
 
-A program is one producer warp and NUM_GROUPS consumer warpgroups of 64 queries each, and stays for many:
-program p of P takes work p, p + P, p + 2 P ... The producer copies blocks of keys and values into one ring of
-shared memory, in exactly the order in which consumers use them, on over the borders of work:
+A program is one producer warp and two consumer warpgroups of 64 queries each, and stays for much work: program
+p of P takes work p, p + P, p + 2 P ... The producer copies blocks of keys and values into one ring of shared
+memory, in exactly the order in which consumers use them, on over the borders of work:
 
     plain     K0 | K1 V0 | K2 V1 | ... | V(n-1)
     target    Kp0 | K0 | Kp1 V0 | K1 | ... | V(n-1)
@@ -13,8 +13,8 @@ scores that are done first. Blocks of keys go from last to first, so that missin
 the loop.
 
 Protocol. Slot i of the ring has two barriers: `full[i]` (1 arrival, the producer's, and its bytes) and
-`empty[i]` (NUM_GROUPS arrivals). Each side counts uses of the ring: use u is of slot u % NUM_SLOTS, in round
-u // NUM_SLOTS. A fresh barrier counts as if the phase of parity 1 had just ended. Hence
+`empty[i]` (2 arrivals, one a group). Each side counts uses of the ring: use u is of slot u % NUM_SLOTS, in
+round u // NUM_SLOTS. A fresh barrier counts as if the phase of parity 1 had just ended. Hence
     producer, round r: waits empty[i] for parity (r & 1) ^ 1 (round 0 passes), announces bytes, copies;
     consumer, round r: waits full[i] for parity r & 1, multiplies, and arrives at empty[i] only after
         `warpgroup_mma_wait` has said that every product that reads the slot is done.
@@ -51,6 +51,11 @@ LN_2: gl.constexpr = gl.constexpr(0.6931471805599453)
 
 GROUP_M = 64
 """Queries of a consumer group: the rows of one tensor core instruction of a warpgroup."""
+NUM_GROUPS: gl.constexpr = gl.constexpr(2)
+BLOCK_M: gl.constexpr = gl.constexpr(2 * GROUP_M)
+MAX_REGISTERS = 168
+"""A thread: all of a multiprocessor, before the warps trade them. The first group gets the rest of what
+`warp_specialize` gives to the others: as much as the second."""
 
 pick_job = gluon.jit(triton_fwd.pick_job.fn)
 
@@ -94,7 +99,7 @@ def _release(ring, slot):
 
 
 @gluon.jit
-def _find_work(item, plan, jobs, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, MAPPED: gl.constexpr):
+def _find_work(item, plan, jobs, BLOCK_N: gl.constexpr, MAPPED: gl.constexpr):
     """Item `item` of a launch: rows, head, first query, blocks of keys begin .. end, slot of a part."""
     len_q, len_k, num_heads, num_whole, num_parts, num_items = plan
     num_m = gl.cdiv(len_q, BLOCK_M)
@@ -118,7 +123,7 @@ def _find_work(item, plan, jobs, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, M
 @gluon.jit
 def _produce(
     descs, ring, queries, plan, jobs,
-    KIND: gl.constexpr, MAPPED: gl.constexpr, NUM_GROUPS: gl.constexpr, BLOCK_N: gl.constexpr,
+    KIND: gl.constexpr, MAPPED: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     q_desc, k_desc, kp_desc, v_desc = descs
     q_tiles, q_full, q_empty = queries
@@ -126,9 +131,7 @@ def _produce(
     parity = gl.to_tensor(0)
     q_parity = gl.to_tensor(0)
     for item in range(gl.program_id(0), plan[5], gl.num_programs(0)):
-        q_row, pivot_row, row, head, start_m, begin, end, _ = _find_work(
-            item, plan, jobs, 64 * NUM_GROUPS, BLOCK_N, MAPPED
-        )
+        q_row, pivot_row, row, head, start_m, begin, end, _ = _find_work(item, plan, jobs, BLOCK_N, MAPPED)
         last = end - 1
         if KIND == PLAIN:
             slot, parity = _put(k_desc, row, head, last, ring, slot, parity, BLOCK_N)
@@ -416,7 +419,7 @@ def _pair(
 @gluon.jit
 def _store(
     acc, m, total, results, plan, row, head, start_m, line, part_slot,
-    HAS_BIAS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    HAS_BIAS: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Normalise and write 64 queries, or park them where they cover a part of the keys only."""
     out, lse, value_bias, part_out, part_lse = results
@@ -445,13 +448,11 @@ def _store(
 def _consume(
     group, ring, queries, results, plan, jobs, scale,
     KIND: gl.constexpr, MAPPED: gl.constexpr, FIXED: gl.constexpr, EVEN_K: gl.constexpr,
-    HAS_BIAS: gl.constexpr, NUM_GROUPS: gl.constexpr,
-    BLOCK_N: gl.constexpr, D: gl.constexpr,
+    HAS_BIAS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup `group`: queries 64 * group .. of every tile of this program."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    BLOCK_M: gl.constexpr = 64 * NUM_GROUPS
     q_tiles, q_full, q_empty = queries
     slot = gl.to_tensor(0)
     parity = gl.to_tensor(0)
@@ -461,7 +462,7 @@ def _consume(
     line = 64 * group
     for item in range(gl.program_id(0), plan[5], gl.num_programs(0)):
         _, pivot_row, row, head, start_m, begin, end, part_slot = _find_work(
-            item, plan, jobs, BLOCK_M, BLOCK_N, MAPPED
+            item, plan, jobs, BLOCK_N, MAPPED
         )
         mbarrier.wait(q_full.index(group), q_parity)
         q_parity ^= 1
@@ -486,11 +487,11 @@ def _consume(
             _store(
                 acc_p, m_p, total_p, results, plan, pivot_row, head, start_m, line,
                 gl.where(part_slot < 0, part_slot, part_slot + plan[5] - plan[3]),
-                HAS_BIAS, D, BLOCK_M,
+                HAS_BIAS, D,
             )  # fmt: skip
         _store(
             acc, m, total, results, plan, row, head, start_m, line, part_slot,
-            HAS_BIAS, D, BLOCK_M,
+            HAS_BIAS, D,
         )  # fmt: skip
 
 
@@ -500,8 +501,7 @@ def forward_kernel(
     job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7,
     len_q, len_k, num_heads, scale_log2, num_whole, num_parts, num_items,
     KIND: gl.constexpr, MAPPED: gl.constexpr, FIXED: gl.constexpr, HAS_BIAS: gl.constexpr,
-    EVEN_K: gl.constexpr,
-    NUM_GROUPS: gl.constexpr, NUM_SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
+    EVEN_K: gl.constexpr, NUM_SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Persistent: one program a multiprocessor. See the module for who waits for whom."""
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -525,36 +525,17 @@ def forward_kernel(
     results = (out, lse, value_bias, part_out, part_lse)
     plan = (len_q, len_k, num_heads, num_whole, num_parts, num_items)
     jobs = (job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7)
-    # Written out: partitions are a list of literals, and a tuple in a variable forgets what is constant.
-    if NUM_GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (0, ring, queries, results, plan, jobs, scale_log2, KIND,
-                            MAPPED, FIXED, EVEN_K, HAS_BIAS, NUM_GROUPS, BLOCK_N, D)),
-                (_consume, (1, ring, queries, results, plan, jobs, scale_log2, KIND,
-                            MAPPED, FIXED, EVEN_K, HAS_BIAS, NUM_GROUPS, BLOCK_N, D)),
-                (_produce, (descs, ring, queries, plan, jobs, KIND, MAPPED, NUM_GROUPS, BLOCK_N)),
-            ],
-            [4, 1], [240, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (0, ring, queries, results, plan, jobs, scale_log2, KIND,
-                            MAPPED, FIXED, EVEN_K, HAS_BIAS, NUM_GROUPS, BLOCK_N, D)),
-                (_consume, (1, ring, queries, results, plan, jobs, scale_log2, KIND,
-                            MAPPED, FIXED, EVEN_K, HAS_BIAS, NUM_GROUPS, BLOCK_N, D)),
-                (_consume, (2, ring, queries, results, plan, jobs, scale_log2, KIND,
-                            MAPPED, FIXED, EVEN_K, HAS_BIAS, NUM_GROUPS, BLOCK_N, D)),
-                (_produce, (descs, ring, queries, plan, jobs, KIND, MAPPED, NUM_GROUPS, BLOCK_N)),
-            ],
-            [4, 4, 1], [160, 160, 24],
-        )  # fmt: skip
-
-
-REGISTERS = {2: 168, 3: 128}
-"""A thread, by consumer groups: all of a multiprocessor, before the warps trade them. The first group gets
-the rest of what `warp_specialize` gives to the others: as much as each of them."""
+    # Written out: a tuple in a variable forgets what is constant.
+    gl.warp_specialize(
+        [
+            (_consume, (0, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
+                        HAS_BIAS, BLOCK_N, D)),
+            (_consume, (1, ring, queries, results, plan, jobs, scale_log2, KIND, MAPPED, FIXED, EVEN_K,
+                        HAS_BIAS, BLOCK_N, D)),
+            (_produce, (descs, ring, queries, plan, jobs, KIND, MAPPED, BLOCK_N)),
+        ],
+        [4, 1], [240, 24],
+    )  # fmt: skip
 
 
 def with_layout(plain: tensor_descriptor.TensorDescriptor) -> TensorDescriptor:

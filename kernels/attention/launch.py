@@ -210,7 +210,6 @@ def _run_gluon(
     head_dim = v.shape[-1]
     blocks = (gluon_fwd.GROUP_M, tile.block_n, tile.block_n, tile.block_n)
     sources = (descriptor_of(x, block) for x, block in zip(tensors, blocks, strict=True))
-    num_groups = tile.block_m // gluon_fwd.GROUP_M
     num_items = tail.num_whole + tail.num_slots
     gluon_fwd.forward_kernel[(min(num_programs, num_items),)](
         *(gluon_fwd.with_layout(source) for source in sources), *results, *packed,
@@ -218,8 +217,8 @@ def _run_gluon(
         tail.num_whole, tail.num_parts, num_items,
         KIND=FORMS[form], MAPPED=mapped, FIXED=fixed, HAS_BIAS=has_bias,
         EVEN_K=k.shape[1] % tile.block_n == 0,
-        NUM_GROUPS=num_groups, NUM_SLOTS=tile.num_stages, BLOCK_N=tile.block_n, D=head_dim,
-        num_warps=4, maxnreg=gluon_fwd.REGISTERS[num_groups],
+        NUM_SLOTS=tile.num_stages, BLOCK_N=tile.block_n, D=head_dim,
+        num_warps=4, maxnreg=gluon_fwd.MAX_REGISTERS,
     )  # fmt: skip
 
 

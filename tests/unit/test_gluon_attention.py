@@ -29,9 +29,9 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "why_no_gluon", lambda family: None)
 
 
-def tile(groups: int = 2, block_n: int = 16, slots: int = 3, parts: int = 8) -> Tile:
+def tile(block_n: int = 16, slots: int = 3, parts: int = 8) -> Tile:
     return Tile(
-        block_m=64 * groups, block_n=block_n, num_warps=4 * groups, num_stages=slots, tma=True,
+        block_m=128, block_n=block_n, num_warps=8, num_stages=slots, tma=True,
         max_parts=parts, language=tiles.GLUON,
     )  # fmt: skip
 
@@ -46,7 +46,7 @@ def check_lse(lse: Tensor, q: Tensor, keys: list[Tensor]) -> None:
 @pytest.mark.parametrize(("length", "length_k", "tiled"), [
     (1, 1, tile()),
     (65, 33, tile(slots=4)),
-    (130, 64, tile(groups=3, block_n=32)),
+    (130, 64, tile(block_n=32)),
     (300, 50, tile(slots=5, parts=1)),
 ])  # fmt: skip
 def test_plain(length: int, length_k: int, tiled: Tile, fixed: bool) -> None:
