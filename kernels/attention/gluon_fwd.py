@@ -1,8 +1,8 @@
 """Forward attention for Hopper in Gluon: the forms of `triton_fwd`, with loading and computing warps.
 
-A program is one producer warp and two consumer warpgroups of 64 queries each, and stays for much work: program
-p of P takes work p, p + P, p + 2 P ... The producer copies blocks of keys and values into one ring of shared
-memory, in exactly the order in which consumers use them, on over the borders of work:
+A program is one producer warp and two consumer warpgroups of 64 queries each, and stays for much work:
+program p of P takes work p, p + P, p + 2 P ... The producer copies blocks of keys and values into one ring of
+shared memory, in exactly the order in which consumers use them, on over the borders of work:
 
     plain     K0 | K1 V0 | K2 V1 | ... | V(n-1)
     target    Kp0 | K0 | Kp1 V0 | K1 | ... | V(n-1)
