@@ -2,9 +2,9 @@
 
 resident: everything on the device. offload: each network visits it for its phase (text, denoising, decoding),
 layers that a run needs once before its steps (modulation, 27 % of FLUX, and the adapter's values) only for
-that. stream: T5's and the transformer's
-blocks visit it one by one, the next one's copy hidden behind the current one's work. Latents are the same
-bits in every mode, and so are pictures that are decoded alike (`decode.py`).
+that. stream: T5's and the transformer's blocks visit it one by one, the next one's copy hidden behind the
+current one's work. Latents are the same bits in every mode, and so are pictures that are decoded alike
+(`decode.py`).
 """
 
 from __future__ import annotations

@@ -230,6 +230,17 @@ def _start_scores(q, no_scores, ring, slot, parity):
 
 
 @gluon.jit
+def _first_scores(
+    q, no_scores, ring, slot, parity, end, len_k, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr
+):  # fmt: skip
+    """Scores of the last block of keys, which comes first and may lack some. Returns also the next use."""
+    s, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
+    s = warpgroup_mma_wait(0, [s])
+    _release(ring, k_slot)
+    return _mask(s, end - 1, len_k, EVEN_K, BLOCK_N), use
+
+
+@gluon.jit
 def _start_values(weights, acc, ring, slot, parity):
     """Start acc += weights v on the next tile of the ring. Returns also that tile's slot and the next use."""
     v = _take(ring, slot, parity)
@@ -248,10 +259,7 @@ def _row(
     acc: zeros.
     """
     dtype: gl.constexpr = ring[0].dtype
-    s, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
-    s = warpgroup_mma_wait(0, [s])
-    _release(ring, k_slot)
-    s = _mask(s, end - 1, len_k, EVEN_K, BLOCK_N)
+    s, use = _first_scores(q, no_scores, ring, slot, parity, end, len_k, EVEN_K, BLOCK_N)
     m = _first_maximum(s, scale, FIXED)
     weights, total = _weigh(_exp(s, m, scale, FIXED), dtype)
     slot, parity = use
@@ -302,17 +310,11 @@ def _target(
     target's in 16 bits: in 32 they would not fit into the registers.
     """
     dtype: gl.constexpr = ring[0].dtype
-    s_p, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
-    s_p = warpgroup_mma_wait(0, [s_p])
-    _release(ring, k_slot)
-    s_p = _mask(s_p, end - 1, len_k, EVEN_K, BLOCK_N)
+    s_p, use = _first_scores(q, no_scores, ring, slot, parity, end, len_k, EVEN_K, BLOCK_N)
     m_p = _first_maximum(s_p, scale, FIXED)
     weights_p, _ = _weigh(_exp(s_p, m_p, scale, FIXED), dtype)
 
-    s, k_slot, use = _start_scores(q, no_scores, ring, use[0], use[1])
-    s = warpgroup_mma_wait(0, [s])
-    _release(ring, k_slot)
-    s = _mask(s, end - 1, len_k, EVEN_K, BLOCK_N)
+    s, use = _first_scores(q, no_scores, ring, use[0], use[1], end, len_k, EVEN_K, BLOCK_N)
     e, m = _add_pivot(s, m_p, weights_p, m_p, scale, FIXED)
     weights, total = _weigh(e, dtype)
     slot, parity = use
@@ -359,10 +361,7 @@ def _pair(
     bits, as they weigh the pivot's values: in 32 they would not fit into the registers.
     """
     dtype: gl.constexpr = ring[0].dtype
-    s_p, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
-    s_p = warpgroup_mma_wait(0, [s_p])
-    _release(ring, k_slot)
-    s_p = _mask(s_p, end - 1, len_k, EVEN_K, BLOCK_N)
+    s_p, use = _first_scores(q, no_scores, ring, slot, parity, end, len_k, EVEN_K, BLOCK_N)
     m_p = _first_maximum(s_p, scale, FIXED)
     weights_p, total_p = _weigh(_exp(s_p, m_p, scale, FIXED), dtype)
 

@@ -216,8 +216,7 @@ def _run_gluon(
         q.shape[1], k.shape[1], v.shape[2], head_dim**-0.5 * math.log2(math.e),
         tail.num_whole, tail.num_parts, num_items,
         KIND=FORMS[form], MAPPED=mapped, FIXED=fixed, HAS_BIAS=has_bias,
-        EVEN_K=k.shape[1] % tile.block_n == 0,
-        NUM_SLOTS=tile.num_stages, BLOCK_N=tile.block_n, D=head_dim,
+        EVEN_K=k.shape[1] % tile.block_n == 0, NUM_SLOTS=tile.num_stages, BLOCK_N=tile.block_n, D=head_dim,
         num_warps=4, maxnreg=gluon_fwd.MAX_REGISTERS,
     )  # fmt: skip
 
