@@ -189,6 +189,12 @@ def rows_of(found: Mapping[str, Total], attention_flop: float, steps: int = 1) -
     return rows
 
 
+def label_of(kernel: str, width: int = 26) -> str:
+    """Both ends of a long name: the last letters of a library's kernel tell its epilogue."""
+    half = width // 2
+    return kernel if len(kernel) <= width else f"{kernel[: half - 1]}..{kernel[1 - half :]}"
+
+
 def attention_work(setting: Setting, arm: Arm, batch: Batch) -> float:
     n = batch.num_targets
     products = 2 if not n else 3 * n + 1 if arm.is_ours else 8 * n
@@ -247,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{result['case']}; {result['arm']}: {result['step_ms']:.2f} ms a step, kernels {busy:.2f} ms")
     print(f"bf16 matrix product: {ceiling:.0f} TFLOP/s")
     print(table(rows[: args.rows], COLUMNS))
-    top = [row | {"short": row["kernel"][:30], "of": "kernel"} for row in rows[: args.rows]]
+    top = [row | {"short": label_of(row["kernel"]), "of": "kernel"} for row in rows[: args.rows]]
     title = f"{result['case']}; {result['arm']}; {found['device']}: milliseconds"
     plot = bars(title, top, "short", "of", "ms", "ms")
     save(

@@ -461,6 +461,12 @@ def test_profile_gives_kernels_the_work_of_their_operators() -> None:
     assert (two["gemm"]["calls"], two["gemm"]["ms"]) == (1, 0.01)
 
 
+def test_profile_labels_show_both_ends() -> None:
+    assert profile_step.label_of("residual_norm") == "residual_norm"
+    label = profile_step.label_of("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_gelubias_TNN")
+    assert label.startswith("nvjet") and label.endswith("gelubias_TNN") and len(label) <= 26
+
+
 def test_profile_without_gpu_counts_each_operators_own_time() -> None:
     events = [op("outer", 1, 0, 10), op("inner", 2, 1, 4), op("innermost", 3, 2, 1), op("next", 4, 10, 5)]
     found = profile_step.totals(events)
