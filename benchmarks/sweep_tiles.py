@@ -1,10 +1,10 @@
-"""Block shapes for our Triton attention kernels: what the rows of `kernels.attention.tiles` should say.
+"""Block shapes for our attention kernels: what the rows of `kernels.attention.tiles` should say.
 
     python -m benchmarks.sweep_tiles [--shapes grounded-6-4608] [--seconds 500]
     python -m benchmarks.sweep_tiles --tiny
 
-Every candidate that compiles and is right is timed as a CUDA graph, candidates in turns. Prints the fastest
-and writes attention_tiles.json, again after every shape.
+Those of Triton, on Hopper those of Gluon too. Every candidate that compiles and is right is timed as a CUDA
+graph, candidates in turns. Prints the fastest and writes attention_tiles.json, again after every shape.
 """
 
 from __future__ import annotations
@@ -45,12 +45,21 @@ def sweep(shape: AttentionShape, device: torch.device, dtype: torch.dtype, repea
         k, k_pivot, v = (x.k[:n], x.k[n:], x.v[:n]) if form == tiles.TARGET else (x.k, None, x.v)
         return launch.forward(x.q, k, k_pivot, v, None, jobs, fixed=fixed, tile=tile)[0]
 
+    languages = [tiles.TRITON]
+    if tiles.device(device).family == tiles.HOPPER:
+        languages.append(tiles.GLUON)
     rows = []
     for fixed in (True, False):
         true = exact(shape, sets[0], [0])
-        usual = tiles.forward_tile(tiles.device(device), [form], shape.head_dim, fixed)
+        languages = (
+            (tiles.TRITON, tiles.GLUON) if tiles.device(device).family == tiles.HOPPER else (tiles.TRITON,)
+        )
+        usual = [
+            tiles.forward_tile(tiles.device(device), [form], shape.head_dim, fixed, language)
+            for language in languages
+        ]
         calls = {}
-        for tile in dict.fromkeys([usual, *candidates(tiles.device(device), form, shape.head_dim)]):
+        for tile in dict.fromkeys([*usual, *candidates(tiles.device(device), form, shape.head_dim)]):
             try:
                 out = run(sets[0], fixed, tile)[:, :, :1].float()
             except Exception as error:  # of Triton's compiler: what does not fit is no candidate
@@ -67,7 +76,7 @@ def sweep(shape: AttentionShape, device: torch.device, dtype: torch.dtype, repea
                     "shape": shape.name,
                     "fixed": fixed,
                     "tile": dataclasses.asdict(tile),
-                    "in_table": tile == usual,
+                    "in_table": tile in usual,
                     "ms": timings[describe(tile)].median,
                 }
             )
@@ -96,11 +105,17 @@ def candidates(device: tiles.Device, form: str, head_dim: int) -> Iterator[tiles
                     block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma,
                     programs_per_sm=per_sm, max_parts=parts,
                 )  # fmt: skip
+    if device.family == tiles.HOPPER:
+        for n, slots in itertools.product((64, 128), (4, 5, 6, 8, 12, 16)):
+            if (128 + slots * n) * head_dim * 2 / 1024 <= limit:
+                yield tiles.Tile(
+                    block_m=128, block_n=n, num_warps=8, num_stages=slots, tma=True, language=tiles.GLUON
+                )
 
 
 def describe(tile: tiles.Tile) -> str:
     return (
-        f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages} "
+        f"{tile.language} {tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages} "
         f"{'descriptors' if tile.tma else 'pointers'} {tile.programs_per_sm}/SM parts<={tile.max_parts}"
     )
 

@@ -62,10 +62,14 @@ class Residual(NamedTuple):
             return self.x
         return pointwise.add_gated(self.x, self.update, self.gate)
 
+    def settled(self) -> Residual:
+        """The same stream with nothing left to add."""
+        return Residual(self.sum())
+
     def leaving(self) -> Residual:
-        """As a block hands it on. Under a compiler nothing is left to add: with and without an update would
-        be two blocks to compile."""
-        return Residual(self.sum()) if torch.compiler.is_compiling() else self
+        """As a block hands it on. Under a compiler it is settled: with and without an update would be two
+        blocks to compile."""
+        return self.settled() if torch.compiler.is_compiling() else self
 
     def tokens(self, part: slice) -> Residual:
         """Some of the tokens."""

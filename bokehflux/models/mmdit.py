@@ -193,7 +193,7 @@ class MMDiT(nn.Module):
         for i, (double, double_mod) in enumerate(zip(self.doubles, mods.double, strict=True)):
             for n, term in enumerate(terms):  # one by one, so that no part's input outlives its output
                 img, txt = double(*streams[n], double_mod, rope, term[i])
-                streams[n] = (Residual(img.sum()), Residual(txt.sum())) if waits else (img, txt)
+                streams[n] = (img.settled(), txt.settled()) if waits else (img, txt)
         xs = []
         while streams:
             img, txt = streams.pop(0)
@@ -201,7 +201,7 @@ class MMDiT(nn.Module):
         for i, (single, mod) in enumerate(zip(self.singles, mods.single, strict=True), start=count):
             for n, term in enumerate(terms):
                 x = single(xs[n], mod, rope, term[i])
-                xs[n] = Residual(x.sum()) if waits else x
+                xs[n] = x.settled() if waits else x
         return [
             self.final_layer(x.tokens(slice(part.txt.shape[1], None)), mods.final)
             for x, part in zip(xs, parts, strict=True)

@@ -214,6 +214,16 @@ def _fade(x, factor):
 
 
 @gluon.jit
+def _carry(acc, total, sums, m_old, m, FIXED: gl.constexpr):
+    """Values and sums so far under the new maximum, a block's sums added."""
+    if not FIXED:
+        fade = gl.exp2(m_old - m)
+        acc = _fade(acc, fade)
+        total *= fade
+    return acc, total + sums
+
+
+@gluon.jit
 def _mask(s, block, len_k, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr):
     if not EVEN_K:
         keys = block * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s.type.layout))
@@ -250,6 +260,17 @@ def _start_values(weights, acc, ring, slot, parity):
 
 
 @gluon.jit
+def _last_values(q_empty, weights, acc, ring, slot, parity):
+    """acc plus the values of the work's last block; no scores are left, so queries are given back first.
+    Returns also the next use."""
+    mbarrier.arrive(q_empty, count=1)
+    acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
+    acc = warpgroup_mma_wait(0, [acc])
+    _release(ring, v_slot)
+    return acc, use
+
+
+@gluon.jit
 def _row(
     q, q_empty, no_scores, acc, ring, slot, parity, begin, end, len_k, scale,
     FIXED: gl.constexpr, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -275,16 +296,9 @@ def _row(
         weights, sums = _weigh(_exp(s, m, scale, FIXED), dtype)
         acc = warpgroup_mma_wait(0, [acc])
         _release(ring, v_slot)
-        if not FIXED:
-            fade = gl.exp2(m_old - m)
-            acc = _fade(acc, fade)
-            total *= fade
-        total += sums
+        acc, total = _carry(acc, total, sums, m_old, m, FIXED)
 
-    mbarrier.arrive(q_empty, count=1)
-    acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
-    acc = warpgroup_mma_wait(0, [acc])
-    _release(ring, v_slot)
+    acc, use = _last_values(q_empty, weights, acc, ring, slot, parity)
     return acc, m, total, use
 
 
@@ -336,16 +350,9 @@ def _target(
         m_old = m
         e, m = _add_pivot(s, m_p, weights_p, m_p, scale, FIXED)
         weights, sums = _weigh(e, dtype)
-        if not FIXED:
-            fade = gl.exp2(m_old - m)
-            acc = _fade(acc, fade)
-            total *= fade
-        total += sums
+        acc, total = _carry(acc, total, sums, m_old, m, FIXED)
 
-    mbarrier.arrive(q_empty, count=1)
-    acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
-    acc = warpgroup_mma_wait(0, [acc])
-    _release(ring, v_slot)
+    acc, use = _last_values(q_empty, weights, acc, ring, slot, parity)
     return acc, m, total, use
 
 
@@ -384,11 +391,7 @@ def _pair(
         m_old = m_p
         m_p = _raise(m_p, s_p, scale, FIXED)
         weights_p, sums = _weigh(_exp(s_p, m_p, scale, FIXED), dtype)
-        if not FIXED:
-            fade = gl.exp2(m_old - m_p)
-            acc_p = _fade(acc_p, fade)
-            total_p *= fade
-        total_p += sums
+        acc_p, total_p = _carry(acc_p, total_p, sums, m_old, m_p, FIXED)
         acc = warpgroup_mma_wait(0, [acc])
         _release(ring, v_slot)
 
@@ -400,18 +403,11 @@ def _pair(
         m_old = m
         e, m = _add_pivot(s, m, weights_p, m_p, scale, FIXED)
         weights, sums = _weigh(e, dtype)
-        if not FIXED:
-            fade = gl.exp2(m_old - m)
-            acc = _fade(acc, fade)
-            total *= fade
-        total += sums
+        acc, total = _carry(acc, total, sums, m_old, m, FIXED)
         acc_p = warpgroup_mma_wait(0, [acc_p])
         _release(ring, v_slot)
 
-    mbarrier.arrive(q_empty, count=1)
-    acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
-    acc = warpgroup_mma_wait(0, [acc])
-    _release(ring, v_slot)
+    acc, use = _last_values(q_empty, weights, acc, ring, slot, parity)
     return acc, m, total, acc_p, m_p, total_p, use
 
 

@@ -33,7 +33,7 @@ def attention(
     running maximum, unless gradients are needed. A bound that is not true can give infinities.
     Returns [B, Lq, H, D]. Raises ValueError where `why_not` names a reason.
     """
-    fused, added, fixed = _plan(value_bias, logit_bound, q, k, v)
+    fused, added, fixed = _bias_and_offset(value_bias, logit_bound, q, k, v)
     return _add(_attention(q, k, v, fused, fixed)[0], added)
 
 
@@ -48,7 +48,7 @@ def target_attention(
     logit_bound: float | None = None,
 ) -> Tensor:
     """Targets on pivots outside the batch, as `reference.target_attention`; the rest as `attention`."""
-    fused, added, fixed = _plan(value_bias, logit_bound, q, k_pivot, k, v)
+    fused, added, fixed = _bias_and_offset(value_bias, logit_bound, q, k_pivot, k, v)
     return _add(_target_attention(q, k_pivot, k, v, list(pivot_index), fused, fixed)[0], added)
 
 
@@ -62,7 +62,7 @@ def grounded_attention(
     logit_bound: float | None = None,
 ) -> Tensor:
     """Pivots and targets together, as `reference.grounded_attention`; the rest as `attention`."""
-    fused, added, fixed = _plan(value_bias, logit_bound, q, k, v)
+    fused, added, fixed = _bias_and_offset(value_bias, logit_bound, q, k, v)
     return _add(_grounded_attention(q, k, v, list(pivot_of), fused, fixed)[0], added)
 
 
@@ -93,7 +93,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
     return None
 
 
-def _plan(
+def _bias_and_offset(
     value_bias: Tensor | None, logit_bound: float | None, *inputs: Tensor
 ) -> tuple[Tensor | None, Tensor | None, bool]:
     """The bias for the kernel's epilogue, the bias to add afterwards, and whether the offset is fixed.

@@ -37,6 +37,7 @@ from benchmarks import (
 )
 from benchmarks.networks import TINY
 from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
+from bokehflux.kernels.attention import tiles
 
 CPU = torch.device("cpu")
 HAS_RIVALS = importlib.util.find_spec("diffusers") is not None
@@ -459,6 +460,16 @@ def test_profile_gives_kernels_the_work_of_their_operators() -> None:
     same = ("share", "tflops", "tb_s")
     assert all(two[name][key] == rows[name][key] for name in rows for key in same)
     assert (two["gemm"]["calls"], two["gemm"]["ms"]) == (1, 0.01)
+
+
+@pytest.mark.parametrize("form", [tiles.PLAIN, tiles.TARGET, tiles.PAIR])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_tables_tiles_are_among_those_that_are_swept(form: str, dim: int) -> None:
+    hopper = tiles.Device(family=tiles.HOPPER, num_sms=132)
+    swept = list(sweep_tiles.candidates(hopper, form, dim))
+    assert len({sweep_tiles.describe(tile) for tile in swept}) == len(swept)
+    for fixed in (True, False):
+        assert tiles.forward_tile(hopper, [form], dim, fixed, tiles.GLUON) in swept
 
 
 def test_profile_labels_show_both_ends() -> None:

@@ -169,11 +169,17 @@ def test_photos_that_cannot_be_read(tmp_path: Path) -> None:
     assert image.size == (48, 32) and facts["photo"] == "whole.png" and len(facts["photo_hash"]) == 32
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.fixture
+def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with mug.jpg, where commands load a tiny model."""
     monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: tiny_pipeline())
     monkeypatch.setattr("bokehflux.identity.model_facts", lambda *_: {"model_hash": "h"})
     monkeypatch.chdir(tmp_path)
     photo().save("mug.jpg")
+
+
+@pytest.mark.usefixtures("at_home")
+def test_the_command(capsys: pytest.CaptureFixture) -> None:
     argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--photo-level", "4"]
     assert cli.main([*argv, "--bokeh-targets", "0", "20", "--output", "out"]) == 0
     paths = capsys.readouterr().out.split()
@@ -191,8 +197,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("at_home")
 def test_the_command_goes_on_with_fewer_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried: list[int | None] = []
 
@@ -203,28 +210,21 @@ def test_the_command_goes_on_with_fewer_rows(
         return refocus(*args, max_rows=max_rows, **options)
 
     monkeypatch.setattr("bokehflux.refocus.refocus", run)
-    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: tiny_pipeline())
-    monkeypatch.setattr("bokehflux.identity.model_facts", lambda *_: {"model_hash": "h"})
-    monkeypatch.chdir(tmp_path)
-    photo().save("mug.jpg")
     argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
     assert cli.main([*argv, "--num-inference-steps", "2"]) == 0
     assert tried == [None, 1] and read_recipe("results/bokeh-20.0.png")["max_rows"] == 1
     assert "trying again with 1 pictures at a time" in caplog.text
 
 
+@pytest.mark.usefixtures("at_home")
 def test_the_command_keeps_what_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def stopped(*args: Any, **options: Any) -> Any:
         made = refocus(*args, **options)
         raise Stopped(dataclasses.replace(made, images=made.images[:1]))
 
     monkeypatch.setattr("bokehflux.refocus.refocus", stopped)
-    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: tiny_pipeline())
-    monkeypatch.setattr("bokehflux.identity.model_facts", lambda *_: {"model_hash": "h"})
-    monkeypatch.chdir(tmp_path)
-    photo().save("mug.jpg")
     argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
     assert cli.main([*argv, "--num-inference-steps", "2"]) == 130
     said = capsys.readouterr()
