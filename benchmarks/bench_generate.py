@@ -31,15 +31,15 @@ from benchmarks.bench_step import check, limit_of
 from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Setting
 from benchmarks.report import RESULTS, Budget, Row, bars, chosen_device, save, table
 from benchmarks.timing import environment
-from bokehflux.color import match_lab_means
-from bokehflux.generate import NEGATIVE_PROMPT, Pipeline
-from bokehflux.memory import Phase, Placement
+from bokehflux.conditioning import Conditioning
 from bokehflux.models.vae import to_uint8
+from bokehflux.pipeline.color import match_lab_means
+from bokehflux.pipeline.generate import NEGATIVE_PROMPT, Pipeline
+from bokehflux.pipeline.memory import Phase, Placement
 from bokehflux.sampling.denoise import model_sigma
 from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
 from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.schedule import sigmas
-from bokehflux.types import Conditioning
 
 PROMPT = "a red ball on a wooden table, city lights at night"
 GUIDANCE = 3.0

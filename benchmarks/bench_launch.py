@@ -21,12 +21,12 @@ from benchmarks.networks import FULL, TINY, Batch, Setting, build_mmdit, draw_ba
 from benchmarks.report import Row, chosen_device, table
 from benchmarks.timing import environment
 from bokehflux.attention import AttentionSpec, Grounded, Plain
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.conditioning import Conditioning
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.sampling import cuda_graph
 from bokehflux.sampling.denoise import denoiser
 from bokehflux.sampling.latents import LatentGrid
-from bokehflux.types import Conditioning
 
 STEPS = 12
 LEVELS = {"plain": None, "pair": (15.0, 0.0), "pivot + 2": (15.0, 0.0, 30.0)}

@@ -22,16 +22,17 @@ from torch import Tensor
 
 import bokehflux
 from benchmarks.timing import environment
-from bokehflux.generate import Pipeline
-from bokehflux.images import Tile, contact_sheet
-from bokehflux.metrics import blur_matched_psnr, dominant_color, pearson, psnr, sharpness, spearman
+from bokehflux.metrics import blur_matched_psnr, pearson, psnr, sharpness, spearman
 from bokehflux.models.vae import to_uint8
+from bokehflux.nano.captions import held_out
+from bokehflux.nano.colors import dominant_color
+from bokehflux.nano.scenes import SceneSpec, build_scenes, render, sample_specs
+from bokehflux.pictures.sheet import Tile, contact_sheet
+from bokehflux.pipeline.generate import Pipeline
 from bokehflux.sampling.denoise import denoiser
 from bokehflux.sampling.latents import LatentGrid, noise, pack, unpack
 from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.schedule import sigmas
-from bokehflux.training.captions import held_out
-from bokehflux.training.scenes import SceneSpec, build_scenes, render, sample_specs
 from bokehflux.weights.write import replacing, write_json
 
 CURVE = tuple(torch.linspace(0, 30, 8).tolist())

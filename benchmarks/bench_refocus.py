@@ -23,12 +23,12 @@ from torch import Tensor
 import bokehflux
 from benchmarks.report import RESULTS, table
 from benchmarks.timing import environment
-from bokehflux.images import Tile, contact_sheet
 from bokehflux.metrics import blur_matched_psnr, psnr
 from bokehflux.models.vae import to_uint8
-from bokehflux.refocus import refocus
-from bokehflux.training.captions import held_out
-from bokehflux.training.scenes import build_scenes, render
+from bokehflux.nano.captions import held_out
+from bokehflux.nano.scenes import build_scenes, render
+from bokehflux.pictures.sheet import Tile, contact_sheet
+from bokehflux.pipeline.refocus import refocus
 from bokehflux.weights.write import replacing, write_json
 
 LEVELS = (0.0, 8.0, 15.0, 28.0)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks import summary
 from benchmarks.report import INKS, RESULTS
-from bokehflux.training.recipe import NANO, RESUMED
+from bokehflux.nano.recipe import NANO, RESUMED
 from bokehflux.weights.write import replacing
 
 FOLDER = Path(__file__).resolve().parents[1] / "weights" / "nano"

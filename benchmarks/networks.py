@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.attention import AttentionSpec, Grounded, Plain
+from bokehflux.conditioning import Conditioning
 from bokehflux.configs import (
     CLIP_L,
     FLUX_BOKEH,
@@ -27,8 +28,7 @@ from bokehflux.configs import (
     T5Config,
     VAEConfig,
 )
-from bokehflux.generate import Pipeline
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter
@@ -36,9 +36,9 @@ from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT, Modulations
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.pipeline.generate import Pipeline
 from bokehflux.sampling.cuda_graph import StepGraphs
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.types import Conditioning
 
 PIVOT_LEVEL = 15.0
 TARGET_LEVELS = (0.0, 30.0, 22.5, 7.5, 3.75, 26.25)

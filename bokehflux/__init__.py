@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["Pipeline", "Result", "load"]
+from bokehflux.version import __version__
+
+__all__ = ["Pipeline", "Result", "__version__", "load"]
 
 # In a checkout `kernels/` and `weights/` lie beside this folder; a wheel has them inside. See setup.py.
 if not os.path.isfile(os.path.join(os.path.dirname(__file__), "kernels", "__init__.py")):
     __path__.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 if TYPE_CHECKING:
-    from bokehflux.generate import Pipeline, Result, load
+    from bokehflux.pipeline.generate import Pipeline, Result, load
 
 
 def __getattr__(name: str) -> Any:
     # `import bokehflux` stays instant: torch is imported when a public name is first used.
     if name in __all__:
-        from bokehflux import generate
+        from bokehflux.pipeline import generate
 
         return getattr(generate, name)
     raise AttributeError(f"module 'bokehflux' has no attribute {name!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from bokehflux.cli import main
+from bokehflux.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["generate", "--num-inference-steps", "30", *sys.argv[1:]]))

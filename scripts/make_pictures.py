@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from bokehflux import cli
-from bokehflux.images import Tile, contact_sheet
+from bokehflux.app import cli
 from bokehflux.models.vae import to_uint8
-from bokehflux.training.captions import held_out
-from bokehflux.training.scenes import build_scenes, render
+from bokehflux.nano.captions import held_out
+from bokehflux.nano.scenes import build_scenes, render
+from bokehflux.pictures.sheet import Tile, contact_sheet
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 WORK = Path("outputs/pictures")

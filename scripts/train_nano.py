@@ -7,7 +7,7 @@
 
 Every stage reads what the earlier ones wrote to --out and adds its own files in the official layout, with a
 log of its curve under training/. Hyper-parameters and seeds are `NANO` and `RESUMED` of
-`bokehflux.training.recipe`.
+`bokehflux.nano.recipe`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.nano import captions
+from bokehflux.nano.autoencoder import train_autoencoder
+from bokehflux.nano.base import Sampler, TextToVelocity, distill_guidance, init_mmdit, train_base
+from bokehflux.nano.recipe import NANO, RESUMED, SIZE_PX, Recipe
+from bokehflux.nano.tokenizers import train_tokenizers
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
-from bokehflux.training import captions
 from bokehflux.training.adapter import stratified_levels, train_adapter
-from bokehflux.training.autoencoder import train_autoencoder
-from bokehflux.training.base import Sampler, TextToVelocity, distill_guidance, init_mmdit, train_base
 from bokehflux.training.data import Tokenize, latent_pool, rendered
 from bokehflux.training.log import Log
-from bokehflux.training.recipe import NANO, RESUMED, SIZE_PX, Recipe
-from bokehflux.training.tokenizers import train_tokenizers
 from bokehflux.weights.load import ADAPTER_PREFIX, load_clip, load_mmdit, load_t5, load_vae
 from bokehflux.weights.save import (
     save_adapter,

@@ -17,7 +17,7 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
-from bokehflux.training.tokenizers import train_tokenizers
+from bokehflux.nano.tokenizers import train_tokenizers
 from bokehflux.weights import save as export
 from bokehflux.weights import write
 from bokehflux.weights.snapshot import default_card

@@ -20,8 +20,8 @@ ALLOWED_IN = {
     "bokehflux.kernels": {"torch", "triton", "flash_attn"},
     "bokehflux.attention": {"torch"},
     "bokehflux.configs": set(),
-    "bokehflux.fetch": {"huggingface_hub"},
-    "bokehflux.images": {"PIL"},
+    "bokehflux.app.fetch": {"huggingface_hub"},
+    "bokehflux.pictures.sheet": {"PIL"},
     "bokehflux.models": {"torch", "einops"},
     "bokehflux.sampling": {"torch", "einops", "numpy"},
     "bokehflux.weights.gguf": {"torch", "numpy", "gguf"},
@@ -29,8 +29,8 @@ ALLOWED_IN = {
 OWN_IN = {
     "bokehflux.configs": set(),
     "bokehflux.kernels": {"kernels"},
-    "bokehflux.types": {"configs"},
-    "bokehflux.images": set(),
+    "bokehflux.conditioning": {"configs"},
+    "bokehflux.pictures.sheet": set(),
     "bokehflux.attention": {"kernels"},
     "bokehflux.models": {"models", "attention", "kernels", "configs", "types"},
     "bokehflux.sampling": {"sampling", "models", "attention", "configs", "types"},
@@ -76,7 +76,7 @@ SOURCES = dict(sources())
 
 
 def test_the_walk_sees_every_part() -> None:
-    for part in [*OWN_IN, *ALLOWED_IN, "bokehflux.generate", "bokehflux.cli"]:
+    for part in [*OWN_IN, *ALLOWED_IN, "bokehflux.pipeline.generate", "bokehflux.app.cli"]:
         assert any(within(module, {part}) for module in SOURCES), (
             f"no module in {part}: is the rule out of date?"
         )
@@ -113,13 +113,13 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_the_package_is_instant() -> None:
-    tops = {name.split(".")[0] for name in loaded_by("import bokehflux, bokehflux.cli")}
+    tops = {name.split(".")[0] for name in loaded_by("import bokehflux, bokehflux.app.cli")}
     assert not tops & {*ALLOWED, "triton", "diffusers", "transformers"}
 
 
 def test_importing_the_pipeline_leaves_out_what_it_does_not_need() -> None:
-    names = loaded_by("import bokehflux.generate, bokehflux.weights.load")
-    assert "bokehflux.generate" in names
+    names = loaded_by("import bokehflux.pipeline.generate, bokehflux.weights.load")
+    assert "bokehflux.pipeline.generate" in names
     # What torch brings along by itself is not ours to judge.
     tops = {name.split(".")[0] for name in names - loaded_by("import torch, numpy, PIL.Image")}
     assert not tops & {"triton", "flash_attn", "diffusers", "transformers", "cv2", "accelerate"}

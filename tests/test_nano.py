@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from bokehflux import cli
+from bokehflux.app import cli
 
 SIDE_PX = 128
 

@@ -70,7 +70,7 @@ def test_the_bundled_model_is_inside(names: set[str]) -> None:
 def test_licences_and_command_are_inside(wheel: Path, names: set[str]) -> None:
     assert {"LICENSE", "NOTICE"} <= {name.rsplit("/", 1)[-1] for name in names}
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-    assert "bokehflux = bokehflux.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
+    assert "bokehflux = bokehflux.app.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
 
 
 def test_a_wheel_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> None:

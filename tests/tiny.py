@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from bokehflux.conditioning import Conditioning
 from bokehflux.configs import BokehConfig, Defaults, MMDiTConfig, ScheduleConfig, VAEConfig
-from bokehflux.generate import Pipeline
-from bokehflux.models.bokeh import LowRank
+from bokehflux.models.adapter import LowRank
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.norms import RMSNorm
 from bokehflux.models.vae import AutoencoderKL
-from bokehflux.types import Conditioning
+from bokehflux.pipeline.generate import Pipeline
 
 MMDIT = MMDiTConfig(
     in_channels=64, txt_dim=24, pooled_dim=20, hidden_size=32, num_heads=2, num_double=2, num_single=4,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.configs import CLIPConfig, Defaults, MMDiTConfig, ScheduleConfig, T5Config, VAEConfig
-from bokehflux.models.bokeh import BokehAdapter
+from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.fp8 import fp8_layers, fp8_weight
 from bokehflux.models.linear import NARROW, Linear

@@ -7,7 +7,7 @@
 
 The transformer of a model that was given as a path comes from that path alone; text encoders, autoencoder and
 tokenizers, which all FLUX.1 models share, are looked for in the later places as well. There is no network
-here: `bokehflux.fetch` has it. The environment is read when a function is called.
+here: `bokehflux.app.fetch` has it. The environment is read when a function is called.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from bokehflux.configs import (
     T5Config,
     VAEConfig,
 )
-from bokehflux.models.bokeh import BokehAdapter
+from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder

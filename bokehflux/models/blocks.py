@@ -18,7 +18,7 @@ from bokehflux.kernels.fp8 import interface as fp8
 from bokehflux.kernels.fp8.interface import Quantized
 from bokehflux.kernels.pointwise import interface as pointwise
 from bokehflux.kernels.pointwise.eager import Projected
-from bokehflux.models.bokeh import BlockAdapter
+from bokehflux.models.adapter import BlockAdapter
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.linear import Linear
 from bokehflux.models.norms import QKNorm

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bokehflux.models.bokeh import BlockAdapter, LowRank
+from bokehflux.models.adapter import BlockAdapter, LowRank
 from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT
 

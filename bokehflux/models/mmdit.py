@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bokehflux.attention import AttentionSpec, Plain
 from bokehflux.configs import BokehConfig, MMDiTConfig
+from bokehflux.models.adapter import BokehAdapter, BokehCondition
 from bokehflux.models.blocks import (
     BlockTerms,
     DoubleModulation,
@@ -21,7 +22,6 @@ from bokehflux.models.blocks import (
     Residual,
     SingleStreamBlock,
 )
-from bokehflux.models.bokeh import BokehAdapter, BokehCondition
 from bokehflux.models.embeddings import SINUSOID_DIM, MLPEmbedder, RopeTable, sinusoid
 from bokehflux.models.linear import Linear
 

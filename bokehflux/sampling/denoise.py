@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from bokehflux.attention import AttentionSpec, Grounded, OnStored, PivotQuery, Plain, Recorded
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.conditioning import Conditioning
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import Constants, MMDiT, Modulations, Part
 from bokehflux.sampling.cuda_graph import StepGraphs, worth_capturing
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.sampling.pivot_cache import PivotCache, PivotInHand
-from bokehflux.types import Conditioning
 
 AttentionAt = Callable[[int, int], AttentionSpec]
 """(rows, step) -> what the joint attentions of that step compute, for a batch that is not split."""

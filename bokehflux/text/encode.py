@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from bokehflux.conditioning import Conditioning
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
-from bokehflux.types import Conditioning
 
 
 @dataclass(frozen=True, kw_only=True)

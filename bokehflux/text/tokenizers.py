@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch import Tensor
 
-from bokehflux.text.pieces import AddedToken, FastPieces, Pieces, SentencePieces
-from bokehflux.text.words import END, START, words
+from bokehflux.text.clip_words import END, START, words
+from bokehflux.text.t5_pieces import AddedToken, FastPieces, Pieces, SentencePieces
 
 log = logging.getLogger(__name__)
 

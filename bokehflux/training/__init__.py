@@ -1,1 +1,1 @@
-"""Data and training: the procedural renderer, and the stages that make a bundled model."""
+"""Training: objectives, batches, the loop and its state. Knows no particular model."""

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.attention import Grounded, Plain
-from bokehflux.models.bokeh import BokehAdapter, BokehCondition, init_adapter
+from bokehflux.models.adapter import BokehAdapter, BokehCondition, init_adapter
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
-from bokehflux.training.base import draw_guidance
+from bokehflux.nano.base import draw_guidance
+from bokehflux.nano.recipe import AdapterStage
 from bokehflux.training.data import LatentPool, LevelDraw
 from bokehflux.training.log import Log
 from bokehflux.training.objective import guided, mix, velocity_target
 from bokehflux.training.optim import Ema, Optimizer, paced, trapezoid
-from bokehflux.training.recipe import AdapterStage
 
 TextLookup = tuple[Tensor, Tensor]
 """T5 states [S, T, W] and pooled vectors [S, P], one per scene."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.nano import captions
+from bokehflux.nano.scenes import SceneSpec, build_scenes, render, sample_specs
 from bokehflux.sampling.latents import pack
-from bokehflux.training import captions
-from bokehflux.training.scenes import SceneSpec, build_scenes, render, sample_specs
 
 LevelDraw = Callable[[int, int], Tensor]
 """(count, k) -> [count] levels in 0-30 for the k-th render of each scene."""

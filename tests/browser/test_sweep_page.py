@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from bokehflux.page import write_page
-from bokehflux.scene import Scene, Shot
+from bokehflux.pictures.page import write_page
+from bokehflux.pictures.series import Scene, Shot
 from tests.browser import chromium
 
 PROGRAM = chromium.find()

@@ -25,14 +25,14 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 from torch import nn
 
-from bokehflux import cli, fetch
-from bokehflux.arguments import parsers
+from bokehflux.app import cli, fetch
+from bokehflux.app.arguments import parsers
 from bokehflux.configs import FLUX_SCHEDULE, CLIPConfig, Defaults, T5Config
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.models.vae import AutoencoderKL
-from bokehflux.training.tokenizers import train_tokenizers
+from bokehflux.nano.tokenizers import train_tokenizers
 from bokehflux.weights import load, save
 from bokehflux.weights.resolve import ADAPTER_REPO, DEV
 from bokehflux.weights.snapshot import open_snapshot
@@ -171,7 +171,7 @@ def workplace(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return open_snapshot(models / "nano") if model == "nano" else find(model, env)
 
     monkeypatch.setattr(load, "find_model", find_tiny)
-    monkeypatch.setattr("bokehflux.doctor.find_model", find_tiny)
+    monkeypatch.setattr("bokehflux.app.doctor.find_model", find_tiny)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

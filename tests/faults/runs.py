@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bokehflux import cli
-from bokehflux.generate import Pipeline
+from bokehflux.app import cli
+from bokehflux.pipeline.generate import Pipeline
 from tests.tiny import tiny_pipeline
 
 PIPE = tiny_pipeline()
@@ -54,8 +54,8 @@ def _run(folder: Path | None, during: Callable[[], None] | None, *argv: str) -> 
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("bokehflux.generate.load", lambda *_, **__: PIPE))
-        stack.enter_context(mock.patch("bokehflux.identity.model_facts", lambda *_: HASHES))
+        stack.enter_context(mock.patch("bokehflux.pipeline.generate.load", lambda *_, **__: PIPE))
+        stack.enter_context(mock.patch("bokehflux.pipeline.provenance.model_facts", lambda *_: HASHES))
         stack.enter_context(mock.patch.object(Pipeline, "generate", watched))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bokehflux.metadata import read_recipe
+from bokehflux.pictures.metadata import read_recipe
 from bokehflux.weights.checkpoint import open_checkpoint
 from bokehflux.weights.write import save, save_sharded
 from tests.faults.child import forked, needs_linux

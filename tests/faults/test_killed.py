@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bokehflux.metadata import read_recipe
+from bokehflux.pictures.metadata import read_recipe
 from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
 from bokehflux.weights.write import save, save_sharded, write_json
 from tests.faults.child import finish, forked, needs_linux, start

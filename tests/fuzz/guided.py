@@ -38,7 +38,7 @@ def file_of(data: bytes, suffix: str) -> Iterator[Path]:
 
 def checkpoint(data: bytes, suffix: str) -> None:
     from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
-    from bokehflux.weights.inspect import describe
+    from bokehflux.weights.describe import describe
 
     with file_of(data, suffix) as path:
         try:
@@ -51,7 +51,7 @@ def checkpoint(data: bytes, suffix: str) -> None:
 
 
 def picture(data: bytes, suffix: str) -> None:
-    from bokehflux.replay import defaults_from
+    from bokehflux.app.replay import defaults_from
 
     with file_of(data, suffix) as path, contextlib.suppress(ValueError):
         assert defaults_from(str(path), "sweep")["seeds"]
@@ -95,7 +95,7 @@ def config(data: bytes, _: str) -> None:
 
 def command(data: bytes, _: str) -> None:
     """Words of a command line, one a line; a model is never loaded."""
-    from bokehflux.arguments import model_from, parse, request_from
+    from bokehflux.app.arguments import model_from, parse, request_from
 
     words = ["generate", *data.decode("utf-8", "surrogateescape").splitlines()[:30]]
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -114,8 +114,8 @@ def examples(target: str) -> list[bytes]:
     import torch
     from PIL import Image
 
-    from bokehflux import metadata
-    from bokehflux.request import Request
+    from bokehflux.pictures import metadata
+    from bokehflux.record import Request
     from bokehflux.weights import official
     from bokehflux.weights.write import save
     from tests.tiny import MMDIT, VAE
@@ -165,8 +165,8 @@ def main(argv: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["bokehflux"]):
-        import bokehflux.replay
-        import bokehflux.weights.inspect
+        import bokehflux.app.replay
+        import bokehflux.weights.describe
         import bokehflux.weights.lora  # noqa: F401
     read, suffix = TARGETS[args.target]
     with tempfile.TemporaryDirectory() as corpus:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from bokehflux import cli
+from bokehflux.app import cli
 
 HUGE = (10**9, 2**31, 2**63, 2**64, 10**30, 10**400)
 JSON = st.recursive(

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
+from bokehflux.weights.describe import describe
 from bokehflux.weights.gguf import GgufFile
-from bokehflux.weights.inspect import describe
 from bokehflux.weights.load import load_clip, load_t5, load_vae
 from bokehflux.weights.write import save, save_sharded
 from tests import model_files

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bokehflux import cli
-from bokehflux.arguments import parsers
-from bokehflux.metadata import read_recipe
-from bokehflux.request import Request
-from bokehflux.sweep import read_prompts
+from bokehflux.app import cli
+from bokehflux.app.arguments import parsers
+from bokehflux.app.sweep import read_prompts
+from bokehflux.pictures.metadata import read_recipe
+from bokehflux.record import Request
 from tests import model_files
 from tests.fuzz.hostile import assert_one_message, command
 from tests.tiny import tiny_pipeline
@@ -84,12 +84,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.delenv(name, raising=False)
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr("bokehflux.doctor.report", lambda: ["well"])
-        patch.setattr("bokehflux.generate.load", _load)
+        patch.setattr("bokehflux.app.doctor.report", lambda: ["well"])
+        patch.setattr("bokehflux.pipeline.generate.load", _load)
         yield
 
 
-_REAL_LOAD = __import__("bokehflux.generate", fromlist=["load"]).load
+_REAL_LOAD = __import__("bokehflux.pipeline.generate", fromlist=["load"]).load
 
 
 def _load(*args: Any, **kwargs: Any) -> Any:
@@ -161,7 +161,7 @@ def test_any_file_of_prompts(tmp_path_factory, content):
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero")
 def test_a_file_of_prompts_without_end(monkeypatch):
-    monkeypatch.setattr("bokehflux.sweep.MAX_PROMPTS_BYTES", 1000)
+    monkeypatch.setattr("bokehflux.app.sweep.MAX_PROMPTS_BYTES", 1000)
     with pytest.raises(ValueError, match="larger than 1000 bytes"):
         read_prompts(Path("/dev/zero"))
 
@@ -219,8 +219,8 @@ def test_whatever_is_asked_for_stays_in_the_output_folder(tmp_path_factory, prom
     flags += ["--height", "16", "--width", "16"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(outer / "work")
-        patch.setattr("bokehflux.generate.load", lambda *_, **__: PIPE)
-        patch.setattr("bokehflux.identity.model_facts", lambda *_: HASHES)
+        patch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: PIPE)
+        patch.setattr("bokehflux.pipeline.provenance.model_facts", lambda *_: HASHES)
         for argv in (["generate", f"--prompt={prompt}", f"--seed={seed}"],
                      ["sweep", f"--prompt={prompt}", "--seeds", f"{seed}"]):  # fmt: skip
             code, out, err = command(*argv, *flags)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bokehflux.configs import MAX_LAYERS, BokehConfig, Defaults, MMDiTConfig, T5Config
-from bokehflux.models.bokeh import BokehAdapter
+from bokehflux.models.adapter import BokehAdapter
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError
 from bokehflux.weights import save as export
 from bokehflux.weights.checkpoint import CheckpointError

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bokehflux.arguments import parse
-from bokehflux.metadata import read_recipe
+from bokehflux.app.arguments import parse
+from bokehflux.pictures.metadata import read_recipe
 from bokehflux.weights.checkpoint import open_checkpoint
 from bokehflux.weights.lora import read_lora
 from tests.fuzz import guided

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bokehflux import arguments, metadata
-from bokehflux.metadata import NoRecipe, read_recipe
-from bokehflux.request import Request
+from bokehflux.app import arguments
+from bokehflux.pictures import metadata
+from bokehflux.pictures.metadata import NoRecipe, read_recipe
+from bokehflux.record import Request
 from tests.fuzz.hostile import JSON, assert_one_message, command
 
 FIELDS = list(Request.__dataclass_fields__)
@@ -187,7 +188,7 @@ def test_lies_in_a_recipe_end_in_one_message(tmp_path, monkeypatch, lies):
 
 def test_a_picture_that_lies_about_being_finished_is_made_again(tmp_path):
     """A sweep trusts what can be decoded; other formats under our names are not even tried."""
-    from bokehflux.sweep import finished
+    from bokehflux.app.sweep import finished
 
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "TIFF")

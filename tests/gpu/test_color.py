@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bokehflux.color import lab8_to_rgb, match_lab_means, rgb_to_lab8
+from bokehflux.pipeline.color import lab8_to_rgb, match_lab_means, rgb_to_lab8
 
 
 def test_every_colour_is_the_cpus() -> None:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from bokehflux.attention import Grounded, Plain
-from bokehflux.memory import place
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.conditioning import Conditioning
+from bokehflux.models.adapter import BokehCondition
+from bokehflux.pipeline.memory import place
 from bokehflux.sampling import cuda_graph
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
 from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.samplers import euler, heun
-from bokehflux.types import Conditioning
 from tests.tiny import MMDIT, FakeText, tiny_mmdit, tiny_pipeline
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])

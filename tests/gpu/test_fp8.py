@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bokehflux.kernels.fp8 import interface, ops, reference
-from bokehflux.memory import place
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.fp8 import check_fp8, fp8_weight, quantize_mmdit
 from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT
+from bokehflux.pipeline.memory import place
 from tests.tiny import tiny_mmdit, tiny_pipeline
 from tests.unit.test_fp8 import (
     FUNCTIONS,

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from bokehflux.memory import place
+from bokehflux.pipeline.memory import place
 from tests.tiny import tiny_pipeline
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bokehflux.attention import Grounded
 from bokehflux.kernels.pointwise import eager, interface
 from bokehflux.kernels.pointwise.eager import Projected
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.linear import Linear
 from bokehflux.sampling.latents import LatentGrid, position_ids

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from bokehflux import color
+from bokehflux.pipeline import color
 
 
 def on_arrays(function: Callable[..., torch.Tensor]) -> Callable[..., np.ndarray]:

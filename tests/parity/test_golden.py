@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import bokehflux
-from bokehflux.color import match_lab_means
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.conditioning import Conditioning
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.vae import to_uint8
+from bokehflux.pipeline.color import match_lab_means
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser, model_sigma
 from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
 from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.schedule import sigmas
-from bokehflux.types import Conditioning
 from bokehflux.weights.checkpoint import read_json
 from bokehflux.weights.load import load_clip, load_mmdit, load_t5, load_vae
 from bokehflux.weights.official import schedule_config

@@ -22,13 +22,13 @@ from torch import Tensor
 from benchmarks.networks import TINY, randomise
 from benchmarks.published import Published, build_diffusers, build_published
 from bokehflux.attention import AttentionSpec, Grounded, PivotQuery
+from bokehflux.conditioning import Conditioning
 from bokehflux.configs import BokehConfig, MMDiTConfig
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.sampling.denoise import Grounding, denoiser, model_sigma
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.types import Conditioning
 from bokehflux.weights.load import load_mmdit
 from tests.helpers import assert_within_2x
 

@@ -15,8 +15,8 @@ from transformers import T5Tokenizer as OracleSlowT5Base
 from transformers import T5TokenizerFast as OracleT5
 from transformers.models.clip.tokenization_clip import BasicTokenizer
 
+from bokehflux.nano.tokenizers import train_tokenizers
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
-from bokehflux.training.tokenizers import train_tokenizers
 from tests.helpers import needs_shared, shared
 
 SNAPSHOT = "flux1-dev-snapshot"

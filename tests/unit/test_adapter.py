@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bokehflux.configs import FLUX_BOKEH, FLUX_DEV, BokehConfig, MMDiTConfig
-from bokehflux.models.bokeh import BokehAdapter
+from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.weights import load, write
 from bokehflux.weights.adapter import open_adapter, open_any
 from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
-from bokehflux.weights.inspect import describe
+from bokehflux.weights.describe import describe
 from bokehflux.weights.mapping import to_official
 from bokehflux.weights.parts import plan_part
 from bokehflux.weights.pickled import PickledFile

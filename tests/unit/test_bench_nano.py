@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import bench_nano as bench
 from bokehflux.models.vae import to_uint8
-from bokehflux.training.captions import held_out
+from bokehflux.nano.captions import held_out
 
 SPEC, _ = held_out(8)
 

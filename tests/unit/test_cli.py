@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import bokehflux
-from bokehflux import cli
+from bokehflux.app import cli
 from bokehflux.configs import Defaults
-from bokehflux.generate import Pipeline, Result, load
-from bokehflux.metadata import read_recipe
+from bokehflux.pictures.metadata import read_recipe
+from bokehflux.pipeline.generate import Pipeline, Result, load
 from bokehflux.sampling.samplers import StepInfo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,8 +77,8 @@ def model_facts(model: str, adapter: str | None, loras: list[tuple[str, float]])
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
     pipeline = FakePipeline()
-    monkeypatch.setattr("bokehflux.generate.load", pipeline.load)
-    monkeypatch.setattr("bokehflux.identity.model_facts", model_facts)
+    monkeypatch.setattr("bokehflux.pipeline.generate.load", pipeline.load)
+    monkeypatch.setattr("bokehflux.pipeline.provenance.model_facts", model_facts)
     monkeypatch.chdir(tmp_path)
     return pipeline
 
@@ -348,7 +348,7 @@ def test_inspect_describes_a_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert "no_such_file" in error_of(["inspect", str(tmp_path / "no_such_file.safetensors")], capsys)
-    monkeypatch.setattr("bokehflux.weights.inspect.describe", lambda path: f"{path} is a file")
+    monkeypatch.setattr("bokehflux.weights.describe.describe", lambda path: f"{path} is a file")
     assert cli.main(["inspect", "x.safetensors"]) == 0
     assert capsys.readouterr().out == "x.safetensors is a file\n"
 
@@ -357,7 +357,7 @@ def test_fetch_downloads_a_revision_and_prints_its_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "bokehflux.fetch.fetch", lambda name, *, patterns, revision: Path("cache", name, revision)
+        "bokehflux.app.fetch.fetch", lambda name, *, patterns, revision: Path("cache", name, revision)
     )
     assert cli.main(["fetch", "flux-dev"]) == cli.main(["fetch", "flux-dev", "--revision", "v2"]) == 0
     assert capsys.readouterr().out.split() == ["cache/flux-dev/main", "cache/flux-dev/v2"]
@@ -369,7 +369,7 @@ def test_a_full_disk_is_one_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bokehflux.output.os.fsync", full)
+    monkeypatch.setattr("bokehflux.pictures.files.os.fsync", full)
     assert cli.main([*SWEEP, "--output", "out"]) == 1
     assert capsys.readouterr().err == "bokehflux: error: [Errno 28] No space left on device\n"
     assert list(Path("out").iterdir()) == []
@@ -415,8 +415,8 @@ def test_the_memory_mode_that_was_chosen_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     fake.device, fake.memory = torch.device("cuda"), SimpleNamespace(mode="offload")
-    monkeypatch.setattr("bokehflux.identity.device_name", lambda _: "a GPU")
-    monkeypatch.setattr("bokehflux.identity.attention_choice", lambda *_: ("triton", "it is fast"))
+    monkeypatch.setattr("bokehflux.pipeline.provenance.device_name", lambda _: "a GPU")
+    monkeypatch.setattr("bokehflux.pipeline.provenance.attention_choice", lambda *_: ("triton", "it is fast"))
     assert cli.main([*SWEEP, "--memory", memory]) == 0
     assert capsys.readouterr().err == says
 
@@ -440,7 +440,7 @@ def test_out_of_memory_at_loading_is_one_line(
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("bokehflux.generate.load", full)
+    monkeypatch.setattr("bokehflux.pipeline.generate.load", full)
     assert cli.main(SWEEP) == 1
     err = capsys.readouterr().err
     assert err == f"bokehflux: error: {str(error) or 'out of memory'}\n" and err.count("\n") == 1
@@ -449,7 +449,7 @@ def test_out_of_memory_at_loading_is_one_line(
 def test_version_and_help_do_not_load_torch() -> None:
     for flag, expected in (("--version", f"bokehflux {bokehflux.__version__}"), ("--help", "generate")):
         code = (
-            "import sys; from bokehflux.cli import main\n"
+            "import sys; from bokehflux.app.cli import main\n"
             f"try: main(['{flag}'])\n"
             "except SystemExit as stop: assert stop.code == 0\n"
             "assert 'torch' not in sys.modules"
@@ -500,9 +500,9 @@ def test_no_command_line_ends_in_a_traceback(
     pipeline = FakePipeline()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("cli"))
-        patch.setattr("bokehflux.generate.load", pipeline.load)
-        patch.setattr("bokehflux.identity.model_facts", model_facts)
-        patch.setattr("bokehflux.doctor.report", lambda: ["well"])
+        patch.setattr("bokehflux.pipeline.generate.load", pipeline.load)
+        patch.setattr("bokehflux.pipeline.provenance.model_facts", model_facts)
+        patch.setattr("bokehflux.app.doctor.report", lambda: ["well"])
         try:
             assert cli.main([first, *rest]) in (0, 1, 2)
         except SystemExit as stop:

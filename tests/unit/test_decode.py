@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bokehflux import cli
-from bokehflux.decode import decode_pictures, wants_tiling
-from bokehflux.generate import Pipeline, Stopped
-from bokehflux.memory import place
-from bokehflux.metadata import read_recipe
+from bokehflux.app import cli
 from bokehflux.models import tiling
-from bokehflux.output import uninterrupted
+from bokehflux.pictures.files import uninterrupted
+from bokehflux.pictures.metadata import read_recipe
+from bokehflux.pipeline.decode import decode_pictures, wants_tiling
+from bokehflux.pipeline.generate import Pipeline, Stopped
+from bokehflux.pipeline.memory import place
 from bokehflux.sampling.latents import LatentGrid
 from tests.tiny import tiny_pipeline
 
@@ -126,9 +126,9 @@ def test_nothing_finished_is_an_ordinary_ctrl_c(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: tiny_pipeline())
+    monkeypatch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: tiny_pipeline())
     hashes = {"model_hash": "h", "adapter": None, "adapter_hash": None, "loras": [], "lora_hashes": []}
-    monkeypatch.setattr("bokehflux.identity.model_facts", lambda *_: hashes)
+    monkeypatch.setattr("bokehflux.pipeline.provenance.model_facts", lambda *_: hashes)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -219,7 +219,7 @@ def test_ctrl_c_while_files_are_written_waits_for_them(
             os.kill(os.getpid(), signal.SIGINT)
         real(descriptor)
 
-    monkeypatch.setattr("bokehflux.output.os.fsync", fsync)
+    monkeypatch.setattr("bokehflux.pictures.files.os.fsync", fsync)
     assert cli.main(["generate", *ARGV]) == 130
     out, err = capsys.readouterr()
     assert err == "bokehflux: interrupted; all pictures are finished and kept in my out\n"

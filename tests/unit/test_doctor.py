@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bokehflux import cli, doctor
+from bokehflux.app import cli, doctor
 from bokehflux.kernels.attention import interface
 from tests.unit.test_load import write_snapshot
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from bokehflux import fetch as module
-from bokehflux.fetch import FetchError, fetch
+from bokehflux.app import fetch as module
+from bokehflux.app.fetch import FetchError, fetch
 from bokehflux.weights.resolve import ADAPTER_REPO, DEV, SCHNELL
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bokehflux import cli
-from bokehflux.arguments import parsers
-from bokehflux.fetch import TOKENIZERS_ONLY
-from bokehflux.generate import Pipeline
-from bokehflux.metadata import read_recipe
+from bokehflux.app import cli
+from bokehflux.app.arguments import parsers
+from bokehflux.app.fetch import TOKENIZERS_ONLY
 from bokehflux.models.fp8 import quantize_mmdit
 from bokehflux.models.tiny_decoder import TinyDecoder
+from bokehflux.pictures.metadata import read_recipe
+from bokehflux.pipeline.generate import Pipeline
 from bokehflux.weights.resolve import ModelFiles
 from bokehflux.weights.write import save as write
 from tests.tiny import tiny_pipeline
@@ -99,8 +99,8 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         hashes = {"model_hash": str(model), "adapter_hash": adapter, "lora_hashes": loras}
         return {**hashes, "adapter": adapter, "loras": loras}
 
-    monkeypatch.setattr("bokehflux.generate.load", load)
-    monkeypatch.setattr("bokehflux.identity.model_facts", model_facts)
+    monkeypatch.setattr("bokehflux.pipeline.generate.load", load)
+    monkeypatch.setattr("bokehflux.pipeline.provenance.model_facts", model_facts)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     write("taef1_decoder.safetensors", TinyDecoder(16).state_dict())
@@ -170,7 +170,7 @@ FETCH = {"--tokenizers-only": [], "--revision": ["v2"]}
 @pytest.mark.parametrize("flag", FETCH)
 def test_flags_of_fetch_change_what_is_asked_for(monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("bokehflux.fetch.fetch", lambda name, **how: asked.append(how))
+    monkeypatch.setattr("bokehflux.app.fetch.fetch", lambda name, **how: asked.append(how))
     assert cli.main(["fetch", "flux-dev"]) == cli.main(["fetch", "flux-dev", flag, *FETCH[flag]]) == 0
     plain = {"patterns": None, "revision": "main"}
     changed = {"--tokenizers-only": {"patterns": TOKENIZERS_ONLY}, "--revision": {"revision": "v2"}}
@@ -207,7 +207,7 @@ def rows_of(argv: list[str]) -> int:
 
 def bands_of(argv: list[str]) -> int:
     """How many pictures are decoded in bands."""
-    from bokehflux import decode
+    from bokehflux.pipeline import decode
 
     made: list[torch.Size] = []
     real = decode.tiling.decode
@@ -226,7 +226,7 @@ def bands_of(argv: list[str]) -> int:
 
 def previews_of(argv: list[str]) -> int:
     """How often the preview file is written."""
-    from bokehflux import preview
+    from bokehflux.app import preview
 
     written: list[Path] = []
     real = preview.replace_file

@@ -16,9 +16,8 @@ from torch import Tensor
 import bokehflux
 from bokehflux.configs import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL, BokehConfig
 from bokehflux.kernels.fp8 import interface, ops, reference, triton_quantize
-from bokehflux.memory import footprint, place
 from bokehflux.models import fp8
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter
@@ -27,6 +26,7 @@ from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.pipeline.memory import footprint, place
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.weights import load as loader
 from bokehflux.weights import write

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import bokehflux
-from bokehflux.color import lab_mean
 from bokehflux.configs import Defaults
-from bokehflux.generate import NEGATIVE_PROMPT, Pipeline
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.vae import to_uint8
+from bokehflux.pipeline.color import lab_mean
+from bokehflux.pipeline.generate import NEGATIVE_PROMPT, Pipeline
 from bokehflux.sampling.diagnose import NonFiniteError
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo

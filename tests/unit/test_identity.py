@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bokehflux import identity
-from bokehflux.identity import device_name, facts, fingerprint, model_facts
+from bokehflux.pipeline import provenance as identity
+from bokehflux.pipeline.provenance import device_name, facts, fingerprint, model_facts
 from bokehflux.weights.resolve import ModelFiles
 from tests.tiny import tiny_pipeline
 from tests.unit.test_load import write_snapshot

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from bokehflux import images
-from bokehflux.images import Tile, contact_sheet, up_and_down
+from bokehflux.pictures import sheet as images
+from bokehflux.pictures.sheet import Tile, contact_sheet, up_and_down
 
 
 def solid(color: str, size: tuple[int, int] = (32, 16)) -> Image.Image:

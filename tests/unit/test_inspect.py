@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from bokehflux.configs import FLUX_DEV, BokehConfig
-from bokehflux.models.bokeh import BokehAdapter
+from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.weights import manifests, write
 from bokehflux.weights import save as export
 from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
-from bokehflux.weights.inspect import describe
-from bokehflux.weights.tables import tiny as tiny_table
+from bokehflux.weights.describe import describe
+from bokehflux.weights.tables import tiny_decoder as tiny_table
 from tests import model_files as files
 
 STATES = files.states()

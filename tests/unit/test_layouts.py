@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bokehflux import cli, fetch
+from bokehflux.app import cli, fetch
 from bokehflux.configs import CLIP_L, FLUX_SCHEDULE, T5_XXL
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.weights import load, manifests, official, write

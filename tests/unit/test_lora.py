@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import bokehflux
 from bokehflux.attention import Grounded
 from bokehflux.configs import FLUX_DEV, CLIPConfig, T5Config
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter

@@ -20,7 +20,7 @@ from bokehflux.configs import (
     MMDiTConfig,
     VAEConfig,
 )
-from bokehflux.models.bokeh import BokehAdapter
+from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder

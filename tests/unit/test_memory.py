@@ -12,12 +12,12 @@ import torch
 
 import bokehflux
 from bokehflux.configs import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL, T5Config
-from bokehflux.memory import Footprint, Placement, Stream, choose, footprint, pieces, place
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.pipeline.memory import Footprint, Placement, Stream, choose, footprint, pieces, place
 from bokehflux.sampling.samplers import StepInfo
 from tests.tiny import tiny_mmdit, tiny_pipeline
 
@@ -119,7 +119,7 @@ def test_weights_come_home_after_an_error() -> None:
 
 def test_pieces_hold_every_parameter_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """... of any type and shape, in pieces no larger than asked for, shared by neighbours."""
-    monkeypatch.setattr("bokehflux.memory.PIECE_BYTES", 1024)
+    monkeypatch.setattr("bokehflux.pipeline.memory.PIECE_BYTES", 1024)
     kinds = [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn]
     shapes = [(3, 5), (), (7,), (0, 4), (9, 4, 2), (400,)]
     values = [torch.randn(s).mul(9).to(kinds[i % 4]) for i, s in enumerate(shapes)]
@@ -207,7 +207,7 @@ def test_running_out_names_the_mode_that_would_fit() -> None:
 @pytest.mark.parametrize(("free_gb", "advice"), [(21, "offload"), (20, "stream"), (0, "stream")])
 def test_the_mode_that_is_named_would_fit(free_gb: int, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """18 GB of weights and the workspace; what this process holds counts as free."""
-    monkeypatch.setattr("bokehflux.memory.free_memory", lambda _: (free_gb // 2) * 10**9)
+    monkeypatch.setattr("bokehflux.pipeline.memory.free_memory", lambda _: (free_gb // 2) * 10**9)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: (free_gb - free_gb // 2) * 10**9)
     needs = Footprint(resident=34 * 10**9, offload=18 * 10**9, stream=10**9)
     at_work = Placement(mode="resident", device=torch.device("cuda"), needs=needs)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from bokehflux import metadata
-from bokehflux.metadata import NoRecipe, encode, encode_animation, read_recipe, shown
+from bokehflux.pictures import metadata
+from bokehflux.pictures.metadata import NoRecipe, encode, encode_animation, read_recipe, shown
 
 RECIPE: dict[str, Any] = {
     "prompt": 'a "café" 夜\n\U0001f33c </script>', "bokeh_targets": [0.0, 4.2], "bokeh_pivot": None,

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bokehflux import metrics
-from bokehflux.training.scenes import build_scenes, render, sample_specs
+from bokehflux.nano.colors import dominant_color
+from bokehflux.nano.scenes import build_scenes, render, sample_specs
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -100,5 +101,5 @@ def test_dominant_color_reads_the_renderer(level: float) -> None:
     spec = sample_specs(n, seeded(7))
     i = torch.arange(n)
     spec = dataclasses.replace(spec, color=i % 10, pattern=i // 10 % 3)
-    found = metrics.dominant_color(render(build_scenes(spec, 64, seeded(8), "cpu"), torch.full((n,), level)))
+    found = dominant_color(render(build_scenes(spec, 64, seeded(8), "cpu"), torch.full((n,), level)))
     assert (found == spec.color).float().mean() >= 0.97

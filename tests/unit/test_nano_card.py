@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import nano_card
-from bokehflux.training.recipe import NANO, RESUMED
+from bokehflux.nano.recipe import NANO, RESUMED
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bokehflux import output
-from bokehflux.metadata import read_recipe
-from bokehflux.output import Picture, check_folder, distinct, level_stem, replace_file, save_pictures
+from bokehflux.pictures import files as output
+from bokehflux.pictures.files import Picture, check_folder, distinct, level_stem, replace_file, save_pictures
+from bokehflux.pictures.metadata import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 levels = st.floats(0, 30) | st.sampled_from([0.0, -0.0, 4.2, 4.25, 4.4, 1e-5, 30.0])
@@ -113,7 +113,7 @@ def test_file_systems_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_two_processes_in_one_folder_never_share_a_name(tmp_path: Path) -> None:
     code = textwrap.dedent("""
         import sys; from pathlib import Path; from PIL import Image
-        from bokehflux.output import Picture, save_pictures
+        from bokehflux.pictures.files import Picture, save_pictures
         for i in range(12):
             image = Image.new("RGB", (16, 16))
             pictures = [Picture(stem=s, image=image, recipe={"by": sys.argv[1], "i": i}) for s in "ab"]
@@ -169,7 +169,7 @@ def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
     """SIGKILL between two writes: no visible file, and the next run takes the plain names."""
     code = textwrap.dedent("""
         import os, signal, sys; from pathlib import Path; from PIL import Image
-        from bokehflux import output
+        from bokehflux.pictures import files as output
         real, calls = os.fsync, []
         def fsync(handle):
             calls.append(1)

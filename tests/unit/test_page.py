@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from bokehflux import output
 from bokehflux.metrics import sharpness
-from bokehflux.page import curve_svg, measured_sharpness, page, write_page
-from bokehflux.scene import Scene, Shot
+from bokehflux.pictures import files as output
+from bokehflux.pictures.page import curve_svg, measured_sharpness, page, write_page
+from bokehflux.pictures.series import Scene, Shot
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 

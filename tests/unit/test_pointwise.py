@@ -29,7 +29,7 @@ from bokehflux.kernels.pointwise import (  # noqa: E402
     ops,
 )
 from bokehflux.kernels.pointwise.eager import Projected  # noqa: E402
-from bokehflux.models.bokeh import BokehCondition  # noqa: E402
+from bokehflux.models.adapter import BokehCondition  # noqa: E402
 from bokehflux.models.embeddings import rope_table  # noqa: E402
 from bokehflux.models.linear import Linear, LowRankTerm  # noqa: E402
 from bokehflux.sampling.latents import LatentGrid, position_ids  # noqa: E402

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bokehflux.configs import BokehConfig
-from bokehflux.models.bokeh import BokehAdapter
+from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from bokehflux.metadata import read_recipe
-from bokehflux.preview import Preview, check_preview, fit_rgb_map
-from bokehflux.request import Request
+from bokehflux.app.preview import Preview, check_preview, fit_rgb_map
+from bokehflux.pictures.metadata import read_recipe
+from bokehflux.record import Request
 from bokehflux.sampling.latents import pack
 from bokehflux.sampling.samplers import StepInfo, euler
 from tests.tiny import VAE, tiny_pipeline

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from bokehflux.app.progress import Progress
+from bokehflux.conditioning import Conditioning
 from bokehflux.configs import T5Config
 from bokehflux.models.t5 import T5Encoder
-from bokehflux.progress import Progress
 from bokehflux.sampling.samplers import StepInfo
-from bokehflux.types import Conditioning
 from tests.tiny import FakeText, tiny_pipeline
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import bench_refocus
-from bokehflux import cli
-from bokehflux.generate import Stopped
-from bokehflux.metadata import read_recipe
+from bokehflux.app import cli
 from bokehflux.models.vae import to_uint8
-from bokehflux.refocus import grid_of, read_photo, refocus
+from bokehflux.pictures.metadata import read_recipe
+from bokehflux.pipeline.generate import Stopped
+from bokehflux.pipeline.refocus import grid_of, read_photo, refocus
 from bokehflux.sampling.inversion import followed, invert
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo, euler
@@ -172,8 +172,8 @@ def test_photos_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.fixture
 def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder with mug.jpg, where commands load a tiny model."""
-    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: tiny_pipeline())
-    monkeypatch.setattr("bokehflux.identity.model_facts", lambda *_: {"model_hash": "h"})
+    monkeypatch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: tiny_pipeline())
+    monkeypatch.setattr("bokehflux.pipeline.provenance.model_facts", lambda *_: {"model_hash": "h"})
     monkeypatch.chdir(tmp_path)
     photo().save("mug.jpg")
 
@@ -209,7 +209,7 @@ def test_the_command_goes_on_with_fewer_rows(
             raise MemoryError("too small")
         return refocus(*args, max_rows=max_rows, **options)
 
-    monkeypatch.setattr("bokehflux.refocus.refocus", run)
+    monkeypatch.setattr("bokehflux.pipeline.refocus.refocus", run)
     argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
     assert cli.main([*argv, "--num-inference-steps", "2"]) == 0
     assert tried == [None, 1] and read_recipe("results/bokeh-20.0.png")["max_rows"] == 1
@@ -224,7 +224,7 @@ def test_the_command_keeps_what_is_finished(
         made = refocus(*args, **options)
         raise Stopped(dataclasses.replace(made, images=made.images[:1]))
 
-    monkeypatch.setattr("bokehflux.refocus.refocus", stopped)
+    monkeypatch.setattr("bokehflux.pipeline.refocus.refocus", stopped)
     argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
     assert cli.main([*argv, "--num-inference-steps", "2"]) == 130
     said = capsys.readouterr()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bokehflux.request import Request
+from bokehflux.record import Request
 from tests.tiny import tiny_pipeline
 
 FULL = Request(

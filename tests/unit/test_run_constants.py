@@ -14,7 +14,7 @@ from benchmarks import bench_launch
 from benchmarks.networks import TINY
 from bokehflux.attention import Grounded, OnStored, PivotQuery, Plain
 from bokehflux.kernels.attention import interface
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.sampling import cuda_graph
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser

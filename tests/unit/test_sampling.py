@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bokehflux.attention import Grounded, PivotQuery, Plain
+from bokehflux.conditioning import Conditioning
 from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, ScheduleConfig
 from bokehflux.kernels.pointwise.eager import rotate
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import rope_table, sinusoid
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser, model_sigma
 from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
 from bokehflux.sampling.samplers import StepInfo, euler, heun
 from bokehflux.sampling.schedule import shift_mu, sigmas
-from bokehflux.types import Conditioning
 from tests.tiny import BOKEH, FakeText, tiny_mmdit
 
 # --- schedule

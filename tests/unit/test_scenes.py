@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from bokehflux import metrics
-from bokehflux.training import captions
-from bokehflux.training.scenery import backgrounds, objects, tables
-from bokehflux.training.scenery.canvas import Canvas, splat
-from bokehflux.training.scenery.lens import blur_spectrum, disc_spectrum
-from bokehflux.training.scenery.spec import (
+from bokehflux.nano import captions
+from bokehflux.nano.scenery import backgrounds, objects, tables
+from bokehflux.nano.scenery.canvas import Canvas, splat
+from bokehflux.nano.scenery.spec import (
     BACKGROUNDS,
     COLORS,
     NUM_HELD_OUT,
@@ -23,7 +22,8 @@ from bokehflux.training.scenery.spec import (
     SceneSpec,
     is_held_out,
 )
-from bokehflux.training.scenes import RADIUS_AT_30, Scene, build_scenes, render, sample_specs
+from bokehflux.nano.scenes import RADIUS_AT_30, Scene, build_scenes, render, sample_specs
+from bokehflux.rendering.disc import blur_spectrum, disc_spectrum
 
 SIZE = 128
 

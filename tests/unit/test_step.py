@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bokehflux.attention import Grounded, Plain
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter
 from bokehflux.models.linear import Linear, LowRankTerm

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from bokehflux import cli, sweep
-from bokehflux.generate import Pipeline, Result
-from bokehflux.metadata import read_recipe
-from bokehflux.request import Request
-from bokehflux.sweep import finished, folder_name, grid, read_prompts, run_sweep
+from bokehflux.app import cli, sweep
+from bokehflux.app.sweep import finished, folder_name, grid, read_prompts, run_sweep
+from bokehflux.pictures.metadata import read_recipe
+from bokehflux.pipeline.generate import Pipeline, Result
+from bokehflux.record import Request
 from tests.tiny import tiny_pipeline
 
 PIPE = tiny_pipeline()
@@ -256,9 +256,9 @@ def test_many_scenes_get_several_pages(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: PIPE)
+    monkeypatch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: PIPE)
     hashes = {key: FACTS[key] for key in FACTS if "hash" in key}
-    monkeypatch.setattr("bokehflux.identity.model_facts", lambda *_: hashes)
+    monkeypatch.setattr("bokehflux.pipeline.provenance.model_facts", lambda *_: hashes)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -305,7 +305,7 @@ def test_a_full_disk_during_a_sweep(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bokehflux.output.os.fsync", full)
+    monkeypatch.setattr("bokehflux.pictures.files.os.fsync", full)
     assert cli.main(ARGV) == 1
     assert capsys.readouterr().err == "bokehflux: error: [Errno 28] No space left on device\n"
     assert files(world) == {}

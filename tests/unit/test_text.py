@@ -16,12 +16,12 @@ from bokehflux import weights
 from bokehflux.configs import CLIPConfig, T5Config
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.t5 import T5Encoder
+from bokehflux.nano import captions
+from bokehflux.nano.tokenizers import learn_merges, train_tokenizers
+from bokehflux.text.clip_words import words
 from bokehflux.text.encode import TextEncoders
-from bokehflux.text.pieces import AddedToken, SentencePieces
+from bokehflux.text.t5_pieces import AddedToken, SentencePieces
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError
-from bokehflux.text.words import words
-from bokehflux.training import captions
-from bokehflux.training.tokenizers import learn_merges, train_tokenizers
 
 CORPUS = [
     f"a {c} {t} in front of a {b}" for c in ("red", "blue") for t in ("cat", "vase") for b in ("wall", "hill")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bokehflux import cli
+from bokehflux.app import cli
+from bokehflux.app.preview import Preview
 from bokehflux.models.tiny_decoder import TinyDecoder
-from bokehflux.preview import Preview
-from bokehflux.request import Request
+from bokehflux.record import Request
 from bokehflux.weights.checkpoint import CheckpointError
-from bokehflux.weights.tables.tiny import DIFFUSERS
-from bokehflux.weights.tiny import load_tiny_decoder
+from bokehflux.weights.tables.tiny_decoder import DIFFUSERS
+from bokehflux.weights.tiny_decoder import load_tiny_decoder
 from bokehflux.weights.write import save
 from tests.tiny import tiny_pipeline
 
@@ -108,7 +108,7 @@ def test_refused_before_loading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: pytest.fail("loaded"))
     assert cli.main(["generate", "--prompt", "p", *flags]) == 2
     assert says in capsys.readouterr().err
 
@@ -125,7 +125,7 @@ def test_a_wrong_file_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save(Path("x.safetensors"), {"a": torch.zeros(1)})
-    monkeypatch.setattr("bokehflux.generate.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: pytest.fail("loaded"))
     assert (
         cli.main(["generate", "--prompt", "p", "--preview", "p.png", "--preview-vae", "x.safetensors"]) == 2
     )

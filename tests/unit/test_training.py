@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.configs import CLIPConfig, T5Config
-from bokehflux.models.bokeh import init_adapter
+from bokehflux.models.adapter import init_adapter
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.nano.base import Sampler, TextToVelocity, draw_guidance, init_mmdit, train_base
+from bokehflux.nano.recipe import NANO, AdapterStage, BaseStage
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.training.adapter import (
     AdapterBatch,
@@ -29,7 +31,6 @@ from bokehflux.training.adapter import (
     stratified_levels,
     train_adapter,
 )
-from bokehflux.training.base import Sampler, TextToVelocity, draw_guidance, init_mmdit, train_base
 from bokehflux.training.data import LatentPool, latent_pool
 from bokehflux.training.log import Log
 from bokehflux.training.objective import guided, logit_normal, mix, velocity_target
@@ -43,7 +44,6 @@ from bokehflux.training.optim import (
     paced,
     trapezoid,
 )
-from bokehflux.training.recipe import NANO, AdapterStage, BaseStage
 from tests.tiny import BOKEH, MMDIT, TXT_LENGTH, VAE, tiny_mmdit
 
 NUM_TOKENS = 4

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bokehflux.configs import VAEConfig
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.nano.recipe import AutoencoderStage
 from bokehflux.training.data import rendered
 from bokehflux.training.log import Log
 from bokehflux.training.optim import Ema, Optimizer, is_filter, paced, trapezoid
-from bokehflux.training.recipe import AutoencoderStage
 
 FULL_SIZE_SHARE = 0.2
 """Last share of the steps, on whole images."""

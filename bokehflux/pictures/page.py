@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bokehflux.metadata import SOURCE_TYPE
 from bokehflux.metrics import sharpness
-from bokehflux.output import replace_file
-from bokehflux.page_template import TEMPLATE
-from bokehflux.scene import Scene
+from bokehflux.pictures.files import replace_file
+from bokehflux.pictures.metadata import SOURCE_TYPE
+from bokehflux.pictures.page_template import TEMPLATE
+from bokehflux.pictures.series import Scene
 
 WIDTH, HEIGHT, PAD = 360, 200, 36
 """Size of the blur curve in SVG units, and the room for its axes."""

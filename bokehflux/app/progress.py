@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from bokehflux.generate import Pipeline
+    from bokehflux.pipeline.generate import Pipeline
     from bokehflux.sampling.samplers import StepInfo
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from bokehflux import metadata
+from bokehflux.pictures import metadata
 
 
 @dataclass(frozen=True, kw_only=True)

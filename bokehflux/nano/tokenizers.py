@@ -19,8 +19,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 
+from bokehflux.text.clip_words import BYTE_ALPHABET, END, START, words
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
-from bokehflux.text.words import BYTE_ALPHABET, END, START, words
 from bokehflux.weights.write import replacing, write_json
 
 CLIP_FOLDER, T5_FOLDER = "tokenizer", "tokenizer_2"

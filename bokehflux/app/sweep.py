@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from bokehflux import metadata
-from bokehflux.images import Tile, contact_sheet, up_and_down
-from bokehflux.output import check_folder, replace_file, save_pictures, uninterrupted
-from bokehflux.page import scenes_of, write_page
-from bokehflux.request import Request
-from bokehflux.scene import Scene, Shot
+from bokehflux.pictures import metadata
+from bokehflux.pictures.files import check_folder, replace_file, save_pictures, uninterrupted
+from bokehflux.pictures.page import scenes_of, write_page
+from bokehflux.pictures.series import Scene, Shot
+from bokehflux.pictures.sheet import Tile, contact_sheet, up_and_down
+from bokehflux.record import Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bokehflux.configs import Defaults
-    from bokehflux.generate import Result
+    from bokehflux.pipeline.generate import Result
 
 LEVELS = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
 PIVOT = 15.0
@@ -204,7 +204,7 @@ class _Made:
 def _make(
     request: Request, facts: dict[str, Any], output: Path, kind: str, run: Callable[[Request], Result]
 ) -> _Made:
-    from bokehflux.generate import Stopped
+    from bokehflux.pipeline.generate import Stopped
 
     wanted = {**dataclasses.asdict(request), **facts}
     folder = output / folder_name(wanted)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from bokehflux.images import Tile, contact_sheet
-from bokehflux.output import Picture, distinct, level_stem
+from bokehflux.pictures.files import Picture, distinct, level_stem
+from bokehflux.pictures.sheet import Tile, contact_sheet
 
 if TYPE_CHECKING:
-    from bokehflux.generate import Result
+    from bokehflux.pipeline.generate import Result
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS
 
 if TYPE_CHECKING:
     from bokehflux.configs import Defaults
-    from bokehflux.generate import Pipeline, Result
+    from bokehflux.pipeline.generate import Pipeline, Result
     from bokehflux.sampling.samplers import OnStep
 
 logger = logging.getLogger(__name__)

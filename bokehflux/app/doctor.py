@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from PIL import features
 
-from bokehflux import __version__
-from bokehflux.identity import attention_choice, device_name
 from bokehflux.kernels.fp8.interface import why_not
+from bokehflux.pipeline.provenance import attention_choice, device_name
+from bokehflux.version import __version__
 from bokehflux.weights.checkpoint import NotFoundError
 from bokehflux.weights.load import find_model
 from bokehflux.weights.resolve import ADAPTER_REPO, BUNDLED, DEV, SCHNELL, hub_cache, resolve_adapter

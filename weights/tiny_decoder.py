@@ -10,7 +10,7 @@ from bokehflux.models.tiny_decoder import TinyDecoder
 
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .mapping import Entry, Table, plan, recognise
-from .tables.tiny import TABLES
+from .tables.tiny_decoder import TABLES
 
 
 def load_tiny_decoder(

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from bokehflux import __version__
+from bokehflux.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
-    from bokehflux.generate import Pipeline
+    from bokehflux.pipeline.generate import Pipeline
     from bokehflux.weights.resolve import ModelFiles
 
 WHOLE = 64 << 20

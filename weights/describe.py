@@ -30,9 +30,9 @@ from .lora import match_layers
 from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
 from .parts import KINDS, LEFT_OVER, Part, part_of, plan_part, prefixes, strangers
 from .snapshot import PARTS
-from .tables import bokeh, tiny
+from .tables import bokeh, tiny_decoder
 from .tables import lora as lora_names
-from .tiny import plan_tiny
+from .tiny_decoder import plan_tiny
 from .unpack import FORMATS
 
 _SHOWN = 12
@@ -85,7 +85,7 @@ def _checkpoint(checkpoint: Checkpoint) -> list[str]:
         return _networks(checkpoint, found, facts)
     if bokeh.ADAPTER.marker in checkpoint.tensors:
         return [f"bokeh adapter, {facts}", *_adapter(checkpoint)]
-    if any(table.marker in checkpoint.tensors for table in tiny.TABLES):
+    if any(table.marker in checkpoint.tensors for table in tiny_decoder.TABLES):
         return [f"TAEF1, a tiny decoder for previews, {facts}", *_tiny(checkpoint)]
     if lora := _lora(checkpoint):
         return [f"{lora[0]}, {facts}", *lora[1:]]

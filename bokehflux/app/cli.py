@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bokehflux.arguments import loras_from, model_from, parse, request_from
-from bokehflux.request import DEFAULT_NEGATIVE_PROMPT
+from bokehflux.app.arguments import loras_from, model_from, parse, request_from
+from bokehflux.record import DEFAULT_NEGATIVE_PROMPT
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
-    from bokehflux.generate import Pipeline, Result
-    from bokehflux.progress import Progress
+    from bokehflux.app.progress import Progress
+    from bokehflux.pipeline.generate import Pipeline, Result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,11 +47,11 @@ def generate(args: argparse.Namespace) -> int:
     request = request_from(args, _required(args.prompt), args.seed)
     _check_picture_flags(args)
     _check(args)
-    from bokehflux.generate import Stopped
-    from bokehflux.output import save_pictures, uninterrupted
-    from bokehflux.progress import Progress
-    from bokehflux.scene import Scene
-    from bokehflux.serve import Interrupted, kept, server
+    from bokehflux.app.progress import Progress
+    from bokehflux.app.watched import Interrupted, kept, server
+    from bokehflux.pictures.files import save_pictures, uninterrupted
+    from bokehflux.pictures.series import Scene
+    from bokehflux.pipeline.generate import Stopped
 
     progress, output = Progress.for_people(), Path(args.output)
     pipe, facts = _load(args, progress)
@@ -75,10 +75,10 @@ def generate(args: argparse.Namespace) -> int:
 
 def sweep(args: argparse.Namespace) -> int:
     """Prompts x seeds x levels, each scene with its views, and one page; prints paths as they are done."""
-    from bokehflux import sweep as sweeps
-    from bokehflux.generate import Stopped
-    from bokehflux.progress import Progress
-    from bokehflux.serve import Interrupted, server
+    from bokehflux.app import sweep as sweeps
+    from bokehflux.app.progress import Progress
+    from bokehflux.app.watched import Interrupted, server
+    from bokehflux.pipeline.generate import Stopped
 
     given = args.prompts_file
     prompts = [_required(args.prompt)] if given is None else sweeps.read_prompts(Path(given))
@@ -115,8 +115,8 @@ def sweep(args: argparse.Namespace) -> int:
 
 def refocus(args: argparse.Namespace) -> int:
     """A photograph at other levels, and a contact sheet; prints their paths."""
-    from bokehflux.request import Request, with_fewer_rows
-    from bokehflux.sweep import LEVELS
+    from bokehflux.app.sweep import LEVELS
+    from bokehflux.record import Request, with_fewer_rows
 
     levels = args.bokeh_targets or list(LEVELS)
     names = ("num_inference_steps", "num_grounding_steps", "guidance_scale", "height", "width")
@@ -124,13 +124,13 @@ def refocus(args: argparse.Namespace) -> int:
     prompt = _required(args.prompt)
     Request(prompt=prompt, bokeh_targets=tuple(levels), bokeh_pivot=args.photo_level, **how)
     _check(args)
-    from bokehflux.generate import Stopped
-    from bokehflux.output import save_pictures, uninterrupted
-    from bokehflux.progress import Progress
-    from bokehflux.refocus import read_photo
-    from bokehflux.refocus import refocus as run
-    from bokehflux.scene import Scene
-    from bokehflux.serve import TILING, Interrupted, warn_of_words
+    from bokehflux.app.progress import Progress
+    from bokehflux.app.watched import TILING, Interrupted, warn_of_words
+    from bokehflux.pictures.files import save_pictures, uninterrupted
+    from bokehflux.pictures.series import Scene
+    from bokehflux.pipeline.generate import Stopped
+    from bokehflux.pipeline.refocus import read_photo
+    from bokehflux.pipeline.refocus import refocus as run
 
     photo, photo_facts = read_photo(Path(args.photo))
     progress, output = Progress.for_people(), Path(args.output)
@@ -165,7 +165,7 @@ def refocus(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """The recipe inside a picture, one line each."""
-    from bokehflux.metadata import read_recipe, shown
+    from bokehflux.pictures.metadata import read_recipe, shown
 
     for name, value in shown(read_recipe(args.image)).items():
         print(_plain(f"{name}: {value}"))
@@ -174,7 +174,7 @@ def info(args: argparse.Namespace) -> int:
 
 def doctor(args: argparse.Namespace) -> int:
     """What this machine has and lacks, line by line."""
-    from bokehflux.doctor import report
+    from bokehflux.app.doctor import report
 
     for line in report():
         print(line, flush=True)
@@ -183,7 +183,7 @@ def doctor(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """What a checkpoint file is."""
-    from bokehflux.weights.inspect import describe
+    from bokehflux.weights.describe import describe
 
     print(*map(_plain, describe(args.file).split("\n")), sep="\n")
     return 0
@@ -191,8 +191,8 @@ def inspect(args: argparse.Namespace) -> int:
 
 def fetch(args: argparse.Namespace) -> int:
     """Downloads a model and prints its folder: the only command with a network."""
-    from bokehflux.fetch import TOKENIZERS_ONLY
-    from bokehflux.fetch import fetch as download
+    from bokehflux.app.fetch import TOKENIZERS_ONLY
+    from bokehflux.app.fetch import fetch as download
 
     patterns = TOKENIZERS_ONLY if args.tokenizers_only else None
     print(download(args.name, patterns=patterns, revision=args.revision))
@@ -224,7 +224,7 @@ def _required(prompt: str | None) -> str:
 
 def _check(args: argparse.Namespace) -> None:
     """What would fail after minutes of loading, said before."""
-    from bokehflux.output import check_folder
+    from bokehflux.pictures.files import check_folder
 
     loras_from(args)
     for name in ("model", "adapter", "vae", "clip", "t5", "tokenizers", "output"):
@@ -238,11 +238,11 @@ def _check(args: argparse.Namespace) -> None:
 def _check_picture_flags(args: argparse.Namespace) -> None:
     """Likewise, of the flags that only `generate` and `sweep` have."""
     if args.preview is not None or args.preview_every != 1 or args.preview_vae is not None:
-        from bokehflux.preview import check_preview
+        from bokehflux.app.preview import check_preview
 
         check_preview(args.preview, args.preview_every, args.preview_vae)
     if args.preview_vae is not None:
-        from bokehflux.weights.tiny import load_tiny_decoder
+        from bokehflux.weights.tiny_decoder import load_tiny_decoder
 
         load_tiny_decoder(args.preview_vae)
     typed = args.config_from is None and args.negative_prompt != DEFAULT_NEGATIVE_PROMPT
@@ -255,13 +255,13 @@ def _check_picture_flags(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[str, Any]]:
     """The model, and the part of every recipe that tells which model it was and where it ran."""
-    from bokehflux import identity
-    from bokehflux.generate import load
+    from bokehflux.pipeline import provenance as identity
+    from bokehflux.pipeline.generate import load
 
     model, loras = model_from(args), loras_from(args)
     replayed = getattr(args, "config_from", None)
     if replayed is not None:
-        from bokehflux.replay import use_threads_of
+        from bokehflux.app.replay import use_threads_of
 
         use_threads_of(replayed)
     progress.show(f"loading {args.model}")
@@ -282,7 +282,7 @@ def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[
     if args.memory == "auto" and pipe.device.type == "cuda":  # elsewhere there is no choice
         print(f"bokehflux: memory mode {pipe.memory.mode}, chosen from free memory", file=sys.stderr)
     if replayed is not None:
-        from bokehflux.replay import warn_of_differences
+        from bokehflux.app.replay import warn_of_differences
 
         warn_of_differences(replayed, facts)
     return pipe, facts

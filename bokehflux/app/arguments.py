@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from bokehflux import __version__
-from bokehflux.request import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED, Request
+from bokehflux.record import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED, Request
+from bokehflux.version import __version__
 
 if TYPE_CHECKING:
     from bokehflux.weights.resolve import ModelFiles
@@ -30,7 +30,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     root, commands = parsers()
     args = root.parse_args(words)
     if getattr(args, "config_from", None) is not None:
-        from bokehflux.replay import defaults_from
+        from bokehflux.app.replay import defaults_from
 
         commands[args.command].set_defaults(**defaults_from(args.config_from, args.command))
         args = root.parse_args(words)

@@ -16,12 +16,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bokehflux.decode import decode_pictures, wants_tiling
-from bokehflux.generate import Pipeline, Result, Stopped, levels_of
-from bokehflux.identity import fingerprint
-from bokehflux.metadata import READABLE, UNREADABLE
 from bokehflux.models import tiling
-from bokehflux.models.bokeh import BokehCondition
+from bokehflux.models.adapter import BokehCondition
+from bokehflux.pictures.metadata import READABLE, UNREADABLE
+from bokehflux.pipeline.decode import decode_pictures, wants_tiling
+from bokehflux.pipeline.generate import Pipeline, Result, Stopped, levels_of
+from bokehflux.pipeline.provenance import fingerprint
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
 from bokehflux.sampling.diagnose import explain_nonfinite
 from bokehflux.sampling.inversion import followed, invert

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bokehflux import metadata
 from bokehflux.models.vae import AutoencoderKL, to_uint8
-from bokehflux.output import replace_file
-from bokehflux.request import Request
+from bokehflux.pictures import metadata
+from bokehflux.pictures.files import replace_file
+from bokehflux.record import Request
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bokehflux.generate import Pipeline, Result, Stopped
-from bokehflux.preview import Preview, fit_rgb_map
-from bokehflux.progress import Progress
-from bokehflux.request import Request
+from bokehflux.app.preview import Preview, fit_rgb_map
+from bokehflux.app.progress import Progress
+from bokehflux.pipeline.generate import Pipeline, Result, Stopped
+from bokehflux.record import Request
 from bokehflux.sampling.samplers import StepInfo
-from bokehflux.weights.tiny import load_tiny_decoder
+from bokehflux.weights.tiny_decoder import load_tiny_decoder
 
 logger = logging.getLogger(__name__)
 

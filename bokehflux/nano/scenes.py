@@ -14,16 +14,17 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
+from bokehflux.lens import MAX_LEVEL, unit_level
+from bokehflux.rendering.disc import blur_spectrum, disc_spectrum
+
 from .scenery.backgrounds import paint_backgrounds
 from .scenery.canvas import Canvas, Dice, inside, smooth
-from .scenery.lens import blur_spectrum, disc_spectrum
 from .scenery.objects import Placement, paint_objects
 from .scenery.spec import MAX_MID, SceneSpec, sample_specs
 from .scenery.tables import paint_tables
 
-__all__ = ["MAX_LEVEL", "RADIUS_AT_30", "Scene", "SceneSpec", "build_scenes", "render", "sample_specs"]
+__all__ = ["RADIUS_AT_30", "Scene", "SceneSpec", "build_scenes", "render", "sample_specs"]
 
-MAX_LEVEL = 30.0
 RADIUS_AT_30 = 13.0
 """Radius in pixels of the disc that a point at infinity becomes at level 30, in a picture of 256 pixels."""
 EDGE_SOFTNESS = 0.10
@@ -126,7 +127,7 @@ def render(scene: Scene, levels: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"levels: expected one per scene, [{len(scene)}], got {list(levels.shape)}")
     n = scene.background.shape[-1]
     # Beyond level 30 a disc would reach across the padding; clamping costs no synchronisation, a check would.
-    radius = levels.clamp(0, MAX_LEVEL) / MAX_LEVEL * RADIUS_AT_30 * scene.size_px / 256
+    radius = unit_level(levels.clamp(0, MAX_LEVEL)) * RADIUS_AT_30 * scene.size_px / 256
 
     def blurred(spectrum: torch.Tensor, radius_px: torch.Tensor) -> torch.Tensor:
         return blur_spectrum(spectrum, disc_spectrum(radius_px, n, n, EDGE_SOFTNESS), n, n)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bokehflux.configs import GROUNDED_SHARE
-from bokehflux.metadata import read_recipe
-from bokehflux.request import Request
+from bokehflux.pictures.metadata import read_recipe
+from bokehflux.record import Request
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bokehflux import __version__
 from bokehflux.configs import GROUNDED_SHARE, Defaults, ScheduleConfig
-from bokehflux.decode import decode_pictures, wants_tiling
-from bokehflux.memory import (
+from bokehflux.lens import check_level
+from bokehflux.models.adapter import BokehCondition
+from bokehflux.models.fp8 import check_fp8, is_fp8
+from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.vae import AutoencoderKL
+from bokehflux.pipeline.decode import decode_pictures, wants_tiling
+from bokehflux.pipeline.memory import (
     MODES,
     MemoryMode,
     Placement,
@@ -31,10 +35,6 @@ from bokehflux.memory import (
     free_memory,
     place,
 )
-from bokehflux.models.bokeh import BokehCondition, check_level
-from bokehflux.models.fp8 import check_fp8, is_fp8
-from bokehflux.models.mmdit import MMDiT
-from bokehflux.models.vae import AutoencoderKL
 from bokehflux.sampling.denoise import Grounding, denoiser
 from bokehflux.sampling.diagnose import explain_nonfinite
 from bokehflux.sampling.latents import LatentGrid, noise, pack
@@ -42,6 +42,7 @@ from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import OnStep, euler
 from bokehflux.sampling.schedule import sigmas
 from bokehflux.text.encode import TextEncoders
+from bokehflux.version import __version__
 
 if TYPE_CHECKING:
     from bokehflux.weights.resolve import ModelFiles
@@ -251,7 +252,8 @@ class Pipeline:
         """Raise ValueError for arguments that make no run; returns the number of grounded steps."""
         if not prompt.strip():
             raise ValueError("the prompt is empty")
-        check_level(pivot)
+        if pivot is not None:
+            check_level(pivot)
         if targets is None and pivot is not None:
             raise ValueError("bokeh_pivot needs bokeh_targets: a pivot anchors pictures at other levels")
         if targets is not None and self.mmdit.bokeh is None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.configs import BokehConfig, MMDiTConfig
+from bokehflux.lens import check_level, unit_level
 
-MAX_LEVEL = 30.0
 NULL_INPUT = -1.0
 """Model input that means "no level": the negative pass, and dropped levels in training."""
 
@@ -37,13 +37,14 @@ class BokehCondition:
     def of(cls, levels: Sequence[float | None]) -> BokehCondition:
         """From plain numbers, None for the null level. Raises ValueError outside 0-30."""
         for level in levels:
-            check_level(level)
+            if level is not None:
+                check_level(level)
         values = [math.nan if level is None else level for level in levels]
         return cls(levels=torch.tensor(values, dtype=torch.float64))
 
     def model_input(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[B]: level / 30, or -1 for the null level. The only place that divides by 30."""
-        scaled = torch.where(self.levels.isnan(), NULL_INPUT, self.levels / MAX_LEVEL)
+        """[B]: the level as 0-1, or -1 for the null level."""
+        scaled = torch.where(self.levels.isnan(), NULL_INPUT, unit_level(self.levels))
         return scaled.to(dtype).to(device)
 
     def rows(self, rows: slice) -> BokehCondition:
@@ -53,12 +54,6 @@ class BokehCondition:
     def null(self) -> BokehCondition:
         """The same strengths with every level dropped."""
         return dataclasses.replace(self, levels=torch.full_like(self.levels, math.nan))
-
-
-def check_level(level: float | None) -> None:
-    """Raise ValueError unless the level is None or lies in 0-30."""
-    if level is not None and not 0 <= level <= MAX_LEVEL:
-        raise ValueError(f"a bokeh level lies between 0 (all sharp) and {MAX_LEVEL:g}, got {level}")
 
 
 class LowRank(nn.Module):

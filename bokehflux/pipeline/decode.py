@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from bokehflux.color import lab_mean, shift_to_lab_mean
-from bokehflux.memory import MemoryMode, ran_out
 from bokehflux.models import tiling
 from bokehflux.models.vae import AutoencoderKL, to_uint8
+from bokehflux.pipeline.color import lab_mean, shift_to_lab_mean
+from bokehflux.pipeline.memory import MemoryMode, ran_out
 from bokehflux.sampling.latents import LatentGrid, unpack
 
 logger = logging.getLogger(__name__)

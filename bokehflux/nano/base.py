@@ -17,11 +17,11 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
+from bokehflux.nano.recipe import BaseStage
 from bokehflux.training.data import LatentPool
 from bokehflux.training.log import Log
 from bokehflux.training.objective import guided, logit_normal, mix, velocity_target
 from bokehflux.training.optim import Ema, Optimizer, is_block_matrix, paced, trapezoid
-from bokehflux.training.recipe import BaseStage
 
 
 class TextToVelocity(nn.Module):

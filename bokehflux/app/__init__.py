@@ -1,0 +1,1 @@
+"""What people type and watch: commands, progress, previews, sweeps, replay."""

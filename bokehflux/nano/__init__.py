@@ -1,0 +1,1 @@
+"""The bundled model: its world of rendered scenes, its captions, its recipe."""

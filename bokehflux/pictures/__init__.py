@@ -1,0 +1,1 @@
+"""Pictures as files and as people see them: recipes inside, sheets, series, pages."""

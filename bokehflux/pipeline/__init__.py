@@ -1,0 +1,1 @@
+"""The library: load a model, plan a run, make pictures."""

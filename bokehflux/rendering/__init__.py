@@ -1,0 +1,1 @@
+"""How defocus looks: the shapes that points of light become."""

@@ -1,1 +1,0 @@
-"""Parts of `bokehflux.training.scenes`: what is in a scene, how it is painted, how it blurs."""
