@@ -34,8 +34,8 @@ from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Setting
 from benchmarks.report import RESULTS, Budget, Row, bars, chosen_device, first_line, save, table
 from benchmarks.timing import environment
 from bokehflux.models.linear import Linear
-from bokehflux.pipeline.generate import Pipeline
 from bokehflux.pipeline.memory import MODES, MemoryMode, place
+from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.sampling.samplers import StepInfo
 
 STORAGES = ("bf16", "fp8")

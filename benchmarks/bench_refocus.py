@@ -28,7 +28,6 @@ from bokehflux.models.vae import to_uint8
 from bokehflux.nano.captions import held_out
 from bokehflux.nano.scenes import build_scenes, render
 from bokehflux.pictures.sheet import Tile, contact_sheet
-from bokehflux.pipeline.refocus import refocus
 from bokehflux.weights.write import replacing, write_json
 
 LEVELS = (0.0, 8.0, 15.0, 28.0)
@@ -68,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin, scores, rows = time.perf_counter(), [], []
     for i, prompt in enumerate(prompts):
         photo = picture(photos[i])
-        made = refocus(
-            pipe, photo, prompt, LEVELS, photo_level=args.photo_level, num_inference_steps=args.steps
+        made = pipe.refocus(
+            photo, prompt, LEVELS, photo_level=args.photo_level, num_inference_steps=args.steps
         ).images
         for level, image in zip(LEVELS, made, strict=True):
             true, shown = truth[level][i : i + 1], pixels(image)

@@ -36,7 +36,8 @@ from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT, Modulations
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
-from bokehflux.pipeline.generate import Pipeline
+from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.pipeline.provenance import Source
 from bokehflux.sampling.cuda_graph import StepGraphs
 from bokehflux.sampling.latents import LatentGrid, position_ids
 
@@ -182,7 +183,7 @@ def build_pipeline(setting: Setting, device: torch.device, seed: int = 0) -> Pip
         defaults=Defaults(
             num_inference_steps=30, height_px=side, width_px=side, txt_length=setting.txt_length
         ),
-        name="random",
+        source=Source(model="random"),
     )
 
 

@@ -1,174 +1,427 @@
-"""What a person asks for: the arguments of `Pipeline.generate` as one value that can be checked, completed,
-written into a picture and read back from it.
+"""What was asked for, what made the picture, and the record of a picture, which is both.
+
+A record travels inside every picture as one flat JSON object, its recipe. Keys, defaults, checks, JSON, flags
+and replay all derive from the fields below: a further setting is one field here, and the stage that uses it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
-import logging
 import math
-import sys
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Self
 
-from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS
-
-if TYPE_CHECKING:
-    from bokehflux.configs import Defaults
-    from bokehflux.pipeline.generate import Pipeline, Result
-    from bokehflux.sampling.samplers import OnStep
-
-logger = logging.getLogger(__name__)
+from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS, Defaults
+from bokehflux.lens import check_level
 
 DEFAULT_SEED = 65578
-DEFAULT_NEGATIVE_PROMPT = "bad quality, low resolution"
+NEGATIVE_PROMPT = "bad quality, low resolution"
+"""What the second pass steers away from when nothing else is said (published)."""
 MAX_PROMPT = 20_000
 """Characters; far above what the text encoders read, and small enough for every file format's metadata."""
+MAX_TARGETS = 1000
+MAX_THREADS = 256
+Recipe = dict[str, Any]
+"""A record as JSON: what is written into a picture."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a value is checked and made plain, whether it comes from Python, JSON or the command line."""
+
+    what: str
+    """What a message says was expected."""
+    convert: Callable[[Any], Any]
+    """Raises TypeError or OverflowError for anything else, ValueError where it has words of its own."""
+    parse: Callable[[str], Any] | None = None
+    """What argparse makes of one word; None for kinds without a flag."""
+    many: bool = False
+    """Whether a flag takes several words."""
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool | str | bytes | bytearray):
+        raise TypeError
+    return float(value)
+
+
+def _number(value: Any) -> float:
+    if not math.isfinite(number := _real(value)):
+        raise TypeError
+    return number
+
+
+def _level(value: Any) -> float:
+    check_level(level := _real(value))
+    return level
+
+
+def _levels(value: Any) -> tuple[float, ...]:
+    if isinstance(value, str | bytes | Mapping):
+        raise TypeError
+    levels = tuple(_level(level) for level in value)
+    if not 0 < len(levels) <= MAX_TARGETS:
+        raise TypeError
+    return levels
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _weighted(value: Any) -> tuple[tuple[str, float], ...]:
+    if isinstance(value, str) or any(isinstance(pair, str) or len(pair) != 2 for pair in value):
+        raise TypeError
+    return tuple((_text(name), _number(strength)) for name, strength in value)
+
+
+TEXT = Kind("text", _text, str)
+WHOLE = Kind("a whole number", _whole, int)
+NUMBER = Kind("a finite number", _number, float)
+LEVEL = Kind("a level from 0 (all sharp) to 30", _level, float)
+LEVELS = Kind(f"a sequence of 1 to {MAX_TARGETS} levels", _levels, float, many=True)
+SWITCH = Kind("true or false", _switch)
+WEIGHTED = Kind("pairs of text and strength", _weighted)
+
+
+def setting(
+    default: Any,
+    kind: Kind,
+    *,
+    help: str = "",
+    metavar: str | None = None,
+    flag: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    decides: bool = True,
+    matters: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """A field of a record. A default of None means that None is allowed.
+
+    help, metavar, flag: of its command-line flag (default: the field's name). least, most: its range.
+    decides: whether another value is another picture. matters: of a fact, whether it may change the bits of a
+    picture, so that a replay warns of another value. sparse: left out of the recipe while it is None.
+    """
+    about = {
+        "kind": kind, "help": help, "metavar": metavar, "flag": flag, "least": least, "most": most,
+        "decides": decides, "matters": matters, "sparse": sparse,
+    }  # fmt: skip
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+class _Fields:
+    """What settings and provenance share: checked values, and JSON to and fro."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                object.__setattr__(self, field.name, _checked(field, value))
+
+    @classmethod
+    def fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        return {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
+        """The part of a recipe that this class describes; what the recipe lacks takes its default.
+
+        Raises ValueError for values that no run could have had.
+        """
+        given = {name: recipe[name] for name in cls.fields() if name in recipe}
+        for name, field in cls.fields().items():
+            if field.default is dataclasses.MISSING and name not in given:
+                raise ValueError(f"the recipe lacks {name!r}: it was not written by bokehflux")
+        try:
+            return cls(**given)
+        except ValueError as error:
+            raise ValueError(f"the recipe cannot be used: {error}") from error
+
+    def recipe(self) -> Recipe:
+        """As JSON, all plain lists, numbers and text."""
+        return {
+            name: _plain(getattr(self, name))
+            for name, field in self.fields().items()
+            if not (field.metadata["sparse"] and getattr(self, name) is None)
+        }
+
+    def marked(self, mark: str) -> Recipe:
+        """Those values of the recipe whose fields carry a mark: "decides" or "matters"."""
+        return {name: value for name, value in self.recipe().items() if self.fields()[name].metadata[mark]}
+
+
+class Numbers(NamedTuple):
+    """What a model fills in where nothing was asked for."""
+
+    steps: int
+    grounded_steps: int
+    height_px: int
+    width_px: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """One batch. Fields and their meaning are those of `Pipeline.generate`; None is the model's own value.
+class Settings(_Fields):
+    """What was asked of a run, whatever it begins with. None is the model's own value.
 
     Raises ValueError for values that no model could serve, so that they are found before one is loaded.
     """
 
-    prompt: str
-    bokeh_targets: tuple[float, ...] | None = None
-    bokeh_pivot: float | None = None
-    num_inference_steps: int | None = None
-    num_grounding_steps: int | None = None
-    guidance_scale: float = 3.0
-    true_cfg: float = 1.0
-    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
-    height: int | None = None
-    width: int | None = None
-    seed: int = DEFAULT_SEED
+    prompt: str = setting(dataclasses.MISSING, TEXT, help="what to show", metavar="TEXT")
+    bokeh_targets: tuple[float, ...] | None = setting(
+        None, LEVELS, metavar="LEVEL", decides=False,
+        help="bokeh levels, 0 (all sharp) to 30; without any, generate makes one picture of the plain model, "
+             "and sweep and refocus go from 0 to 30 in steps of 5",
+    )  # fmt: skip
+    bokeh_pivot: float | None = setting(
+        None, LEVEL, metavar="LEVEL",
+        help="level of a further picture that anchors the scene; 10 to 20 works best (default: generate "
+             "none, sweep 15)",
+    )  # fmt: skip
+    num_inference_steps: int | None = setting(
+        None, WHOLE, least=1, most=MAX_STEPS, metavar="N", help="denoising steps (default: the model's own)"
+    )
+    num_grounding_steps: int | None = setting(
+        None, WHOLE, least=0, most=MAX_STEPS, metavar="N",
+        help="steps grounded on the pivot or photograph (default: 80 %%); 0 leaves the pivot out",
+    )  # fmt: skip
+    guidance_scale: float = setting(
+        3.0, NUMBER, metavar="X", help="distilled guidance, for prompts usually 3 to 6 (default: %(default)s)"
+    )
+    height: int | None = setting(
+        None, WHOLE, least=16, most=MAX_SIDE_PX, metavar="PX",
+        help="pixels, floored to a multiple of 16 (default: the model's own; refocus keeps the photograph's "
+             "shape)",
+    )  # fmt: skip
+    width: int | None = setting(
+        None, WHOLE, least=16, most=MAX_SIDE_PX, metavar="PX",
+        help="pixels, floored to a multiple of 16 (default: as for --height)",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.prompt.strip():
             raise ValueError("the prompt is empty")
-        for name in ("prompt", "negative_prompt"):
-            if len(text := getattr(self, name)) > MAX_PROMPT:
-                raise ValueError(f"{name} has {len(text)} characters, more than the {MAX_PROMPT} allowed")
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"{name} is no valid Unicode: your terminal may use another encoding")
-        levels = [*(self.bokeh_targets or ()), *([] if self.bokeh_pivot is None else [self.bokeh_pivot])]
-        for level in levels:
-            if not 0 <= level <= 30:
-                raise ValueError(f"a bokeh level must be between 0 (all sharp) and 30, got {level:g}")
+        for name, value in vars(self).items():
+            if isinstance(value, str) and len(value) > MAX_PROMPT:
+                raise ValueError(f"{name} has {len(value)} characters, more than the {MAX_PROMPT} allowed")
+            if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(f"{name} is not valid Unicode: your terminal may use another encoding")
         if self.bokeh_pivot is not None and self.bokeh_targets is None:
             raise ValueError("bokeh_pivot needs bokeh_targets: a pivot anchors pictures at other levels")
         if self.num_grounding_steps and self.bokeh_pivot is None:
-            raise ValueError("num_grounding_steps needs bokeh_pivot: steps are grounded on a pivot")
-        if self.num_inference_steps is not None and not 1 <= self.num_inference_steps <= MAX_STEPS:
-            raise ValueError(
-                f"num_inference_steps must be at least 1 and at most {MAX_STEPS}, "
-                f"got {self.num_inference_steps}"
-            )
-        for name in ("height", "width"):
-            side = getattr(self, name)
-            if side is not None and not 16 <= side <= MAX_SIDE_PX:
-                raise ValueError(f"{name} must be at least 16 and at most {MAX_SIDE_PX} pixels, got {side}")
-        for name in ("guidance_scale", "true_cfg"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
-        if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed must fit in 64 bits, got {self.seed}")
+            raise ValueError("num_grounding_steps needs bokeh_pivot: grounding anchors targets on a pivot")
+        self._check_grounding()
 
-    @classmethod
-    def from_recipe(cls, recipe: Mapping[str, Any]) -> Request:
-        """The request inside a picture's recipe. Raises ValueError for missing fields and wrong types."""
-        values: dict[str, Any] = {}
-        for field in dataclasses.fields(cls):
-            if field.name not in recipe:
-                raise ValueError(f"the recipe lacks {field.name!r}: it was not written by bokehflux")
-            value = recipe[field.name]
-            if not _fits(str(field.type), value):
-                raise ValueError(f"the recipe's {field.name!r} must be {field.type}, got {str(value)[:80]!r}")
-            values[field.name] = tuple(value) if isinstance(value, list) else value
-        return cls(**values)
-
-    def completed(self, defaults: Defaults) -> Request:
-        """The same request with the model's own steps and size filled in, as `generate` will do."""
+    def completed(self, defaults: Defaults) -> Self:
+        """The same settings with the model's own steps and size filled in."""
         steps = self.num_inference_steps or defaults.num_inference_steps
         grounded = self.num_grounding_steps
-        if grounded is None:
-            grounded = 0 if self.bokeh_pivot is None else round(GROUNDED_SHARE * steps)
         return dataclasses.replace(
             self,
             num_inference_steps=steps,
-            num_grounding_steps=grounded,
+            num_grounding_steps=self._default_grounding(steps) if grounded is None else grounded,
             height=(self.height or defaults.height_px) // 16 * 16,
             width=(self.width or defaults.width_px) // 16 * 16,
         )
 
-    def run(
-        self,
-        pipe: Pipeline,
-        on_step: OnStep | None = None,
-        max_rows: int | None = None,
-        vae_tiling: bool | None = None,
-    ) -> Result:
-        """Make the batch in one go where it fits: out of memory, again with half the rows at a time.
+    def numbers(self) -> Numbers:
+        """The numbers of completed settings."""
+        steps, grounded, height, width = (
+            self.num_inference_steps, self.num_grounding_steps, self.height, self.width,
+        )  # fmt: skip
+        assert steps is not None and grounded is not None and height is not None and width is not None
+        return Numbers(steps, grounded, height, width)
 
-        max_rows: rows to begin with; None is all. vae_tiling: as in `Pipeline.generate`. Raises ValueError as
-        that does, and when not even a single row fits.
-        """
-        rows = len(self.bokeh_targets or (0,)) + (self.bokeh_pivot is not None)
-        return with_fewer_rows(lambda some: self._generate(pipe, on_step, some, vae_tiling), rows, max_rows)
+    def with_open_grounding(self) -> Self:
+        """The same settings, the grounded steps left open where they are what the default gives, so that
+        they follow a pivot or a number of steps that is changed."""
+        steps = self.num_inference_steps
+        if steps is not None and self.num_grounding_steps == self._default_grounding(steps):
+            return dataclasses.replace(self, num_grounding_steps=None)
+        return self
 
-    def _generate(
-        self, pipe: Pipeline, on_step: OnStep | None, max_rows: int | None, vae_tiling: bool | None
-    ) -> Result:
-        return pipe.generate(
-            self.prompt,
-            None if self.bokeh_targets is None else list(self.bokeh_targets),
-            bokeh_pivot=self.bokeh_pivot,
-            num_inference_steps=self.num_inference_steps,
-            num_grounding_steps=self.num_grounding_steps,
-            guidance_scale=self.guidance_scale,
-            true_cfg=self.true_cfg,
-            negative_prompt=self.negative_prompt,
-            height=self.height,
-            width=self.width,
-            seed=self.seed,
-            on_step=on_step,
-            max_rows=max_rows,
-            vae_tiling=vae_tiling,
+    @property
+    def makes_pivot(self) -> bool:
+        """Whether the run is grounded, so that its pivot is computed beside the targets."""
+        return self.bokeh_pivot is not None and self.num_grounding_steps != 0
+
+    @property
+    def num_rows(self) -> int:
+        """Pictures that are computed, the pivot included."""
+        return len(self.bokeh_targets or (None,)) + self.makes_pivot
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts that are encoded."""
+        return 1
+
+    def _default_grounding(self, steps: int) -> int:
+        return 0 if self.bokeh_pivot is None else round(GROUNDED_SHARE * steps)
+
+    def _check_grounding(self) -> None:
+        steps, grounded = self.num_inference_steps, self.num_grounding_steps
+        if steps is not None and grounded is not None and grounded > steps:
+            raise ValueError(f"num_grounding_steps must be at most the {steps} steps, got {grounded}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(Settings):
+    """Pictures of a prompt, from noise."""
+
+    true_cfg: float = setting(
+        1.0, NUMBER, least=1, metavar="X",
+        help="above 1, each step has a second pass that steers away from --negative-prompt (default: off)",
+    )  # fmt: skip
+    negative_prompt: str = setting(NEGATIVE_PROMPT, TEXT, metavar="TEXT", help="default: %(default)s")
+    seed: int = setting(
+        DEFAULT_SEED, WHOLE, least=-(2**63), most=2**64 - 1, metavar="N",
+        help="one seed, size and dtype give one picture (default: %(default)s)",
+    )  # fmt: skip
+
+    @property
+    def num_prompts(self) -> int:
+        return 1 + (self.true_cfg > 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefocusSettings(Settings):
+    """A photograph at other levels. `bokeh_pivot` is the photograph's own."""
+
+    bokeh_targets: tuple[float, ...] = setting(
+        dataclasses.MISSING, LEVELS, metavar="LEVEL", decides=False,
+        help="bokeh levels, 0 (all sharp) to 30 (default: 0 to 30 in steps of 5)",
+    )  # fmt: skip
+    bokeh_pivot: float = setting(
+        0.0, LEVEL, flag="photo_level", metavar="LEVEL",
+        help="the photograph's own bokeh level, 0 (all sharp) to 30 (default: %(default)s)",
+    )  # fmt: skip
+    guidance_scale: float = setting(
+        1.0, NUMBER, metavar="X",
+        help="distilled guidance; at 1 the photograph is kept best, more pulls towards the prompt "
+             "(default: %(default)s)",
+    )  # fmt: skip
+    photo: str | None = setting(None, TEXT)
+    """The photograph's file name; None where it came from no file."""
+    photo_hash: str | None = setting(None, TEXT)
+    """The fingerprint of its file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance(_Fields):
+    """What made a picture: which model, and where and how it ran. All optional: older recipes lack some."""
+
+    model: str | None = setting(None, TEXT, decides=False)
+    vae: str | None = setting(None, TEXT, decides=False, sparse=True)
+    """A part that was given by itself, as the next three."""
+    clip: str | None = setting(None, TEXT, decides=False, sparse=True)
+    t5: str | None = setting(None, TEXT, decides=False, sparse=True)
+    tokenizers: str | None = setting(None, TEXT, decides=False, sparse=True)
+    adapter: str | None = setting(None, TEXT, decides=False)
+    """As it was given; None where there was none, or where the model brought its own."""
+    loras: tuple[tuple[str, float], ...] = setting((), WEIGHTED, decides=False)
+    """File and strength of each, as given."""
+    model_hash: str | None = setting(None, TEXT, matters=True)
+    adapter_hash: str | None = setting(None, TEXT, matters=True)
+    lora_hashes: tuple[tuple[str, float], ...] = setting((), WEIGHTED, matters=True)
+    dtype: str | None = setting(None, TEXT, matters=True)
+    compute: str | None = setting(None, TEXT, matters=True)
+    device: str | None = setting(None, TEXT, decides=False)
+    device_name: str | None = setting(None, TEXT, decides=False, matters=True)
+    threads: int | None = setting(None, WHOLE, least=1, decides=False, matters=True)
+    """Of a CPU: sums depend on how they are shared out."""
+    torch: str | None = setting(None, TEXT, decides=False, matters=True)
+    triton: str | None = setting(None, TEXT, decides=False, matters=True)
+    version: str | None = setting(None, TEXT, decides=False, matters=True)
+    attention: str | None = setting(None, TEXT, decides=False, matters=True)
+    """The backend that attention takes for the model's heads."""
+    memory: str | None = setting(None, TEXT, decides=False)
+    """The memory mode."""
+    max_rows: int | None = setting(None, WHOLE, least=1, decides=False)
+    """Pictures that went through the network together; None: all."""
+    vae_tiling: bool | None = setting(None, SWITCH, decides=False)
+    """Whether pictures were decoded in bands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """How a picture was made."""
+
+    settings: Settings
+    provenance: Provenance
+    role: str | None = None
+    """"target", "pivot", or the view that shows several pictures ("sheet", "grid", "animation")."""
+    bokeh_level: float | None = None
+    """Of a single picture; None for the plain model."""
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> Record:
+        """Raises ValueError for a recipe that no run could have left. Keys that are not known are passed
+        over."""
+        kind = RefocusSettings if "photo" in recipe else GenerateSettings
+        settings, provenance = kind.from_recipe(recipe), Provenance.from_recipe(recipe)
+        level = recipe.get("bokeh_level")
+        return cls(
+            settings=settings,
+            provenance=provenance,
+            role=None if recipe.get("role") is None else _convert("role", TEXT, recipe["role"]),
+            bokeh_level=None if level is None else _convert("bokeh_level", LEVEL, level),
         )
 
+    def of(self, role: str, bokeh_level: float | None = None) -> Record:
+        """The record of one picture or view of the same run."""
+        return dataclasses.replace(self, role=role, bokeh_level=bokeh_level)
 
-def with_fewer_rows(run: Callable[[int | None], Result], rows: int, max_rows: int | None) -> Result:
-    """run(max_rows), and out of memory again with half as many of `rows` pictures at a time.
+    def recipe(self) -> Recipe:
+        """As JSON, to be written into the picture."""
+        recipe = {**self.settings.recipe(), **self.provenance.recipe()}
+        if self.role is not None:
+            recipe["role"] = self.role
+        if self.role in ("target", "pivot"):
+            recipe["bokeh_level"] = self.bokeh_level
+        return recipe
 
-    Raises ValueError when not even a single one fits.
-    """
-    from torch import OutOfMemoryError
-
-    while True:
-        try:
-            return run(max_rows)
-        except (OutOfMemoryError, MemoryError) as error:
-            if (max_rows or rows) <= 1:
-                raise ValueError(f"even one picture at a time does not fit: {error}") from error
-        gc.collect()  # what the attempt has left in cycles
-        max_rows = max(1, min(max_rows or rows, rows) // 2)
-        logger.warning("out of memory: trying again with %d pictures at a time", max_rows)
+    def decides(self) -> Recipe:
+        """What decides the picture beside its level. Where it was made is not part of it: a sweep may be
+        continued elsewhere."""
+        return {**self.settings.marked("decides"), **self.provenance.marked("decides")}
 
 
-def _fits(kind: str, value: object) -> bool:
-    """Whether a JSON value has the type of a field, given as its annotation."""
-    if value is None:
-        return kind.endswith("| None")
-    if kind.startswith("tuple"):
-        return isinstance(value, list) and len(value) <= 1000 and all(_fits("float", v) for v in value)
-    base = kind.removesuffix(" | None")
-    if base == "str":
-        return isinstance(value, str)
-    if base == "int":
-        return type(value) is int
-    # A whole number may be too large to be a float at all.
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """The value of a field made plain. Raises ValueError for another type, or outside its range."""
+    value = _convert(field.name, field.metadata["kind"], value)
+    least, most = field.metadata["least"], field.metadata["most"]
+    if (least is not None and value < least) or (most is not None and value > most):
+        bounds = [f"at least {least}"] if least is not None else []
+        bounds += [f"at most {most}"] if most is not None else []
+        raise ValueError(f"{field.name} must be {' and '.join(bounds)}, got {value}")
+    return value
+
+
+def _convert(name: str, kind: Kind, value: Any) -> Any:
+    try:
+        return kind.convert(value)
+    except (TypeError, OverflowError):
+        raise ValueError(f"{name} must be {kind.what}, got {value!r:.80}") from None
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -17,28 +17,57 @@ FOLDERS = {"bokehflux": "bokehflux", "bokehflux.kernels": "kernels", "bokehflux.
 ALLOWED = {"torch", "einops", "safetensors", "sentencepiece", "tokenizers", "triton", "numpy", "PIL"}
 """Third-party packages that run-time code may import."""
 ALLOWED_IN = {
+    **{f"bokehflux.{leaf}": set() for leaf in ("version", "configs", "lens", "fingerprint", "record")},
+    "bokehflux": set(),
     "bokehflux.kernels": {"torch", "triton", "flash_attn"},
     "bokehflux.attention": {"torch"},
-    "bokehflux.configs": set(),
-    "bokehflux.app.fetch": {"huggingface_hub"},
-    "bokehflux.pictures.sheet": {"PIL"},
+    "bokehflux.conditioning": {"torch"},
     "bokehflux.models": {"torch", "einops"},
     "bokehflux.sampling": {"torch", "einops", "numpy"},
+    "bokehflux.text": {"torch", "tokenizers", "sentencepiece"},
+    "bokehflux.weights": {"torch", "safetensors", "numpy"},
     "bokehflux.weights.gguf": {"torch", "numpy", "gguf"},
+    "bokehflux.rendering": {"torch", "numpy"},
+    "bokehflux.metrics": {"torch"},
+    "bokehflux.pictures": {"PIL", "numpy", "torch"},
+    "bokehflux.photos": {"PIL"},
+    "bokehflux.pipeline": {"torch", "numpy", "PIL"},
+    "bokehflux.training": {"torch", "numpy", "safetensors", "PIL"},
+    "bokehflux.nano": {"torch", "numpy", "sentencepiece", "tokenizers", "PIL"},
+    "bokehflux.evaluation": {"torch", "numpy", "PIL"},
+    "bokehflux.app": {"torch", "PIL"},
+    "bokehflux.app.fetch": {"huggingface_hub"},
 }
+"""By the innermost part a module belongs to: everything that is not named here is denied."""
+LEAVES = {"version", "configs", "lens", "fingerprint"}
+MODELS = LEAVES | {"conditioning", "attention", "kernels", "models"}
+LIBRARY = MODELS | {"sampling", "text", "weights"}
 OWN_IN = {
-    "bokehflux.configs": set(),
-    "bokehflux.kernels": {"kernels"},
-    "bokehflux.conditioning": {"configs"},
-    "bokehflux.pictures.sheet": set(),
-    "bokehflux.attention": {"kernels"},
-    "bokehflux.models": {"models", "attention", "kernels", "configs", "types"},
-    "bokehflux.sampling": {"sampling", "models", "attention", "configs", "types"},
-    "bokehflux.text": {"text", "models", "configs", "types"},
-    "bokehflux.weights.tables": {"weights.tables", "weights.mapping"},
-    "bokehflux.weights": {"weights", "text", "models", "configs", "types"},
+    "": {"pipeline", "version"},
+    "version": set(),
+    "configs": set(),
+    "lens": set(),
+    "fingerprint": set(),
+    "record": LEAVES,
+    "conditioning": LEAVES,
+    "kernels": {"kernels"},
+    "attention": {"kernels"},
+    "models": MODELS,
+    "sampling": MODELS | {"sampling"},
+    "text": MODELS | {"text"},
+    "weights": MODELS | {"text", "weights"},
+    "weights.tables": {"weights.tables", "weights.mapping"},
+    "rendering": {"lens", "kernels", "rendering"},
+    "metrics": {"lens", "rendering"},
+    "pictures": LEAVES | {"record", "metrics", "pictures"},
+    "photos": LEAVES | {"record", "pictures", "photos"},
+    "pipeline": LIBRARY | {"record", "pipeline"},
+    "training": LIBRARY | {"rendering", "metrics", "training"},
+    "nano": LIBRARY | {"rendering", "metrics", "training", "nano"},
+    "evaluation": LIBRARY | {"record", "rendering", "metrics", "pictures", "pipeline", "nano", "evaluation"},
+    "app": LIBRARY | {"record", "metrics", "pictures", "photos", "pipeline", "app"},
 }
-"""Which of our own modules (below bokehflux) each part may import; parts not named may import any."""
+"""Which of our own modules (below bokehflux) each part may import; a part that is not named may not exist."""
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -48,11 +77,15 @@ def sources() -> Iterator[tuple[str, Path]]:
             yield ".".join([package, *parts]).removesuffix(".__init__"), path
 
 
-def imports(module: str, path: Path) -> set[str]:
-    """Every module a file imports, at its top or inside a function, relative names resolved."""
+def imports(module: str, path: Path, at_run_time: bool = False) -> set[str]:
+    """Every module a file imports, at its top or inside a function, relative names resolved.
+
+    at_run_time: only those at its top that are imported with it.
+    """
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in tree.body if at_run_time else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -68,18 +101,18 @@ def within(name: str, parts: set[str]) -> bool:
 
 
 def rule(module: str, rules: dict[str, set[str]]) -> set[str] | None:
-    """The rule of the innermost part a module belongs to."""
-    return next((rules[part] for part in sorted(rules, reverse=True) if within(module, {part})), None)
+    """The rule of the innermost part a module belongs to; the outermost package's holds for itself alone."""
+    parts = sorted(rules, reverse=True)
+    outer = {"", "bokehflux"}
+    return next((rules[p] for p in parts if module == p or (p not in outer and within(module, {p}))), None)
 
 
 SOURCES = dict(sources())
 
 
 def test_the_walk_sees_every_part() -> None:
-    for part in [*OWN_IN, *ALLOWED_IN, "bokehflux.pipeline.generate", "bokehflux.app.cli"]:
-        assert any(within(module, {part}) for module in SOURCES), (
-            f"no module in {part}: is the rule out of date?"
-        )
+    for part in [*ALLOWED_IN, *(f"bokehflux.{part}".removesuffix(".") for part in OWN_IN)]:
+        assert any(within(module, {part}) for module in SOURCES), f"no module in {part}: is the rule old?"
 
 
 def test_relative_imports_are_resolved() -> None:
@@ -92,17 +125,43 @@ def test_third_party_imports(module: str) -> None:
     top = {name.split(".")[0] for name in imports(module, SOURCES[module])}
     foreign = top - set(sys.stdlib_module_names) - {"bokehflux"}
     limit = rule(module, ALLOWED_IN)
-    assert foreign <= (ALLOWED if limit is None else limit), f"{module} imports {sorted(foreign)}"
+    assert limit is not None and foreign <= limit, (
+        f"{module} imports {sorted(foreign)}, may {sorted(limit or [])}"
+    )
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_own_imports(module: str) -> None:
-    allowed = rule(module, OWN_IN)
-    own = {
-        n.removeprefix("bokehflux.") for n in imports(module, SOURCES[module]) if n.startswith("bokehflux")
+    allowed = rule(module.removeprefix("bokehflux").removeprefix("."), OWN_IN)
+    assert allowed is not None, f"{module} belongs to no part that OWN_IN names"
+    own = {n for n in imports(module, SOURCES[module]) if n.startswith("bokehflux")}
+    names = {n.removeprefix("bokehflux").removeprefix(".") for n in own} - {""}
+    bad = sorted(name for name in names if not within(name, allowed))
+    assert not bad, f"{module} may import only {sorted(allowed)} of bokehflux, but imports {bad}"
+
+
+def test_there_are_no_circles() -> None:
+    """Between modules, imports for type checking left out."""
+    graph = {
+        module: {
+            name
+            for found in imports(module, path, at_run_time=True)
+            for name in (found, found.rpartition(".")[0])
+            if name in SOURCES and name != module
+        }
+        for module, path in SOURCES.items()
     }
-    bad = sorted(name for name in own if allowed is not None and not within(name, allowed))
-    assert not bad, f"{module} may import only {sorted(allowed or [])} of bokehflux, but imports {bad}"
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join([*way[way.index(module) :], module])
+        if module not in done:
+            for name in graph[module] - {"bokehflux"}:
+                visit(name, (*way, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -118,9 +177,10 @@ def test_importing_the_package_is_instant() -> None:
 
 
 def test_importing_the_pipeline_leaves_out_what_it_does_not_need() -> None:
-    names = loaded_by("import bokehflux.pipeline.generate, bokehflux.weights.load")
+    names = loaded_by("import bokehflux.pipeline.load, bokehflux.pictures.page")
     assert "bokehflux.pipeline.generate" in names
     # What torch brings along by itself is not ours to judge.
     tops = {name.split(".")[0] for name in names - loaded_by("import torch, numpy, PIL.Image")}
     assert not tops & {"triton", "flash_attn", "diffusers", "transformers", "cv2", "accelerate"}
-    assert not {name for name in names if name.startswith("bokehflux.training")}
+    guests = ("bokehflux.training", "bokehflux.nano", "bokehflux.app", "bokehflux.evaluation")
+    assert not {name for name in names if name.startswith(guests)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from bokehflux.models.adapter import LowRank
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.norms import RMSNorm
 from bokehflux.models.vae import AutoencoderKL
-from bokehflux.pipeline.generate import Pipeline
+from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.pipeline.provenance import Source
 
 MMDIT = MMDiTConfig(
     in_channels=64, txt_dim=24, pooled_dim=20, hidden_size=32, num_heads=2, num_double=2, num_single=4,
@@ -50,6 +52,14 @@ class FakeText:
         )
 
 
+class NamedSource(Source):
+    """A model without files, whose hashes are the names that it was asked for by."""
+
+    @cached_property
+    def hashes(self) -> tuple[str | None, str | None, tuple[tuple[str, float], ...]]:
+        return self.model, self.adapter, self.loras
+
+
 def tiny_mmdit(bokeh: BokehConfig | None = BOKEH, config: MMDiTConfig = MMDIT) -> MMDiT:
     """Random everywhere, the adapter included: level, scales and grounding all show in the output."""
     torch.manual_seed(0)
@@ -72,5 +82,5 @@ def tiny_pipeline(bokeh: BokehConfig | None = BOKEH, dtype: torch.dtype = torch.
         vae=vae.to(dtype),
         schedule=ScheduleConfig(dynamic=True, shift=3.0),
         defaults=Defaults(num_inference_steps=5, height_px=32, width_px=48, txt_length=TXT_LENGTH),
-        name="tiny",
+        source=Source(model="tiny"),
     )

@@ -6,17 +6,23 @@ Flags may be written with hyphens or underscores, and shortened as long as they 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from bokehflux.record import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED, Request
+from bokehflux.record import DEFAULT_SEED, GenerateSettings, RefocusSettings, Settings
 from bokehflux.version import __version__
 
 if TYPE_CHECKING:
+    from bokehflux.pipeline.run import Options
     from bokehflux.weights.resolve import ModelFiles
+
+Asked = TypeVar("Asked", bound=Settings)
+TILING = {"auto": None, "on": True, "off": False}
+"""--vae-tiling, as `run.Options` takes it."""
 
 ABOUT = " Flags may be written with hyphens or underscores, and shortened as long as they stay unambiguous."
 
@@ -49,25 +55,23 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         return commands[name]
 
     generate = command("generate", "make one picture per bokeh level, all of one scene when a pivot is given")
-    generate.add_argument("--prompt", help="what to show")
-    seed_help = "one seed, size and dtype give one picture (default: %(default)s)"
-    generate.add_argument("--seed", type=int, default=DEFAULT_SEED, metavar="N", help=seed_help)
-    _picture_flags(generate)
+    _settings_flags(generate, GenerateSettings)
+    _watching_flags(generate)
+    _run_flags(generate)
 
     sweep = command("sweep", "make scenes at many levels, and sheet, animations and a page to compare them")
     prompts = sweep.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", help="what to show")
+    _settings_flags(sweep, GenerateSettings, without=("prompt", "seed"))
+    _settings_flag(prompts, GenerateSettings, "prompt")
     prompts.add_argument("--prompts-file", metavar="FILE", help="one prompt a line; # begins a comment")
     seeds_help = f"every prompt is made with each (default: {DEFAULT_SEED})"
     sweep.add_argument("--seeds", type=int, nargs="+", default=[DEFAULT_SEED], metavar="N", help=seeds_help)
-    _picture_flags(sweep)
+    _watching_flags(sweep)
+    _run_flags(sweep)
 
     refocus = command("refocus", "show a photograph at other bokeh levels")
     refocus.add_argument("photo", metavar="PHOTO", help="the photograph: PNG, JPEG, WebP or GIF")
-    refocus.add_argument("--prompt", help="what it shows")
-    refocus.add_argument("--photo-level", type=float, default=0.0, metavar="LEVEL",
-                         help="its own bokeh level, 0 (all sharp) to 30 (default: %(default)s)")  # fmt: skip
-    _request_flags(refocus, guidance_scale=1.0)
+    _settings_flags(refocus, RefocusSettings)
     _run_flags(refocus)
 
     info = command("info", "show how a picture was made")
@@ -84,21 +88,22 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return root, commands
 
 
-def request_from(args: argparse.Namespace, prompt: str, seed: int) -> Request:
-    """What the flags ask for. Raises ValueError as `Request` does."""
-    return Request(
-        prompt=prompt,
-        bokeh_targets=None if args.bokeh_targets is None else tuple(args.bokeh_targets),
-        bokeh_pivot=args.bokeh_pivot,
-        num_inference_steps=args.num_inference_steps,
-        num_grounding_steps=args.num_grounding_steps,
-        guidance_scale=args.guidance_scale,
-        true_cfg=args.true_cfg,
-        negative_prompt=args.negative_prompt,
-        height=args.height,
-        width=args.width,
-        seed=seed,
-    )
+def settings_from(args: argparse.Namespace, kind: type[Asked], **given: object) -> Asked:
+    """What the flags ask for; `given` stands in for flags. Raises ValueError as the settings do."""
+    flags = {name: getattr(args, name) for name in kind.fields() if hasattr(args, name)}
+    values = {name: value for name, value in {**flags, **given}.items() if value is not None}
+    if "prompt" not in values:
+        raise ValueError("a prompt is needed: --prompt TEXT")
+    return kind(**values)
+
+
+def options_from(args: argparse.Namespace) -> Options:
+    """How runs are carried out."""
+    from bokehflux.pipeline.run import Options
+
+    if args.max_rows is not None and args.max_rows < 1:
+        raise ValueError(f"--max-rows must be at least 1, got {args.max_rows}")
+    return Options(max_rows=args.max_rows, vae_tiling=args.vae_tiling)
 
 
 def model_from(args: argparse.Namespace) -> str | ModelFiles:
@@ -113,9 +118,9 @@ def model_from(args: argparse.Namespace) -> str | ModelFiles:
 
 
 def loras_from(args: argparse.Namespace) -> list[tuple[str, float]]:
-    """Paths and strengths of the LoRAs. Raises ValueError for a strength that is no number."""
+    """Paths and strengths of the LoRAs. Raises ValueError for a strength that is not a number."""
     loras = []
-    for path, *scale in args.lora or []:
+    for path, *scale in args.loras:
         if len(scale) > 1:
             raise ValueError(
                 f"--lora takes a path and a strength, got {len(scale) + 1} values: repeat the flag"
@@ -135,17 +140,33 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"bokehflux: error: {' '.join(message.split())}\n")
 
 
-def _picture_flags(parser: argparse.ArgumentParser) -> None:
-    """What `generate` and `sweep` have in common."""
+def _settings_flags(
+    parser: argparse.ArgumentParser, kind: type[Settings], without: Sequence[str] = ()
+) -> None:
+    """A flag for every setting that has a help text."""
+    for name, field in kind.fields().items():
+        if field.metadata["help"] and name not in without:
+            _settings_flag(parser, kind, name)
+
+
+def _settings_flag(parser: argparse._ActionsContainer, kind: type[Settings], name: str) -> None:
+    field = kind.fields()[name]
+    about, default = field.metadata, field.default
+    parser.add_argument(
+        "--" + (about["flag"] or name).replace("_", "-"),
+        dest=name,
+        type=about["kind"].parse,
+        nargs="+" if about["kind"].many else None,
+        default=None if default is dataclasses.MISSING else default,
+        metavar=about["metavar"],
+        help=about["help"],
+    )
+
+
+def _watching_flags(parser: argparse.ArgumentParser) -> None:
+    """What can be seen of a run from noise, and from which picture its settings come."""
     add = parser.add_argument
-    _request_flags(parser, guidance_scale=3.0)
     # fmt: off
-    add("--bokeh-pivot", type=float, metavar="LEVEL",
-        help="level of a further picture that anchors the scene; 10 to 20 works best (default: generate "
-             "none, sweep 15)")
-    add("--true-cfg", type=float, default=1.0, metavar="X",
-        help="above 1, each step has a second pass that steers away from --negative-prompt (default: off)")
-    add("--negative-prompt", default=DEFAULT_NEGATIVE_PROMPT, metavar="TEXT", help="default: %(default)s")
     add("--preview", metavar="FILE", help="a small picture that is written again and again meanwhile")
     add("--preview-every", type=int, default=1, metavar="K",
         help="steps between previews (default: %(default)s)")
@@ -153,25 +174,6 @@ def _picture_flags(parser: argparse.ArgumentParser) -> None:
         help="TAEF1's file or folder, for previews with detail (default: a map of colours)")
     add("--config-from", metavar="IMAGE",
         help="make this picture again; flags that are given as well take precedence")
-    # fmt: on
-    _run_flags(parser)
-
-
-def _request_flags(parser: argparse.ArgumentParser, guidance_scale: float) -> None:
-    """What is to be made, by every command that makes pictures."""
-    add = parser.add_argument
-    # fmt: off
-    add("--bokeh-targets", type=float, nargs="+", metavar="LEVEL",
-        help="bokeh levels, 0 (all sharp) to 30; without any, generate makes one picture of the plain model, "
-             "and sweep and refocus go from 0 to 30 in steps of 5")
-    add("--num-grounding-steps", type=int, metavar="N",
-        help="steps grounded on the pivot or photograph (default: 80 %%); 0 leaves the pivot out")
-    add("--num-inference-steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
-    add("--guidance-scale", type=float, default=guidance_scale, metavar="X",
-        help="distilled guidance, for prompts usually 3 to 6 (default: %(default)s)")
-    add("--height", type=int, metavar="PX",
-        help="floored to a multiple of 16 (default: the model's own, of refocus in the photograph's shape)")
-    add("--width", type=int, metavar="PX", help="likewise")
     # fmt: on
 
 
@@ -181,17 +183,18 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     # fmt: off
     add("--max-rows", type=int, metavar="N",
         help="pictures that go through the network together (default: all that fit)")
-    add("--vae-tiling", choices=("auto", "on", "off"), default="auto",
+    add("--vae-tiling", type=_tiling, metavar="{auto,on,off}",
         help="decode pictures in bands, without seams, in less memory (default: where they are large)")
     add("--model", default="nano", metavar="MODEL",
         help="a bundled model, a folder or file in any known layout, or a repository such as "
              "black-forest-labs/FLUX.1-dev, looked up in the local cache (default: %(default)s)")
     add("--vae", metavar="PATH", help="file of the autoencoder, where it is not the model's own")
-    add("--clip", metavar="PATH", help="likewise of the CLIP-L text encoder")
-    add("--t5", metavar="PATH", help="likewise of the T5-XXL text encoder")
-    add("--tokenizers", metavar="FOLDER", help="likewise, the folder that holds tokenizer/ and tokenizer_2/")
+    add("--clip", metavar="PATH", help="file of the CLIP-L text encoder, where it is not the model's own")
+    add("--t5", metavar="PATH", help="file of the T5-XXL text encoder, where it is not the model's own")
+    add("--tokenizers", metavar="FOLDER",
+        help="folder that holds tokenizer/ and tokenizer_2/, where they are not the model's own")
     add("--adapter", metavar="PATH", help="folder or file of a bokeh adapter; nano brings its own")
-    add("--lora", nargs="+", action="append", metavar=("PATH", "SCALE"),
+    add("--lora", dest="loras", nargs="+", action="append", default=[], metavar=("PATH", "SCALE"),
         help="a LoRA file and its strength (default: 1); may be given several times, effects add up")
     add("--memory", choices=("auto", "resident", "offload", "stream"), default="auto",
         help="what stays on the GPU; leaner is slower (default: %(default)s)")
@@ -206,6 +209,12 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=("png", "jpeg", "webp"), default="png",
         help="of the pictures; webp is lossless (default: %(default)s)")
     # fmt: on
+
+
+def _tiling(word: str) -> bool | None:
+    if word not in TILING:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(TILING)}, got {word!r}")
+    return TILING[word]
 
 
 def _hyphenated(word: str) -> str:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bokehflux.app.arguments import loras_from, model_from, parse, request_from
-from bokehflux.record import DEFAULT_NEGATIVE_PROMPT
+from bokehflux.app.arguments import loras_from, model_from, options_from, parse, settings_from
+from bokehflux.record import NEGATIVE_PROMPT, GenerateSettings, RefocusSettings
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
-    from bokehflux.app.progress import Progress
-    from bokehflux.pipeline.generate import Pipeline, Result
+    from bokehflux.app.watched import PreviewFile, Watched
+    from bokehflux.pictures.series import Scene
+    from bokehflux.pipeline.pipeline import Pipeline
+    from bokehflux.pipeline.run import Options, Plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,135 +34,92 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[args.command](args)
     except ValueError as error:
-        print(f"bokehflux: error: {_said(error)}", file=sys.stderr)
+        _say(f"error: {_said(error)}")
         return 2
     except (OSError, ArithmeticError, MemoryError) as error:
         # ArithmeticError: NaN in weights or activations. MemoryError: at loading; later a ValueError.
         said = _said(error) or "out of memory"  # Python's own says nothing
-        print(f"bokehflux: error: {said}", file=sys.stderr)
+        _say(f"error: {said}")
         return 1
     except KeyboardInterrupt as stop:
-        print(f"bokehflux: interrupted{stop}", file=sys.stderr)
+        _say(f"interrupted{stop}")
         return 130
 
 
 def generate(args: argparse.Namespace) -> int:
     """One picture per level, the pivot and a contact sheet; prints their paths."""
-    request = request_from(args, _required(args.prompt), args.seed)
-    _check_picture_flags(args)
-    _check(args)
-    from bokehflux.app.progress import Progress
-    from bokehflux.app.watched import Interrupted, kept, server
-    from bokehflux.pictures.files import save_pictures, uninterrupted
-    from bokehflux.pictures.series import Scene
-    from bokehflux.pipeline.generate import Stopped
+    settings = settings_from(args, GenerateSettings)
+    preview, options = _preview(args), _checked(args)
+    from bokehflux.app.watched import Interrupted
+    from bokehflux.pipeline.generate import plan_generate
 
-    progress, output = Progress.for_people(), Path(args.output)
-    pipe, facts = _load(args, progress)
-    stop: KeyboardInterrupt | None = None
-    try:
-        result = server(args, pipe, progress)(request)
-    except Stopped as stopped:
-        result, stop = stopped.result, stopped
-    try:
-        with uninterrupted():
-            scene = Scene.of(result, facts)
-            views = [] if stop else [scene.sheet()]
-            paths = save_pictures([*scene.pictures(), *views], output, args.format)
-            print(*paths, sep="\n", flush=True)
-    except KeyboardInterrupt as pressed:
-        stop = stop or pressed
+    pipe, watched = _open(args, options, preview)
+    scene, paths, stop = _make(args, watched, plan_generate(pipe, settings))
     if stop is not None:
-        raise Interrupted(kept(request, len(scene.targets), paths, output)) from stop
+        raise Interrupted(_kept(settings, scene, paths, args.output)) from stop
     return 0
 
 
 def sweep(args: argparse.Namespace) -> int:
     """Prompts x seeds x levels, each scene with its views, and one page; prints paths as they are done."""
     from bokehflux.app import sweep as sweeps
-    from bokehflux.app.progress import Progress
-    from bokehflux.app.watched import Interrupted, server
-    from bokehflux.pipeline.generate import Stopped
 
     given = args.prompts_file
-    prompts = [_required(args.prompt)] if given is None else sweeps.read_prompts(Path(given))
-    args.bokeh_targets = args.bokeh_targets or sweeps.LEVELS
-    args.bokeh_pivot = sweeps.PIVOT if args.bokeh_pivot is None else args.bokeh_pivot
-    requests = sweeps.grid(request_from(args, prompts[0], args.seeds[0]), prompts, args.seeds)
-    _check_picture_flags(args)
-    _check(args)
+    prompts = [args.prompt] if given is None else sweeps.read_prompts(Path(given))
+    base = settings_from(
+        args,
+        GenerateSettings,
+        prompt=prompts[0],
+        bokeh_targets=args.bokeh_targets or sweeps.LEVELS,
+        bokeh_pivot=sweeps.PIVOT if args.bokeh_pivot is None else args.bokeh_pivot,
+        seed=args.seeds[0],
+    )
+    asked = sweeps.grid(base, prompts, args.seeds)
+    preview, options = _preview(args), _checked(args)
+    from bokehflux.app.watched import Interrupted
+    from bokehflux.pipeline.generate import plan_generate
+    from bokehflux.pipeline.run import Stopped
 
-    progress, output, num_done = Progress.for_people(), Path(args.output), 0
+    output, num_done = Path(args.output), 0
     try:
-        pipe, facts = _load(args, progress)
-        serve = server(args, pipe, progress)
-        progress.batch(1, len(requests))
-        scenes = sweeps.run_sweep(requests, pipe.defaults, facts, output, args.format, serve)
-        with contextlib.closing(scenes):  # Ctrl-C between two scenes, too, leaves the page
-            for num_done, done in enumerate(scenes, 1):
+        pipe, watched = _open(args, options, preview)
+        watched.progress.batch(1, len(asked))
+        scenes = sweeps.Sweep.of(
+            pipe, asked, output, args.format, lambda one: watched.run(plan_generate(pipe, one))
+        )
+        with contextlib.closing(scenes.made()) as made:  # Ctrl-C between two scenes leaves the page, too
+            for num_done, done in enumerate(made, 1):
                 print(*done.paths, sep="\n", flush=True)
                 if done.num_kept:
-                    print(
-                        f"bokehflux: scene {num_done}: {done.num_kept} pictures were there already",
-                        file=sys.stderr,
-                    )
-                if num_done < len(requests):
-                    progress.batch(num_done + 1, len(requests))
+                    _say(f"scene {num_done}: {done.num_kept} pictures were there already")
+                if num_done < len(asked):
+                    watched.progress.batch(num_done + 1, len(asked))
     except KeyboardInterrupt as stop:
-        finished = f"{num_done} of {len(requests)} scenes are finished and kept in {output}"
+        finished = f"{num_done} of {len(asked)} scenes are finished and kept in {output}"
         if isinstance(stop, Stopped) and (begun := len(stop.result.images)):
             finished += f", and {begun} of the levels of the next"
         raise Interrupted(f"; {finished}; the same command continues") from stop
-    print(*sweeps.overviews(output, requests, pipe.defaults, facts), sep="\n")
+    print(*scenes.overviews(), sep="\n")
     return 0
 
 
 def refocus(args: argparse.Namespace) -> int:
     """A photograph at other levels, and a contact sheet; prints their paths."""
     from bokehflux.app.sweep import LEVELS
-    from bokehflux.record import Request, with_fewer_rows
 
-    levels = args.bokeh_targets or list(LEVELS)
-    names = ("num_inference_steps", "num_grounding_steps", "guidance_scale", "height", "width")
-    how = {name: getattr(args, name) for name in names}
-    prompt = _required(args.prompt)
-    Request(prompt=prompt, bokeh_targets=tuple(levels), bokeh_pivot=args.photo_level, **how)
-    _check(args)
-    from bokehflux.app.progress import Progress
-    from bokehflux.app.watched import TILING, Interrupted, warn_of_words
-    from bokehflux.pictures.files import save_pictures, uninterrupted
-    from bokehflux.pictures.series import Scene
-    from bokehflux.pipeline.generate import Stopped
-    from bokehflux.pipeline.refocus import read_photo
-    from bokehflux.pipeline.refocus import refocus as run
+    levels = args.bokeh_targets or LEVELS
+    settings = settings_from(args, RefocusSettings, bokeh_targets=levels, photo=None)
+    options = _checked(args)
+    from bokehflux.app.watched import Interrupted
+    from bokehflux.photos.read import read_photo
+    from bokehflux.pipeline.refocus import plan_refocus
 
-    photo, photo_facts = read_photo(Path(args.photo))
-    progress, output = Progress.for_people(), Path(args.output)
-    pipe, facts = _load(args, progress)
-    warn_of_words(pipe, prompt)
-    stop: KeyboardInterrupt | None = None
-    rows = 1 + len(levels)
-    try:
-        with progress.watching(pipe, rows) as on_step:
-
-            def attempt(max_rows: int | None) -> Result:
-                return run(
-                    pipe, photo, prompt, levels, photo_level=args.photo_level, on_step=on_step,
-                    max_rows=max_rows, vae_tiling=TILING[args.vae_tiling], **how,
-                )  # fmt: skip
-
-            result = with_fewer_rows(attempt, rows, args.max_rows)
-    except Stopped as stopped:
-        result, stop = stopped.result, stopped
-    try:
-        with uninterrupted():
-            scene = Scene.of(result, {**facts, **photo_facts})
-            views = [] if stop else [scene.sheet()]
-            print(*save_pictures([*scene.pictures(), *views], output, args.format), sep="\n", flush=True)
-    except KeyboardInterrupt as pressed:
-        stop = stop or pressed
+    photo = read_photo(Path(args.photo))
+    settings = dataclasses.replace(settings, photo=photo.name, photo_hash=photo.fingerprint)
+    pipe, watched = _open(args, options)
+    scene, _, stop = _make(args, watched, plan_refocus(pipe, photo.image, settings))
     if stop is not None:
-        kept = f"{len(scene.targets)} of {len(levels)} pictures are finished and kept in {output}"
+        kept = f"{len(scene.targets)} of {len(levels)} pictures are finished and kept in {args.output}"
         raise Interrupted(f"; {kept}") from stop
     return 0
 
@@ -216,76 +177,113 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _required(prompt: str | None) -> str:
-    if prompt is None:
-        raise ValueError("a prompt is needed: --prompt TEXT")
-    return prompt
+def _say(text: str) -> None:
+    """A notice for the person at the terminal."""
+    print(f"bokehflux: {text}", file=sys.stderr)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """What would fail after minutes of loading, said before."""
+def _checked(args: argparse.Namespace) -> Options:
+    """How runs are carried out, once all is refused that would fail after minutes of loading."""
     from bokehflux.pictures.files import check_folder
 
     loras_from(args)
     for name in ("model", "adapter", "vae", "clip", "t5", "tokenizers", "output"):
         if getattr(args, name) == "":
             raise ValueError(f"--{name} is empty: give a path, or leave it out")
-    if args.max_rows is not None and args.max_rows < 1:
-        raise ValueError(f"--max-rows must be at least 1, got {args.max_rows}")
+    options = options_from(args)
     check_folder(Path(args.output))
+    return options
 
 
-def _check_picture_flags(args: argparse.Namespace) -> None:
-    """Likewise, of the flags that only `generate` and `sweep` have."""
-    if args.preview is not None or args.preview_every != 1 or args.preview_vae is not None:
-        from bokehflux.app.preview import check_preview
-
-        check_preview(args.preview, args.preview_every, args.preview_vae)
-    if args.preview_vae is not None:
-        from bokehflux.weights.tiny_decoder import load_tiny_decoder
-
-        load_tiny_decoder(args.preview_vae)
-    typed = args.config_from is None and args.negative_prompt != DEFAULT_NEGATIVE_PROMPT
+def _preview(args: argparse.Namespace) -> PreviewFile | None:
+    """The preview that was asked for. Raises ValueError where it could not be written."""
+    typed = args.config_from is None and args.negative_prompt != NEGATIVE_PROMPT
     if typed and args.true_cfg <= 1:
-        print("bokehflux: --negative-prompt does nothing without --true-cfg above 1", file=sys.stderr)
+        _say("--negative-prompt does nothing without --true-cfg above 1")
     if args.true_cfg > 1.5 and args.guidance_scale > 2:
         both = f"--guidance-scale {args.guidance_scale:g} and --true-cfg {args.true_cfg:g}"
-        print(f"bokehflux: {both} add up; if pictures look burnt, lower one", file=sys.stderr)
+        _say(f"{both} add up; if pictures look burnt, lower one")
+    if args.preview is None and args.preview_every == 1 and args.preview_vae is None:
+        return None
+    from bokehflux.app.preview import check_preview
+    from bokehflux.app.watched import PreviewFile
+    from bokehflux.weights.tiny_decoder import load_tiny_decoder
+
+    check_preview(args.preview, args.preview_every, args.preview_vae)
+    if args.preview_vae is not None:
+        load_tiny_decoder(args.preview_vae)
+    return PreviewFile(path=Path(args.preview), every=args.preview_every, tiny_vae=args.preview_vae)
 
 
-def _load(args: argparse.Namespace, progress: Progress) -> tuple[Pipeline, dict[str, Any]]:
-    """The model, and the part of every recipe that tells which model it was and where it ran."""
-    from bokehflux.pipeline import provenance as identity
-    from bokehflux.pipeline.generate import load
+def _open(
+    args: argparse.Namespace, options: Options, preview: PreviewFile | None = None
+) -> tuple[Pipeline, Watched]:
+    """The model that the flags ask for, and its runs as people see them."""
+    from bokehflux.app.progress import Progress
+    from bokehflux.app.replay import use_threads_of, warn_of_differences
+    from bokehflux.app.watched import Watched
+    from bokehflux.pipeline.load import load
+    from bokehflux.pipeline.provenance import provenance_of
 
-    model, loras = model_from(args), loras_from(args)
-    replayed = getattr(args, "config_from", None)
+    progress, replayed = Progress.for_people(), getattr(args, "config_from", None)
     if replayed is not None:
-        from bokehflux.app.replay import use_threads_of
-
         use_threads_of(replayed)
     progress.show(f"loading {args.model}")
     try:
         pipe = load(
-            model,
+            model_from(args),
             adapter=args.adapter,
-            loras=loras,
+            loras=loras_from(args),
             device=args.device,
             dtype=args.dtype,
             compute=args.compute,
             memory=args.memory,
             on_progress=progress.loading,
         )
-        facts = identity.facts(pipe, model, args.adapter, loras)
     finally:
         progress.end()
     if args.memory == "auto" and pipe.device.type == "cuda":  # elsewhere there is no choice
-        print(f"bokehflux: memory mode {pipe.memory.mode}, chosen from free memory", file=sys.stderr)
+        _say(f"memory mode {pipe.memory.mode}, chosen from free memory")
     if replayed is not None:
-        from bokehflux.app.replay import warn_of_differences
+        warn_of_differences(replayed, provenance_of(pipe))
+    return pipe, Watched(pipe, progress, options, preview)
 
-        warn_of_differences(replayed, facts)
-    return pipe, facts
+
+def _make(
+    args: argparse.Namespace, watched: Watched, plan: Plan
+) -> tuple[Scene, list[Path], KeyboardInterrupt | None]:
+    """Run a plan and write what it made, even where Ctrl-C ended it early; prints the paths."""
+    from bokehflux.pictures.files import save_pictures, uninterrupted
+    from bokehflux.pictures.series import Scene
+    from bokehflux.pipeline.run import Stopped
+
+    stop: KeyboardInterrupt | None = None
+    try:
+        result = watched.run(plan)
+    except Stopped as stopped:
+        result, stop = stopped.result, stopped
+    try:
+        with uninterrupted():
+            scene = Scene.of(result.record, result.images, result.pivot_image)
+            views = [] if stop else [scene.sheet()]
+            paths = save_pictures([*scene.pictures(), *views], Path(args.output), args.format)
+            print(*paths, sep="\n", flush=True)
+    except KeyboardInterrupt as pressed:
+        stop = stop or pressed
+    return scene, paths, stop
+
+
+def _kept(settings: GenerateSettings, scene: Scene, paths: Sequence[Path], output: str) -> str:
+    """What Ctrl-C left of a batch, and how to get the rest."""
+    missing = [f"{level:g}" for level in (settings.bokeh_targets or ())[len(scene.targets) :]]
+    if not missing:
+        return f"; all pictures are finished and kept in {output}"
+    flags = ["--config-from", str(paths[0]), "--bokeh-targets", *missing, "--output", output]
+    kept = "1 picture is" if len(paths) == 1 else f"{len(paths)} pictures are"
+    return (
+        f"; {kept} finished and kept in {output}; levels {', '.join(missing)} are missing: "
+        f"bokehflux generate {shlex.join(flags)}"
+    )
 
 
 if __name__ == "__main__":

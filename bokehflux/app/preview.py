@@ -21,7 +21,6 @@ from torch import Tensor
 from bokehflux.models.vae import AutoencoderKL, to_uint8
 from bokehflux.pictures import metadata
 from bokehflux.pictures.files import replace_file
-from bokehflux.record import Request
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo
 
@@ -53,12 +52,12 @@ def fit_rgb_map(vae: AutoencoderKL) -> ToRGB:
 class Preview:
     """An `on_step` that writes all rows side by side to one file, every `every` steps and after the last.
 
-    request: completed, since its size is needed. Path and every: as `check_preview` wants them.
+    grid: the pictures' size. Path and every: as `check_preview` wants them.
     """
 
-    def __init__(self, to_rgb: ToRGB, request: Request, path: Path, every: int) -> None:
+    def __init__(self, to_rgb: ToRGB, grid: LatentGrid, path: Path, every: int) -> None:
         self._to_rgb = to_rgb
-        self._grid = LatentGrid(height_px=request.height or 0, width_px=request.width or 0)
+        self._grid = grid
         self._path = path
         self._every = every
         self._before: StepInfo | None = None

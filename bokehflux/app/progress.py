@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from bokehflux.pipeline.generate import Pipeline
+    from bokehflux.pipeline.model import Model
     from bokehflux.sampling.samplers import StepInfo
 
 
@@ -63,14 +63,14 @@ class Progress:
         self._drawn, self._phase = False, ""
 
     @contextmanager
-    def watching(self, pipe: Pipeline, rows: int, prompts: int = 1) -> Iterator[Callable[[StepInfo], None]]:
+    def watching(self, model: Model, rows: int, prompts: int = 1) -> Iterator[Callable[[StepInfo], None]]:
         """Follow one `generate` of `rows` pictures, the pivot included; yields its `on_step`.
 
         prompts: how many are encoded. Blocks of T5, which is nearly all of that work, are counted.
         """
         from bokehflux.models.t5 import T5Encoder
 
-        blocks = [b for net in pipe.text.networks if isinstance(net, T5Encoder) for b in net.encoder.block]
+        blocks = [b for net in model.text.networks if isinstance(net, T5Encoder) for b in net.encoder.block]
         encoded = decoded = 0
 
         def on_block(*_: object) -> None:
@@ -96,7 +96,7 @@ class Progress:
             self._begin("step")
         hooks = [block.register_forward_hook(on_block) for block in blocks]
         # Called once a picture, in one piece or in bands.
-        hooks.append(pipe.vae.decoder.conv_in.register_forward_pre_hook(on_decode))
+        hooks.append(model.vae.decoder.conv_in.register_forward_pre_hook(on_decode))
         try:
             yield on_step
         finally:

@@ -12,10 +12,9 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -24,26 +23,16 @@ from bokehflux.pictures.files import check_folder, replace_file, save_pictures, 
 from bokehflux.pictures.page import scenes_of, write_page
 from bokehflux.pictures.series import Scene, Shot
 from bokehflux.pictures.sheet import Tile, contact_sheet, up_and_down
-from bokehflux.record import Request
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from bokehflux.configs import Defaults
-    from bokehflux.pipeline.generate import Result
+from bokehflux.pipeline.model import Model
+from bokehflux.pipeline.provenance import provenance_of
+from bokehflux.pipeline.run import Result, Stopped
+from bokehflux.record import GenerateSettings, Record
 
 LEVELS = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
 PIVOT = 15.0
 PAGE, GRID = "index{}.html", "grid{}.png"
 SCENES_PER_PAGE = 20
 """More get further pages: one of a thousand opens in no browser, and its pictures would fill the memory."""
-DECIDES = (
-    "prompt", "negative_prompt", "bokeh_pivot", "num_inference_steps", "num_grounding_steps",
-    "guidance_scale", "true_cfg", "height", "width", "seed",
-    "model_hash", "adapter_hash", "lora_hashes", "dtype", "compute",
-)  # fmt: skip
-"""Parts of a recipe that decide a picture, beside its level. Where it was made (library, device) is not
-among them: a sweep may be continued elsewhere."""
 MAX_PROMPTS = 10_000
 MAX_PROMPTS_BYTES = 100_000_000
 
@@ -76,8 +65,8 @@ def read_prompts(path: Path) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def grid(base: Request, prompts: Sequence[str], seeds: Sequence[int]) -> list[Request]:
-    """One request per prompt and seed; levels ascending, each once. Raises ValueError as `Request` does."""
+def grid(base: GenerateSettings, prompts: Sequence[str], seeds: Sequence[int]) -> list[GenerateSettings]:
+    """Settings per prompt and seed; levels ascending, each once. Raises ValueError as the settings do."""
     levels = tuple(sorted({float(level) for level in base.bokeh_targets or LEVELS}))
     return [
         dataclasses.replace(base, prompt=prompt, seed=seed, bokeh_targets=levels)
@@ -86,88 +75,121 @@ def grid(base: Request, prompts: Sequence[str], seeds: Sequence[int]) -> list[Re
     ]
 
 
-def run_sweep(
-    requests: Sequence[Request],
-    defaults: Defaults,
-    facts: dict[str, Any],
-    output: Path,
-    kind: str,
-    run: Callable[[Request], Result],
-) -> Generator[Done, None, None]:
-    """Make what is not there yet, scene by scene; ends with the page and, for several scenes, the grid.
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Scenes to be made in one folder."""
 
-    facts: `identity`'s, with `dtype`. kind: format of the pictures. run: serves one request.
-    The page is written for the scenes that are finished even when the sweep is stopped, and pictures of an
-    unfinished scene are kept. Ctrl-C does not come between the pictures of a scene and its `Done`.
-    """
-    ends = _ends(output, requests, defaults, facts)
-    for number, end in enumerate(ends):
-        some = requests[number * SCENES_PER_PAGE :][:SCENES_PER_PAGE]
-        yield from _run_page(some, defaults, facts, output, kind, run, end)
+    scenes: Sequence[Record]
+    """One per prompt and seed, settings completed: how its pictures are to be made."""
+    output: Path
+    kind: str
+    """Format of the pictures."""
+    run: Callable[[GenerateSettings], Result]
 
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        asked: Sequence[GenerateSettings],
+        output: Path,
+        kind: str,
+        run: Callable[[GenerateSettings], Result],
+    ) -> Sweep:
+        """The sweep of a model over what was asked for."""
+        made_by = provenance_of(model)
+        scenes = [Record(settings=each.completed(model.defaults), provenance=made_by) for each in asked]
+        return cls(scenes=scenes, output=output, kind=kind, run=run)
 
-def _run_page(
-    requests: Sequence[Request],
-    defaults: Defaults,
-    facts: dict[str, Any],
-    output: Path,
-    kind: str,
-    run: Callable[[Request], Result],
-    end: str,
-) -> Generator[Done, None, None]:
-    """The scenes of one page, and the page."""
-    scenes: list[Scene] = []
-    try:
-        for request in requests:
-            made = _make(request.completed(defaults), facts, output, kind, run)
+    def made(self) -> Generator[Done, None, None]:
+        """Make what is not there yet, scene by scene; ends with the page and, for several scenes, the grid.
+
+        The page is written for the scenes that are finished even when the sweep is stopped, and pictures of
+        an unfinished scene are kept. Ctrl-C does not come between the pictures of a scene and its `Done`.
+        """
+        for number, end in enumerate(self._ends()):
+            yield from self._page(self.scenes[number * SCENES_PER_PAGE :][:SCENES_PER_PAGE], end)
+
+    def overviews(self) -> list[Path]:
+        """The files that the sweep leaves, or has left, beside the scenes."""
+        paths = []
+        for number, end in enumerate(self._ends()):
+            here = min(SCENES_PER_PAGE, len(self.scenes) - number * SCENES_PER_PAGE)
+            paths += [self.output / name.format(end) for name in ([GRID, PAGE] if here > 1 else [PAGE])]
+        return paths
+
+    def _page(self, wanted: Sequence[Record], end: str) -> Iterator[Done]:
+        """The scenes of one page, and the page."""
+        scenes: list[Scene] = []
+        try:
+            for record in wanted:
+                made = self._make(record)
+                with uninterrupted():
+                    done = made.saved(self.kind)
+                    scenes.append(done.scene)
+                    yield done
+        finally:
+            if scenes:
+                names = [folder_name(scene.record) for scene in scenes]
+                write_page(scenes, self.output / PAGE.format(end), names)
+            if len(scenes) > 1:
+                replace_file(self.output / GRID.format(end), _grid_sheet(scenes, PAGE.format(end)))
+
+    def _ends(self) -> list[str]:
+        """Ends of the pages' names. A page with scenes that this sweep lacks is another sweep's and stays."""
+        mine = {folder_name(record) for record in self.scenes}
+        num_pages = -(-len(self.scenes) // SCENES_PER_PAGE)
+        for count in itertools.count(1):
+            run = "" if count == 1 else f"-run{count}"
+            first = self.output / PAGE.format(run)
+            if not first.exists() or (shown := scenes_of(first)) is not None and shown <= mine:
+                return [run + (f"-{n + 1}" if n else "") for n in range(num_pages)]
+        raise AssertionError("unreachable")
+
+    def _make(self, wanted: Record) -> _Made:
+        settings = wanted.settings
+        assert isinstance(settings, GenerateSettings)
+        folder = self.output / folder_name(wanted)
+        check_folder(folder)
+        found = finished(folder, wanted)
+        levels = settings.bokeh_targets or ()
+        old = [found["target", level] for level in levels if ("target", level) in found]
+        missing = tuple(level for level in levels if ("target", level) not in found)
+        pivot = None
+        if settings.makes_pivot and settings.bokeh_pivot is not None:
+            pivot = found.get(("pivot", settings.bokeh_pivot))
+        num_kept = len(old) + (pivot is not None)
+
+        def new(result: Result) -> Scene:
+            """Without what is there: a lost pivot alone is made again with one level, which is not kept."""
+            made = Scene.of(result.record, result.images, result.pivot_image)
+            made = made if missing else dataclasses.replace(made, targets=())
+            return made if pivot is None else dataclasses.replace(made, pivot=None)
+
+        if not missing and (pivot is not None or not settings.makes_pivot):
+            scene = Scene(record=wanted, targets=tuple(old), pivot=pivot)
+            return _Made(scene=scene, fresh=None, folder=folder, num_kept=num_kept)
+        try:
+            fresh = new(self.run(dataclasses.replace(settings, bokeh_targets=missing or levels[:1])))
+        except Stopped as stop:
             with uninterrupted():
-                done = made.saved(kind)
-                scenes.append(done.scene)
-                yield done
-    finally:
-        if scenes:
-            names = [folder_name(scene.recipe) for scene in scenes]
-            write_page(scenes, output / PAGE.format(end), names)
-        if len(scenes) > 1:
-            replace_file(output / GRID.format(end), _grid_sheet(scenes, PAGE.format(end)))
+                save_pictures(new(stop.result).pictures(), folder, self.kind)
+            raise
+        return _Made(scene=fresh.merged(old, pivot), fresh=fresh, folder=folder, num_kept=num_kept)
 
 
-def num_pages(num_scenes: int) -> int:
-    return -(-num_scenes // SCENES_PER_PAGE)
-
-
-def overviews(
-    output: Path, requests: Sequence[Request], defaults: Defaults, facts: dict[str, Any]
-) -> list[Path]:
-    """The files that `run_sweep` leaves, or has left, beside the scenes."""
-    paths = []
-    for number, end in enumerate(_ends(output, requests, defaults, facts)):
-        here = min(SCENES_PER_PAGE, len(requests) - number * SCENES_PER_PAGE)
-        paths += [output / name.format(end) for name in ([GRID, PAGE] if here > 1 else [PAGE])]
-    return paths
-
-
-def _ends(output: Path, requests: Sequence[Request], defaults: Defaults, facts: dict[str, Any]) -> list[str]:
-    """Ends of the pages' names. A page with scenes that this sweep lacks is another sweep's and stays."""
-    mine = {folder_name({**dataclasses.asdict(r.completed(defaults)), **facts}) for r in requests}
-    for count in itertools.count(1):
-        run = "" if count == 1 else f"-run{count}"
-        first = output / PAGE.format(run)
-        if not first.exists() or (shown := scenes_of(first)) is not None and shown <= mine:
-            return [run + (f"-{n + 1}" if n else "") for n in range(num_pages(len(requests)))]
-    raise AssertionError("unreachable")
-
-
-def folder_name(wanted: dict[str, Any]) -> str:
+def folder_name(record: Record) -> str:
     """Readable, safe in every file system, and different for whatever decides the pictures."""
-    words = re.sub(r"[^a-z0-9]+", "-", wanted["prompt"].lower()).strip("-")[:40].strip("-") or "picture"
-    decided = json.dumps({key: wanted[key] for key in DECIDES}, sort_keys=True)
-    return f"{words}-seed{wanted['seed']}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
+    settings = record.settings
+    assert isinstance(settings, GenerateSettings)
+    words = re.sub(r"[^a-z0-9]+", "-", settings.prompt.lower()).strip("-")[:40].strip("-") or "picture"
+    decided = json.dumps(record.decides(), sort_keys=True)
+    return f"{words}-seed{settings.seed}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
 
 
-def finished(folder: Path, wanted: dict[str, Any]) -> dict[tuple[str, float], Shot]:
+def finished(folder: Path, wanted: Record) -> dict[tuple[str, float], Shot]:
     """(role, level) -> picture, for the whole pictures of a folder that were made as `wanted` says."""
     found: dict[tuple[str, float], Shot] = {}
+    decides = wanted.decides()
     for path in sorted(p for p in folder.glob("*bokeh-*") if p.suffix in metadata.SUFFIXES.values()):
         try:
             recipe = metadata.read_recipe(path)
@@ -178,7 +200,7 @@ def finished(folder: Path, wanted: dict[str, Any]) -> dict[tuple[str, float], Sh
         level, role = recipe.get("bokeh_level"), recipe.get("role")
         if role not in ("target", "pivot") or not isinstance(level, int | float):
             continue
-        if all(key in recipe and recipe[key] == wanted[key] for key in DECIDES):
+        if all(key in recipe and recipe[key] == value for key, value in decides.items()):
             shot = Shot(level=float(level), image=image, is_pivot=role == "pivot")
             found.setdefault((str(role), float(level)), shot)
     return found
@@ -201,46 +223,11 @@ class _Made:
         )
 
 
-def _make(
-    request: Request, facts: dict[str, Any], output: Path, kind: str, run: Callable[[Request], Result]
-) -> _Made:
-    from bokehflux.pipeline.generate import Stopped
-
-    wanted = {**dataclasses.asdict(request), **facts}
-    folder = output / folder_name(wanted)
-    check_folder(folder)
-    found = finished(folder, wanted)
-    levels = request.bokeh_targets or ()
-    old = [found["target", level] for level in levels if ("target", level) in found]
-    missing = tuple(level for level in levels if ("target", level) not in found)
-    needs_pivot = bool(request.num_grounding_steps) and request.bokeh_pivot is not None
-    pivot = found.get(("pivot", request.bokeh_pivot)) if request.bokeh_pivot is not None else None
-    pivot = pivot if needs_pivot else None
-    num_kept = len(old) + (pivot is not None)
-
-    def new(result: Result) -> Scene:
-        """Without what is there: a lost pivot alone is made again along with one level, which is not kept."""
-        made = Scene.of(result, facts)
-        made = made if missing else dataclasses.replace(made, targets=())
-        return made if pivot is None else dataclasses.replace(made, pivot=None)
-
-    if not missing and (pivot is not None or not needs_pivot):
-        scene = Scene(recipe={**wanted, "bokeh_targets": list(levels)}, targets=tuple(old), pivot=pivot)
-        return _Made(scene=scene, fresh=None, folder=folder, num_kept=num_kept)
-    try:
-        fresh = new(run(dataclasses.replace(request, bokeh_targets=missing or levels[:1])))
-    except Stopped as stop:
-        with uninterrupted():
-            save_pictures(new(stop.result).pictures(), folder, kind)
-        raise
-    return _Made(scene=fresh.merged(old, pivot), fresh=fresh, folder=folder, num_kept=num_kept)
-
-
 def _views(scene: Scene, folder: Path) -> list[Path]:
     """Sheet and animations: made from the pictures each time, in place of earlier ones."""
     sheet = scene.sheet()
     frames = up_and_down([Tile(image=shot.image, label=shot.label) for shot in scene.targets])
-    recipe = {**scene.recipe, "role": "animation"}
+    recipe = scene.record.of("animation").recipe()
     contents = {
         "sheet.png": metadata.encode(sheet.image, sheet.recipe),
         "sweep.gif": metadata.encode_animation(frames, recipe, "gif"),
@@ -254,13 +241,13 @@ def _views(scene: Scene, folder: Path) -> list[Path]:
 def _grid_sheet(scenes: Sequence[Scene], page: str) -> bytes:
     """Scenes below each other, levels side by side; numbered as in the page of this name."""
     rows = [scene.tiles() for scene in scenes]
-    names = {scene.recipe["prompt"] for scene in scenes}
+    prompts = {scene.record.settings.prompt for scene in scenes}
     tiles = [
         dataclasses.replace(tile, label=f"{number}: {tile.label}")
         for number, row in enumerate(rows, 1)
         for tile in row
     ]
-    title = scenes[0].recipe["prompt"] if len(names) == 1 else f"{len(names)} prompts"
+    title = prompts.pop() if len(prompts) == 1 else f"{len(prompts)} prompts"
     image = contact_sheet(tiles, title, f"scenes are numbered as in {page}", columns=len(rows[0]))
-    recipe = {**scenes[0].recipe, "role": "grid", "scenes": len(scenes)}
+    recipe = {**scenes[0].record.of("grid").recipe(), "scenes": len(scenes)}
     return metadata.encode(image, recipe)

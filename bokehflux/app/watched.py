@@ -1,104 +1,108 @@
-"""Serving the requests of a command, with what people see meanwhile: progress, previews, what Ctrl-C left."""
+"""Runs that people watch: progress, previews, fewer rows where memory runs out, and what Ctrl-C left."""
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import logging
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from bokehflux.app.preview import Preview, fit_rgb_map
 from bokehflux.app.progress import Progress
-from bokehflux.pipeline.generate import Pipeline, Result, Stopped
-from bokehflux.record import Request
+from bokehflux.pipeline.model import Model
+from bokehflux.pipeline.run import Options, Plan, Result, Stopped, execute, with_fewer_rows
 from bokehflux.sampling.samplers import StepInfo
 from bokehflux.weights.tiny_decoder import load_tiny_decoder
 
 logger = logging.getLogger(__name__)
 
-TILING = {"auto": None, "on": True, "off": False}
-"""--vae-tiling, as `Pipeline.generate` takes it."""
-
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what is to be said about it."""
+    """Ctrl-C, carrying the message to print."""
 
 
-def server(args: argparse.Namespace, pipe: Pipeline, progress: Progress) -> Callable[[Request], Result]:
-    """Serves requests with everything that people watch meanwhile."""
-    preview_of = _previews(args, pipe)
-    max_rows, vae_tiling = args.max_rows, TILING[args.vae_tiling]
-    read: set[str] = set()
+@dataclass(frozen=True, kw_only=True)
+class PreviewFile:
+    """A picture that is written again and again while a run goes on."""
 
-    def serve(request: Request) -> Result:
-        nonlocal max_rows, vae_tiling
-        if request.prompt not in read:
-            read.add(request.prompt)
-            warn_of_words(pipe, request.prompt)
-        grounded = request.bokeh_pivot is not None and request.num_grounding_steps != 0
-        rows, prompts = len(request.bokeh_targets or (0,)) + grounded, 1 + (request.true_cfg > 1)
-        preview = preview_of(request)
+    path: Path
+    every: int = 1
+    """Steps between two writings."""
+    tiny_vae: str | None = None
+    """TAEF1's file or folder; None: a map of colours."""
+
+
+class Watched:
+    """Executes plans one after the other, and lets people see what is going on."""
+
+    def __init__(
+        self, model: Model, progress: Progress, options: Options, preview: PreviewFile | None = None
+    ) -> None:
+        self.model, self.progress, self.options, self.preview = model, progress, options, preview
+        self._to_rgb = None if preview is None else _to_rgb(model, preview)
+        self._read: set[str] = set()
+
+    def run(self, plan: Plan) -> Result:
+        """As `pipeline.run.execute`, with fewer rows at a time where memory runs out.
+
+        Raises `Interrupted` for Ctrl-C before a picture is finished, `Stopped` after.
+        """
+        settings = plan.settings
+        if settings.prompt not in self._read:
+            self._read.add(settings.prompt)
+            warn_of_words(self.model, settings.prompt)
+        shown = self._preview(plan)
         latest: StepInfo | None = None
         try:
-            with progress.watching(pipe, rows, prompts) as on_step:
+            with self.progress.watching(self.model, settings.num_rows, settings.num_prompts) as on_step:
 
                 def watch(info: StepInfo) -> None:
                     nonlocal latest
                     latest = info
                     on_step(info)
-                    if preview is not None:
-                        preview(info)
+                    if shown is not None:
+                        shown(info)
 
-                result = request.run(pipe, watch, max_rows, vae_tiling)
-            # What ran out of memory once need not do so in every scene.
-            max_rows, vae_tiling = (result.settings[name] for name in ("max_rows", "vae_tiling"))
-            return result
+                def attempt(max_rows: int | None) -> Result:
+                    return execute(
+                        self.model, plan, dataclasses.replace(self.options, on_step=watch, max_rows=max_rows)
+                    )
+
+                result = with_fewer_rows(attempt, settings.num_rows, self.options.max_rows)
         except Stopped:
             raise
         except KeyboardInterrupt as stop:
             if latest is None:
                 raise
-            shown = f", which {args.preview} shows" if preview is not None and preview.write() else ""
-            done = f"step {latest.step + 1} of {latest.num_steps} was done{shown}"
+            where = ""
+            if shown is not None and self.preview is not None and shown.write():
+                where = f", which {self.preview.path} shows"
+            done = f"step {latest.step + 1} of {latest.num_steps} was done{where}"
             raise Interrupted(f"; no picture is finished, {done}") from stop
+        # A run that ran out of memory need not do so in every scene.
+        how = result.record.provenance
+        self.options = dataclasses.replace(self.options, max_rows=how.max_rows, vae_tiling=how.vae_tiling)
+        return result
 
-    return serve
+    def _preview(self, plan: Plan) -> Preview | None:
+        if self.preview is None or self._to_rgb is None:
+            return None
+        return Preview(self._to_rgb, plan.grid, self.preview.path, self.preview.every)
 
 
-def warn_of_words(pipe: Pipeline, prompt: str) -> None:
+def warn_of_words(model: Model, prompt: str) -> None:
     """Name what a model of few words cannot read, such as nano."""
-    if unknown := pipe.text.unknown_words(prompt):
+    if unknown := model.text.unknown_words(prompt):
         some = ", ".join(f"{word!r:.40}" for word in unknown[:8])
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        logger.warning("%s does not know %s%s: expect a picture without them", pipe.name, some, more)
+        logger.warning("%s does not know %s%s: expect a picture without them", model.name, some, more)
 
 
-def _previews(args: argparse.Namespace, pipe: Pipeline) -> Callable[[Request], Preview | None]:
-    """Makes the preview of each request, if one is wanted."""
-    if args.preview is None:
-        return lambda _: None
-    if args.preview_vae is not None:
-        to_rgb: Callable[[Tensor], Tensor] = load_tiny_decoder(
-            args.preview_vae, pipe.vae.config.latent_channels, device=pipe.device, dtype=pipe.dtype
-        )
-    else:
-        to_rgb = fit_rgb_map(pipe.vae)
-    return lambda request: Preview(
-        to_rgb, request.completed(pipe.defaults), Path(args.preview), args.preview_every
-    )
-
-
-def kept(request: Request, num_targets: int, paths: Sequence[Path], output: Path) -> str:
-    """What Ctrl-C left of a batch, and how to get the rest."""
-    missing = [f"{level:g}" for level in (request.bokeh_targets or ())[num_targets:]]
-    if not missing:
-        return f"; all pictures are finished and kept in {output}"
-    flags = ["--config-from", str(paths[0]), "--bokeh-targets", *missing, "--output", str(output)]
-    kept = "1 picture is" if len(paths) == 1 else f"{len(paths)} pictures are"
-    return (
-        f"; {kept} finished and kept in {output}; levels {', '.join(missing)} are missing: "
-        f"bokehflux generate {shlex.join(flags)}"
-    )
+def _to_rgb(model: Model, preview: PreviewFile) -> Callable[[Tensor], Tensor]:
+    if preview.tiny_vae is None:
+        return fit_rgb_map(model.vae)
+    channels = model.vae.config.latent_channels
+    return load_tiny_decoder(preview.tiny_vae, channels, device=model.device, dtype=model.dtype)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bokehflux.lens import MAX_LEVEL
 from bokehflux.metrics import sharpness
 from bokehflux.pictures.files import replace_file
 from bokehflux.pictures.metadata import SOURCE_TYPE
@@ -55,7 +56,7 @@ def page(scenes: Sequence[Scene], names: Sequence[str] = ()) -> str:
     """The page as text, for one or more scenes of at least one target each."""
     parts = {
         "SCENES": html.escape(" ".join(names)),
-        "TITLE": html.escape(str(scenes[0].recipe["prompt"])[:80]),
+        "TITLE": html.escape(str(scenes[0].record.settings.prompt)[:80]),
         "SOURCE_TYPE": SOURCE_TYPE,
         "DATA": _json([_scene(scene) for scene in scenes]),
     }
@@ -75,7 +76,7 @@ def curve_svg(points: Sequence[tuple[float, float]], pivot: tuple[float, float] 
     low, high = min(values), max(values)
     margin = max(0.1 * (high - low), 0.5)  # a flat curve must look flat
     low, high = math.floor(low - margin), math.ceil(high + margin)  # what the axis says is where it ends
-    right = max(30.0, *levels)
+    right = max(MAX_LEVEL, *levels)
 
     def place(level: float, value: float) -> tuple[float, float]:
         x = PAD + level / right * (WIDTH - PAD - 12)
@@ -117,7 +118,7 @@ def _scene(scene: Scene) -> dict[str, Any]:
     if scene.pivot is not None and scene.pivot.level is not None:
         pivot = (scene.pivot.level, measured_sharpness(scene.pivot.image))
     return {
-        "prompt": scene.recipe["prompt"],
+        "prompt": scene.record.settings.prompt,
         "footer": scene.footer(),
         "levels": [level for level, _ in points],
         "sharpness": [round(value, 3) for _, value in points],
@@ -127,7 +128,7 @@ def _scene(scene: Scene) -> dict[str, Any]:
         "pivot_level": None if scene.pivot is None else scene.pivot.level,
         "pivot_sharpness": None if pivot is None else round(pivot[1], 3),
         "curve": curve_svg(points, pivot),
-        "recipe": scene.recipe,
+        "recipe": scene.record.recipe(),
     }
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from bokehflux.pictures.files import Picture, distinct, level_stem
 from bokehflux.pictures.sheet import Tile, contact_sheet
-
-if TYPE_CHECKING:
-    from bokehflux.pipeline.generate import Result
+from bokehflux.record import GenerateSettings, Recipe, Record, RefocusSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,27 +43,27 @@ class Shot:
 class Scene:
     """What one prompt and one seed gave."""
 
-    recipe: dict[str, Any]
-    """Of the batch; a picture's own adds its role and level."""
+    record: Record
+    """How the batch was made; a picture's own adds its role and level."""
     targets: tuple[Shot, ...]
     pivot: Shot | None
 
     @classmethod
-    def of(cls, result: Result, facts: dict[str, Any]) -> Scene:
-        """What a run made, also one that was stopped. facts: what `identity` says about model and machine."""
-        recipe = {**result.settings, **facts}
-        levels: Sequence[float | None] = recipe["bokeh_targets"] or [None]
-        finished = levels[: len(result.images)]
-        shots = [Shot(level=lv, image=img) for lv, img in zip(finished, result.images, strict=True)]
+    def of(
+        cls, record: Record, images: Sequence[Image.Image], pivot_image: Image.Image | None = None
+    ) -> Scene:
+        """What a run made: a picture for each of its first targets, and its pivot or photograph."""
+        levels: Sequence[float | None] = record.settings.bokeh_targets or [None]
+        shots = [Shot(level=lv, image=img) for lv, img in zip(levels[: len(images)], images, strict=True)]
         pivot = None
-        if result.pivot_image is not None:
+        if pivot_image is not None:
             pivot = Shot(
-                level=recipe["bokeh_pivot"],
-                image=result.pivot_image,
+                level=record.settings.bokeh_pivot,
+                image=pivot_image,
                 is_pivot=True,
-                is_photo="photo" in recipe,
+                is_photo=isinstance(record.settings, RefocusSettings),
             )
-        return cls(recipe=recipe, targets=tuple(shots), pivot=pivot)
+        return cls(record=record, targets=tuple(shots), pivot=pivot)
 
     def pictures(self) -> list[Picture]:
         """One file per target, then the pivot, if the model made it."""
@@ -76,8 +74,8 @@ class Scene:
             for stem, shot in zip(stems, shots, strict=True)
         ]
 
-    def recipe_of(self, shot: Shot) -> dict[str, Any]:
-        return {**self.recipe, "role": "pivot" if shot.is_pivot else "target", "bokeh_level": shot.level}
+    def recipe_of(self, shot: Shot) -> Recipe:
+        return self.record.of("pivot" if shot.is_pivot else "target", shot.level).recipe()
 
     def tiles(self) -> list[Tile]:
         """Labelled pictures; the pivot in its place among ascending levels, so that all read as one sweep."""
@@ -89,24 +87,27 @@ class Scene:
         return tiles
 
     def sheet(self) -> Picture:
-        image = contact_sheet(self.tiles(), self.recipe["prompt"], self.footer())
-        return Picture(stem="sheet", image=image, recipe={**self.recipe, "role": "sheet"})
+        image = contact_sheet(self.tiles(), self.record.settings.prompt, self.footer())
+        return Picture(stem="sheet", image=image, recipe=self.record.of("sheet").recipe())
 
     def footer(self) -> str:
         """What made the scene, in one line."""
-        r = self.recipe
-        grounded = f", {r['num_grounding_steps']} grounded" if self.pivot is not None else ""
+        settings = self.record.settings
+        grounded = f", {settings.num_grounding_steps} grounded" if self.pivot is not None else ""
+        source = f"from {settings.photo}" if isinstance(settings, RefocusSettings) else ""
         return " \u00b7 ".join(
             (
-                Path(r["model"]).name,
-                f"{r['num_inference_steps']} steps{grounded}",
-                f"guidance {r['guidance_scale']:g}",
-                f"seed {r['seed']}" if "seed" in r else f"from {r['photo']}",
+                Path(self.record.provenance.model or "").name,
+                f"{settings.num_inference_steps} steps{grounded}",
+                f"guidance {settings.guidance_scale:g}",
+                f"seed {settings.seed}" if isinstance(settings, GenerateSettings) else source,
             )
         )
 
     def merged(self, others: Sequence[Shot], pivot: Shot | None) -> Scene:
         """With pictures made earlier, all targets in ascending order."""
         targets = sorted([*self.targets, *others], key=lambda shot: shot.level or 0.0)
-        recipe = {**self.recipe, "bokeh_targets": [shot.level for shot in targets]}
-        return Scene(recipe=recipe, targets=tuple(targets), pivot=pivot or self.pivot)
+        levels = tuple(shot.level for shot in targets if shot.level is not None)
+        settings = dataclasses.replace(self.record.settings, bokeh_targets=levels)
+        record = dataclasses.replace(self.record, settings=settings)
+        return Scene(record=record, targets=tuple(targets), pivot=pivot or self.pivot)

@@ -1,124 +1,125 @@
-"""Which model made a picture: a fingerprint of its files, and where they were run.
-
-A fingerprint is not a checksum of every byte: reading 34 GB would take longer than making a picture. Of files
-up to 64 MB everything is hashed; of larger ones the size, the first and last megabyte (all of a safetensors
-header, as a rule) and 256 blocks of 4 KB at equal distances. Other weights give other fingerprints, whatever
-the files are called; a file that was tampered with on purpose can escape.
-"""
+"""Which model made a picture, and where it ran: the `Provenance` of a run."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING
 
+import torch
+
+from bokehflux.fingerprint import fingerprint
+from bokehflux.kernels.attention import interface
+from bokehflux.record import Provenance
 from bokehflux.version import __version__
+from bokehflux.weights.load import find_model
+from bokehflux.weights.resolve import ModelFiles, resolve_adapter, resolve_lora
 
 if TYPE_CHECKING:
-    import torch
+    from bokehflux.pipeline.model import Model
 
-    from bokehflux.pipeline.generate import Pipeline
-    from bokehflux.weights.resolve import ModelFiles
-
-WHOLE = 64 << 20
-EDGE, BLOCK, NUM_BLOCKS = 1 << 20, 4 << 10, 256
-SUFFIXES = (".safetensors", ".sft", ".bin", ".gguf", ".json", ".txt", ".model")
-"""Endings of files that decide what a model folder computes: weights, configs, tokenizers."""
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json")
 
 
-def fingerprint(paths: Iterable[Path]) -> str:
-    """32 hexadecimal digits for a set of files and folders (their files, not those below). Names don't count.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model came from: the names it was asked for by, and the files that decide what it computes."""
 
-    Raises OSError for a file that cannot be read.
+    model: str
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Parts that were given by themselves: "vae", "clip", "t5", "tokenizers" -> path."""
+    adapter: str | None = None
+    """As given; None where there was none, or the model brought its own."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """File and strength of each, as given."""
+    files: tuple[Path, ...] = ()
+    adapter_file: Path | None = None
+    lora_files: tuple[Path, ...] = ()
+
+    @cached_property
+    def hashes(self) -> tuple[str | None, str | None, tuple[tuple[str, float], ...]]:
+        """Fingerprints of the model, the adapter and each LoRA (with its strength), read once when they are
+        first asked for; None for what has no files. Raises OSError for a file that is gone."""
+        strengths = [strength for _, strength in self.loras]
+        loras = [fingerprint([file]) for file in self.lora_files]
+        return (
+            fingerprint(self.files) if self.files else None,
+            None if self.adapter_file is None else fingerprint([self.adapter_file]),
+            tuple(zip(loras, strengths, strict=True)),
+        )
+
+
+def source_of(
+    model: str | Path | ModelFiles, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]]
+) -> Source:
+    """The source of a model that is loaded with these arguments of `bokehflux.load`.
+
+    Raises CheckpointError when there is no such model.
     """
-    files = {
-        file
-        for path in paths
-        for file in (path.iterdir() if path.is_dir() else [path])
-        if file == path or (file.suffix in SUFFIXES and file.is_file())
-    }
-    digests = sorted(_digest(file) for file in files)
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
-
-
-def model_facts(
-    model: str | Path | ModelFiles, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]] = ()
-) -> dict[str, Any]:
-    """`model_hash`, `adapter_hash`, `lora_hashes` and the paths, for the arguments of `bokehflux.load`.
-
-    Raises CheckpointError when there is no such model, OSError when a file cannot be read.
-    """
-    from bokehflux.weights.load import find_model
-    from bokehflux.weights.resolve import resolve_adapter, resolve_lora
-
-    parts = find_model(model)
-    chosen = parts.adapter if adapter is None else resolve_adapter(adapter)
+    snapshot = find_model(model)
     # A tokenizer may lie in one folder with everything else.
     words = [
-        folder / name for folder in (parts.clip_tokenizer, parts.t5_tokenizer) for name in TOKENIZER_FILES
+        folder / name
+        for folder in (snapshot.clip_tokenizer, snapshot.t5_tokenizer)
+        for name in TOKENIZER_FILES
     ]
-    scheduler = parts.root / "scheduler"
-    files = [parts.transformer, parts.vae, parts.clip, parts.t5, *words, scheduler]
-    return {
-        "model_hash": fingerprint(path for path in files if path.exists()),
-        "adapter": None if adapter is None else str(adapter),
-        "adapter_hash": None if chosen is None else fingerprint([chosen]),
-        "loras": [[str(path), strength] for path, strength in loras],
-        "lora_hashes": [[fingerprint([resolve_lora(path)]), strength] for path, strength in loras],
-    }
-
-
-def facts(
-    pipe: Pipeline,
-    model: str | Path | ModelFiles,
-    adapter: str | Path | None,
-    loras: Sequence[tuple[str | Path, float]] = (),
-) -> dict[str, Any]:
-    """The part of a recipe that does not depend on the request: which model, and where it runs.
-
-    Of `ModelFiles` all parts that were given, each by its name. Of the place, what can change the bits of a
-    picture. Errors as `model_facts`.
-    """
-    import torch
-
-    from bokehflux.weights.resolve import ModelFiles
-
-    named: dict[str, str] = {"model": pipe.name}
+    files = [
+        snapshot.transformer,
+        snapshot.vae,
+        snapshot.clip,
+        snapshot.t5,
+        *words,
+        snapshot.root / "scheduler",
+    ]
+    parts = {}
     if isinstance(model, ModelFiles):
-        given = {name: str(path) for name, path in vars(model).items() if path is not None}
-        named = {"model": given.pop("transformer"), **given}
-    return {
-        **named,
-        **model_facts(model, adapter, loras),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "compute": pipe.compute,
-        "version": __version__,
-        "torch": torch.__version__,
-        "triton": _triton_version() if pipe.device.type == "cuda" else None,
-        "threads": torch.get_num_threads() if pipe.device.type == "cpu" else None,
-        "device": pipe.device.type,
-        "device_name": device_name(pipe.device),
-        "attention": attention_choice(pipe.device, pipe.dtype, pipe.mmdit.config.head_dim)[0],
-    }
+        parts = {name: str(path) for name, path in vars(model).items() if path is not None}
+    return Source(
+        model=parts.pop("transformer", str(model)),
+        parts=parts,
+        adapter=None if adapter is None else str(adapter),
+        loras=tuple((str(path), float(strength)) for path, strength in loras),
+        files=tuple(path for path in files if path.exists()),
+        adapter_file=snapshot.adapter if adapter is None else resolve_adapter(adapter),
+        lora_files=tuple(resolve_lora(path) for path, _ in loras),
+    )
 
 
-def _triton_version() -> str | None:
-    """Of the package that compiles our kernels; read without importing it."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def provenance_of(model: Model) -> Provenance:
+    """What made a picture that this model makes now."""
+    source, device = model.source, model.device
+    model_hash, adapter_hash, lora_hashes = source.hashes
+    return Provenance(
+        model=source.model,
+        adapter=source.adapter,
+        loras=source.loras,
+        model_hash=model_hash,
+        adapter_hash=adapter_hash,
+        lora_hashes=lora_hashes,
+        dtype=str(model.dtype).removeprefix("torch."),
+        compute=model.compute,
+        device=device.type,
+        device_name=device_name(device),
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        torch=torch.__version__,
+        triton=_triton_version() if device.type == "cuda" else None,
+        version=__version__,
+        attention=attention_choice(device, model.dtype, model.mmdit.config.head_dim)[0],
+        memory=model.memory.mode,
+        vae=source.parts.get("vae"),
+        clip=source.parts.get("clip"),
+        t5=source.parts.get("t5"),
+        tokenizers=source.parts.get("tokenizers"),
+    )
 
 
 def device_name(device: torch.device) -> str:
     """Devices of one name compute alike, a CPU with as many threads: the GPU's product name, or the CPU's
     kind and vector unit."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -128,28 +129,12 @@ def device_name(device: torch.device) -> str:
 
 def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
     """The attention backend that "auto" takes for such queries, and why."""
-    from bokehflux.kernels.attention import interface
-
     return interface.choose(device, dtype, head_dim)
 
 
-def _digest(path: Path) -> bytes:
-    sha, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file:
-        if size <= WHOLE:
-            while block := file.read(EDGE):
-                sha.update(block)
-        else:
-            sha.update(size.to_bytes(8, "little"))
-            for start, length in [(0, EDGE), *_places(size), (size - EDGE, EDGE)]:
-                sha.update(_read(file, start, length))
-    return sha.digest()
-
-
-def _places(size: int) -> list[tuple[int, int]]:
-    return [(i * (size - BLOCK) // NUM_BLOCKS, BLOCK) for i in range(NUM_BLOCKS)]
-
-
-def _read(file: BinaryIO, start: int, length: int) -> bytes:
-    file.seek(start)
-    return file.read(length)
+def _triton_version() -> str | None:
+    """The version of the package that compiles our kernels, read without importing it."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 
 from bokehflux.pictures.page import write_page
 from bokehflux.pictures.series import Scene, Shot
+from bokehflux.record import GenerateSettings, Provenance, Record
 from tests.browser import chromium
 
 PROGRAM = chromium.find()
@@ -30,12 +31,17 @@ def shot(level: float, seed: int, is_pivot: bool = False) -> Shot:
 
 
 def scene(prompt: str, seed: int, with_pivot: bool = True) -> Scene:
-    recipe = {
-        "prompt": prompt, "seed": seed, "model": "nano", "num_inference_steps": 20, "num_grounding_steps": 16,
-        "guidance_scale": 3.0,
-    }  # fmt: skip
+    settings = GenerateSettings(
+        prompt=prompt,
+        seed=seed,
+        num_inference_steps=20,
+        num_grounding_steps=16,
+        bokeh_targets=(0.0,),
+        bokeh_pivot=6.0,
+    )
+    record = Record(settings=settings, provenance=Provenance(model="nano"))
     pivot = shot(15.0, seed, is_pivot=True) if with_pivot else None
-    return Scene(recipe=recipe, targets=tuple(shot(level, seed) for level in LEVELS), pivot=pivot)
+    return Scene(record=record, targets=tuple(shot(level, seed) for level in LEVELS), pivot=pivot)
 
 
 @pytest.fixture(scope="module")

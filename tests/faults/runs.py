@@ -12,11 +12,10 @@ from typing import Any
 from unittest import mock
 
 from bokehflux.app import cli
-from bokehflux.pipeline.generate import Pipeline
+from bokehflux.pipeline import run
 from tests.tiny import tiny_pipeline
 
 PIPE = tiny_pipeline()
-HASHES = {"model_hash": "h", "adapter": None, "adapter_hash": None, "loras": [], "lora_hashes": []}
 Outcome = tuple[int, str, str]
 """Exit code, stdout, stderr."""
 
@@ -44,7 +43,7 @@ def _flags(side: int) -> list[str]:
 
 
 def _run(folder: Path | None, during: Callable[[], None] | None, *argv: str) -> Outcome:
-    made = Pipeline.generate
+    made = run.execute
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = made(*args, **kwargs)
@@ -54,9 +53,8 @@ def _run(folder: Path | None, during: Callable[[], None] | None, *argv: str) -> 
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch("bokehflux.pipeline.generate.load", lambda *_, **__: PIPE))
-        stack.enter_context(mock.patch("bokehflux.pipeline.provenance.model_facts", lambda *_: HASHES))
-        stack.enter_context(mock.patch.object(Pipeline, "generate", watched))
+        stack.enter_context(mock.patch("bokehflux.pipeline.load.load", lambda *_, **__: PIPE))
+        stack.enter_context(mock.patch("bokehflux.app.watched.execute", watched))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         if folder is not None:

@@ -95,14 +95,15 @@ def config(data: bytes, _: str) -> None:
 
 def command(data: bytes, _: str) -> None:
     """Words of a command line, one a line; a model is never loaded."""
-    from bokehflux.app.arguments import model_from, parse, request_from
+    from bokehflux.app.arguments import model_from, parse, settings_from
+    from bokehflux.record import GenerateSettings
 
     words = ["generate", *data.decode("utf-8", "surrogateescape").splitlines()[:30]]
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         try:
             args = parse(words)
             model_from(args)
-            request_from(args, args.prompt or "", args.seed)
+            settings_from(args, GenerateSettings, prompt=args.prompt or "")
         except ValueError:
             pass
         except SystemExit as stop:
@@ -115,7 +116,7 @@ def examples(target: str) -> list[bytes]:
     from PIL import Image
 
     from bokehflux.pictures import metadata
-    from bokehflux.record import Request
+    from bokehflux.record import GenerateSettings
     from bokehflux.weights import official
     from bokehflux.weights.write import save
     from tests.tiny import MMDIT, VAE
@@ -131,7 +132,8 @@ def examples(target: str) -> list[bytes]:
         head += struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, 2, 3, 0, 0)  # 2 x 3 float32
         return [head + bytes(-len(head) % 32) + bytes(24)]
     if target in metadata.FORMATS:
-        recipe = vars(Request(prompt="a cup", bokeh_targets=(0.0, 9.0))) | {"model": "nano", "max_rows": 2}
+        settings = GenerateSettings(prompt="a cup", bokeh_targets=(0.0, 9.0))
+        recipe = {**settings.recipe(), "model": "nano", "max_rows": 2}
         return [metadata.encode(Image.new("RGB", (4, 4)), recipe, target)]
     if target == "lora":
         stem = "transformer.proj_out.lora_"

@@ -15,7 +15,7 @@ from bokehflux.app import cli
 from bokehflux.app.arguments import parsers
 from bokehflux.app.sweep import read_prompts
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.record import Request
+from bokehflux.record import GenerateSettings
 from tests import model_files
 from tests.fuzz.hostile import assert_one_message, command
 from tests.tiny import tiny_pipeline
@@ -85,11 +85,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("bokehflux.app.doctor.report", lambda: ["well"])
-        patch.setattr("bokehflux.pipeline.generate.load", _load)
+        patch.setattr("bokehflux.pipeline.load.load", _load)
         yield
 
 
-_REAL_LOAD = __import__("bokehflux.pipeline.generate", fromlist=["load"]).load
+_REAL_LOAD = __import__("bokehflux.pipeline.load", fromlist=["load"]).load
 
 
 def _load(*args: Any, **kwargs: Any) -> Any:
@@ -156,7 +156,7 @@ def test_any_file_of_prompts(tmp_path_factory, content):
     except ValueError as error:
         assert str(path) in str(error)
     else:
-        assert prompts and all(Request(prompt=prompt) for prompt in prompts)
+        assert prompts and all(GenerateSettings(prompt=prompt) for prompt in prompts)
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero")
@@ -219,8 +219,7 @@ def test_whatever_is_asked_for_stays_in_the_output_folder(tmp_path_factory, prom
     flags += ["--height", "16", "--width", "16"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(outer / "work")
-        patch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: PIPE)
-        patch.setattr("bokehflux.pipeline.provenance.model_facts", lambda *_: HASHES)
+        patch.setattr("bokehflux.pipeline.load.load", lambda *_, **__: PIPE)
         for argv in (["generate", f"--prompt={prompt}", f"--seed={seed}"],
                      ["sweep", f"--prompt={prompt}", "--seeds", f"{seed}"]):  # fmt: skip
             code, out, err = command(*argv, *flags)

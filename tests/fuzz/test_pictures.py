@@ -18,10 +18,10 @@ from PIL import Image
 from bokehflux.app import arguments
 from bokehflux.pictures import metadata
 from bokehflux.pictures.metadata import NoRecipe, read_recipe
-from bokehflux.record import Request
+from bokehflux.record import GenerateSettings
 from tests.fuzz.hostile import JSON, assert_one_message, command
 
-FIELDS = list(Request.__dataclass_fields__)
+FIELDS = list(GenerateSettings.fields())
 RECIPE: dict[str, Any] = {
     "prompt": "a cup",
     "bokeh_targets": [0.0, 9.0],

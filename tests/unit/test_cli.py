@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
 import runpy
@@ -9,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,67 +20,62 @@ from PIL import Image
 
 import bokehflux
 from bokehflux.app import cli
-from bokehflux.configs import Defaults
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.pipeline.generate import Pipeline, Result, load
+from bokehflux.pipeline.load import load
+from bokehflux.pipeline.memory import Placement
+from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.pipeline.provenance import provenance_of
+from bokehflux.pipeline.run import Options, Plan, Result
+from bokehflux.record import GenerateSettings, Record, Settings
 from bokehflux.sampling.samplers import StepInfo
+from tests.tiny import FakeText, NamedSource, tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = ["generate", "--prompt", "a dog", "--bokeh-targets", "0", "4.2", "4.4", "--bokeh-pivot", "15"]
 
 
-class FakePipeline:
-    """Answers with solid pictures; refuses arguments that the real `generate` does not have."""
+class Fake:
+    """Stands in for loading and for executing: answers with solid pictures, and keeps what was asked."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, Any] = {}
-        self.called: dict[str, Any] = {}
+        self.asked: Settings | None = None
+        self.options = Options()
         self.during: Callable[[], None] = lambda: None
-        self.unknown: list[str] = []
-        self.vae = SimpleNamespace(decoder=SimpleNamespace(conv_in=torch.nn.Identity()))
-        self.text = SimpleNamespace(networks=(), unknown_words=lambda _: self.unknown)
-        self.defaults = Defaults(num_inference_steps=3, height_px=32, width_px=32, txt_length=8)
-        self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, "fake"
-        self.compute = "dtype"
-        self.mmdit = SimpleNamespace(config=SimpleNamespace(head_dim=16))
+        self.pipe = tiny_pipeline()
 
-    def load(self, *args: Any, **kwargs: Any) -> FakePipeline:
+    def load(self, *args: Any, **kwargs: Any) -> Pipeline:
         self.loaded = inspect.signature(load).bind(*args, **kwargs).arguments
-        self.name = str(self.loaded["model"])
-        return self
+        source = NamedSource(model=str(self.loaded["model"]), adapter=self.loaded["adapter"])
+        return dataclasses.replace(self.pipe, source=source)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Result:
-        call = inspect.signature(Pipeline.generate).bind(self, *args, **kwargs).arguments
-        self.called = {name: value for name, value in call.items() if name != "self"}
+    def execute(self, model: Pipeline, plan: Plan, options: Options) -> Result:
+        self.asked, self.options = plan.settings, options
         self.during()
-        targets, pivot = self.called["bokeh_targets"], self.called["bokeh_pivot"]
-        on_step = self.called["on_step"]
-        for step in range(3 if on_step else 0):
-            on_step(StepInfo(step=step, num_steps=3, sigma=1 - (step + 1) / 3, latents=torch.zeros(1, 1, 64)))
-        settings = {name: value for name, value in self.called.items() if name != "on_step"}
-        settings |= {"num_inference_steps": 20, "num_grounding_steps": 16, "model": self.loaded["model"]}
-        for _ in [*(targets or [0]), *([] if pivot is None else [pivot])]:
-            self.vae.decoder.conv_in(torch.zeros(1))
+        assert options.on_step is not None
+        for step in range(3):
+            options.on_step(
+                StepInfo(step=step, num_steps=3, sigma=1 - (step + 1) / 3, latents=torch.zeros(1, 1, 64))
+            )
+        targets = plan.settings.bokeh_targets or (0.0,)
+        for _ in range(plan.settings.num_rows):
+            model.vae.decoder.conv_in(torch.zeros(1, 16, 1, 1))
         return Result(
-            images=[Image.new("RGB", (32, 32), (0, int(8 * level), 0)) for level in targets or [0]],
-            pivot_image=None if pivot is None else Image.new("RGB", (32, 32), "blue"),
+            images=[Image.new("RGB", (32, 32), (0, int(8 * level), 0)) for level in targets],
+            pivot_image=Image.new("RGB", (32, 32), "blue") if plan.settings.makes_pivot else None,
             latents=torch.zeros(1, 4, 64),
             pivot_latents=None,
-            settings=settings,
+            record=Record(settings=plan.settings, provenance=provenance_of(model)),
         )
 
 
-def model_facts(model: str, adapter: str | None, loras: list[tuple[str, float]]) -> dict[str, Any]:
-    return {"model_hash": f"hash of {model}", "adapter": adapter, "adapter_hash": None, "lora_hashes": []}
-
-
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
-    pipeline = FakePipeline()
-    monkeypatch.setattr("bokehflux.pipeline.generate.load", pipeline.load)
-    monkeypatch.setattr("bokehflux.pipeline.provenance.model_facts", model_facts)
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
+    stand_in = Fake()
+    monkeypatch.setattr("bokehflux.pipeline.load.load", stand_in.load)
+    monkeypatch.setattr("bokehflux.app.watched.execute", stand_in.execute)
     monkeypatch.chdir(tmp_path)
-    return pipeline
+    return stand_in
 
 
 def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -95,9 +90,7 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-def test_a_sweep_writes_every_picture_and_reports_it(
-    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sweep_writes_every_picture_and_reports_it(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*SWEEP, "--output", "out"]) == 0
     printed = capsys.readouterr().out.split()
     names = ["bokeh-00.0", "bokeh-04.2", "bokeh-04.4", "pivot-bokeh-15.0", "sheet"]
@@ -107,9 +100,7 @@ def test_a_sweep_writes_every_picture_and_reports_it(
         assert image.getpixel((0, 0)) == (0, 33, 0)
 
 
-def test_every_file_holds_the_settings_of_the_run(
-    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_file_holds_the_settings_of_the_run(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*SWEEP, "--adapter", "ada"]) == 0
     found = [read_recipe(path) for path in capsys.readouterr().out.split()]
     assert [(s["role"], s.get("bokeh_level")) for s in found] == [
@@ -120,19 +111,18 @@ def test_every_file_holds_the_settings_of_the_run(
         assert (
             settings["seed"] == 65578
             and settings["adapter"] == "ada"
-            and settings["num_inference_steps"] == 20
+            and settings["num_inference_steps"] == 5
         )
 
 
-def test_published_defaults(fake: FakePipeline) -> None:
+def test_published_defaults(fake: Fake) -> None:
     assert cli.main(["generate", "--prompt", "p", "--bokeh_targets", "15.0"]) == 0
-    assert callable(fake.called.pop("on_step"))
-    assert fake.called == {
-        "prompt": "p", "bokeh_targets": [15.0], "bokeh_pivot": None, "num_inference_steps": None,
-        "num_grounding_steps": None, "guidance_scale": 3.0, "true_cfg": 1.0, "height": None, "width": None,
-        "negative_prompt": "bad quality, low resolution", "seed": 65578,
-        "max_rows": None, "vae_tiling": None,
-    }  # fmt: skip
+    published = GenerateSettings(
+        prompt="p", bokeh_targets=(15.0,), guidance_scale=3.0, true_cfg=1.0,
+        negative_prompt="bad quality, low resolution", seed=65578,
+    )  # fmt: skip
+    assert fake.asked == published.completed(fake.pipe.defaults)
+    assert (fake.options.max_rows, fake.options.vae_tiling) == (None, None)
     assert callable(fake.loaded.pop("on_progress"))
     assert fake.loaded == {
         "model": "nano", "adapter": None, "loras": [], "device": None, "dtype": None, "memory": "auto",
@@ -149,17 +139,20 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("spelling", ["hyphens", "underscores", "equals"])
-def test_every_flag_reaches_the_pipeline(fake: FakePipeline, spelling: str) -> None:
+def test_every_flag_reaches_the_pipeline(fake: Fake, spelling: str) -> None:
     argv = ["generate", "--prompt=--not_a_flag", "--bokeh_target", "0.0", "28"]
     for name, (text, _) in FLAGS.items():
         flag = f"--{name}" if spelling == "underscores" else "--" + name.replace("_", "-")
         argv += [f"{flag}={text}"] if spelling == "equals" else [flag, text]
     assert cli.main(argv) == 0
-    assert {name: fake.called[name] for name in FLAGS} == {name: value for name, (_, value) in FLAGS.items()}
-    assert fake.called["prompt"] == "--not_a_flag" and fake.called["bokeh_targets"] == [0.0, 28.0]
+    assert {name: getattr(fake.asked, name) for name in FLAGS} == {
+        n: value for n, (_, value) in FLAGS.items()
+    }
+    assert fake.asked is not None
+    assert fake.asked.prompt == "--not_a_flag" and fake.asked.bokeh_targets == (0.0, 28.0)
 
 
-def test_model_flags_reach_load(fake: FakePipeline) -> None:
+def test_model_flags_reach_load(fake: Fake) -> None:
     argv = ["--model", "m_1", "--adapter", "a", "--device", "cpu", "--dtype", "float32", "--memory", "stream"]
     argv += ["--compute", "fp8"]
     assert cli.main([*SWEEP, *argv, "--lora", "x_1", "--lora", "y", "0.5"]) == 0
@@ -171,18 +164,18 @@ def test_model_flags_reach_load(fake: FakePipeline) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--output", "--output_dir", "--output-dir", "--results_dir"])
-def test_output_flag_has_the_names_people_know(fake: FakePipeline, flag: str) -> None:
+def test_output_flag_has_the_names_people_know(fake: Fake, flag: str) -> None:
     assert cli.main([*SWEEP, flag, "here_it_is"]) == 0
     assert Path("here_it_is/sheet.png").is_file()
 
 
-def test_without_levels_one_plain_picture(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_levels_one_plain_picture(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "--prompt", "p"]) == 0
-    assert fake.called["bokeh_targets"] is None
+    assert fake.asked is not None and fake.asked.bokeh_targets is None
     assert [Path(line).name for line in capsys.readouterr().out.split()] == ["plain.png", "sheet.png"]
 
 
-def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: FakePipeline) -> None:
+def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fake) -> None:
     argv = ["generate", "--prompt", "p", "--bokeh-targets", "4", "4", "--output", "out"]
     assert cli.main(argv) == cli.main(argv) == 0
     assert {path.name for path in Path("out").iterdir()} == {
@@ -211,9 +204,9 @@ def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fa
         (["generate", "--prompt", "p", "--height", "15"], "16"),
         (["generate", "--prompt", "p", "--width", "-512"], "16"),
         (["generate", "--prompt", "p", "--dtype", "int8"], "int8"),
-        (["generate", "--prompt", "p", "--seed", str(2**64)], "seed must fit"),
+        (["generate", "--prompt", "p", "--seed", str(2**64)], "seed must be at least"),
         (["generate", "--prompt", "x" * 20_001], "20001 characters"),
-        (["generate", "--prompt", "caf\udce9"], "no valid Unicode"),
+        (["generate", "--prompt", "caf\udce9"], "not valid Unicode"),
         (["generate", "--prompt", "p", "--output", "nul\0"], "null byte"),
         (["generate", "--prompt", "p", "--guidance-scale", "inf"], "guidance_scale"),
         (["generate", "--prompt", "p", "--num-inference-steps", "0"], "num_inference_steps"),
@@ -241,23 +234,21 @@ def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fa
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_loaded(
-    fake: FakePipeline, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+    fake: Fake, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
 ) -> None:
     assert says in error_of(argv, capsys)
     assert fake.loaded == {} and list(Path().iterdir()) == []
 
 
 def test_an_unwritable_output_is_found_before_the_model_is_loaded(
-    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
+    fake: Fake, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").write_text("")
     assert "cannot write to output folder file" in error_of([*SWEEP, "--output", "file"], capsys)
     assert fake.loaded == {}
 
 
-def test_what_the_pipeline_refuses_is_one_line(
-    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_pipeline_refuses_is_one_line(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> None:
         raise ValueError("first line\n  second line")
 
@@ -293,15 +284,24 @@ def test_a_model_that_is_not_there_is_one_line_and_one_for_each_place(
     assert any("looked in vain for" in line for line in listed) == lacks, "where nothing is, all lacks"
 
 
-def test_a_list_cannot_hide_what_rules_a_terminal(
-    fake: FakePipeline, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_list_cannot_hide_what_rules_a_terminal(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> None:
         raise ValueError("two\nthings\n  - a\x1b[2J\n  b\n  - c")
 
     fake.during = refuse
     assert cli.main(SWEEP) == 2
     assert capsys.readouterr().err == "bokehflux: error: two things\n  - a\\x1b[2J b\n  - c\n"
+
+
+class UnknownWords(FakeText):
+    """Text encoders that lack some words."""
+
+    def __init__(self, words: list[str]) -> None:
+        super().__init__(torch.float32)
+        object.__setattr__(self, "words", words)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        return self.words
 
 
 @pytest.mark.parametrize(
@@ -317,9 +317,9 @@ def test_a_list_cannot_hide_what_rules_a_terminal(
     ],
 )  # fmt: skip
 def test_words_that_the_model_does_not_know_are_named_once_a_prompt(
-    fake: FakePipeline, caplog: pytest.LogCaptureFixture, unknown: list[str], says: list[str]
+    fake: Fake, caplog: pytest.LogCaptureFixture, unknown: list[str], says: list[str]
 ) -> None:
-    fake.unknown = unknown
+    fake.pipe = dataclasses.replace(fake.pipe, text=UnknownWords(unknown))
     assert cli.main([*SWEEP]) == 0
     assert [record.getMessage() for record in caplog.records] == says
     caplog.clear()
@@ -327,7 +327,7 @@ def test_words_that_the_model_does_not_know_are_named_once_a_prompt(
     assert [record.getMessage() for record in caplog.records] == says
 
 
-def test_broken_weights_are_one_line(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_weights_are_one_line(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     def nan() -> None:
         raise FloatingPointError("NaN in step 3\n of double_blocks.7")
 
@@ -336,7 +336,7 @@ def test_broken_weights_are_one_line(fake: FakePipeline, capsys: pytest.CaptureF
     assert capsys.readouterr().err == "bokehflux: error: NaN in step 3 of double_blocks.7\n"
 
 
-def test_info_shows_the_recipe(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_the_recipe(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*SWEEP, "--output", "out"]) == 0
     capsys.readouterr()
     assert cli.main(["info", "out/bokeh-04.2.png"]) == 0
@@ -364,7 +364,7 @@ def test_fetch_downloads_a_revision_and_prints_its_folder(
 
 
 def test_a_full_disk_is_one_line(
-    fake: FakePipeline, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -375,7 +375,7 @@ def test_a_full_disk_is_one_line(
     assert list(Path("out").iterdir()) == []
 
 
-def test_ctrl_c_ends_in_one_line(fake: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_ends_in_one_line(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -391,7 +391,7 @@ class Terminal(io.StringIO):
 
 
 def test_progress_only_when_somebody_watches(
-    fake: FakePipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(SWEEP) == 0
     assert capsys.readouterr().err == ""
@@ -411,10 +411,11 @@ def test_progress_only_when_somebody_watches(
     ("auto", "bokehflux: memory mode offload, chosen from free memory\n"), ("offload", ""),
 ])  # fmt: skip
 def test_the_memory_mode_that_was_chosen_is_said(
-    fake: FakePipeline, memory: str, says: str, capsys: pytest.CaptureFixture[str],
+    fake: Fake, memory: str, says: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    fake.device, fake.memory = torch.device("cuda"), SimpleNamespace(mode="offload")
+    placement = Placement(mode="offload", device=torch.device("cuda"))
+    fake.pipe = dataclasses.replace(fake.pipe, memory=placement)
     monkeypatch.setattr("bokehflux.pipeline.provenance.device_name", lambda _: "a GPU")
     monkeypatch.setattr("bokehflux.pipeline.provenance.attention_choice", lambda *_: ("triton", "it is fast"))
     assert cli.main([*SWEEP, "--memory", memory]) == 0
@@ -425,7 +426,7 @@ def test_the_memory_mode_that_was_chosen_is_said(
     ("guidance", "cfg", "said"), [("3", "4", True), ("1", "4", False), ("3", "1", False)]
 )
 def test_two_guidances_at_once_are_noted(
-    fake: FakePipeline, guidance: str, cfg: str, said: bool, capsys: pytest.CaptureFixture[str]
+    fake: Fake, guidance: str, cfg: str, said: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([*SWEEP, "--guidance-scale", guidance, "--true-cfg", cfg]) == 0
     note = "bokehflux: --guidance-scale 3 and --true-cfg 4 add up; if pictures look burnt, lower one\n"
@@ -434,13 +435,13 @@ def test_two_guidances_at_once_are_noted(
 
 @pytest.mark.parametrize("error", [MemoryError("the GPU is out of memory; try less"), MemoryError()])
 def test_out_of_memory_at_loading_is_one_line(
-    fake: FakePipeline, error: MemoryError, capsys: pytest.CaptureFixture[str],
+    fake: Fake, error: MemoryError, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     def full(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("bokehflux.pipeline.generate.load", full)
+    monkeypatch.setattr("bokehflux.pipeline.load.load", full)
     assert cli.main(SWEEP) == 1
     err = capsys.readouterr().err
     assert err == f"bokehflux: error: {str(error) or 'out of memory'}\n" and err.count("\n") == 1
@@ -470,7 +471,7 @@ def test_version_and_help_do_not_load_torch() -> None:
     ],
 )
 def test_published_commands_run_unchanged(
-    fake: FakePipeline,
+    fake: Fake,
     monkeypatch: pytest.MonkeyPatch,
     argv: list[str],
     targets: list[float],
@@ -480,8 +481,8 @@ def test_published_commands_run_unchanged(
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "scripts" / "inference_flux.py"), run_name="__main__")
     assert stop.value.code == 0
-    assert fake.called["bokeh_targets"] == targets and fake.called["num_grounding_steps"] == grounded
-    assert fake.called["num_inference_steps"] == 30
+    assert fake.asked is not None and fake.asked.bokeh_targets == tuple(targets)
+    assert fake.asked.numbers()[:2] == (30, grounded or 0)
 
 
 WORDS = st.sampled_from([
@@ -497,11 +498,11 @@ WORDS = st.sampled_from([
 def test_no_command_line_ends_in_a_traceback(
     first: str, rest: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    pipeline = FakePipeline()
+    pipeline = Fake()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("cli"))
-        patch.setattr("bokehflux.pipeline.generate.load", pipeline.load)
-        patch.setattr("bokehflux.pipeline.provenance.model_facts", model_facts)
+        patch.setattr("bokehflux.pipeline.load.load", pipeline.load)
+        patch.setattr("bokehflux.app.watched.execute", pipeline.execute)
         patch.setattr("bokehflux.app.doctor.report", lambda: ["well"])
         try:
             assert cli.main([first, *rest]) in (0, 1, 2)

@@ -17,8 +17,8 @@ from bokehflux.models import tiling
 from bokehflux.pictures.files import uninterrupted
 from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.decode import decode_pictures, wants_tiling
-from bokehflux.pipeline.generate import Pipeline, Stopped
 from bokehflux.pipeline.memory import place
+from bokehflux.pipeline.run import Options, Result, Stopped, execute
 from bokehflux.sampling.latents import LatentGrid
 from tests.tiny import tiny_pipeline
 
@@ -55,10 +55,10 @@ def test_a_run_says_how_it_was_decoded(asked: bool | None) -> None:
         pipe = dataclasses.replace(
             pipe, memory=place(pipe.mmdit, (), pipe.vae, "stream", torch.device("cpu"))
         )
-        settings = pipe.generate("p", num_inference_steps=1, height=512, width=528).settings
+        made = pipe.generate("p", num_inference_steps=1, height=512, width=528)
     else:
-        settings = pipe.generate("p", num_inference_steps=1, vae_tiling=asked).settings
-    assert settings["vae_tiling"] is (asked is not False)
+        made = pipe.generate("p", num_inference_steps=1, vae_tiling=asked)
+    assert made.record.provenance.vae_tiling is (asked is not False)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
@@ -110,7 +110,7 @@ def test_stopped_holds_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(Stopped) as stopped:
         tiny_pipeline().generate("p", [0, 9, 30], bokeh_pivot=15)
     result = stopped.value.result
-    assert isinstance(stopped.value, KeyboardInterrupt) and result.settings == whole.settings
+    assert isinstance(stopped.value, KeyboardInterrupt) and result.record == whole.record
     assert [i.tobytes() for i in result.images] == [whole.images[0].tobytes()]
     assert result.pivot_image is not None and whole.pivot_image is not None
     assert result.pivot_image.tobytes() == whole.pivot_image.tobytes()
@@ -126,9 +126,7 @@ def test_nothing_finished_is_an_ordinary_ctrl_c(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: tiny_pipeline())
-    hashes = {"model_hash": "h", "adapter": None, "adapter_hash": None, "loras": [], "lora_hashes": []}
-    monkeypatch.setattr("bokehflux.pipeline.provenance.model_facts", lambda *_: hashes)
+    monkeypatch.setattr("bokehflux.pipeline.load.load", lambda *_, **__: tiny_pipeline())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -184,17 +182,16 @@ def test_a_sweep_keeps_levels_of_an_unfinished_scene(
 def test_ctrl_c_between_steps_says_how_far_it_was(
     world: Path, preview: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = Pipeline.generate
-
-    def generate(self: Pipeline, *args: Any, on_step: Any, **kwargs: Any) -> Any:
+    def run(model: Any, plan: Any, options: Options) -> Result:
         def watch(info: Any) -> None:
-            on_step(info)
+            assert options.on_step is not None
+            options.on_step(info)
             if info.step == 3:
                 raise KeyboardInterrupt
 
-        return real(self, *args, on_step=watch, **kwargs)
+        return execute(model, plan, dataclasses.replace(options, on_step=watch))
 
-    monkeypatch.setattr(Pipeline, "generate", generate)
+    monkeypatch.setattr("bokehflux.app.watched.execute", run)
     flags = ["--preview", "now.png", "--preview-every", "9"] if preview else []
     assert cli.main(["generate", *ARGV, *flags]) == 130
     shown = ", which now.png shows" if preview else ""

@@ -17,10 +17,10 @@ from bokehflux.app.fetch import TOKENIZERS_ONLY
 from bokehflux.models.fp8 import quantize_mmdit
 from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.pipeline.generate import Pipeline
+from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.weights.resolve import ModelFiles
 from bokehflux.weights.write import save as write
-from tests.tiny import tiny_pipeline
+from tests.tiny import NamedSource, tiny_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE = {
@@ -92,15 +92,14 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     ) -> Pipeline:  # fmt: skip
         loaded.update(model=model, adapter=adapter, loras=loras, device=device, dtype=dtype, memory=memory)
         loaded.update(compute=compute)
-        return dataclasses.replace(TINY[compute if compute == "fp8" else dtype or "float32"], name=str(model))
+        parts = {}
+        if isinstance(model, ModelFiles):
+            parts = {name: str(path) for name, path in vars(model).items() if path is not None}
+        name = parts.pop("transformer", str(model))
+        source = NamedSource(model=name, parts=parts, adapter=adapter, loras=tuple(loras))
+        return dataclasses.replace(TINY[compute if compute == "fp8" else dtype or "float32"], source=source)
 
-    def model_facts(model: str | ModelFiles, adapter: str | None, loras: Any) -> dict[str, Any]:
-        loras = [list(lora) for lora in loras]
-        hashes = {"model_hash": str(model), "adapter_hash": adapter, "lora_hashes": loras}
-        return {**hashes, "adapter": adapter, "loras": loras}
-
-    monkeypatch.setattr("bokehflux.pipeline.generate.load", load)
-    monkeypatch.setattr("bokehflux.pipeline.provenance.model_facts", model_facts)
+    monkeypatch.setattr("bokehflux.pipeline.load.load", load)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     write("taef1_decoder.safetensors", TinyDecoder(16).state_dict())

@@ -379,7 +379,7 @@ def test_a_grounded_run_keeps_its_scene() -> None:
     exact = pipe.generate("a mug", [0, 28], bokeh_pivot=15)
     quantize_mmdit(pipe.mmdit)
     result = pipe.generate("a mug", [0, 28], bokeh_pivot=15)
-    assert (exact.settings["compute"], result.settings["compute"]) == ("dtype", "fp8")
+    assert (exact.record.provenance.compute, result.record.provenance.compute) == ("dtype", "fp8")
     assert 0 < relative_error(result.latents, exact.latents) < 6 * ULP
 
 

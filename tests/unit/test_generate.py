@@ -17,7 +17,9 @@ from bokehflux.configs import Defaults
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.vae import to_uint8
 from bokehflux.pipeline.color import lab_mean
-from bokehflux.pipeline.generate import NEGATIVE_PROMPT, Pipeline
+from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.pipeline.provenance import device_name
+from bokehflux.record import NEGATIVE_PROMPT
 from bokehflux.sampling.diagnose import NonFiniteError
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo
@@ -52,7 +54,7 @@ def test_unbounded_result(pipe: Pipeline) -> None:
     result = pipe.generate(PROMPT, [0, 15, 30])
     assert len(result.images) == 3 and result.latents.shape == (3, 6, 64)
     assert result.pivot_image is None and result.pivot_latents is None
-    assert result.settings["num_grounding_steps"] == 0
+    assert result.record.recipe()["num_grounding_steps"] == 0
 
 
 def test_without_levels_the_adapter_plays_no_part(pipe: Pipeline) -> None:
@@ -64,7 +66,7 @@ def test_without_levels_the_adapter_plays_no_part(pipe: Pipeline) -> None:
     assert len(ours.images) == 1
     assert torch.equal(ours.latents, theirs.latents)
     assert (pixels(ours.images[0]) == pixels(theirs.images[0])).all()
-    assert ours.settings["bokeh_targets"] is None
+    assert ours.record.recipe()["bokeh_targets"] is None
 
 
 def test_pictures_are_the_decoded_latents(pipe: Pipeline) -> None:
@@ -141,7 +143,7 @@ def test_all_rows_start_from_the_same_noise(pipe: Pipeline) -> None:
 def test_grounded_share_of_the_steps(pipe: Pipeline, steps: int, grounded: int) -> None:
     settings = pipe.generate(
         PROMPT, [0], bokeh_pivot=9, num_inference_steps=steps, height=16, width=16
-    ).settings
+    ).record.recipe()
     assert (settings["num_inference_steps"], settings["num_grounding_steps"]) == (steps, grounded)
 
 
@@ -149,7 +151,11 @@ def test_defaults_come_from_the_model(pipe: Pipeline) -> None:
     other = Defaults(num_inference_steps=3, height_px=64, width_px=16, txt_length=6)
     result = dataclasses.replace(pipe, defaults=other).generate(PROMPT)
     assert result.images[0].size == (16, 64)
-    assert (result.settings["num_inference_steps"], result.settings["height"], result.settings["width"]) == (
+    assert (
+        result.record.recipe()["num_inference_steps"],
+        result.record.recipe()["height"],
+        result.record.recipe()["width"],
+    ) == (
         3,
         64,
         16,
@@ -160,30 +166,29 @@ def test_settings(pipe: Pipeline) -> None:
     """Everything after defaults, through JSON and back."""
     settings = pipe.generate(
         PROMPT, [np.float32(3), 30], bokeh_pivot=np.float64(12.5), seed=4, true_cfg=2.0
-    ).settings
+    ).record.recipe()
     assert json.loads(json.dumps(settings)) == settings == {
         "prompt": PROMPT, "bokeh_targets": [3.0, 30.0], "bokeh_pivot": 12.5, "num_inference_steps": 5,
         "num_grounding_steps": 4, "guidance_scale": 3.0, "true_cfg": 2.0, "negative_prompt": NEGATIVE_PROMPT,
         "height": 32, "width": 48, "seed": 4, "model": "tiny", "device": "cpu", "dtype": "float32",
         "compute": "dtype", "version": bokehflux.__version__, "memory": "resident", "adapter": None,
-        "loras": [], "max_rows": None, "vae_tiling": False,
+        "loras": [], "max_rows": None, "vae_tiling": False, "model_hash": None, "adapter_hash": None,
+        "lora_hashes": [], "device_name": device_name(torch.device("cpu")), "attention": "sdpa",
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "triton": None,
     }  # fmt: skip
-
-
-NOT_ARGUMENTS = ("model", "adapter", "loras", "device", "dtype", "compute", "version", "memory")
 
 
 def test_settings_repeat_the_run(pipe: Pipeline) -> None:
     first = pipe.generate(PROMPT, [3, 28], bokeh_pivot=12, seed=11, guidance_scale=4.5)
-    words = {k: v for k, v in first.settings.items() if k not in NOT_ARGUMENTS}
-    assert torch.equal(pipe.generate(**words).latents, first.latents)
+    again = pipe.generate(**first.record.settings.recipe())
+    assert torch.equal(again.latents, first.latents) and again.record == first.record
 
 
 def test_odd_sizes_are_floored(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         result = pipe.generate(PROMPT, height=47, width=33, num_inference_steps=1)
     assert result.images[0].size == (32, 32)
-    assert (result.settings["height"], result.settings["width"]) == (32, 32)
+    assert (result.record.recipe()["height"], result.record.recipe()["width"]) == (32, 32)
     assert "47 x 33" in caplog.text
 
 
@@ -225,32 +230,32 @@ def test_the_negative_prompt_matters_only_with_true_cfg(pipe: Pipeline) -> None:
 def test_bfloat16() -> None:
     result = tiny_pipeline(dtype=torch.bfloat16).generate(PROMPT, [0, 30], bokeh_pivot=12)
     assert result.latents.dtype == torch.bfloat16 and result.latents.isfinite().all()
-    assert result.settings["dtype"] == "bfloat16"
+    assert result.record.recipe()["dtype"] == "bfloat16"
     exact = tiny_pipeline().generate(PROMPT, [0, 30], bokeh_pivot=12)
     assert np.abs(pixels(result.images[1]) - pixels(exact.images[1])).mean() < 10
 
 
 BAD = [
     ({"prompt": "  \n"}, "prompt is empty"),
-    ({"bokeh_targets": []}, "bokeh_targets is empty"),
+    ({"bokeh_targets": []}, "bokeh_targets must be a sequence of 1 to 1000 levels, got"),
     ({"bokeh_targets": [3, 31]}, "between 0 .* and 30, got 31"),
     ({"bokeh_targets": [-1]}, "got -1"),
     ({"bokeh_targets": [float("nan")]}, "got nan"),
     ({"bokeh_targets": [3], "bokeh_pivot": 40}, "got 40"),
     ({"bokeh_pivot": 3}, "bokeh_pivot needs bokeh_targets"),
-    ({"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1, got 0"),
+    ({"num_inference_steps": 0}, "num_inference_steps must be at least 1 .* got 0"),
     ({"num_inference_steps": -2}, "got -2"),
     ({"bokeh_targets": [3], "num_grounding_steps": 2}, "num_grounding_steps needs bokeh_pivot"),
     ({"num_grounding_steps": 2}, "num_grounding_steps needs bokeh_pivot"),
-    ({"bokeh_targets": [3], "bokeh_pivot": 3, "num_grounding_steps": 6}, "between 0 and the 5 steps, got 6"),
+    ({"bokeh_targets": [3], "bokeh_pivot": 3, "num_grounding_steps": 6}, "at most the 5 steps, got 6"),
     ({"bokeh_targets": [3], "bokeh_pivot": 3, "num_grounding_steps": -1}, "got -1"),
-    ({"height": 15}, "at least 16 pixels, got 15 x 48"),
-    ({"num_inference_steps": 2.0}, "whole number of at least 1, got 2.0"),
-    ({"bokeh_targets": 5.0}, "must be a sequence of levels, got 5.0"),
-    ({"bokeh_targets": [None]}, "must be a sequence of levels"),
-    ({"true_cfg": 0.5}, "true_cfg must be 1 .* got 0.5"),
-    ({"seed": 2**64}, "seed must fit in 64 bits"),
-    ({"width": 0}, "at least 16 pixels, got 32 x 0"),
+    ({"height": 15}, "height must be at least 16 .* got 15"),
+    ({"num_inference_steps": 2.0}, "num_inference_steps must be a whole number, got 2.0"),
+    ({"bokeh_targets": 5.0}, "must be a sequence of 1 to 1000 levels, got 5.0"),
+    ({"bokeh_targets": [None]}, "must be a sequence of 1 to 1000 levels"),
+    ({"true_cfg": 0.5}, "true_cfg must be at least 1, got 0.5"),
+    ({"seed": 2**64}, "seed must be at least .* and at most"),
+    ({"width": 0}, "width must be at least 16 .* got 0"),
 ]
 
 

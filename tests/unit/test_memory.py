@@ -94,7 +94,7 @@ def test_a_block_comes_once_a_step_however_rows_are_split(monkeypatch: pytest.Mo
     )
     split = pipe.generate("a mug", [0, 8, 28], bokeh_pivot=15, max_rows=1)
     torch.testing.assert_close(split.latents, whole.latents, atol=2e-4, rtol=0)
-    blocks, steps = pipe.mmdit.config.num_blocks, split.settings["num_inference_steps"]
+    blocks, steps = pipe.mmdit.config.num_blocks, split.record.recipe()["num_inference_steps"]
     assert fetched == [*range(blocks)] * steps + [0]
 
 

@@ -19,18 +19,24 @@ from bokehflux.metrics import sharpness
 from bokehflux.pictures import files as output
 from bokehflux.pictures.page import curve_svg, measured_sharpness, page, write_page
 from bokehflux.pictures.series import Scene, Shot
+from bokehflux.record import GenerateSettings, Provenance, Record
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 
 
 def scene(prompt: str = "a cup", levels: tuple[float, ...] = (0.0, 12.0), pivot: float | None = 6.0) -> Scene:
-    recipe = {
-        "prompt": prompt, "seed": 1, "model": "nano", "num_inference_steps": 4, "num_grounding_steps": 2,
-        "guidance_scale": 3.0,
-    }  # fmt: skip
+    settings = GenerateSettings(
+        prompt=prompt,
+        seed=1,
+        num_inference_steps=4,
+        num_grounding_steps=2,
+        bokeh_targets=(0.0,),
+        bokeh_pivot=6.0,
+    )
+    record = Record(settings=settings, provenance=Provenance(model="nano"))
     shots = [Shot(level=level, image=NOISE.filter(ImageFilter.GaussianBlur(level / 4))) for level in levels]
     anchor = None if pivot is None else Shot(level=pivot, image=NOISE, is_pivot=True)
-    return Scene(recipe=recipe, targets=tuple(shots), pivot=anchor)
+    return Scene(record=record, targets=tuple(shots), pivot=anchor)
 
 
 def data(text: str) -> list[dict[str, Any]]:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from bokehflux.app.preview import Preview, check_preview, fit_rgb_map
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.record import Request
-from bokehflux.sampling.latents import pack
+from bokehflux.sampling.latents import LatentGrid, pack
 from bokehflux.sampling.samplers import StepInfo, euler
 from tests.tiny import VAE, tiny_pipeline
 
-SIZE = Request(prompt="p", height=64, width=96)
+SIZE = LatentGrid(height_px=64, width_px=96)
 
 
 class LinearVAE(nn.Module):
@@ -71,7 +70,7 @@ def test_the_noise_of_the_current_level_is_not_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("every", "steps"), [(1, [2, 3, 4, 5]), (2, [2, 4, 5]), (3, [3, 5]), (9, [5])])
 def test_when_it_is_written(tmp_path: Path, every: int, steps: list[int]) -> None:
     pipe, path, seen = tiny_pipeline(), tmp_path / "p.webp", []
-    preview = Preview(fit_rgb_map(pipe.vae), Request(prompt="p").completed(pipe.defaults), path, every)
+    preview = Preview(fit_rgb_map(pipe.vae), LatentGrid(height_px=32, width_px=48), path, every)
 
     def watch(info: StepInfo) -> None:
         preview(info)
@@ -87,9 +86,7 @@ def test_when_it_is_written(tmp_path: Path, every: int, steps: list[int]) -> Non
 
 def test_one_step_is_shown_too(tmp_path: Path) -> None:
     pipe = tiny_pipeline()
-    preview = Preview(
-        fit_rgb_map(pipe.vae), Request(prompt="p").completed(pipe.defaults), tmp_path / "p.jpg", 1
-    )
+    preview = Preview(fit_rgb_map(pipe.vae), LatentGrid(height_px=32, width_px=48), tmp_path / "p.jpg", 1)
     pipe.generate("p", [0], num_inference_steps=1, on_step=preview)
     assert (tmp_path / "p.jpg").is_file()
 
@@ -98,7 +95,7 @@ def test_a_second_batch_begins_afresh(tmp_path: Path) -> None:
     """The last latents of one batch and the first of the next make no velocity."""
     pipe = tiny_pipeline()
     path, written = tmp_path / "p.png", []
-    preview = Preview(fit_rgb_map(pipe.vae), Request(prompt="p").completed(pipe.defaults), path, 1)
+    preview = Preview(fit_rgb_map(pipe.vae), LatentGrid(height_px=32, width_px=48), path, 1)
 
     def watch(info: StepInfo) -> None:
         preview(info)

@@ -16,9 +16,10 @@ from torch import Tensor
 from benchmarks import bench_refocus
 from bokehflux.app import cli
 from bokehflux.models.vae import to_uint8
+from bokehflux.photos.read import read_photo
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.pipeline.generate import Stopped
-from bokehflux.pipeline.refocus import grid_of, read_photo, refocus
+from bokehflux.pipeline.refocus import grid_of
+from bokehflux.pipeline.run import Options, Result, Stopped, execute
 from bokehflux.sampling.inversion import followed, invert
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo, euler
@@ -82,8 +83,8 @@ def test_a_photo_at_its_own_level_comes_back(max_rows: int | None, grounded: int
     pipe = tiny_pipeline()
     errors = []
     for steps in (10, 40):
-        made = refocus(
-            pipe, photo(), "a mug", [7, 30], photo_level=7, height=32, width=48, max_rows=max_rows,
+        made = pipe.refocus(
+            photo(), "a mug", [7, 30], photo_level=7, height=32, width=48, max_rows=max_rows,
             num_inference_steps=steps, num_grounding_steps=grounded,
         )  # fmt: skip
         assert made.pivot_latents is not None and made.pivot_image is not None
@@ -96,7 +97,7 @@ def test_a_photo_at_its_own_level_comes_back(max_rows: int | None, grounded: int
     grid = LatentGrid(height_px=32, width_px=48)
     own = to_uint8(pipe.vae.decode(unpack(made.pivot_latents.clone()[None], grid)))[0].numpy().astype(int)
     assert np.abs(np.asarray(made.images[0]).astype(int) - own).mean() < 3
-    assert made.settings["bokeh_pivot"] == 7.0 and made.settings["bokeh_targets"] == [7.0, 30.0]
+    assert made.record.settings.bokeh_pivot == 7.0 and made.record.settings.bokeh_targets == (7.0, 30.0)
 
 
 def test_every_argument_counts() -> None:
@@ -104,7 +105,7 @@ def test_every_argument_counts() -> None:
 
     def latents(**changed: object) -> Tensor:
         options = {"prompt": "a mug", "bokeh_targets": [30], "num_inference_steps": 4} | changed
-        return refocus(pipe, photo(), **options).latents  # type: ignore[arg-type]
+        return pipe.refocus(photo(), **options).latents  # type: ignore[arg-type]
 
     plain = latents()
     assert torch.equal(plain, latents()), "nothing is drawn"
@@ -136,21 +137,21 @@ def test_the_photos_own_shape(size: tuple[int, int], orientation: int, tokens: t
 
 
 @pytest.mark.parametrize(("changed", "says"), [
-    ({"photo_level": 31}, "bokeh level lies between 0"), ({"bokeh_targets": []}, "bokeh_targets is empty"),
+    ({"photo_level": 31}, "bokeh level must be between 0"), ({"bokeh_targets": []}, "bokeh_targets must be"),
     ({"prompt": " "}, "prompt is empty"), ({"height": 64}, "both height and width"),
-    ({"num_grounding_steps": 99}, "between 0 and the"), ({"num_inference_steps": 0}, "at least 1"),
+    ({"num_grounding_steps": 99}, "at most the 5 steps"), ({"num_inference_steps": 0}, "at least 1"),
 ])  # fmt: skip
 def test_bad_arguments(changed: dict[str, object], says: str) -> None:
     options = {"prompt": "a mug", "bokeh_targets": [30]} | changed
     with pytest.raises(ValueError, match=says):
-        refocus(tiny_pipeline(), photo(), **options)  # type: ignore[arg-type]
+        tiny_pipeline().refocus(photo(), **options)  # type: ignore[arg-type]
 
 
 def test_numbers_that_are_none_are_named() -> None:
     pipe = tiny_pipeline()
     pipe.mmdit.singles[1].linear2.weight.data[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="single_blocks.1"):
-        refocus(pipe, photo(), "a mug", [30], num_inference_steps=2)
+        pipe.refocus(photo(), "a mug", [30], num_inference_steps=2)
 
 
 def test_photos_that_cannot_be_read(tmp_path: Path) -> None:
@@ -165,15 +166,14 @@ def test_photos_that_cannot_be_read(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"cannot read the photograph .*{says}.*expected one of PNG"):
             read_photo(tmp_path / name)
-    image, facts = read_photo(tmp_path / "whole.png")
-    assert image.size == (48, 32) and facts["photo"] == "whole.png" and len(facts["photo_hash"]) == 32
+    whole = read_photo(tmp_path / "whole.png")
+    assert whole.image.size == (48, 32) and whole.name == "whole.png" and len(whole.fingerprint) == 32
 
 
 @pytest.fixture
 def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder with mug.jpg, where commands load a tiny model."""
-    monkeypatch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: tiny_pipeline())
-    monkeypatch.setattr("bokehflux.pipeline.provenance.model_facts", lambda *_: {"model_hash": "h"})
+    monkeypatch.setattr("bokehflux.pipeline.load.load", lambda *_, **__: tiny_pipeline())
     monkeypatch.chdir(tmp_path)
     photo().save("mug.jpg")
 
@@ -203,13 +203,13 @@ def test_the_command_goes_on_with_fewer_rows(
 ) -> None:
     tried: list[int | None] = []
 
-    def run(*args: Any, max_rows: int | None, **options: Any) -> Any:
-        tried.append(max_rows)
-        if max_rows != 1:
+    def run(model: Any, plan: Any, options: Options) -> Result:
+        tried.append(options.max_rows)
+        if options.max_rows != 1:
             raise MemoryError("too small")
-        return refocus(*args, max_rows=max_rows, **options)
+        return execute(model, plan, options)
 
-    monkeypatch.setattr("bokehflux.pipeline.refocus.refocus", run)
+    monkeypatch.setattr("bokehflux.app.watched.execute", run)
     argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
     assert cli.main([*argv, "--num-inference-steps", "2"]) == 0
     assert tried == [None, 1] and read_recipe("results/bokeh-20.0.png")["max_rows"] == 1
@@ -220,11 +220,11 @@ def test_the_command_goes_on_with_fewer_rows(
 def test_the_command_keeps_what_is_finished(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def stopped(*args: Any, **options: Any) -> Any:
-        made = refocus(*args, **options)
+    def stopped(*args: Any) -> Result:
+        made = execute(*args)
         raise Stopped(dataclasses.replace(made, images=made.images[:1]))
 
-    monkeypatch.setattr("bokehflux.pipeline.refocus.refocus", stopped)
+    monkeypatch.setattr("bokehflux.app.watched.execute", stopped)
     argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
     assert cli.main([*argv, "--num-inference-steps", "2"]) == 130
     said = capsys.readouterr()

@@ -12,7 +12,7 @@ from PIL import Image
 
 import bokehflux
 from bokehflux.attention import Grounded, PivotQuery
-from bokehflux.pipeline.generate import Pipeline
+from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.schedule import sigmas
 from tests.tiny import tiny_pipeline

@@ -94,7 +94,7 @@ def test_split_batches_make_the_same_pictures(max_rows: int, pivot: float | None
     split = pipe.generate(PROMPT, levels, bokeh_pivot=pivot, true_cfg=true_cfg, max_rows=max_rows)
     torch.testing.assert_close(split.latents, whole.latents, atol=2e-4, rtol=0)
     rows = len(levels) + (pivot is not None)
-    passes = whole.settings["num_inference_steps"] * (2 if true_cfg > 1 else 1)
+    passes = whole.record.recipe()["num_inference_steps"] * (2 if true_cfg > 1 else 1)
     assert max(k for _, k, _ in seen) == min(max_rows, rows)
     assert sum(k for _, k, _ in seen) == rows * passes * pipe.mmdit.config.num_blocks
 
@@ -126,7 +126,7 @@ def test_a_filled_pivot_cache_costs_one_row() -> None:
     torch.testing.assert_close(later.latents, whole.latents[1:], atol=2e-4, rtol=0)
     assert later.pivot_image is not None and whole.pivot_image is not None
     assert later.pivot_image.tobytes() == whole.pivot_image.tobytes()
-    assert later.settings["bokeh_targets"] == [28.0]
+    assert later.record.recipe()["bokeh_targets"] == [28.0]
 
 
 @pytest.mark.parametrize(

@@ -13,37 +13,45 @@ import torch
 from PIL import Image
 
 from bokehflux.app import cli, sweep
-from bokehflux.app.sweep import finished, folder_name, grid, read_prompts, run_sweep
+from bokehflux.app.sweep import Sweep, finished, folder_name, grid, read_prompts
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.pipeline.generate import Pipeline, Result
-from bokehflux.record import Request
+from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.pipeline.provenance import provenance_of
+from bokehflux.pipeline.run import Options, Result, execute
+from bokehflux.record import GenerateSettings, Provenance, Record
 from tests.tiny import tiny_pipeline
 
 PIPE = tiny_pipeline()
-FACTS = {
-    "model": "tiny", "model_hash": "h", "adapter": None, "adapter_hash": None, "loras": [],
-    "lora_hashes": [], "dtype": "float32", "compute": "dtype", "version": "1", "torch": "2", "device": "cpu",
-}  # fmt: skip
-BASE = Request(prompt="a cup", bokeh_targets=(0.0, 20.0), bokeh_pivot=10.0, num_inference_steps=2)
+HERE = provenance_of(PIPE)
+BASE = GenerateSettings(prompt="a cup", bokeh_targets=(0.0, 20.0), bokeh_pivot=10.0, num_inference_steps=2)
 
 
 class Serve:
     """Serves requests and keeps them."""
 
     def __init__(self, before: Callable[[int], None] = lambda _: None) -> None:
-        self.served: list[Request] = []
+        self.served: list[GenerateSettings] = []
         self.before = before
 
-    def __call__(self, request: Request) -> Result:
+    def __call__(self, settings: GenerateSettings) -> Result:
         self.before(len(self.served))
-        self.served.append(request)
-        return request.run(PIPE)
+        self.served.append(settings)
+        return PIPE.generate(**settings.recipe())
+
+
+def sweep_of(
+    asked: list[GenerateSettings], output: Path, serve: Serve | None = None, kind: str = "png"
+) -> Sweep:
+    return Sweep.of(PIPE, asked, output, kind, serve or Serve())
 
 
 def run(
-    requests: list[Request], output: Path, serve: Serve | None = None, kind: str = "png", **facts: Any
+    asked: list[GenerateSettings], output: Path, serve: Serve | None = None, kind: str = "png", **facts: Any
 ) -> list[sweep.Done]:
-    return list(run_sweep(requests, PIPE.defaults, FACTS | facts, output, kind, serve or Serve()))
+    planned = sweep_of(asked, output, serve, kind)
+    here = dataclasses.replace(HERE, **facts)
+    scenes = [dataclasses.replace(scene, provenance=here) for scene in planned.scenes]
+    return list(dataclasses.replace(planned, scenes=scenes).made())
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -171,19 +179,21 @@ def test_what_is_not_whole_or_not_wanted_does_not_count(tmp_path: Path, damage: 
     {"height": 48}, {"width": 64},
 ])  # fmt: skip
 def test_whatever_decides_a_picture_has_a_folder_of_its_own(change: dict[str, Any]) -> None:
-    def name(request: Request, **facts: Any) -> str:
-        return folder_name({**dataclasses.asdict(request.completed(PIPE.defaults)), **FACTS, **facts})
+    def name(settings: GenerateSettings, **facts: Any) -> str:
+        here = dataclasses.replace(HERE, **facts)
+        return folder_name(Record(settings=settings.completed(PIPE.defaults), provenance=here))
 
     assert name(BASE) == name(dataclasses.replace(BASE, bokeh_targets=(3,)))
     assert name(BASE) != name(dataclasses.replace(BASE, **change))
-    for key in ("model_hash", "adapter_hash", "lora_hashes", "dtype", "compute"):
+    for key in ("model_hash", "adapter_hash", "dtype", "compute"):
         assert name(BASE) != name(BASE, **{key: "other"})
+    assert name(BASE) != name(BASE, lora_hashes=[("other", 1)])
     assert name(BASE) == name(BASE, torch="9", device="cuda", version="9")
 
 
 @pytest.mark.parametrize("prompt", ["../../etc/passwd", "/root", "..", "a\\b:c*", "夜", "x" * 5000, "CON\0"])
 def test_no_prompt_leaves_the_output_folder(prompt: str) -> None:
-    name = folder_name({**dataclasses.asdict(dataclasses.replace(BASE, prompt=prompt)), **FACTS})
+    name = folder_name(Record(settings=dataclasses.replace(BASE, prompt=prompt), provenance=Provenance()))
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and len(name) < 90
     assert not name.startswith("-")
 
@@ -225,7 +235,7 @@ def test_the_page_of_another_sweep_stays(tmp_path: Path) -> None:
         run(other, tmp_path)
     assert (tmp_path / "index.html").read_bytes() == first
     assert {p.name for p in tmp_path.glob("*.html")} == {"index.html", "index-run2.html"}
-    assert sweep.overviews(tmp_path, other, PIPE.defaults, FACTS) == [tmp_path / "index-run2.html"]
+    assert sweep_of(other, tmp_path).overviews() == [tmp_path / "index-run2.html"]
     assert '"prompt": "a tree"' in (tmp_path / "index-run2.html").read_text()
     run([*one, *other], tmp_path)  # all that is shown, and more
     assert (tmp_path / "index.html").read_text().count('"curve": ') == 2
@@ -240,13 +250,13 @@ def test_many_scenes_get_several_pages(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sweep, "SCENES_PER_PAGE", 2)
     alive: list[weakref.ref[Any]] = []
     requests = grid(BASE, ["a cup"], [1, 2, 3, 4, 5])
-    for done in run_sweep(requests, PIPE.defaults, FACTS, tmp_path, "png", Serve()):
+    for done in sweep_of(requests, tmp_path).made():
         alive.append(weakref.ref(done.scene))
         del done
         assert sum(ref() is not None for ref in alive) <= 2
     pages = sorted(p.name for p in tmp_path.iterdir() if p.is_file())
     assert pages == ["grid-2.png", "grid.png", "index-2.html", "index-3.html", "index.html"]
-    assert sorted(p.name for p in sweep.overviews(tmp_path, requests, PIPE.defaults, FACTS)) == pages
+    assert sorted(p.name for p in sweep_of(requests, tmp_path).overviews()) == pages
     curves = [(tmp_path / name).read_text().count('"curve": ') for name in pages[2:]]
     assert curves == [2, 1, 2]
     served = Serve()
@@ -256,9 +266,7 @@ def test_many_scenes_get_several_pages(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: PIPE)
-    hashes = {key: FACTS[key] for key in FACTS if "hash" in key}
-    monkeypatch.setattr("bokehflux.pipeline.provenance.model_facts", lambda *_: hashes)
+    monkeypatch.setattr("bokehflux.pipeline.load.load", lambda *_, **__: PIPE)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -269,16 +277,16 @@ ARGV = ["sweep", "--prompt", "a cup", "--bokeh-targets", "0", "9", "--seeds", "1
 def test_ctrl_c_keeps_what_is_finished_and_says_so(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, calls = Pipeline.generate, []
+    calls: list[int] = []
 
-    def generate(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
+    def second_is_stopped(*args: Any) -> Result:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
+        return execute(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "generate", generate)
+        patch.setattr("bokehflux.app.watched.execute", second_is_stopped)
         assert cli.main(ARGV) == 130
     out, err = capsys.readouterr()
     assert err == (
@@ -314,16 +322,15 @@ def test_a_full_disk_during_a_sweep(
 def test_what_ran_out_of_memory_once_is_not_tried_again(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, asked = Pipeline.generate, []
+    asked: list[tuple[int | None, bool | None]] = []
 
-    def generate(self: Pipeline, *args: Any, max_rows: int | None, **kwargs: Any) -> Any:
-        asked.append((max_rows, kwargs["vae_tiling"]))
-        if max_rows is None or max_rows > 1:
+    def cramped(model: Pipeline, plan: Any, options: Options) -> Result:
+        asked.append((options.max_rows, options.vae_tiling))
+        if options.max_rows is None or options.max_rows > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        result = real(self, *args, max_rows=max_rows, **kwargs | {"vae_tiling": True})
-        return result
+        return execute(model, plan, dataclasses.replace(options, vae_tiling=True))
 
-    monkeypatch.setattr(Pipeline, "generate", generate)
+    monkeypatch.setattr("bokehflux.app.watched.execute", cramped)
     assert cli.main(ARGV) == 0
     assert asked == [(None, None), (1, None), (1, True)]
 
@@ -332,18 +339,18 @@ def test_foreign_files_in_a_scene_folder_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "bokeh-notes.txt").write_text("x")
     (tmp_path / "bokeh-00.0.png").mkdir()
     (tmp_path / "bokeh-05.0.png").write_text("no picture")
-    assert finished(tmp_path, {**dataclasses.asdict(BASE), **FACTS}) == {}
+    assert finished(tmp_path, Record(settings=BASE, provenance=HERE)) == {}
 
 
-def test_out_of_memory_still_gives_the_whole_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Pipeline.generate
-
-    def generate(self: Pipeline, *args: Any, max_rows: int | None, **kwargs: Any) -> Any:
-        if max_rows is None or max_rows > 1:
+def test_out_of_memory_still_gives_the_whole_scene(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cramped(model: Pipeline, plan: Any, options: Options) -> Result:
+        if options.max_rows is None or options.max_rows > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, *args, max_rows=max_rows, **kwargs)
+        return execute(model, plan, options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "generate", generate)
-        (done,) = run(grid(BASE, ["a cup"], [1]), tmp_path)
-    assert len(done.scene.targets) == 2 and read_recipe(done.paths[0])["max_rows"] == 1
+    monkeypatch.setattr("bokehflux.app.watched.execute", cramped)
+    assert cli.main(ARGV) == 0
+    pictures = [Path(line) for line in capsys.readouterr().out.split() if "/bokeh-" in line]
+    assert len(pictures) == 4 and {read_recipe(path)["max_rows"] for path in pictures} == {1}

@@ -11,7 +11,7 @@ from PIL import Image
 from bokehflux.app import cli
 from bokehflux.app.preview import Preview
 from bokehflux.models.tiny_decoder import TinyDecoder
-from bokehflux.record import Request
+from bokehflux.sampling.latents import LatentGrid
 from bokehflux.weights.checkpoint import CheckpointError
 from bokehflux.weights.tables.tiny_decoder import DIFFUSERS
 from bokehflux.weights.tiny_decoder import load_tiny_decoder
@@ -88,8 +88,8 @@ def test_previews_show_detail(tmp_path: Path, side: int, shown: tuple[int, int])
         seen.append(latents.shape)
         return torch.zeros(1, 3, side, side)
 
-    request = Request(prompt="p", height=side, width=side)
-    preview = Preview(decoder, request, tmp_path / "p.png", 9)
+    grid = LatentGrid(height_px=side, width_px=side)
+    preview = Preview(decoder, grid, tmp_path / "p.png", 9)
     pipe.generate("p", [0, 9], num_inference_steps=2, height=side, width=side, on_step=preview)
     assert seen == [(1, 16, side // 8, side // 8)] * 2
     with Image.open(tmp_path / "p.png") as image:
@@ -108,7 +108,7 @@ def test_refused_before_loading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("bokehflux.pipeline.load.load", lambda *_, **__: pytest.fail("loaded"))
     assert cli.main(["generate", "--prompt", "p", *flags]) == 2
     assert says in capsys.readouterr().err
 
@@ -125,7 +125,7 @@ def test_a_wrong_file_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save(Path("x.safetensors"), {"a": torch.zeros(1)})
-    monkeypatch.setattr("bokehflux.pipeline.generate.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("bokehflux.pipeline.load.load", lambda *_, **__: pytest.fail("loaded"))
     assert (
         cli.main(["generate", "--prompt", "p", "--preview", "p.png", "--preview-vae", "x.safetensors"]) == 2
     )

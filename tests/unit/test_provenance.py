@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from bokehflux.pipeline import provenance as identity
-from bokehflux.pipeline.provenance import device_name, facts, fingerprint, model_facts
-from bokehflux.weights.resolve import ModelFiles
+from bokehflux import fingerprint as fingerprints
+from bokehflux.fingerprint import fingerprint
+from bokehflux.pipeline.provenance import Source, device_name, provenance_of, source_of
+from bokehflux.record import Provenance
+from bokehflux.version import __version__
 from tests.tiny import tiny_pipeline
 from tests.unit.test_load import write_snapshot
 
@@ -37,7 +40,7 @@ def test_small_files_are_hashed_whole(tmp_path: Path, place: int) -> None:
 
 def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WHOLE", 1 << 16), ("EDGE", 1 << 10), ("BLOCK", 64), ("NUM_BLOCKS", 16)):
-        monkeypatch.setattr(identity, name, value)
+        monkeypatch.setattr(fingerprints, name, value)
     size = 1 << 20
     base = bytearray(torch.randint(0, 256, (size,), dtype=torch.uint8).numpy().tobytes())
 
@@ -69,33 +72,31 @@ def test_every_part_of_a_model_counts(tmp_path: Path) -> None:
     write_snapshot(tmp_path)
     lora = tmp_path / "lora.safetensors"
     lora.write_bytes(b"lora")
-    before = model_facts(tmp_path, None, [(lora, 0.5)])
-    assert before["adapter"] is None and before["adapter_hash"] == fingerprint([tmp_path / "adapter"])
-    assert before["loras"] == [[str(lora), 0.5]]
-    assert before["lora_hashes"] == [[fingerprint([lora]), 0.5]]
-    assert model_facts(tmp_path, tmp_path / "adapter")["adapter_hash"] == before["adapter_hash"]
+    before = source_of(tmp_path, None, [(lora, 0.5)])
+    model_hash, adapter_hash, lora_hashes = before.hashes
+    assert before.adapter is None and adapter_hash == fingerprint([tmp_path / "adapter"])
+    assert before.loras == ((str(lora), 0.5),) and lora_hashes == ((fingerprint([lora]), 0.5),)
+    assert source_of(tmp_path, tmp_path / "adapter", []).hashes[1] == adapter_hash
     (tmp_path / "README.md").write_text("says nothing")
-    assert model_facts(tmp_path, None, [(lora, 0.5)]) == before
+    assert source_of(tmp_path, None, [(lora, 0.5)]).hashes == before.hashes
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
         config = next(path for path in sorted((tmp_path / part).glob("*.json")))
         config.write_text(config.read_text() + " ")
-        now = model_facts(tmp_path, None)["model_hash"]
-        assert now != before["model_hash"], part
-        before["model_hash"] = now
+        now = source_of(tmp_path, None, []).hashes[0]
+        assert now != model_hash, part
+        model_hash = now
 
 
-def test_facts_name_every_part_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "model_facts", lambda *_: {})
-    found = facts(tiny_pipeline(), ModelFiles(transformer="flux-dev", t5=Path("t5.sft")), None)
-    assert (found["model"], found["t5"]) == ("flux-dev", "t5.sft") and "vae" not in found
+def test_provenance_names_every_part_that_was_given() -> None:
+    source = Source(model="flux-dev", parts={"t5": "t5.sft"}, adapter="ada")
+    found = provenance_of(dataclasses.replace(tiny_pipeline(), source=source))
+    assert (found.model, found.t5, found.adapter) == ("flux-dev", "t5.sft", "ada")
+    assert "vae" not in found.recipe()
 
 
-def test_facts_name_model_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "model_facts", lambda *_: {"model_hash": "h"})
-    assert facts(tiny_pipeline(), "tiny", None) == {
-        "model": "tiny", "model_hash": "h", "dtype": "float32", "compute": "dtype",
-        "version": identity.__version__, "torch": torch.__version__, "triton": None,
-        "threads": torch.get_num_threads(), "device": "cpu",
-        "device_name": device_name(torch.device("cpu")),
-        "attention": "sdpa",
-    }  # fmt: skip
+def test_provenance_names_model_and_place() -> None:
+    assert provenance_of(tiny_pipeline()) == Provenance(
+        model="tiny", dtype="float32", compute="dtype", version=__version__, torch=torch.__version__,
+        threads=torch.get_num_threads(), device="cpu", device_name=device_name(torch.device("cpu")),
+        attention="sdpa", memory="resident",
+    )  # fmt: skip

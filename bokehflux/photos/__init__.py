@@ -1,0 +1,1 @@
+"""Photographs as they come from cameras and phones."""

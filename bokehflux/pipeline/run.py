@@ -1,0 +1,217 @@
+"""One way to run a plan: encode, begin, sample, decode. Whatever pictures begin with builds a `Plan`.
+
+`generate.py` begins with noise, `refocus.py` with a photograph. Each stage stands on its own: text (`text`),
+schedule, velocity and sampler (`sampling`), autoencoder (`models.vae`), colour transfer (`decode`, `color`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bokehflux.models import tiling
+from bokehflux.models.adapter import BokehCondition
+from bokehflux.pipeline.decode import decode_pictures, wants_tiling
+from bokehflux.pipeline.model import Model
+from bokehflux.pipeline.provenance import provenance_of
+from bokehflux.record import Record, Settings
+from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
+from bokehflux.sampling.diagnose import explain_nonfinite
+from bokehflux.sampling.latents import LatentGrid, pack
+from bokehflux.sampling.samplers import OnStep, Velocity, euler
+from bokehflux.sampling.schedule import sigmas
+
+logger = logging.getLogger(__name__)
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a run is carried out. Nothing here changes a picture by more than rounding."""
+
+    on_step: OnStep | None = None
+    """Called with a `StepInfo` after every step; a pivot that is being made is in row 0 of its latents."""
+    max_rows: int | None = None
+    """Pictures that go through the network together; None means all. More rows cost no more work."""
+    vae_tiling: bool | None = None
+    """Decode in bands: less memory, the same picture up to rounding. None: where a picture is large for the
+    memory mode, and where memory runs out."""
+
+
+class Start(NamedTuple):
+    """Where the sampler begins, and the velocity it follows."""
+
+    x: Tensor
+    """[B, L, 64] packed latents at the first noise level."""
+    velocity: Velocity
+
+
+class End(NamedTuple):
+    """What the sampler came to."""
+
+    targets: Tensor
+    """[N, L, 64]"""
+    pivot: Tensor | None
+    """[L, 64]"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """What is known when a plan begins: text is encoded, and the transformer is on its device."""
+
+    velocity: Callable[[Sequence[float] | None, Grounding | None], Denoiser]
+    """(level of each row, grounding) -> the network's velocity."""
+    sigmas: Tensor
+    """[steps + 1], falling from 1 to 0."""
+    grid: LatentGrid
+    photo: Tensor | None
+    """[1, L, 64] latents of the plan's photograph."""
+    on_step: OnStep | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """A run before it runs. Plans hold no tensors of a run and can be executed again."""
+
+    settings: Settings
+    """Complete: nothing is left to a default."""
+    begin: Callable[[Stage], Start]
+    end: Callable[[Tensor, Tensor | None], End]
+    """(the sampler's result [B, L, 64], the photograph's latents [1, L, 64]) -> targets and pivot."""
+    true_cfg: float = 1.0
+    """Above 1: each step has a second pass, which steers away from `negative_prompt`."""
+    negative_prompt: str = ""
+    photo: Image.Image | None = None
+    """A photograph of the run's size that takes the pivot's place."""
+
+    @property
+    def grid(self) -> LatentGrid:
+        """Its size."""
+        numbers = self.settings.numbers()
+        return LatentGrid(height_px=numbers.height_px, width_px=numbers.width_px)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run made."""
+
+    images: list[Image.Image]
+    """One RGB picture per target, in order; grounded ones colour-matched to the pivot. Fewer in `Stopped`."""
+    pivot_image: Image.Image | None
+    """The pivot, when the run was grounded; the photograph as it was used, when it began with one."""
+    latents: Tensor
+    """[N, L, 64] final packed latents of the targets."""
+    pivot_latents: Tensor | None
+    """[L, 64], when there is a pivot."""
+    record: Record
+    """Every setting after defaults were filled in, and what made the pictures; `record.recipe()` is JSON."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while pictures were being decoded: `result` holds those that are finished."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__()
+        self.result = result
+
+
+@torch.inference_mode()
+def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
+    """Run a plan.
+
+    Raises MemoryError when the GPU is too small, `NonFiniteError`, with the step and the layer, when a
+    network returns NaN or infinity, and `Stopped` for Ctrl-C when some pictures are finished.
+    """
+    settings, grid = plan.settings, plan.grid
+    tiled = wants_tiling(model.memory.mode, grid) if options.vae_tiling is None else options.vae_tiling
+    with model.memory.phase("text"):
+        conditioning = model.text.encode([settings.prompt])
+        negative = model.text.encode([plan.negative_prompt]) if plan.true_cfg > 1 else None
+    photo = None
+    if plan.photo is not None:
+        with model.memory.phase("decode"):
+            photo = _latents(model, plan.photo, tiled)
+    with model.memory.phase("denoise"):
+        schedule = sigmas(model.schedule, settings.numbers().steps, grid.num_tokens)
+
+        def velocity(levels: Sequence[float] | None, grounding: Grounding | None) -> Denoiser:
+            return denoiser(
+                model.mmdit,
+                conditioning,
+                grid,
+                guidance=settings.guidance_scale,
+                bokeh=None if levels is None else BokehCondition.of(levels),
+                grounding=grounding,
+                true_cfg=plan.true_cfg,
+                negative=negative,
+                sigmas=schedule,
+                max_rows=options.max_rows,
+                cuda_graphs=model.memory.mode == "resident",
+            )
+
+        start, follow = plan.begin(
+            Stage(velocity=velocity, sigmas=schedule, grid=grid, photo=photo, on_step=options.on_step)
+        )
+        x = euler(follow, start, schedule, options.on_step)
+        check_finite(model, x, follow, start, schedule)
+        del follow  # and with it the memory of its CUDA graphs
+    end = plan.end(x, photo)
+    with model.memory.phase("decode"):
+        made = decode_pictures(model.vae, end.targets, end.pivot, grid, tiled=tiled)
+    provenance = dataclasses.replace(provenance_of(model), max_rows=options.max_rows, vae_tiling=made.tiled)
+    result = Result(
+        images=made.images,
+        pivot_image=made.pivot if plan.photo is None else plan.photo,
+        latents=end.targets,
+        pivot_latents=end.pivot,
+        record=Record(settings=settings, provenance=provenance),
+    )
+    if made.stop is not None:
+        raise Stopped(result) from made.stop
+    return result
+
+
+def check_finite(model: Model, x: Tensor, velocity: Velocity, start: Tensor, schedule: Tensor) -> None:
+    """Raise `NonFiniteError`, naming step and layer, unless x, sampled from `start`, is finite."""
+    if not x.isfinite().all():
+        raise explain_nonfinite(model.mmdit, velocity, start, schedule)
+
+
+def check_levels(model: Model, settings: Settings) -> None:
+    """Raise ValueError for levels that the model has no adapter for."""
+    if settings.bokeh_targets is not None and model.mmdit.bokeh is None:
+        raise ValueError(
+            "bokeh_targets need an adapter: load the model with adapter='path/to/BokehDiffusion'"
+        )
+
+
+def with_fewer_rows(run: Callable[[int | None], Made], rows: int, max_rows: int | None) -> Made:
+    """Call run(max_rows); when memory runs out, halve the rows that go together and try again.
+
+    rows: all that there are. Raises ValueError when not even a single one fits.
+    """
+    while True:
+        try:
+            return run(max_rows)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if (max_rows or rows) <= 1:
+                raise ValueError(f"even one picture at a time does not fit: {error}") from error
+        gc.collect()  # what the attempt has left in cycles
+        max_rows = max(1, min(max_rows or rows, rows) // 2)
+        logger.warning("out of memory: trying again with %d pictures at a time", max_rows)
+
+
+def _latents(model: Model, picture: Image.Image, tiled: bool) -> Tensor:
+    """[1, L, 64] of an RGB picture."""
+    pixels = torch.from_numpy(np.array(picture)).to(model.device).movedim(-1, 0)[None]  # [1, 3, H, W]
+    x = (pixels.float() / 127.5 - 1).to(model.dtype)
+    return pack(model.vae.draw(*tiling.moments(model.vae, x)) if tiled else model.vae.encode(x))
