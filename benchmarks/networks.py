@@ -121,7 +121,7 @@ class RandomText:
         return self.t5, self.clip
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], txt_length: int | None = None) -> Conditioning:
         device = self.t5.shared.weight.device
         return Conditioning(
             txt=self.t5(_ids(prompts, self.t5.config.vocab_size, self.txt_length).to(device)),

@@ -18,6 +18,8 @@ GROUNDED_SHARE = 0.8
 MAX_SIDE_PX = 16_383
 """The largest side that every picture format can hold (WebP's limit)."""
 MAX_STEPS = 10_000
+MAX_TXT_LENGTH = 65_536
+"""T5 tokens of a prompt."""
 
 
 def check_fields(config: Any) -> None:
@@ -239,8 +241,11 @@ class Defaults:
 
 
 _MOST = {
-    "num_inference_steps": MAX_STEPS, "height_px": MAX_SIDE_PX, "width_px": MAX_SIDE_PX, "txt_length": 65_536,
-}  # fmt: skip
+    "num_inference_steps": MAX_STEPS,
+    "height_px": MAX_SIDE_PX,
+    "width_px": MAX_SIDE_PX,
+    "txt_length": MAX_TXT_LENGTH,
+}
 
 
 FLUX_DEV = MMDiTConfig(

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS, Defaults
+from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS, MAX_TXT_LENGTH, Defaults
 from bokehflux.lens import check_level
 
 DEFAULT_SEED = 65578
@@ -91,8 +92,13 @@ def _weighted(value: Any) -> tuple[tuple[str, float], ...]:
     return tuple((_text(name), _number(strength)) for name, strength in value)
 
 
+def _seed_word(word: str) -> int:
+    return random_seed() if word == "random" else int(word)
+
+
 TEXT = Kind("text", _text, str)
 WHOLE = Kind("a whole number", _whole, int)
+SEED = Kind("a whole number, or None for a random one", _whole, _seed_word)
 NUMBER = Kind("a finite number", _number, float)
 LEVEL = Kind("a level from 0 (all sharp) to 30", _level, float)
 LEVELS = Kind(f"a sequence of 1 to {MAX_TARGETS} levels", _levels, float, many=True)
@@ -112,8 +118,9 @@ def setting(
     decides: bool = True,
     matters: bool = False,
     sparse: bool = False,
+    optional: bool = False,
 ) -> Any:
-    """A field of a record. A default of None means that None is allowed.
+    """A field of a record. A default of None, or `optional`, means that None is allowed.
 
     help, metavar, flag: of its command-line flag (default: the field's name). least, most: its range.
     decides: whether another value is another picture. matters: of a fact, whether it may change the bits of a
@@ -121,7 +128,7 @@ def setting(
     """
     about = {
         "kind": kind, "help": help, "metavar": metavar, "flag": flag, "least": least, "most": most,
-        "decides": decides, "matters": matters, "sparse": sparse,
+        "decides": decides, "matters": matters, "sparse": sparse, "optional": optional,
     }  # fmt: skip
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=about)
@@ -132,9 +139,9 @@ class _Fields:
     """What settings and provenance share: checked values, and JSON to and fro."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in self.fields().values():
             value = getattr(self, field.name)
-            if value is not None or field.default is not None:
+            if value is not None or not (field.default is None or field.metadata["optional"]):
                 object.__setattr__(self, field.name, _checked(field, value))
 
     @classmethod
@@ -215,11 +222,13 @@ class Settings(_Fields):
         None, WHOLE, least=16, most=MAX_SIDE_PX, metavar="PX",
         help="pixels, floored to a multiple of 16 (default: as for --height)",
     )  # fmt: skip
+    max_sequence_length: int | None = setting(
+        None, WHOLE, least=1, most=MAX_TXT_LENGTH, metavar="N", sparse=True,
+        help="T5 tokens that the prompt is padded or cut to (default: the model's own; dev 512, schnell 256)",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.prompt.strip():
-            raise ValueError("the prompt is empty")
         for name, value in vars(self).items():
             if isinstance(value, str) and len(value) > MAX_PROMPT:
                 raise ValueError(f"{name} has {len(value)} characters, more than the {MAX_PROMPT} allowed")
@@ -283,6 +292,11 @@ class Settings(_Fields):
             raise ValueError(f"num_grounding_steps must be at most the {steps} steps, got {grounded}")
 
 
+def random_seed() -> int:
+    """A seed that nobody has chosen, short enough to be typed again."""
+    return secrets.randbits(32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings(Settings):
     """Pictures of a prompt, from noise."""
@@ -292,10 +306,23 @@ class GenerateSettings(Settings):
         help="above 1, each step has a second pass that steers away from --negative-prompt (default: off)",
     )  # fmt: skip
     negative_prompt: str = setting(NEGATIVE_PROMPT, TEXT, metavar="TEXT", help="default: %(default)s")
-    seed: int = setting(
-        DEFAULT_SEED, WHOLE, least=-(2**63), most=2**64 - 1, metavar="N",
-        help="one seed, size and dtype give one picture (default: %(default)s)",
+    seed: int | None = setting(
+        DEFAULT_SEED, SEED, least=0, most=2**64 - 1, metavar="N", optional=True,
+        help="one seed, size and dtype give one picture; `random` draws one and records it (default: "
+             "%(default)s)",
     )  # fmt: skip
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
+        # Early recipes may hold negative seeds, which were taken modulo 2^64.
+        seed = recipe.get("seed")
+        if type(seed) is int and -(2**63) <= seed < 0:
+            recipe = {**recipe, "seed": seed + 2**64}
+        return super().from_recipe(recipe)
+
+    def completed(self, defaults: Defaults) -> Self:
+        complete = super().completed(defaults)
+        return complete if self.seed is not None else dataclasses.replace(complete, seed=random_seed())
 
     @property
     def num_prompts(self) -> int:
@@ -407,12 +434,16 @@ class Record:
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """The value of a field made plain. Raises ValueError for another type, or outside its range."""
-    value = _convert(field.name, field.metadata["kind"], value)
+    kind = field.metadata["kind"]
+    value = _convert(field.name, kind, value)
     least, most = field.metadata["least"], field.metadata["most"]
     if (least is not None and value < least) or (most is not None and value > most):
         bounds = [f"at least {least}"] if least is not None else []
         bounds += [f"at most {most}"] if most is not None else []
-        raise ValueError(f"{field.name} must be {' and '.join(bounds)}, got {value}")
+        hint = " (for a random one: `random` on the command line, None in Python)" if value == -1 else ""
+        raise ValueError(
+            f"{field.name} must be {' and '.join(bounds)}, got {value}{hint if kind is SEED else ''}"
+        )
     return value
 
 

@@ -61,7 +61,7 @@ OWN_IN = {
     "metrics": {"lens", "rendering"},
     "pictures": LEAVES | {"record", "metrics", "pictures"},
     "photos": LEAVES | {"record", "pictures", "photos"},
-    "pipeline": LIBRARY | {"record", "pipeline"},
+    "pipeline": LIBRARY | {"record", "pictures", "pipeline"},
     "training": LIBRARY | {"rendering", "metrics", "training"},
     "nano": LIBRARY | {"rendering", "metrics", "training", "nano"},
     "evaluation": LIBRARY | {"record", "rendering", "metrics", "pictures", "pipeline", "nano", "evaluation"},

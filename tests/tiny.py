@@ -42,9 +42,9 @@ class FakeText:
     def unknown_words(self, prompt: str) -> list[str]:
         return []
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], txt_length: int | None = None) -> Conditioning:
         rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
-        txt = [torch.randn(TXT_LENGTH, MMDIT.txt_dim, generator=g) for g in rows]
+        txt = [torch.randn(txt_length or self.txt_length, MMDIT.txt_dim, generator=g) for g in rows]
         pooled = [torch.randn(MMDIT.pooled_dim, generator=g) for g in rows]
         return Conditioning(
             txt=torch.stack(txt).to(self.device, self.dtype),

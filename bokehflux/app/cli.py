@@ -1,7 +1,8 @@
 """The command `bokehflux`: reads arguments, runs the pipeline, writes pictures. No other logic lives here.
 
 Bad input ends with one message on stderr and exit code 2, a failing disk or broken weights with 1, Ctrl-C
-with 130. A message is one line; what it lists (places, missing tensors) follows, a line each.
+with 130, SIGTERM and SIGHUP with 128 plus their number. A message is one line; what it lists (places, missing
+tensors) follows, a line each.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import logging
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bokehflux.app.arguments import loras_from, model_from, options_from, parse, settings_from
+from bokehflux.app.terminal import plain, prepare, say, show, show_files
 from bokehflux.record import NEGATIVE_PROMPT, GenerateSettings, RefocusSettings
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
@@ -29,21 +34,44 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code. argv: arguments without the program's name."""
+    prepare()
     logging.basicConfig(format="bokehflux: %(message)s")
+    with ended_like_ctrl_c() as ended:
+        try:
+            args = parse(sys.argv[1:] if argv is None else argv)
+            return COMMANDS[args.command](args)
+        except ValueError as error:
+            say(f"error: {_said(error)}")
+            return 2
+        except (OSError, ArithmeticError, MemoryError) as error:
+            # ArithmeticError: NaN in weights or activations. MemoryError: at loading; later a ValueError.
+            say(f"error: {_said(error) or 'out of memory'}")  # Python's own MemoryError says nothing
+            return 1
+        except KeyboardInterrupt as stop:
+            say(f"interrupted{stop}")
+            return 128 + (ended[0] if ended else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[list[int]]:
+    """Inside, SIGTERM and SIGHUP do what Ctrl-C does; yields the one that came. An ignored one stays so."""
+    ended: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        ended.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        names = ("SIGTERM", "SIGHUP")
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        return COMMANDS[args.command](args)
-    except ValueError as error:
-        _say(f"error: {_said(error)}")
-        return 2
-    except (OSError, ArithmeticError, MemoryError) as error:
-        # ArithmeticError: NaN in weights or activations. MemoryError: at loading; later a ValueError.
-        said = _said(error) or "out of memory"  # Python's own says nothing
-        _say(f"error: {said}")
-        return 1
-    except KeyboardInterrupt as stop:
-        _say(f"interrupted{stop}")
-        return 130
+        yield ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -89,9 +117,9 @@ def sweep(args: argparse.Namespace) -> int:
         )
         with contextlib.closing(scenes.made()) as made:  # Ctrl-C between two scenes leaves the page, too
             for num_done, done in enumerate(made, 1):
-                print(*done.paths, sep="\n", flush=True)
+                show_files(done.paths)
                 if done.num_kept:
-                    _say(f"scene {num_done}: {done.num_kept} pictures were there already")
+                    say(f"scene {num_done}: {done.num_kept} pictures were there already")
                 if num_done < len(asked):
                     watched.progress.batch(num_done + 1, len(asked))
     except KeyboardInterrupt as stop:
@@ -99,7 +127,7 @@ def sweep(args: argparse.Namespace) -> int:
         if isinstance(stop, Stopped) and (begun := len(stop.result.images)):
             finished += f", and {begun} of the levels of the next"
         raise Interrupted(f"; {finished}; the same command continues") from stop
-    print(*scenes.overviews(), sep="\n")
+    show_files(scenes.overviews())
     return 0
 
 
@@ -128,8 +156,11 @@ def info(args: argparse.Namespace) -> int:
     """The recipe inside a picture, one line each."""
     from bokehflux.pictures.metadata import read_recipe, shown
 
-    for name, value in shown(read_recipe(args.image)).items():
-        print(_plain(f"{name}: {value}"))
+    recipe = shown(read_recipe(args.image))
+    if args.json:
+        show([json.dumps(recipe, indent=2)])
+    else:
+        show(plain(f"{name}: {value}") for name, value in recipe.items())
     return 0
 
 
@@ -137,8 +168,7 @@ def doctor(args: argparse.Namespace) -> int:
     """What this machine has and lacks, line by line."""
     from bokehflux.app.doctor import report
 
-    for line in report():
-        print(line, flush=True)
+    show(report())
     return 0
 
 
@@ -146,7 +176,7 @@ def inspect(args: argparse.Namespace) -> int:
     """What a checkpoint file is."""
     from bokehflux.weights.describe import describe
 
-    print(*map(_plain, describe(args.file).split("\n")), sep="\n")
+    show(map(plain, describe(args.file).split("\n")))
     return 0
 
 
@@ -156,7 +186,7 @@ def fetch(args: argparse.Namespace) -> int:
     from bokehflux.app.fetch import fetch as download
 
     patterns = TOKENIZERS_ONLY if args.tokenizers_only else None
-    print(download(args.name, patterns=patterns, revision=args.revision))
+    show([str(download(args.name, patterns=patterns, revision=args.revision))])
     return 0
 
 
@@ -169,17 +199,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 def _said(error: Exception) -> str:
     """A message in one line, and one more for each thing that it lists ("  - ...")."""
     parts = str(error).split("\n  - ")
-    return "\n  - ".join(_plain(" ".join(part.split())) for part in parts)
-
-
-def _plain(text: str) -> str:
-    """With control characters spelled out: what strangers wrote into a file must not rule the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _say(text: str) -> None:
-    """A notice for the person at the terminal."""
-    print(f"bokehflux: {text}", file=sys.stderr)
+    return "\n  - ".join(plain(" ".join(part.split())) for part in parts)
 
 
 def _checked(args: argparse.Namespace) -> Options:
@@ -199,10 +219,10 @@ def _preview(args: argparse.Namespace) -> PreviewFile | None:
     """The preview that was asked for. Raises ValueError where it could not be written."""
     typed = args.config_from is None and args.negative_prompt != NEGATIVE_PROMPT
     if typed and args.true_cfg <= 1:
-        _say("--negative-prompt does nothing without --true-cfg above 1")
+        say("--negative-prompt does nothing without --true-cfg above 1")
     if args.true_cfg > 1.5 and args.guidance_scale > 2:
         both = f"--guidance-scale {args.guidance_scale:g} and --true-cfg {args.true_cfg:g}"
-        _say(f"{both} add up; if pictures look burnt, lower one")
+        say(f"{both} add up; if pictures look burnt, lower one")
     if args.preview is None and args.preview_every == 1 and args.preview_vae is None:
         return None
     from bokehflux.app.preview import check_preview
@@ -219,10 +239,10 @@ def _open(
     args: argparse.Namespace, options: Options, preview: PreviewFile | None = None
 ) -> tuple[Pipeline, Watched]:
     """The model that the flags ask for, and its runs as people see them."""
-    from bokehflux.app.progress import Progress
     from bokehflux.app.replay import use_threads_of, warn_of_differences
     from bokehflux.app.watched import Watched
     from bokehflux.pipeline.load import load
+    from bokehflux.pipeline.progress import Progress
     from bokehflux.pipeline.provenance import provenance_of
 
     progress, replayed = Progress.for_people(), getattr(args, "config_from", None)
@@ -243,7 +263,7 @@ def _open(
     finally:
         progress.end()
     if args.memory == "auto" and pipe.device.type == "cuda":  # elsewhere there is no choice
-        _say(f"memory mode {pipe.memory.mode}, chosen from free memory")
+        say(f"memory mode {pipe.memory.mode}, chosen from free memory")
     if replayed is not None:
         warn_of_differences(replayed, provenance_of(pipe))
     return pipe, Watched(pipe, progress, options, preview)
@@ -267,7 +287,7 @@ def _make(
             scene = Scene.of(result.record, result.images, result.pivot_image)
             views = [] if stop else [scene.sheet()]
             paths = save_pictures([*scene.pictures(), *views], Path(args.output), args.format)
-            print(*paths, sep="\n", flush=True)
+            show_files(paths)
     except KeyboardInterrupt as pressed:
         stop = stop or pressed
     return scene, paths, stop

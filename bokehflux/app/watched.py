@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from bokehflux.app.preview import Preview, fit_rgb_map
-from bokehflux.app.progress import Progress
 from bokehflux.pipeline.model import Model
+from bokehflux.pipeline.progress import Progress
 from bokehflux.pipeline.run import Options, Plan, Result, Stopped, execute, with_fewer_rows
 from bokehflux.sampling.samplers import StepInfo
 from bokehflux.weights.tiny_decoder import load_tiny_decoder

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import secrets
+import shutil
 import signal
 import tempfile
 import threading
@@ -46,58 +47,83 @@ def distinct(stems: Sequence[str]) -> list[str]:
     return [stem if count == 1 else f"{stem}-{count}" for stem, count in zip(stems, counts, strict=True)]
 
 
-def check_folder(folder: Path) -> None:
-    """Make the output folder and raise ValueError unless files can be written there."""
+def check_folder(folder: Path, num_bytes: int = 0) -> None:
+    """Make the output folder and raise ValueError unless `num_bytes` of files can be written there."""
     try:
+        for place in (folder, *folder.parents):
+            if place.is_symlink() and not place.exists():
+                raise OSError(f"{place} is a link to {os.readlink(place)}, which is not there")
+            if place.exists() and not place.is_dir():
+                raise OSError(f"{place} is a file, and a folder was expected")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise ValueError(f"cannot write to output folder {folder}: {error.strerror or error}") from error
+        free = shutil.disk_usage(folder).free
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write to output folder {folder}: {said}") from error
+    if free < num_bytes:
+        raise ValueError(
+            f"output folder {folder} has {free / 1e6:.0f} MB free, and up to {num_bytes / 1e6:.0f} MB are "
+            "expected: make room, or give another folder"
+        )
 
 
 def save_pictures(pictures: Sequence[Picture], folder: Path, kind: str = "png") -> list[Path]:
     """Write one file each and return their paths, in order. Stems must be distinct; kind as in `metadata`.
 
     No file that exists is ever touched: if any name is taken, all get the suffix of a further run ("-run2").
-    Everything is on the disk before the first name appears, so a full disk leaves nothing (OSError).
+    A full disk keeps the files that fit, each of them whole, and raises OSError, which names the folder.
     """
     temporary: list[Path] = []
+    full: OSError | None = None
     try:
         for picture in pictures:
-            temporary.append(_temporary(folder, metadata.encode(picture.image, picture.recipe, kind)))
-        stems = [picture.stem for picture in pictures]
-        for run in itertools.count(1):
-            end = ("" if run == 1 else f"-run{run}") + metadata.SUFFIXES[kind]
-            if (paths := _publish(temporary, [folder / f"{stem}{end}" for stem in stems])) is not None:
-                return paths
+            try:
+                temporary.append(_temporary(folder, metadata.encode(picture.image, picture.recipe, kind)))
+            except OSError as error:
+                full = error
+                break
+        stems = [picture.stem for picture in pictures[: len(temporary)]]
+        paths = _publish_all(temporary, [folder / f"{stem}{metadata.SUFFIXES[kind]}" for stem in stems])
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
-    raise AssertionError("unreachable")
+    if full is not None:
+        kept = f"{len(paths)} of {len(pictures)} files are kept"
+        raise OSError(full.errno, f"{full.strerror} in {folder}; {kept}") from full
+    return paths
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block, and is then raised: what is finished gets onto the disk."""
-    if threading.current_thread() is not threading.main_thread():  # only that one hears of it
+    """Ctrl-C, and other signals that a program handles, wait for the end of the block: what is finished gets
+    onto the disk."""
+    if threading.current_thread() is not threading.main_thread():  # only that one hears of them
         yield
         return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    came: list[int] = []
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-    if pressed:
-        raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        before[came[0]](came[0], None)
 
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file in place of the one of that name, if any. Raises OSError; then the old one is whole."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, and a file of that name is to be written: move it away")
-    temporary = _temporary(path.parent, data)
+    try:
+        temporary = _temporary(path.parent, data)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: cannot write {path}") from error
     try:
         os.replace(temporary, path)
     finally:
@@ -115,6 +141,17 @@ def _temporary(folder: Path, data: bytes) -> Path:
         path.unlink(missing_ok=True)
         raise
     return path
+
+
+def _publish_all(temporary: Sequence[Path], paths: Sequence[Path]) -> list[Path]:
+    """Give every file its name, or all the name of a further run where one is taken."""
+    for run in itertools.count(1):
+        named = (
+            paths if run == 1 else [path.with_name(f"{path.stem}-run{run}{path.suffix}") for path in paths]
+        )
+        if (done := _publish(temporary, named)) is not None:
+            return done
+    raise AssertionError("unreachable")
 
 
 def _publish(temporary: Sequence[Path], paths: Sequence[Path]) -> list[Path] | None:

@@ -43,6 +43,7 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
         )
 
     def begin(stage: Stage) -> Start:
+        assert settings.seed is not None
         start = pack(noise(stage.grid, settings.seed, model.dtype)).to(model.device)  # [1, L, 64]
         rows = 1 if levels is None else len(levels)
         return Start(start.expand(rows, -1, -1), stage.velocity(levels, grounding))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +12,12 @@ from PIL import Image
 
 from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.model import Model
+from bokehflux.pipeline.progress import Progress
 from bokehflux.pipeline.refocus import plan_refocus
-from bokehflux.pipeline.run import Options, Result, execute
+from bokehflux.pipeline.run import Options, Plan, Result, execute
 from bokehflux.record import GenerateSettings, RefocusSettings
 from bokehflux.sampling.pivot_cache import PivotCache
-from bokehflux.sampling.samplers import OnStep
+from bokehflux.sampling.samplers import OnStep, StepInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class Pipeline(Model):
         on_step: OnStep | None = None,
         max_rows: int | None = None,
         vae_tiling: bool | None = None,
+        progress: bool = False,
         pivot_cache: PivotCache | None = None,
         **settings: Any,
     ) -> Result:
@@ -37,16 +41,17 @@ class Pipeline(Model):
         bokeh_targets: levels 0 (all sharp) to 30; None makes one picture without the adapter (plain FLUX).
         settings: further fields of `record.GenerateSettings`: bokeh_pivot (level of a further picture that
             anchors the scene), num_inference_steps, num_grounding_steps (default: 80 % of them),
-            guidance_scale, true_cfg, negative_prompt, height and width in pixels, seed. One seed, dtype and
-            size give one picture.
-        on_step, max_rows, vae_tiling: `run.Options`. pivot_cache: an empty one keeps the pivot for later; a
-            filled one stands in for it, so that a further level of the same scene costs one row.
+            guidance_scale, true_cfg, negative_prompt, height and width in pixels, seed (None draws one),
+            max_sequence_length (T5 tokens). One seed, dtype and size give one picture.
+        on_step, max_rows, vae_tiling: `run.Options`. progress: draw a line on stderr that says how long it
+            will take. pivot_cache: an empty one keeps the pivot for later; a filled one stands in for it, so
+            that a further level of the same scene costs one row.
         Raises ValueError for settings that contradict each other or the model, before any network runs, and
         what `run.execute` raises.
         """
         asked = GenerateSettings(prompt=prompt, bokeh_targets=bokeh_targets, **settings)  # type: ignore[arg-type]
         options = Options(on_step=on_step, max_rows=max_rows, vae_tiling=vae_tiling)
-        return execute(self, plan_generate(self, asked, pivot_cache), options)
+        return self._run(plan_generate(self, asked, pivot_cache), options, progress)
 
     def refocus(
         self,
@@ -58,6 +63,7 @@ class Pipeline(Model):
         on_step: OnStep | None = None,
         max_rows: int | None = None,
         vae_tiling: bool | None = None,
+        progress: bool = False,
         **settings: Any,
     ) -> Result:
         """The photograph at other levels, one picture each, in one batch.
@@ -76,4 +82,17 @@ class Pipeline(Model):
             **settings,
         )
         options = Options(on_step=on_step, max_rows=max_rows, vae_tiling=vae_tiling)
-        return execute(self, plan_refocus(self, photo, asked), options)
+        return self._run(plan_refocus(self, photo, asked), options, progress)
+
+    def _run(self, plan: Plan, options: Options, progress: bool) -> Result:
+        if not progress:
+            return execute(self, plan, options)
+        rows, prompts = plan.settings.num_rows, plan.settings.num_prompts
+        with Progress(sys.stderr).watching(self, rows, prompts) as drawn:
+
+            def on_step(info: StepInfo) -> None:
+                drawn(info)
+                if options.on_step is not None:
+                    options.on_step(info)
+
+            return execute(self, plan, dataclasses.replace(options, on_step=on_step))

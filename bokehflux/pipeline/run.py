@@ -11,6 +11,7 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from bokehflux.models import tiling
 from bokehflux.models.adapter import BokehCondition
+from bokehflux.pictures import metadata
+from bokehflux.pictures.files import check_folder, save_pictures
+from bokehflux.pictures.series import Scene
 from bokehflux.pipeline.decode import decode_pictures, wants_tiling
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
@@ -115,6 +119,30 @@ class Result:
     record: Record
     """Every setting after defaults were filled in, and what made the pictures; `record.recipe()` is JSON."""
 
+    def scene(self) -> Scene:
+        """The pictures with their levels, and how they are laid out."""
+        return Scene.of(self.record, self.images, self.pivot_image)
+
+    def sheet(self) -> Image.Image:
+        """All pictures, labelled, on one contact sheet."""
+        return self.scene().sheet().image
+
+    def save(self, folder: str | Path, kind: str = "png") -> list[Path]:
+        """Write the pictures, the pivot and the sheet; returns their paths, in this order.
+
+        Every file holds its recipe and the mark that a model made it. Files that exist are kept: further
+        ones get a number. kind: "png", "jpeg" or "webp". Raises ValueError for a folder that cannot be
+        written to, OSError for a full disk, which leaves no file.
+        """
+        check_folder(Path(folder))
+        scene = self.scene()
+        return save_pictures([*scene.pictures(), scene.sheet()], Path(folder), kind)
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        sheet = self.scene().sheet()
+        return metadata.encode(sheet.image, sheet.recipe)
+
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C while pictures were being decoded: `result` holds those that are finished."""
@@ -134,8 +162,9 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     settings, grid = plan.settings, plan.grid
     tiled = wants_tiling(model.memory.mode, grid) if options.vae_tiling is None else options.vae_tiling
     with model.memory.phase("text"):
-        conditioning = model.text.encode([settings.prompt])
-        negative = model.text.encode([plan.negative_prompt]) if plan.true_cfg > 1 else None
+        length = settings.max_sequence_length
+        conditioning = model.text.encode([settings.prompt], length)
+        negative = model.text.encode([plan.negative_prompt], length) if plan.true_cfg > 1 else None
     photo = None
     if plan.photo is not None:
         with model.memory.phase("decode"):

@@ -33,9 +33,12 @@ class TextEncoders:
         return self.t5_tokenizer.unknown_words(prompt)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """`txt` [B, txt_length, t5 width] and `pooled` [B, clip width], in the dtype of the encoders."""
-        t5_ids = self.t5_tokenizer(prompts, self.txt_length)
+    def encode(self, prompts: Sequence[str], txt_length: int | None = None) -> Conditioning:
+        """`txt` [B, txt_length, t5 width] and `pooled` [B, clip width], in the dtype of the encoders.
+
+        txt_length: T5 tokens; None takes the model's own.
+        """
+        t5_ids = self.t5_tokenizer(prompts, txt_length or self.txt_length)
         clip_ids = self.clip_tokenizer(prompts)
         return Conditioning(
             txt=self.t5(t5_ids.to(self.t5.shared.weight.device)),

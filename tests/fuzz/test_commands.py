@@ -207,8 +207,8 @@ def everything(folder: Path) -> set[str]:
 
 
 @settings(max_examples=12)
-@given(prompt=PROMPTS, seed=st.integers(-(2**63), 2**64 - 1), kind=st.sampled_from(["png", "webp"]))
-@example("../../../../etc/cron.d/x", -1, "png")
+@given(prompt=PROMPTS, seed=st.integers(0, 2**64 - 1), kind=st.sampled_from(["png", "webp"]))
+@example("../../../../etc/cron.d/x", 1, "png")
 @example("x" * 20_000, 2**64 - 1, "png")
 @example("\0", 0, "webp")
 def test_whatever_is_asked_for_stays_in_the_output_folder(tmp_path_factory, prompt, seed, kind):

@@ -117,7 +117,7 @@ def test_pictures_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     place(pipe.mmdit, (), pipe.vae, "resident", torch.device("cuda"))
 
     class Text(FakeText):
-        def encode(self, prompts):
+        def encode(self, prompts, txt_length=None):
             return encode(prompts[0])
 
     pipe = dataclasses.replace(pipe, text=Text(torch.bfloat16))

@@ -39,6 +39,7 @@ COMMON: dict[str, list[str]] = {
     "--negative-prompt": ["a cat"],
     "--height": ["48"],
     "--width": ["64"],
+    "--max-sequence-length": ["3"],
     "--max-rows": ["1"],
     "--vae-tiling": ["on"],
     "--model": ["other"],
@@ -62,7 +63,7 @@ COMMON: dict[str, list[str]] = {
 REFOCUS = (
     "--prompt", "--bokeh-targets", "--num-grounding-steps", "--num-inference-steps", "--guidance-scale",
     "--max-rows", "--vae-tiling", "--model", "--vae", "--clip", "--t5", "--tokenizers", "--adapter", "--lora",
-    "--memory", "--device", "--dtype", "--compute", "--output", "--format",
+    "--memory", "--device", "--dtype", "--compute", "--output", "--format", "--max-sequence-length",
 )  # fmt: skip
 FLAGS = {
     "refocus": {flag: COMMON[flag] for flag in REFOCUS}

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import bokehflux
 from bokehflux.configs import Defaults
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.vae import to_uint8
+from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.color import lab_mean
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import device_name
-from bokehflux.record import NEGATIVE_PROMPT
+from bokehflux.record import NEGATIVE_PROMPT, Record
 from bokehflux.sampling.diagnose import NonFiniteError
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo
@@ -236,7 +238,15 @@ def test_bfloat16() -> None:
 
 
 BAD = [
-    ({"prompt": "  \n"}, "prompt is empty"),
+    ({"prompt": ["a", "b"]}, "prompt must be text"),
+    ({"prompt": None}, "prompt must be text"),
+    ({"prompt": "x\ud800"}, "prompt is not valid Unicode"),
+    ({"bokeh_targets": "28"}, "bokeh_targets must be a sequence of 1 to 1000 levels, got '28'"),
+    ({"seed": True}, "seed must be a whole number"),
+    ({"seed": -1}, "None in Python"),
+    ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+    ({"height": 10**9}, "height must be at least 16 and at most 16383"),
+    ({"max_sequence_length": 0}, "max_sequence_length must be at least 1"),
     ({"bokeh_targets": []}, "bokeh_targets must be a sequence of 1 to 1000 levels, got"),
     ({"bokeh_targets": [3, 31]}, "between 0 .* and 30, got 31"),
     ({"bokeh_targets": [-1]}, "got -1"),
@@ -278,6 +288,49 @@ def test_an_adapter_without_key_updates_runs_grounded() -> None:
     pipe = tiny_pipeline(bokeh=dataclasses.replace(BOKEH, adapt_k=False))
     result = pipe.generate(PROMPT, [12, 30], bokeh_pivot=12)
     torch.testing.assert_close(result.latents[0], result.pivot_latents, atol=1e-4, rtol=1e-4)
+
+
+def test_a_result_is_saved_with_its_recipe(pipe: Pipeline, tmp_path: Path) -> None:
+    result = pipe.generate(PROMPT, [3, 28], bokeh_pivot=12, seed=11)
+    paths = result.save(tmp_path / "out")
+    names = ["bokeh-03.0.png", "bokeh-28.0.png", "pivot-bokeh-12.0.png", "sheet.png"]
+    assert [path.name for path in paths] == names
+    for path in paths:
+        record = Record.from_recipe(read_recipe(path))
+        assert (record.settings, record.provenance) == (result.record.settings, result.record.provenance)
+        assert b"trainedAlgorithmicMedia" in path.read_bytes()
+    with Image.open(paths[1]) as image:
+        assert image.tobytes() == result.images[1].tobytes()
+    assert [path.name for path in result.save(tmp_path / "out")][0] == "bokeh-03.0-run2.png", (
+        "nothing is lost"
+    )
+    assert result.sheet().tobytes() == Image.open(paths[3]).tobytes()
+    assert result._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="unknown picture format 'tiff'"):
+        result.save(tmp_path / "out", "tiff")
+
+
+def test_progress_is_drawn_on_stderr(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[int] = []
+    pipe.generate(
+        PROMPT, [3], num_inference_steps=2, progress=True, on_step=lambda info: seen.append(info.step)
+    )
+    out, err = capsys.readouterr()
+    assert "step 2/2" in err and "decoding" in err and out == "" and seen == [0, 1]
+    pipe.generate(PROMPT, [3], num_inference_steps=2)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_empty_prompt_is_a_prompt(pipe: Pipeline) -> None:
+    assert not torch.equal(pipe.generate("").latents, pipe.generate(" ").latents)
+
+
+def test_text_of_another_length(pipe: Pipeline) -> None:
+    """Shorter text is less work and another picture; the recipe holds it."""
+    short = pipe.generate(PROMPT, max_sequence_length=3)
+    assert short.record.recipe()["max_sequence_length"] == 3
+    assert not torch.allclose(short.latents, pipe.generate(PROMPT).latents, atol=1e-3)
+    assert "max_sequence_length" not in pipe.generate(PROMPT).record.recipe()
 
 
 # --- load

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from bokehflux.app.progress import Progress
 from bokehflux.conditioning import Conditioning
 from bokehflux.configs import T5Config
 from bokehflux.models.t5 import T5Encoder
+from bokehflux.pipeline.progress import Progress
 from bokehflux.sampling.samplers import StepInfo
 from tests.tiny import FakeText, tiny_pipeline
 
@@ -114,9 +114,9 @@ class SlowText(FakeText):
 
     clock: Clock
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], txt_length: int | None = None) -> Conditioning:
         self.networks[0](torch.zeros(len(prompts), 4, dtype=torch.long))
-        return super().encode(prompts)
+        return super().encode(prompts, txt_length)
 
 
 @pytest.mark.parametrize("prompts", [1, 2])

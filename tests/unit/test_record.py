@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from bokehflux.pipeline.run import with_fewer_rows
 from bokehflux.record import GenerateSettings, Provenance, Record, RefocusSettings, Settings
+from bokehflux.sampling.latents import LatentGrid, noise
 from tests.tiny import tiny_pipeline
 
 FULL = GenerateSettings(
     prompt="a cup", bokeh_targets=(0.0, 4.5), bokeh_pivot=10.0, num_inference_steps=4, num_grounding_steps=2,
-    guidance_scale=3.5, true_cfg=1.5, negative_prompt="", height=32, width=48, seed=-1,
+    guidance_scale=3.5, true_cfg=1.5, negative_prompt="", height=32, width=48, seed=1,
+    max_sequence_length=9,
 )  # fmt: skip
 PHOTO = RefocusSettings(
     prompt="a mug", bokeh_targets=(3.0,), bokeh_pivot=7.0, photo="mug.jpg", photo_hash="0"
@@ -88,6 +90,23 @@ def test_any_recipe_gives_a_record_or_a_message(changes: dict[str, Any]) -> None
         assert str(error)
     else:
         assert Record.from_recipe(json.loads(json.dumps(record.recipe()))) == record
+
+
+def test_a_negative_seed_of_an_early_recipe_is_the_same_noise() -> None:
+    again = GenerateSettings.from_recipe({"prompt": "p", "seed": -5})
+    grid = LatentGrid(height_px=16, width_px=16)
+    assert again.seed is not None
+    early = torch.randn(1, 16, 2, 2, generator=torch.Generator().manual_seed(-5))
+    assert torch.equal(noise(grid, again.seed, torch.float32), early)
+
+
+def test_a_random_seed_is_drawn_once_and_recorded() -> None:
+    pipe = tiny_pipeline()
+    one, other = (pipe.generate("p", seed=None, num_inference_steps=1) for _ in range(2))
+    settings = one.record.settings
+    assert isinstance(settings, GenerateSettings) and settings.seed is not None
+    assert settings != other.record.settings
+    assert torch.equal(pipe.generate(**settings.recipe()).latents, one.latents)
 
 
 def test_numbers_of_numpy_and_torch_become_plain() -> None:

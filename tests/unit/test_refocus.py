@@ -138,7 +138,7 @@ def test_the_photos_own_shape(size: tuple[int, int], orientation: int, tokens: t
 
 @pytest.mark.parametrize(("changed", "says"), [
     ({"photo_level": 31}, "bokeh level must be between 0"), ({"bokeh_targets": []}, "bokeh_targets must be"),
-    ({"prompt": " "}, "prompt is empty"), ({"height": 64}, "both height and width"),
+    ({"prompt": 3}, "prompt must be text"), ({"height": 64}, "both height and width"),
     ({"num_grounding_steps": 99}, "at most the 5 steps"), ({"num_inference_steps": 0}, "at least 1"),
 ])  # fmt: skip
 def test_bad_arguments(changed: dict[str, object], says: str) -> None:

@@ -78,8 +78,8 @@ def test_a_grid_is_prompts_times_seeds_with_levels_in_order() -> None:
     requests = grid(dataclasses.replace(BASE, bokeh_targets=(20, 0, 20)), ["a", "b"], [1, 2, 1])
     assert [(r.prompt, r.seed) for r in requests] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     assert {r.bokeh_targets for r in requests} == {(0.0, 20.0)}
-    with pytest.raises(ValueError, match="prompt is empty"):
-        grid(BASE, ["a", " "], [1])
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        grid(BASE, ["a"], [-2])
 
 
 def test_one_batch_per_scene_and_every_view(tmp_path: Path) -> None:

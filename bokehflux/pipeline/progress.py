@@ -29,7 +29,7 @@ class Progress:
     @classmethod
     def for_people(cls) -> Progress:
         """On stderr when that is a terminal, else silent."""
-        return cls(sys.stderr if sys.stderr.isatty() else None)
+        return cls(sys.stderr if sys.stderr is not None and sys.stderr.isatty() else None)
 
     def batch(self, number: int, total: int) -> None:
         """Batch `number` (from 1) of `total` begins: later lines name it, and the time left for all."""
@@ -113,8 +113,11 @@ class Progress:
 
     def _draw(self, line: str) -> None:
         if self._stream is not None:
-            print(f"\r{line:<70}", end="", file=self._stream, flush=True)
-            self._drawn = True
+            try:
+                print(f"\r{line:<70}", end="", file=self._stream, flush=True)
+                self._drawn = True
+            except (OSError, ValueError):  # the terminal is gone, the work is not
+                self._stream, self._drawn = None, False
 
 
 def _clock_face(seconds: float) -> str:
