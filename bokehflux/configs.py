@@ -1,4 +1,4 @@
-"""The shapes of every network, as frozen dataclasses: what a checkpoint must state, nothing that a run decides.
+"""The shapes of every network, as frozen dataclasses: what a checkpoint must state, nothing that a run sets.
 
 Each class checks itself when it is built, so a wrong combination never reaches a network. The presets at the
 end are the official models; for other models `bokehflux.weights` builds the same classes from `config.json`.
@@ -41,7 +41,7 @@ def check_fields(config: Any) -> None:
             good = isinstance(value, tuple) and all(_whole(v, 0, 2**31 - 1) for v in value)
             good, wanted = (
                 good and 0 < len(value) <= MAX_LAYERS,
-                f"a list of 1 to {MAX_LAYERS} whole numbers, none of them negative",
+                f"a list of whole numbers, none of them negative, 1 to {MAX_LAYERS} of them",
             )
         else:
             good, wanted = _finite(value), "a finite number"
