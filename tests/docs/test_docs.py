@@ -48,7 +48,7 @@ DOCUMENTS = [
 SHELLS = ("", "bash", "sh", "console")
 NEEDS_NETWORK = "installs from a network"
 RUNS_TESTS = "runs these tests"
-DRAWING = "version, configs, lens, record, conditioning -> everything below"
+DRAWING = "version, configs, lens, fingerprint -> everything below"
 NOT_RUN = {
     ("README.md", "pip install -c constraints.txt -e ."): NEEDS_NETWORK,
     ("CONTRIBUTING.md", "make test"): RUNS_TESTS,
