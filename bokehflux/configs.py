@@ -1,7 +1,7 @@
-"""Shapes of every network, as frozen dataclasses: what a checkpoint must state, and nothing a run decides.
+"""The shapes of every network, as frozen dataclasses: what a checkpoint must state, nothing that a run sets.
 
-Each class is validated when it is built, so a wrong combination never reaches a network. The presets at the
-end are the official models; `weights/load.py` reads the same classes out of a snapshot's `config.json` files.
+Each class checks itself when it is built, so a wrong combination never reaches a network. The presets at the
+end are the official models; for other models `bokehflux.weights` builds the same classes from `config.json`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_LAYERS = 1000
-"""Of any kind; the largest published network has 57. A config file must not make us build without end."""
+"""A config with more layers is refused; the largest published network has 57 blocks. A limit keeps a hostile
+config file from making us build layers without end."""
 GROUNDED_SHARE = 0.8
-"""Share of the steps that are grounded when a pivot is given and nothing is said (published: 24 of 30)."""
+"""The share of grounded steps when a pivot is given without their number (published: 24 of 30)."""
 MAX_SIDE_PX = 16_383
 """The largest side that every picture format can hold (WebP's limit)."""
 MAX_STEPS = 10_000
+"""The most denoising steps that a run or a model's card may ask for."""
 MAX_TXT_LENGTH = 65_536
 """T5 tokens of a prompt."""
 
 
 def check_fields(config: Any) -> None:
-    """Raise ValueError unless every number of a config has its declared type and can be a size.
+    """Raise ValueError unless every number of a config has its declared type and a possible value.
 
-    Whole numbers are positive, but for counts that may be zero (`num_...`) and ids; floats are finite.
+    Whole numbers must be positive, except for the counts and ids in `_MAY_BE_ZERO`; floats must be finite.
     """
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), str(field.type)
@@ -41,7 +43,7 @@ def check_fields(config: Any) -> None:
             good = isinstance(value, tuple) and all(_whole(v, 0, 2**31 - 1) for v in value)
             good, wanted = (
                 good and 0 < len(value) <= MAX_LAYERS,
-                "a list of whole numbers, none of them negative",
+                f"a list of whole numbers, none of them negative, 1 to {MAX_LAYERS} of them",
             )
         else:
             good, wanted = _finite(value), "a finite number"
@@ -58,31 +60,31 @@ def _whole(value: object, least: int, most: int) -> bool:
 
 
 def _finite(value: object) -> bool:
-    # A whole number may be too large for a float: compared, not converted.
+    # Compared, not converted: a whole number may be too large for a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
 class MMDiTConfig:
-    """Shape of a FLUX.1 multimodal diffusion transformer (BFL `FluxParams`)."""
+    """The shape of a FLUX.1 multimodal diffusion transformer (BFL `FluxParams`)."""
 
     in_channels: int
-    """Channels of a packed image token: latent channels x 2 x 2. Also the output width."""
+    """Channels of a packed image token, in and out: latent channels x 2 x 2."""
     txt_dim: int
     """Width of the T5 states."""
     pooled_dim: int
     """Width of the CLIP pooled vector."""
     hidden_size: int
-    """Width of both streams, num_heads x head_dim."""
+    """Width of both streams: num_heads x head_dim."""
     num_heads: int
     num_double: int
-    """Blocks in which image and text keep their own weights."""
+    """How many blocks give image and text weights of their own."""
     num_single: int
-    """Blocks on the concatenated sequence."""
+    """How many blocks work on the concatenated sequence."""
     axes_dim: tuple[int, ...]
-    """Channels of each head that rotate with position axis 0, 1 and 2; each even, sum = head_dim."""
+    """How many channels of a head rotate with position axis 0, 1 and 2: all even, their sum is head_dim."""
     guidance_embed: bool
-    """True for guidance-distilled checkpoints (dev), False for schnell."""
+    """Whether the network takes guidance as an input: True for dev, False for schnell."""
     mlp_ratio: float = 4.0
     theta: int = 10_000
     """Base of the rotary frequencies."""
@@ -112,20 +114,22 @@ class MMDiTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BokehConfig:
-    """Shape and strength of a bokeh adapter (adapter `config.json`)."""
+    """The shape and strength of a bokeh adapter (the `config.json` beside its weights)."""
 
     blocks: tuple[int, ...]
-    """Adapted blocks, counted over double then single blocks (0 ... num_blocks - 1), ascending."""
+    """The adapted blocks, ascending, counted over double then single blocks (0 ... num_blocks - 1)."""
     rank: int
+    """Rank of its low-rank layers."""
     hidden_dim: int = 64
     """Width of the hidden layer that embeds the level."""
     context_dim: int = 768
     """Width of the embedded level."""
     alpha: float | None = None
-    """Low-rank outputs are multiplied by alpha / rank; None means by one."""
+    """Outputs of low-rank layers are multiplied by alpha / rank; None: by one."""
     adapt_q: bool = True
+    """Whether queries get a low-rank update (published: unfreeze_q)."""
     adapt_k: bool = True
-    """Whether queries and keys carry a low-rank update (published: unfreeze_q, unfreeze_k)."""
+    """Whether keys get a low-rank update (published: unfreeze_k)."""
     lora_scale: float = 1.0
     """Default strength of the query and key updates."""
     bokeh_scale: float = 1.0
@@ -140,12 +144,13 @@ class BokehConfig:
 
     @property
     def low_rank_scale(self) -> float:
+        """The factor on outputs of low-rank layers."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """Shape of a T5 v1.1 encoder (gated GELU, relative position bias in the first block)."""
+    """The shape of a T5 v1.1 encoder (gated GELU, relative position bias in the first block)."""
 
     vocab_size: int
     width: int
@@ -154,7 +159,9 @@ class T5Config:
     num_layers: int
     num_heads: int
     num_buckets: int = 32
+    """How many distances between tokens the position bias tells apart."""
     max_distance: int = 128
+    """Tokens further apart than this share a bucket."""
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -163,7 +170,7 @@ class T5Config:
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    """Shape of a CLIP text encoder (pre-norm, causal, quick GELU)."""
+    """The shape of a CLIP text encoder (pre-norm, causal, quick GELU)."""
 
     vocab_size: int
     width: int
@@ -171,8 +178,9 @@ class CLIPConfig:
     num_layers: int
     num_heads: int
     max_length: int = 77
+    """Tokens of a prompt, padding included."""
     eos_token_id: int = 2
-    """Where to pool: the first such id; 2 is the historical value that means "the largest id" instead."""
+    """Pool at the first token with this id. The historical value 2 means: at the largest id instead."""
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -181,17 +189,17 @@ class CLIPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Shape of the convolutional autoencoder, and the affine map between its latents and the model's."""
+    """The shape of the convolutional autoencoder, and the affine map from its latents to the model's."""
 
     channels: tuple[int, ...]
-    """Width at each resolution, finest first; each further entry halves the resolution."""
+    """Width at each resolution, finest first; each further entry halves height and width."""
     layers_per_block: int
-    """Residual blocks per resolution in the encoder; the decoder has one more."""
+    """Residual blocks at each resolution of the encoder; the decoder has one more."""
     latent_channels: int
     norm_groups: int
     scale: float
     shift: float
-    """Model latents are (z - shift) * scale."""
+    """The model's latents are (z - shift) * scale."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -201,7 +209,7 @@ class VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent along each side."""
+        """Pixels per latent along a side."""
         return int(2 ** (len(self.channels) - 1))
 
 
@@ -210,12 +218,15 @@ class ScheduleConfig:
     """How sigmas are shifted towards noise (scheduler `config.json`)."""
 
     dynamic: bool
-    """True: the shift grows with the number of image tokens (dev). False: `shift` alone (schnell: 1)."""
+    """Whether the shift grows with the number of image tokens (dev), or is `shift` for all (schnell)."""
     shift: float = 1.0
+    """The shift where it is not dynamic; 1 leaves equal steps."""
     base_tokens: int = 256
     max_tokens: int = 4096
     base_shift: float = 0.5
+    """Log of the dynamic shift at `base_tokens` image tokens."""
     max_shift: float = 1.15
+    """Log of the dynamic shift at `max_tokens` image tokens."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -225,13 +236,13 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a model does when the caller does not say (its card)."""
+    """What the model's card (`bokehflux.json`) says about settings that the caller leaves open."""
 
     num_inference_steps: int
     height_px: int
     width_px: int
     txt_length: int
-    """T5 tokens a prompt is padded to."""
+    """T5 tokens that a prompt is padded or cut to."""
 
     def __post_init__(self) -> None:
         check_fields(self)

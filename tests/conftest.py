@@ -15,7 +15,7 @@ hypothesis.settings.load_profile("bokehflux")
 # Without a GPU Triton's kernels run in its interpreter, which must be said before triton is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Toy sizes: a second thread costs more than it brings, also in the programs that tests start.
+# Toy sizes: a second thread costs more than it brings, even in the programs that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

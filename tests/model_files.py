@@ -48,7 +48,7 @@ def random_state(network: nn.Module) -> dict[str, Tensor]:
 
 
 def states() -> dict[str, dict[str, Tensor]]:
-    """Of every network, in our names; those of the bare official files."""
+    """The state of every network in our names, those of the bare official files."""
     torch.manual_seed(3)
     return {name: random_state(build(config)) for name, (build, config) in NETWORKS.items()}
 

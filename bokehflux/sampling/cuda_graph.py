@@ -1,9 +1,9 @@
 """Evaluations of the network as CUDA graphs: recorded once, then replayed with one launch each.
 
-A step is more than a thousand kernels, and Python may need longer to launch them than a GPU needs to run them
-for a small picture. A graph launches all at once, the same kernels on the same numbers: no picture changes.
-It costs the activations of one evaluation, reserved while the run lasts, and as much again for every further
-kind of step (grounded, plain, negative): about 1 GB each for FLUX.1 at `MAX_TOKENS` (derived, not measured).
+A step is more than a thousand kernels. For a small picture Python may need longer to launch them than a GPU
+needs to run them. A graph launches them together, the same kernels on the same numbers: no picture changes.
+Each kind of step (grounded, plain, negative) reserves the activations of one evaluation while the run lasts:
+about 1 GB for FLUX.1 at `MAX_TOKENS` (derived, not measured).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from bokehflux.models.mmdit import MMDiT, Modulations
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 12288
-"""Joint tokens of all rows up to which a batch is captured: two pictures at 1024 x 1024, seven at 512 x 512.
-Larger batches take longer than they take to launch, in fp8 too."""
+"""Batches of more joint tokens, all rows together, are not captured. It is two pictures at 1024 x 1024, seven
+at 512 x 512. Larger batches run longer than Python needs to launch them, even in fp8."""
 Evaluate = Callable[[Tensor, Modulations], Tensor]
-"""(x [B, N, C], modulations) -> velocity [B, N, C]; everything else about it is fixed."""
+"""(x [B, N, C], modulations) -> velocity [B, N, C], with everything else fixed."""
 
 
 class StepGraphs:
-    """The graphs of one run of one prompt: one for every shape and attention.
+    """The graphs of one run of one prompt: one for each shape and attention.
 
-    The first evaluation of a kind runs as it is (kernels are compiled, libraries make their workspaces), the
-    second is captured, and from there on it is replayed. What cannot be captured (an attention backend or a
-    storage format that waits for the GPU) is said once and runs as it is. The caller keeps every other tensor
-    of an evaluation alive and in place.
+    The first evaluation of a kind runs eagerly (kernels are compiled, libraries make their workspaces), the
+    second is captured, and further ones are replayed. An evaluation that cannot be captured (an attention
+    backend or a storage format that waits for the GPU) is logged once and runs eagerly. The caller keeps
+    every other tensor of an evaluation alive and in place.
     """
 
     def __init__(self) -> None:
         self._replays: dict[tuple[AttentionSpec, torch.Size], Evaluate | None] = {}
 
     def __call__(self, spec: AttentionSpec, evaluate: Evaluate, x: Tensor, mods: Modulations) -> Tensor:
-        """evaluate(x, mods), where spec stands for all that differs between one `evaluate` and the next."""
+        """evaluate(x, mods). spec: all that distinguishes this `evaluate` from the run's other ones."""
         kind = (spec, x.shape)
         with torch.cuda.device(x.device):
             if kind not in self._replays:
@@ -62,7 +62,7 @@ def _capture(evaluate: Evaluate, x: Tensor, mods: Modulations) -> Evaluate:
 
 
 class _Captured:
-    """A graph and the tensors it reads and writes."""
+    """A graph, and the tensors that it reads and writes."""
 
     def __init__(self, evaluate: Evaluate, x: Tensor, mods: Modulations) -> None:
         self.x = x.clone(memory_format=torch.contiguous_format)
@@ -77,18 +77,19 @@ class _Captured:
             self.out = evaluate(self.x, self.mods)
 
     def __call__(self, x: Tensor, mods: Modulations) -> Tensor:
+        # A graph reads and writes the addresses it was recorded with: inputs are copied there.
         self.x.copy_(x)
         torch._foreach_copy_(self.mods.tensors(), mods.tensors())  # hundreds of vectors in a few launches
         self.graph.replay()
-        return self.out.clone()  # the next replay writes over it
+        return self.out.clone()  # the next replay overwrites self.out
 
 
 def worth_capturing(mmdit: MMDiT, spec: AttentionSpec, x: Tensor, txt_length: int) -> bool:
-    """Whether an evaluation on x [B, N, C] is small enough to gain by it, and only launches kernels.
+    """Whether an evaluation on x [B, N, C] is small enough to gain from a graph, and only launches kernels.
 
-    Hooks, among them those that stream weights, are Python and would not run again; nor would an attention of
-    somebody's own, or one that stores keys. Pivots in other rows than the first are gathered by an index that
-    comes from the host.
+    A replay runs no Python. Hooks (streamed weights use them), a user's own attention, and an attention that
+    stores keys would all be skipped. Pivots in other rows than the first are gathered by an index from the
+    host, which a graph cannot hold.
     """
     if not x.is_cuda or x.shape[0] * (txt_length + x.shape[1]) > MAX_TOKENS:
         return False
@@ -97,7 +98,7 @@ def worth_capturing(mmdit: MMDiT, spec: AttentionSpec, x: Tensor, txt_length: in
 
 
 def _warm_up(evaluate: Evaluate, x: Tensor, mods: Modulations) -> Tensor:
-    """evaluate(x, mods) on the stream that captures, whose library workspaces are made now."""
+    """evaluate(x, mods) on the capturing stream, so that its library workspaces exist before the capture."""
     stream, current = _side_stream(x.device.index), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):

@@ -1,8 +1,8 @@
 """The velocity of a run: the network, its conditioning, true CFG and grounding, as one callable.
 
-All rows of a run share prompt, guidance and noise level, so their modulations are computed once, for every
-step at once; and a target is grounded on a pivot that may be in its batch, in an earlier batch of the same
-step, or in a `PivotCache` from an earlier run.
+All rows of a run share prompt, guidance and noise levels, so the modulations of all steps are computed once,
+before the first. A target's pivot may be in its batch, in an earlier batch of the same step, or in a
+`PivotCache` from an earlier run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import Constants, MMDiT, Modulations, Part
 from bokehflux.sampling.cuda_graph import StepGraphs, worth_capturing
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.sampling.pivot_cache import PivotCache, PivotInHand
+from bokehflux.sampling.pivot_cache import BlockPivot, PivotCache
 
 AttentionAt = Callable[[int, int], AttentionSpec]
 """(rows, step) -> what the joint attentions of that step compute, for a batch that is not split."""
@@ -36,36 +36,42 @@ class Grounding:
     num_steps: int
     """Grounded steps, counted from the first."""
     cache: PivotCache | None = None
-    """Filled when the pivot is in the batch, read when it is not."""
+    """Filled when the pivot is in the batch, read when it is not; None: nothing is kept after the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guide:
-    """One prompt's pass through the network: all that stays the same from step to step."""
+class PromptPass:
+    """One prompt's pass through the network: everything that stays the same from step to step."""
 
     mmdit: MMDiT
     conditioning: Conditioning
+    """A single row, shared by all rows of the batch."""
     guidance: float
     """Distilled guidance, an input of the network."""
     rope: RopeTable
+    """Rotations of the T text tokens, then the N image tokens."""
     bokeh: BokehCondition | None
+    """The levels of the batch's rows; None: the base model alone."""
     constants: Constants
     graphs: StepGraphs | None
     """None: no CUDA graphs."""
     known: dict[float, Modulations]
-    """By noise level: those of a run's steps, computed at once."""
+    """By noise level: the modulations of a run's steps, computed together."""
 
     def modulations(self, sigma: Tensor) -> Modulations:
-        """At one noise level, each [1, 1, E]; any level outside the table is computed now."""
+        """The modulations at one noise level, each [1, 1, E]; a level that is not `known` is computed now."""
         found = self.known.get(float(sigma))
         return found if found is not None else self.table(sigma[None])[float(sigma)]
 
     def velocity(self, x: Tensor, sigma: Tensor, batches: Sequence[tuple[slice, AttentionSpec]]) -> Tensor:
-        """Of every row of x [B, N, C] at one noise level, batch by batch."""
+        """x [B, N, C] -> the velocity of every row at one noise level [B, N, C], computed batch by batch.
+
+        batches: rows of x, in order, and their attention.
+        """
         mods = self.modulations(sigma)
         parts = [self._part(x[rows], rows, spec) for rows, spec in batches]
         if len(parts) > 1:
-            return torch.cat(self.mmdit.velocities(parts, mods, self.rope))
+            return torch.cat(self.mmdit.velocities(parts, mods, self.rope))  # [B, N, C]
         (part,), ((_, spec),) = parts, batches
 
         def evaluate(x: Tensor, mods: Modulations) -> Tensor:
@@ -78,17 +84,17 @@ class Guide:
     def _part(self, x: Tensor, rows: slice, spec: AttentionSpec) -> Part:
         return Part(
             img=x,
-            txt=self.conditioning.txt.expand(len(x), -1, -1),
+            txt=self.conditioning.txt.expand(len(x), -1, -1),  # [b, T, W], without a copy
             attention=spec,
             bokeh=self.bokeh.rows(rows) if self.bokeh is not None else None,
             constants=self.constants.rows(rows),
         )
 
     def table(self, sigmas: Tensor) -> dict[float, Modulations]:
-        """[S] noise levels -> their modulations. 2 MB a level for FLUX in bfloat16."""
+        """Noise levels [S] -> their modulations, each [1, 1, E]. 2 MB a level for FLUX in bfloat16."""
         count, device, dtype = len(sigmas), self.mmdit.device, self.mmdit.dtype
         mods = self.mmdit.modulations(
-            self.conditioning.pooled.expand(count, -1),
+            self.conditioning.pooled.expand(count, -1),  # [S, P]: the noise levels are the rows here
             model_sigma(sigmas, dtype).to(device),
             torch.full((count,), self.guidance, device=device),
         )
@@ -99,29 +105,31 @@ class Guide:
 class Denoiser:
     """velocity(x, sigma, step) for a batch of rows that share prompt and size; built by `denoiser`."""
 
-    positive: Guide
+    positive: PromptPass
     bokeh: BokehCondition | None
-    """Levels of the rows."""
+    """The levels of the rows."""
     grounding: Grounding | None
     attention: AttentionAt | None
-    """A specification of the caller's own in place of `grounding`."""
+    """Your own specification of every step's attention, in place of `grounding`."""
     true_cfg: float
     """Above 1: classifier-free guidance against `negative`, at twice the cost."""
-    negative: Guide | None
+    negative: PromptPass | None
     max_rows: int | None
+    """How many rows go through the network together; None: all."""
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: Tensor, step: int) -> Tensor:
-        """x [B, N, 64] -> velocity [B, N, 64]. The negative pass: no level, guidance 1, plain attention."""
+        """x [B, N, C] at noise level sigma -> velocity [B, N, C]."""
         v = self.positive.velocity(x, sigma, list(self.batches(len(x), step)))
         if self.true_cfg > 1 and self.negative is not None:
+            # The negative pass attends plainly even in grounded steps, as published.
             plain = [(rows, Plain()) for rows in self._slices(len(x))]
             v_neg = self.negative.velocity(x, sigma, plain)
             v = v_neg + self.true_cfg * (v - v_neg)
         return v
 
     def batches(self, rows: int, step: int) -> Iterator[tuple[slice, AttentionSpec]]:
-        """The batches of a step and their attention; the pivot's comes first, the others read its keys."""
+        """The batches of a step and their attention. The pivot's comes first: the others read its keys."""
         if self.attention is not None:
             yield slice(0, rows), self.attention(rows, step)
             return
@@ -132,11 +140,12 @@ class Denoiser:
             return
         adapter = self.positive.mmdit.bokeh
         parts = list(self._slices(rows))
-        store = grounding.cache if grounding.cache is not None else PivotInHand(readers=len(parts) - 1)
+        store = grounding.cache if grounding.cache is not None else BlockPivot(readers=len(parts) - 1)
         if grounding.pivot_row is not None:
             first, *parts = parts
             pivot_of = (grounding.pivot_row,) * len(range(rows)[first])
             if adapter is not None and not adapter.config.adapt_k:
+                # As published: where the adapter leaves keys alone, targets do not read the pivot's keys.
                 yield first, PivotQuery(pivot_of=pivot_of)
             elif parts or grounding.cache is not None:
                 yield first, Recorded(grounded=Grounded(pivot_of=pivot_of), store=store, step=step)
@@ -152,9 +161,9 @@ class Denoiser:
 
 
 def model_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:
-    """The noise level as the published pipeline hands it over: 1000 sigma rounded to `dtype`, / 1000.
+    """The noise level as the published pipeline hands it over: 1000 sigma, rounded to `dtype`, / 1000.
 
-    In bfloat16 this keeps about three digits of the timestep; another rounding is another picture.
+    In bfloat16 this keeps about three digits of the timestep; another rounding makes another picture.
     """
     return (sigma * 1000).to(dtype) / 1000
 
@@ -174,27 +183,29 @@ def denoiser(
     max_rows: int | None = None,
     cuda_graphs: bool = True,
 ) -> Denoiser:
-    """A `Denoiser` for one prompt (conditioning of one row, shared by every row of the batch) and size.
+    """Build the `Denoiser` of one prompt and size.
 
-    attention: a specification of your own for every step, in place of `grounding`. sigmas: the noise levels
-    of the run, whose modulations are computed now, all at once. max_rows: rows that go through the network
-    together; more take turns in each block and share the pivot's queries and keys, so that N targets cost
-    N + 1 rows in any case (the pivot must then be row 0). cuda_graphs: whether steps of small batches may be
-    replayed as CUDA graphs (`cuda_graph.py`: where, and what that costs); it changes no number.
+    conditioning: one row, shared by every row of the batch. guidance: the distilled guidance; the negative
+    pass has guidance 1 and the null level. attention: a specification of your own for every step, in place of
+    `grounding`. sigmas: the noise levels of the run, whose modulations are computed now, all together.
+    max_rows: how many rows go through the network together; further rows take turns in each block and share
+    the pivot's queries and keys, so N targets always cost N + 1 rows (the pivot must then be row 0).
+    cuda_graphs: whether steps of small batches may be replayed as CUDA graphs (`cuda_graph.py` says when and
+    at what cost); this changes no number.
     Raises ValueError for true CFG without a negative conditioning, for both grounding and attention, and for
     a split that these rules forbid.
     """
     if true_cfg > 1 and negative is None:
-        raise ValueError("true_cfg above 1 needs a negative conditioning")
+        raise ValueError(f"true_cfg {true_cfg:g} needs a negative conditioning, got none")
     if attention is not None and grounding is not None:
         raise ValueError("grounding chooses the attention of every step: give it or attention, not both")
     _check_split(mmdit, grounding, attention, max_rows)
     ids = position_ids(grid, conditioning.txt.shape[1], mmdit.device)
     rope = rope_table(ids, mmdit.config.axes_dim, mmdit.config.theta)
 
-    def guide(conditioning: Conditioning, guidance: float, bokeh: BokehCondition | None) -> Guide:
+    def prepare(conditioning: Conditioning, guidance: float, bokeh: BokehCondition | None) -> PromptPass:
         with torch.inference_mode():
-            made = Guide(
+            made = PromptPass(
                 mmdit=mmdit,
                 conditioning=conditioning,
                 guidance=guidance,
@@ -210,12 +221,12 @@ def denoiser(
 
     null = bokeh.null() if bokeh is not None else None
     return Denoiser(
-        positive=guide(conditioning, guidance, bokeh),
+        positive=prepare(conditioning, guidance, bokeh),
         bokeh=bokeh,
         grounding=grounding,
         attention=attention,
         true_cfg=true_cfg,
-        negative=guide(negative, 1.0, null) if true_cfg > 1 and negative is not None else None,
+        negative=prepare(negative, 1.0, null) if true_cfg > 1 and negative is not None else None,
         max_rows=max_rows,
     )
 
@@ -226,13 +237,13 @@ def _check_split(
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
     if max_rows is not None and attention is not None:
-        raise ValueError("max_rows cannot split a batch whose attention is the caller's own")
+        raise ValueError("max_rows cannot split a batch with an attention of your own: leave one of them out")
     if grounding is None:
         return
     if grounding.pivot_row is None and grounding.cache is None:
-        raise ValueError("grounding needs its pivot: a row of the batch, or a filled cache")
+        raise ValueError("grounding needs a pivot: give pivot_row, or a filled cache")
     splits = max_rows is not None or grounding.cache is not None
     if splits and grounding.pivot_row not in (0, None):
-        raise ValueError(f"a split or cached batch has its pivot in row 0, got row {grounding.pivot_row}")
+        raise ValueError(f"max_rows and a pivot cache need the pivot in row 0, got row {grounding.pivot_row}")
     if splits and mmdit.bokeh is not None and not mmdit.bokeh.config.adapt_k:
         raise ValueError("max_rows and a pivot cache need an adapter that updates keys (unfreeze_k)")

@@ -1,4 +1,4 @@
-"""Where a run went wrong: the step and the layer that first produced something that is no number."""
+"""Find where a run went wrong: the step and the layer that first produced NaN or infinity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bokehflux.sampling.samplers import Velocity, euler
 
 
 class NonFiniteError(FloatingPointError):
-    """NaN or infinity in a network's output; the message names step, layer and, if it holds any, weights."""
+    """A network returned NaN or infinity; the message names the step, the layer and any bad weights."""
 
 
 class _Stop(Exception):
@@ -21,10 +21,11 @@ class _Stop(Exception):
 
 @torch.inference_mode()
 def explain_nonfinite(mmdit: MMDiT, velocity: Velocity, x: Tensor, sigmas: Tensor) -> NonFiniteError:
-    """Repeat a run whose latents are not finite, watching every layer, and return the error to raise.
+    """Repeat a run whose latents are not finite, watch every layer, and return the error to raise.
 
-    Only called after the fact, so that a run that goes well pays for no check but its last one.
+    Called only after such a run: a run that goes well pays for one check, of its final latents.
     """
+    # Leaves only, so that the message names a layer and not the whole block.
     names = {module: name for name, module in mmdit.named_modules() if not list(module.children())}
     step_now = 0
 
@@ -42,7 +43,8 @@ def explain_nonfinite(mmdit: MMDiT, velocity: Velocity, x: Tensor, sigmas: Tenso
         euler(watched, x, sigmas)
     except _Stop as stop:
         name = names[stop.args[0]]
-        # Parts of a fused projection run past the hooks, so the whole block is looked through.
+        # A fused projection multiplies by its weights without calling its layer, so no hook sees it: search
+        # all parameters of the block.
         block = ".".join(name.split(".")[:2])
         suspects = mmdit.get_submodule(block).named_parameters(prefix=block)
         bad = [n for n, p in suspects if not p.float().isfinite().all()]
@@ -51,4 +53,6 @@ def explain_nonfinite(mmdit: MMDiT, velocity: Velocity, x: Tensor, sigmas: Tenso
     finally:
         for hook in hooks:
             hook.remove()
-    return NonFiniteError("the latents hold NaN or infinity, but no layer does: the sampler overflowed")
+    return NonFiniteError(
+        "the latents hold NaN or infinity, but no layer returned any: the sampler overflowed"
+    )

@@ -19,7 +19,7 @@ TOKEN_PX = 2 * LATENT_PX
 
 @dataclass(frozen=True, kw_only=True)
 class LatentGrid:
-    """Size of an image in pixels and tokens. Raises ValueError unless both sides are multiples of 16."""
+    """The size of an image in pixels and tokens. Raises ValueError unless both sides are multiples of 16."""
 
     height_px: int
     width_px: int
@@ -32,7 +32,10 @@ class LatentGrid:
 
     @classmethod
     def floored(cls, height_px: int, width_px: int) -> LatentGrid:
-        """The largest grid inside the given size, with a notice where that is smaller (as published)."""
+        """The largest grid that fits into the given size; warns where it is smaller (as published does).
+
+        Raises ValueError for a side below 16 pixels.
+        """
         if min(height_px, width_px) < TOKEN_PX:
             raise ValueError(
                 f"height and width must be at least {TOKEN_PX} pixels, got {height_px} x {width_px}"
@@ -47,6 +50,7 @@ class LatentGrid:
 
     @property
     def token_hw(self) -> tuple[int, int]:
+        """Image tokens (down, across)."""
         return self.height_px // TOKEN_PX, self.width_px // TOKEN_PX
 
     @property
@@ -57,8 +61,9 @@ class LatentGrid:
 def noise(grid: LatentGrid, seed: int, dtype: torch.dtype, channels: int = 16) -> Tensor:
     """Unpacked noise [1, channels, H/8, W/8] on the CPU, drawn from a CPU generator in `dtype`.
 
-    Drawn in `dtype`, as in the published code: bfloat16 and float32 noise of one seed differ at least by
-    rounding (by more where PyTorch draws the two differently).
+    The published code draws in the compute dtype too. bfloat16 and float32 noise of one seed differ by at
+    least their rounding, and by more where PyTorch draws the two differently. Raises ValueError for a seed of
+    more than 64 bits.
     """
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
@@ -81,6 +86,7 @@ def position_ids(grid: LatentGrid, txt_length: int, device: torch.device | None 
     """[T + N, 3] float32: zeros for text tokens, then (0, row, column) of every image token."""
     h, w = grid.token_hw
     ids = torch.zeros(txt_length + h * w, 3, device=device)
+    # Tokens run row by row: the row index repeats within a row, the column index starts anew.
     ids[txt_length:, 1] = torch.arange(h, device=device).repeat_interleave(w)
     ids[txt_length:, 2] = torch.arange(w, device=device).repeat(h)
     return ids

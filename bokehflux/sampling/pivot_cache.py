@@ -1,8 +1,8 @@
-"""A pivot kept for later: its queries and keys of every grounded step and block, and how it ended.
+"""Where a pivot's queries and keys wait for its targets: a whole run of them, or those of one block.
 
-With them, a further level of a scene already made costs one row: the pivot's trajectory does not depend on
-the targets, so nothing of it needs to be computed again. At full size a step of 57 blocks is 1.1 GB at
-512 x 512 and 3.2 GB at 1024 x 1024 in bfloat16.
+A pivot's path does not depend on its targets. With its queries and keys of every grounded step and block, and
+its final latents, a further level of the same scene costs one row. In bfloat16 one step of 57 blocks takes
+1.1 GB at 512 x 512 and 3.2 GB at 1024 x 1024.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 class PivotCache:
-    """Pass one to `Pipeline.generate`: the first run fills it, later runs of the same scene use it.
+    """Everything later targets need of a pivot: the first run of a scene fills the cache, later runs read it.
 
-    device: where it keeps its tensors; None leaves them where they were computed, "cpu" takes (pinned) host
-    memory and copies each block's share back while the run goes on.
+    device: where tensors are kept. None leaves them where they were computed; "cpu" takes host memory
+    (pinned, for a CUDA device) and copies each block's share back during the run.
     """
 
     def __init__(self, device: str | torch.device | None = None) -> None:
         self.device = None if device is None else torch.device(device)
         self.scene: dict[str, Any] | None = None
-        """What the pivot was made from; None while the cache is empty."""
+        """The settings that made the pivot; None while the cache is empty."""
         self.latents: Tensor | None = None
-        """[L, 64] the pivot's final packed latents."""
+        """The pivot's final packed latents, [N, 64]."""
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def put(self, step: int, block: int, q: Tensor, k: Tensor) -> None:
@@ -56,34 +56,38 @@ class PivotCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all queries and keys."""
         return sum(t.nbytes for pair in self._kept.values() for t in pair)
 
     def _keep(self, x: Tensor) -> Tensor:
         if self.device is None or self.device == x.device:
             return x.clone()
         if self.device.type == "cpu" and x.is_cuda:
+            # Pinned, so that neither this copy nor the one back waits for the GPU.
             host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             return host.copy_(x, non_blocking=True)
         return x.to(self.device)
 
 
-class PivotInHand:
-    """A pivot's query and key of the block at work, for the batches of the same step that come after it."""
+class BlockPivot:
+    """A pivot's query and key of the current block, for the batches of the same step that come after it."""
 
     def __init__(self, readers: int) -> None:
         self.readers = readers
-        """Batches that will ask for each block's; the last one takes it out of this hand."""
+        """How many batches read each block's entry; the last reader frees it."""
         self._kept: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
         self._asked = 0
 
     def put(self, step: int, block: int, q: Tensor, k: Tensor) -> None:
-        """Keep those of one block, in place of any others."""
+        """Keep a pivot's query and key [1, L, H, D] of one block, in place of the block before."""
         self._kept, self._asked = ((step, block), (q, k)), 0
 
     def get(self, step: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Query and key [1, L, H, D]. Raises ValueError for any block but the one that is kept."""
+        """Query and key [1, L, H, D]. Raises ValueError for any other block than the one kept."""
         if self._kept is None or self._kept[0] != (step, block):
-            raise ValueError(f"no pivot is at hand for step {step}, block {block}: its rows come first")
+            raise ValueError(
+                f"no pivot is kept for step {step}, block {block}: its batch comes before its targets'"
+            )
         found = self._kept[1]
         self._asked += 1
         if self._asked == self.readers:

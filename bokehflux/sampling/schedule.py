@@ -1,4 +1,4 @@
-"""Noise levels of a run: linear steps, shifted towards noise for larger images. Pure functions."""
+"""The noise levels of a run: equal steps, shifted towards noise for larger images. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bokehflux.configs import ScheduleConfig
 
 
 def shift_mu(config: ScheduleConfig, num_img_tokens: int) -> float:
-    """Log of the time shift: linear in the number of image tokens (FLUX dev: 0.5 at 256, 1.15 at 4096)."""
+    """The log of the time shift, linear in the number of image tokens (dev: 0.5 at 256, 1.15 at 4096)."""
     slope = (config.max_shift - config.base_shift) / (config.max_tokens - config.base_tokens)
     return num_img_tokens * slope + config.base_shift - slope * config.base_tokens
 

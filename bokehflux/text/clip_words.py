@@ -1,7 +1,8 @@
-"""CLIP's view of a prompt: cleaned, cut into words, each spelled in the byte alphabet of the vocabulary.
+"""A prompt as CLIP reads it: cleaned, cut into words, each spelled in the byte alphabet of the vocabulary.
 
-Follows OpenAI's tokenizer as transformers runs it without `ftfy`: control characters vanish, ideographs stand
-alone, text is composed (NFC) and lower-cased. Only the standard library decides what a letter is.
+The rules are those of OpenAI's tokenizer as transformers runs it without `ftfy`: control characters vanish,
+ideographs stand alone, text is composed (NFC) and lower-cased. Python's `unicodedata` tells letters from
+other signs.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ _YPOGEGRAMMENI = "\u0345"
 
 
 def _spell_bytes() -> dict[int, str]:
-    # Bytes that print stand for themselves, the others for the characters from U+0100 on, in order.
+    # Printable bytes stand for themselves. The others take the characters from U+0100 on, in order.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 BYTE_ALPHABET = _spell_bytes()
-"""The character that stands for each byte."""
+"""The character that stands for each byte, as in GPT-2's vocabulary."""
 
 
 def words(text: str) -> Iterator[str]:
-    """Words of `text` in order: markers, English endings, runs of letters, single digits, other signs.
+    """The words of `text` in order: markers, English endings, runs of letters, single digits, other signs.
 
-    Each comes in the byte alphabet; the markers, all ASCII, look the same in it.
+    Each word is spelled in the byte alphabet. The markers are ASCII and look the same in it.
     """
     for chunk in _clean(text).split():
         for word in _split(chunk.lower()):
@@ -59,6 +60,7 @@ def _clean(text: str) -> str:
 
 
 def _split(chunk: str) -> Iterator[str]:
+    # By hand, since Python's `re` has no classes for letters and numbers of all scripts.
     kinds = [_kind(char) for char in chunk]
     start = 0
     while start < len(chunk):
@@ -67,7 +69,7 @@ def _split(chunk: str) -> Iterator[str]:
             end = literal.end()
         else:
             end = start + 1
-            # A digit is a word of its own; letters and other signs run on.
+            # Each digit is a word; letters and other signs form runs.
             while kinds[start] != "N" and end < len(chunk) and kinds[end] == kinds[start]:
                 end += 1
         if literal is not None or kinds[start]:
@@ -76,7 +78,7 @@ def _split(chunk: str) -> Iterator[str]:
 
 
 def _kind(char: str) -> str:
-    """L letter, N number, S any other sign, "" for the one character that is never part of a word."""
+    """L: letter, N: number, S: any other sign, "": the one character that never belongs to a word."""
     if char == _YPOGEGRAMMENI:
         return ""
     category = unicodedata.category(char)[0]

@@ -1,4 +1,4 @@
-"""Prompts to `Conditioning`: both tokenizers and both text encoders, as FLUX uses them."""
+"""Turn prompts into `Conditioning` with both tokenizers and both text encoders, as FLUX does."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoders:
-    """The text half of a model. Both encoders read the same prompts."""
+    """The text half of a model; both encoders read the same prompts."""
 
     t5: T5Encoder
     clip: CLIPTextEncoder
     t5_tokenizer: T5Tokenizer
     clip_tokenizer: CLIPTokenizer
     txt_length: int
-    """T5 tokens a prompt is padded or cut to. CLIP's number comes from its tokenizer's files."""
+    """How many T5 tokens a prompt is padded or cut to. CLIP's number comes from its tokenizer's files."""
 
     @property
     def networks(self) -> tuple[torch.nn.Module, ...]:
         return self.t5, self.clip
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words that mean nothing to a model of a small vocabulary, as `T5Tokenizer.unknown_words`."""
+        """Words that a small vocabulary lacks: see `T5Tokenizer.unknown_words`."""
         return self.t5_tokenizer.unknown_words(prompt)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], txt_length: int | None = None) -> Conditioning:
-        """`txt` [B, txt_length, t5 width] and `pooled` [B, clip width], in the dtype of the encoders.
+        """B prompts -> `txt` [B, T, t5 width] and `pooled` [B, clip width], in the encoders' dtype.
 
-        txt_length: T5 tokens; None takes the model's own.
+        txt_length: T, the number of T5 tokens; None takes the model's own. Raises ValueError for a prompt that
+        is not valid Unicode, TypeError for a string in place of a list.
         """
-        t5_ids = self.t5_tokenizer(prompts, txt_length or self.txt_length)
-        clip_ids = self.clip_tokenizer(prompts)
+        t5_ids = self.t5_tokenizer(prompts, txt_length or self.txt_length)  # [B, T]
+        clip_ids = self.clip_tokenizer(prompts)  # [B, 77] for the published CLIP
         return Conditioning(
             txt=self.t5(t5_ids.to(self.t5.shared.weight.device)),
             pooled=self.clip(clip_ids.to(self.clip.text_model.final_layer_norm.weight.device)),

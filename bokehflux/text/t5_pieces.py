@@ -1,7 +1,8 @@
-"""A prompt to the ids of its pieces, without end token: `tokenizer.json` or `spiece.model`, one class each.
+"""Cut a prompt into T5's pieces and look up their ids, from a `tokenizer.json` or a `spiece.model`.
 
-Both only steer a library. Their ids are those of transformers' `T5TokenizerFast` and of its `T5Tokenizer`,
-which differ around special tokens, runs of spaces and a prompt that ends in the end token.
+One class for each file, both thin layers over a library. Their ids equal those of transformers'
+`T5TokenizerFast` and `T5Tokenizer`, which differ around special tokens, runs of spaces, and a prompt that
+ends in the end token.
 """
 
 from __future__ import annotations
@@ -21,23 +22,26 @@ https://protobuf.dev/programming-guides/encoding/#last-one-wins"""
 
 
 class Pieces(Protocol):
-    """What `T5Tokenizer` needs of a file."""
+    """What `T5Tokenizer` needs of a tokenizer file."""
 
     vocab_size: int
 
-    def token_to_id(self, token: str) -> int | None: ...
+    def token_to_id(self, token: str) -> int | None:
+        """None: the vocabulary lacks the token."""
 
-    def ids(self, prompt: str) -> list[int]: ...
+    def ids(self, prompt: str) -> list[int]:
+        """The pieces of a prompt, without end token and of any number."""
 
-    def ended(self, ids: list[int], eos_id: int) -> list[int]: ...
+    def ended(self, ids: list[int], eos_id: int) -> list[int]:
+        """The same pieces with their end token."""
 
 
 class FastPieces:
-    """`tokenizer.json`, which brings its own rules for special tokens."""
+    """A `tokenizer.json`, which holds its own rules for special tokens."""
 
     def __init__(self, tokenizer: Tokenizer, eos: str) -> None:
-        """Raises ValueError when `tokenizer` does not end a prompt in `eos` and do nothing else to it."""
-        # Cutting and padding are done by the caller, where a warning can be given.
+        """Raises ValueError unless `tokenizer` adds `eos` to the end of a prompt and nothing else."""
+        # The caller cuts and pads, since it can warn of a prompt that is too long.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
@@ -57,16 +61,17 @@ class FastPieces:
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in the prompt as it is written. Fields as in `added_tokens_decoder`."""
+    """A token that is searched for in the prompt as written. Fields as in `added_tokens_decoder`."""
 
     content: str
     lstrip: bool = False
     """Whether the white space before it is dropped."""
     rstrip: bool = False
+    """Whether the white space after it is dropped."""
 
 
 class SentencePieces:
-    """`spiece.model`, read by the `sentencepiece` package; special tokens are cut out of the prompt first."""
+    """A `spiece.model`, read by the package `sentencepiece`; special tokens are cut out beforehand."""
 
     def __init__(
         self,
@@ -79,15 +84,16 @@ class SentencePieces:
         legacy: bool,
         add_prefix_space: bool,
     ) -> None:
-        """The last three are keys of `tokenizer_config.json`; `special` are tokens that `added` may lack.
+        """`extra_ids`, `legacy` and `add_prefix_space` are keys of `tokenizer_config.json`.
 
-        `extra_ids`: how many `<extra_id_i>` follow the pieces of the model, the last one first.
-        `legacy`: True leaves the space that starts a text to sentencepiece, which puts one after every
-        special token, too; False puts one before the prompt alone, and only if `add_prefix_space`.
+        `special`: tokens that `added` may lack. `extra_ids`: how many `<extra_id_i>` follow the model's
+        pieces, the last one first. `legacy`: True lets sentencepiece add the space that starts a text, and it
+        adds one after every special token as well; False adds one before the prompt alone, if
+        `add_prefix_space`.
         Raises ValueError when one of `special` has no id or `added` contradicts the model, and
         RuntimeError when the model is damaged.
         """
-        # Imported here: most folders have a tokenizer.json.
+        # Imported here, since most folders have a tokenizer.json and never need it.
         from sentencepiece import SentencePieceProcessor
 
         self._model = SentencePieceProcessor()
@@ -109,24 +115,25 @@ class SentencePieces:
         for name in special:
             known_id = self.token_to_id(name)
             if known_id is None:
-                raise ValueError(f"special token {name!r} has no id")
+                raise ValueError(f"special token {name!r} has no id in the model or in tokenizer_config.json")
             self._ids.setdefault(name, known_id)
             self._added.setdefault(name, AddedToken(name))
         self.vocab_size = 1 + max(len(self._model) - 1, *self._ids.values())
-        # The longest comes first, as one token may start another.
+        # The longest first: one token may be the beginning of another.
         literal = sorted(self._added, key=len, reverse=True)
         self._literal = re.compile("(" + "|".join(map(re.escape, literal)) + ")")
 
     def token_to_id(self, token: str) -> int | None:
         if token in self._ids:
             return self._ids[token]
-        piece_id: int = self._model.piece_to_id(token)  # the unknown piece's when there is none
+        piece_id: int = self._model.piece_to_id(token)  # the unknown piece's id for an unknown token
         return piece_id if self._model.id_to_piece(piece_id) == token else None
 
     def ids(self, prompt: str) -> list[int]:
         if not self._legacy and prompt:
             prompt = (SPACE if self._add_prefix_space else "") + prompt.replace(SPACE, " ")
         pieces = self._pieces(prompt)
+        # A prompt that begins with a special token has no space in front of it.
         if not self._legacy and pieces[:1] == [SPACE] and pieces[1:] and pieces[1] in self._added:
             del pieces[0]
         return [
@@ -137,7 +144,7 @@ class SentencePieces:
         return ids if ids[-1:] == [eos_id] else [*ids, eos_id]
 
     def _pieces(self, prompt: str) -> list[str]:
-        # re.split with a group: even places are text, odd ones the special tokens between.
+        # re.split with a group: text at even places, the special tokens between at odd places.
         parts = self._literal.split(prompt)
         for i in range(1, len(parts), 2):
             token = self._added[parts[i]]
@@ -156,5 +163,5 @@ class SentencePieces:
     def _encode(self, text: str) -> list[str]:
         if self._legacy or not text.startswith((SPACE, " ")):
             return self._model.encode(text, out_type=str)
-        # sentencepiece drops spaces at the start of a text, so something is put before them and taken off.
+        # sentencepiece drops spaces at the start of a text: put a token before them, then drop its pieces.
         return self._model.encode(self._unk + text, out_type=str)[self._unk_size :]

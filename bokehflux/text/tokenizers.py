@@ -1,9 +1,9 @@
-"""Prompts to token ids, for CLIP and T5, from the tokenizer folders of a model snapshot.
+"""Turn prompts into token ids, for CLIP and T5, with the tokenizer folders of a model snapshot.
 
-Ids equal those of transformers 4.53 `CLIPTokenizer` (its Python one, without `ftfy`) and `T5TokenizerFast`,
-the classes that the published FLUX pipeline uses; where T5's `tokenizer.json` is missing, those of its
-`T5Tokenizer`. With `ftfy` installed transformers repairs mis-decoded text before CLIP sees it, so that ids
-depend on the machine; this module never does.
+Ids equal those of the published FLUX pipeline's classes in transformers 4.53: `CLIPTokenizer` (the Python
+one, without `ftfy`) and `T5TokenizerFast`, or `T5Tokenizer` where `tokenizer.json` is missing. With `ftfy`
+installed, transformers repairs mis-decoded text before CLIP sees it, so its ids depend on the machine. Ours
+never do.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from bokehflux.text.t5_pieces import AddedToken, FastPieces, Pieces, SentencePie
 log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 100_000_000
-"""T5's largest file has 2.4 MB."""
+"""A larger tokenizer file is refused; T5's largest has 2.4 MB."""
 SMALL_VOCAB = 1000
-"""Pieces of T5 that hold the words of a few captions and no language: nano has 298, FLUX 32,128."""
+"""A T5 vocabulary up to this size holds the words of a few captions, not a language: nano's has 298 pieces,
+FLUX's 32,128."""
 MAX_ID = 10_000_000
-"""Ids of tokens are below this; T5's largest is 32127, CLIP's 49407."""
+"""Ids must be below this; T5's largest is 32,127, CLIP's 49,407."""
 
 
 class TokenizerError(ValueError):
@@ -41,9 +42,9 @@ class CLIPTokenizer:
     """Lower-case byte-level BPE: start token, prompt, end token, padding."""
 
     length: int
-    """Tokens per prompt unless the caller says otherwise."""
+    """Tokens per prompt unless the caller gives another number."""
     vocab_size: int
-    """Rows that an embedding of these ids needs."""
+    """How many rows an embedding of these ids needs."""
     eos_id: int
     pad_id: int
 
@@ -56,13 +57,14 @@ class CLIPTokenizer:
         added: dict[str, int],
         length: int,
     ) -> None:
-        """`special` names the tokens used as bos, eos, unk and pad; `added` are ids that `vocab` may lack."""
+        """special: the token of each role (bos, eos, unk, pad). added: ids that `vocab` may lack."""
         self.length = length
         self._ids = vocab | added
         self._bos_id, self.eos_id, self._unk_id, self.pad_id = (
             self._ids[special[role]] for role in ("bos_token", "eos_token", "unk_token", "pad_token")
         )
-        # These are found in the prompt as written, before anything is cleaned; the longest comes first.
+        # Searched for in the prompt as written, before it is cleaned. The longest first: one token may be the
+        # beginning of another.
         literal = sorted({*special.values(), *added}, key=len, reverse=True)
         self._literal = re.compile("(" + "|".join(map(re.escape, literal)) + ")")
         self.vocab_size = 1 + max(self._ids.values())
@@ -70,9 +72,9 @@ class CLIPTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> CLIPTokenizer:
-        """Read `vocab.json`, `merges.txt`, `tokenizer_config.json` and `special_tokens_map.json` if present.
+        """Read `vocab.json`, `merges.txt`, `tokenizer_config.json` and any `special_tokens_map.json`.
 
-        Raises TokenizerError when one is missing or damaged.
+        Raises TokenizerError for a missing or damaged file.
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
@@ -96,7 +98,8 @@ class CLIPTokenizer:
             raise TokenizerError(f"{folder}: {problem}; fetch them again") from error
 
     def __call__(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
-        """Ids [B, length], int64. A prompt that is too long is cut, with a warning; the end token stays."""
+        """B prompts -> ids [B, length], int64. A prompt that is too long is cut before its end token, with a
+        warning. Raises TypeError for a string in place of a list."""
         contents = [self._content(prompt) for prompt in _checked(prompts)]
         length = self.length if length is None else length
         return _fit(contents, prompts, length, self._framed, self.pad_id, reader="CLIP")
@@ -106,7 +109,7 @@ class CLIPTokenizer:
 
     def _content(self, prompt: str) -> list[int]:
         ids: list[int] = []
-        # re.split with a group: even places are text, odd ones the literal tokens between.
+        # re.split with a group: text at even places, the literal tokens between at odd places.
         for i, part in enumerate(self._literal.split(prompt)):
             if i % 2:
                 ids.append(self._ids[part])
@@ -123,9 +126,9 @@ class T5Tokenizer:
     """Unigram pieces, end token, padding."""
 
     length: int
-    """Tokens per prompt unless the caller says otherwise."""
+    """Tokens per prompt unless the caller gives another number."""
     vocab_size: int
-    """Rows that an embedding of these ids needs."""
+    """How many rows an embedding of these ids needs."""
     eos_id: int
     pad_id: int
 
@@ -142,7 +145,7 @@ class T5Tokenizer:
     def from_folder(cls, folder: str | Path) -> T5Tokenizer:
         """Read `tokenizer_config.json` and `tokenizer.json`, or else `spiece.model`.
 
-        Raises TokenizerError when one is missing or damaged.
+        Raises TokenizerError for a missing or damaged file.
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
@@ -169,10 +172,8 @@ class T5Tokenizer:
         return t5
 
     def __call__(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
-        """Ids [B, length], int64. A prompt that is too long is cut, with a warning; the end token stays.
-
-        Raises ValueError for a prompt with half a surrogate pair, which is not text.
-        """
+        """B prompts -> ids [B, length], int64. A prompt that is too long is cut before its end token, with a
+        warning. Raises TypeError for a string in place of a list, ValueError for half a surrogate pair."""
         contents = []
         for prompt in _checked(prompts):
             try:
@@ -184,9 +185,10 @@ class T5Tokenizer:
         return _fit(contents, prompts, length, self._ended, self.pad_id, reader="T5")
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """Words of a prompt that a small vocabulary lacks, each once; none where it holds a language.
+        """The words of a prompt that the vocabulary lacks, each once; none for one larger than `SMALL_VOCAB`.
 
-        A word of the training captions is one piece, and one more for each sign in it; others fall apart.
+        A word of the training captions is one piece, and one more for each sign in it. Other words fall apart
+        into more pieces.
         """
         if self.vocab_size > SMALL_VOCAB:
             return []
@@ -200,7 +202,7 @@ class T5Tokenizer:
 
 def _checked(prompts: Sequence[str]) -> Sequence[str]:
     if isinstance(prompts, str):
-        raise TypeError(f"expected a list of prompts, got one string {prompts!r}; put it into a list")
+        raise TypeError(f"expected a list of prompts, got the string {prompts!r:.80}: put it into a list")
     return prompts
 
 
@@ -213,7 +215,7 @@ def _fit(
     *,
     reader: str,
 ) -> Tensor:
-    """Rows of `length` ids, [B, length]: contents cut to fit, `framed` by start and end tokens, padded."""
+    """Ids [B, length]: contents cut to fit, `framed` by start and end tokens, padded."""
     if length < 2:
         raise ValueError(f"length must be at least 2 tokens, the end token and one more, got {length}")
     ids = torch.full((len(contents), length), pad_id, dtype=torch.long)
@@ -256,9 +258,9 @@ def _t5_pieces(
 
 
 def _special_tokens(folder: Path, config: dict[str, Any], **defaults: str) -> dict[str, str]:
-    """The token of each role in `defaults`, as the files name it.
+    """The token of each role in `defaults`, as the folder's files name it.
 
-    As in transformers, `special_tokens_map.json` counts only for folders from before `added_tokens_decoder`.
+    As in transformers, `special_tokens_map.json` counts only in folders without `added_tokens_decoder`.
     """
     stated = dict(config)
     table = folder / "special_tokens_map.json"
@@ -275,7 +277,7 @@ def _special_tokens(folder: Path, config: dict[str, Any], **defaults: str) -> di
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
-    """The tokens that `tokenizer_config.json` lists beside the vocabulary, by id."""
+    """Tokens that `tokenizer_config.json` adds to the vocabulary, by id."""
     path = folder / "tokenizer_config.json"
     try:
         entries = {
@@ -286,7 +288,7 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]
             for token_id, entry in entries.items()
         }
         if not all(_is_id(token_id) and isinstance(t.content, str) for token_id, t in tokens.items()):
-            raise ValueError("ids must be whole numbers and contents text")
+            raise ValueError(f"expected ids below {MAX_ID} and contents that are text")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TokenizerError(f"{path}: bad added_tokens_decoder, fetch it again: {error!r}") from error
     return tokens
@@ -294,10 +296,12 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]
 
 def _length(folder: Path, config: dict[str, Any]) -> int:
     length = config.get("model_max_length")
-    # "No limit" is written as 1e30.
+    # transformers writes "no limit" as 1e30: refused, since ids are padded to this length.
     if not isinstance(length, int) or not 2 <= length <= 1_000_000:
         path = folder / "tokenizer_config.json"
-        raise TokenizerError(f"{path}: model_max_length must be a number of tokens, found {length!r}")
+        raise TokenizerError(
+            f"{path}: model_max_length must be a number of tokens from 2 to 1,000,000, found {length!r}"
+        )
     return length
 
 
@@ -317,7 +321,9 @@ def _is_id(value: object) -> bool:
 
 def _check_size(path: Path) -> None:
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path} has {size} bytes, no tokenizer needs more than {MAX_FILE_BYTES}")
+        raise TokenizerError(
+            f"{path} has {size} bytes, but a tokenizer file has at most {MAX_FILE_BYTES}: fetch it again"
+        )
 
 
 def _read_text(path: Path) -> str:
@@ -335,7 +341,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(_read_text(path))
     except TokenizerError:
         raise
-    except (ValueError, RecursionError) as error:  # the latter when it is nested too deep
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deep
         raise TokenizerError(f"{path} is not JSON, fetch it again: {error}") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: expected a JSON object, found {type(value).__name__}")

@@ -35,7 +35,7 @@ TEXTS = (
     '{"a": ' + "9" * 5000 + "}",
     "\ufeff{}",
 )
-"""Files that are no JSON object, or none that can be read."""
+"""Files that do not hold a JSON object, or cannot be read."""
 
 
 def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:

@@ -196,7 +196,7 @@ def test_a_shard_whose_name_no_file_can_have(tmp_path):
     "target", ["/etc/passwd", "/dev/zero", "../secret.txt", "model.safetensors.index.json", "."]
 )
 def test_a_shard_that_is_a_link_to_something_else_is_refused_without_its_contents(tmp_path, target):
-    """Links are followed, as in the Hugging Face cache; what is no checkpoint stays unseen."""
+    """Links are followed, as in the Hugging Face cache; a file that is not a checkpoint stays unseen."""
     (tmp_path / "secret.txt").write_text("root:hunter2:password\n" * 9)
     folder = tmp_path / "model"
     index = save_sharded(folder, {"a": torch.ones(4), "b": torch.ones(4)}, "model", max_shard_bytes=16)

@@ -110,7 +110,7 @@ def test_files_that_are_no_json_object(model, name):
 @settings(max_examples=60)
 @given(data=st.data())
 def test_tokenizers_with_any_value_anywhere_below(model, name, data):
-    """The `tokenizers` library panics on some of these, which is no Exception in Python."""
+    """The `tokenizers` library panics on some of these, and a panic is not an Exception in Python."""
     path = model / name
 
     def mutated(value: Any, depth: int) -> Any:

@@ -18,8 +18,9 @@ from bokehflux.models.adapter import BokehCondition
 from bokehflux.pipeline.memory import place
 from bokehflux.sampling import cuda_graph
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
+from bokehflux.sampling.inversion import invert
 from bokehflux.sampling.latents import LatentGrid
-from bokehflux.sampling.samplers import euler, heun
+from bokehflux.sampling.samplers import Velocity, euler
 from tests.tiny import MMDIT, FakeText, tiny_mmdit, tiny_pipeline
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
@@ -57,7 +58,12 @@ def start(size: tuple[int, int]) -> Tensor:
     return torch.randn(1, tokens, 64, generator=draw, device="cuda").bfloat16().expand(2, -1, -1)
 
 
-@pytest.mark.parametrize("sampler", [euler, heun])
+def to_noise(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
+    """Twice as many evaluations as steps, plain ones first."""
+    return invert(velocity, x, sigmas)[0]
+
+
+@pytest.mark.parametrize("sampler", [euler, to_noise])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("true_cfg", [1.0, 2.0])
 def test_a_run_has_the_bits_of_eager_steps(mmdit, size, true_cfg: float, sampler) -> None:
@@ -101,7 +107,7 @@ def test_head_dim_64(backend: str) -> None:
 
 
 def test_hooks_are_called_in_every_step(mmdit) -> None:
-    """... also those that come when steps are already replayed."""
+    """... even those that come when steps are already replayed."""
     velocity, calls = velocity_of(mmdit, SIZES[0], True), []
     x = start(SIZES[0])
     replayed = [velocity(x, SIGMAS[1], 0) for _ in range(3)][-1]

@@ -160,7 +160,7 @@ def test_bfl_files_convert_alike(tmp_path):
         if "adaLN" in name:  # it swaps the rows of the down matrix too, by mistake: harmless for equal rows
             down = down[:1].repeat(2, 1)
         tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    # It also insists on new scales for the norms, which are no LoRA: put in, and taken out again.
+    # It also insists on new scales for the norms, which do not belong to a LoRA: put in, and taken out again.
     norms = [f"double_blocks.{i}.{s}_attn.norm" for i in range(19) for s in ("img", "txt")]
     norms += [f"single_blocks.{i}.norm" for i in range(38)]
     scales = {f"{n}.{k}_norm.scale": torch.ones(1) for n in norms for k in ("query", "key")}

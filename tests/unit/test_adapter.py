@@ -214,7 +214,7 @@ def test_parameters_and_shared_storage(tmp_path):
     path = put(tmp_path / "a.bin", {"p": nn.Parameter(both[:3]), "v": both[3:]})
     assert PickledFile(path).get_tensor("p").tolist() == [0, 1, 2]
     assert not PickledFile(path).get_tensor("p").requires_grad
-    # Views of one storage that add up to more than the file are no weights.
+    # Views of one storage that add up to more than the file are not taken for weights.
     put(path, {f"v{i}": both for i in range(100)})
     with pytest.raises(ValueError, match="larger than the"):
         PickledFile(path)

@@ -445,7 +445,7 @@ FORMS = [
 def test_auto_is_pytorchs_where_gradients_are_needed(
     form: Callable[..., Tensor], names: tuple[str, ...], options: dict, wanted: str, ours: None
 ) -> None:
-    """Of any input; not where they are off, or where ours are asked for by name or as the only ones."""
+    """Gradients of any input; not where they are off, or where ours are asked for by name or alone."""
     q, k, v = qkv(1, 4)
     every = {"q": q, "k_pivot": k.clone(), "k": k, "v": v, "value_bias": torch.ones(1, 2, 16)}
     inputs = {name: every[name] for name in names}

@@ -373,9 +373,9 @@ def test_parts_and_what_is_out_of_sight(tmp_path):
         bare.read("y")
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="Linux: elsewhere files may be no holes")
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="Linux: elsewhere holes may take space")
 def test_files_larger_than_memory_are_read(tmp_path):
-    """A mapping is no promise of memory: 256 GB of which one row is touched."""
+    """A mapping reserves no memory: 256 GB, of which one row is touched."""
     rows = 1 << 26
     write_sparse(tmp_path / "a.safetensors", {"big": (rows, 1024), "small": (3,)}, "F32", 4)
     checkpoint = open_checkpoint(tmp_path / "a.safetensors")

@@ -244,7 +244,7 @@ def previews_of(argv: list[str]) -> int:
 def test_replay_is_bit_equal(
     world: dict[str, Any], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also from the pivot and from the sheet, for every level of the batch, and without a word of warning."""
+    """Even from the pivot and from the sheet, for every level of the batch, and without a word of warning."""
     argv = ["generate", "--prompt", "a fox", "--bokeh-targets", "0", "4.5", "30", "--bokeh-pivot", "12.5"]
     argv += ["--seed", "77", "--guidance-scale", "4.25", "--true-cfg", "1.5", "--negative-prompt", "fog"]
     argv += ["--num-inference-steps", "4", "--num-grounding-steps", "2", "--height", "48", "--width", "32"]

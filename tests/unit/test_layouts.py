@@ -200,7 +200,7 @@ def test_a_config_of_another_class_is_not_ours(home, env):
     assert "hidden_act = 'gelu'" in problems(load.load_components, home, env=env)
 
 
-# --- what lacks, and what is too much
+# --- missing parts, and too many
 
 
 def test_missing_tokenizers_say_what_and_where_from(home, env):

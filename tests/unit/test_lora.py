@@ -88,7 +88,7 @@ Changes = dict[str, Change]
 
 
 def random_changes(network: nn.Module) -> Changes:
-    """Of every linear layer, about as large as its weight."""
+    """A change of every linear layer, about as large as its weight."""
     generator = torch.Generator().manual_seed(5)
     changes = {}
     for name, layer in network.named_modules():

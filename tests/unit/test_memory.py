@@ -118,7 +118,7 @@ def test_weights_come_home_after_an_error() -> None:
 
 
 def test_pieces_hold_every_parameter_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """... of any type and shape, in pieces no larger than asked for, shared by neighbours."""
+    """Parameters of any type and shape, in pieces no larger than asked for, shared by neighbours."""
     monkeypatch.setattr("bokehflux.pipeline.memory.PIECE_BYTES", 1024)
     kinds = [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn]
     shapes = [(3, 5), (), (7,), (0, 4), (9, 4, 2), (400,)]
@@ -222,7 +222,7 @@ def test_placement_knows_the_needs() -> None:
 
 
 def test_an_error_keeps_no_tensors() -> None:
-    """Another attempt has the memory of the first, also while its error is still at hand."""
+    """Another attempt has the memory of the first, even while its error is still at hand."""
     seen: list[weakref.ref] = []
 
     def fail(x: torch.Tensor) -> None:

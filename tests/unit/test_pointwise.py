@@ -158,7 +158,7 @@ def test_joint_heads_of_any_size(lengths: list[int], rows: int, queries: int, he
 @settings(max_examples=12)
 @given(rows=st.integers(1, 3), length=st.integers(1, 9), width=st.integers(16, 70))
 def test_passes_of_any_size(rows: int, length: int, width: int) -> None:
-    """Channels that are no multiple of anything, tokens that leave a block half empty."""
+    """Channels that are not a multiple of anything, tokens that leave a block half empty."""
     x, y = (slices(rows, length, width, dtype=torch.float16) for _ in range(2))
     gate, scale, shift = vectors(3, rows, width, torch.float16)
     check("add_gated_modulate", x, y, gate, scale, shift)

@@ -183,7 +183,9 @@ def test_the_command(capsys: pytest.CaptureFixture) -> None:
     argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--photo-level", "4"]
     assert cli.main([*argv, "--bokeh-targets", "0", "20", "--output", "out"]) == 0
     paths = capsys.readouterr().out.split()
-    assert paths == ["out/bokeh-00.0.png", "out/bokeh-20.0.png", "out/sheet.png"], "the photo is no output"
+    assert paths == ["out/bokeh-00.0.png", "out/bokeh-20.0.png", "out/sheet.png"], (
+        "the photo is not an output"
+    )
     recipe = read_recipe(paths[1])
     assert (recipe["photo"], recipe["bokeh_pivot"], recipe["bokeh_level"]) == ("mug.jpg", 4.0, 20.0)
     assert cli.main(["generate", "--config-from", paths[0]]) == 2

@@ -16,7 +16,7 @@ from bokehflux.models.fold import fold_adapter
 from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.sampling.pivot_cache import PivotCache, PivotInHand
+from bokehflux.sampling.pivot_cache import BlockPivot, PivotCache
 from tests.tiny import BOKEH, tiny_mmdit, tiny_pipeline
 
 PROMPT = "a red mug"
@@ -99,18 +99,18 @@ def test_split_batches_make_the_same_pictures(max_rows: int, pivot: float | None
     assert sum(k for _, k, _ in seen) == rows * passes * pipe.mmdit.config.num_blocks
 
 
-def test_a_pivot_is_at_hand_for_one_block_and_its_readers() -> None:
-    hand, (q, k) = PivotInHand(readers=2), torch.randn(2, 1, 5, 2, 4)
+def test_a_pivot_is_kept_for_one_block_and_its_readers() -> None:
+    store, (q, k) = BlockPivot(readers=2), torch.randn(2, 1, 5, 2, 4)
     for block in range(3):
-        with pytest.raises(ValueError, match=f"no pivot is at hand for step 1, block {block}"):
-            hand.get(1, block, q.device)
-        hand.put(1, block, q, k)
+        with pytest.raises(ValueError, match=f"no pivot is kept for step 1, block {block}"):
+            store.get(1, block, q.device)
+        store.put(1, block, q, k)
         for _ in range(2):
-            assert hand.get(1, block, q.device) == (q, k)
-    hand.put(1, 3, q, k)
-    hand.put(1, 4, q, k)
+            assert store.get(1, block, q.device) == (q, k)
+    store.put(1, 3, q, k)
+    store.put(1, 4, q, k)
     with pytest.raises(ValueError, match="block 3"):
-        hand.get(1, 3, q.device)
+        store.get(1, 3, q.device)
 
 
 def test_a_filled_pivot_cache_costs_one_row() -> None:

@@ -307,7 +307,7 @@ def test_grounded_backward_lengths(length: int, dim: int, bound: float | None) -
 
 @pytest.mark.parametrize("index", [(0,), (1, 0, 1), (1, 1)], ids=str)
 def test_target_backward(index: tuple[int, ...]) -> None:
-    """Of two pivots one may have no target: its gradients are zeros, not whatever memory held."""
+    """One of two pivots may have no target: its gradients are zeros, not whatever memory held."""
     rows = len(index)
     q, k, v = qkv(2, rows, 33, 1)
     k_pivot = qkv(2, 2, 33, 1)[1]
