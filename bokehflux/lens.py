@@ -13,7 +13,7 @@ from typing import TypeVar
 MAX_LEVEL = 30.0
 """The strongest defocus; the training data was clipped here. 0 is sharp everywhere."""
 FULL_FRAME_DIAGONAL_MM = 43.27
-"""Of a 36 x 24 mm frame, to which the "35 mm equivalent" focal length refers."""
+"""The diagonal of a 36 x 24 mm frame, to which the "35 mm equivalent" focal length refers."""
 Number = TypeVar("Number")
 """A float, or a tensor of them."""
 
@@ -47,7 +47,7 @@ class Camera:
 
     @property
     def pixels_per_mm(self) -> float:
-        """Of the sensor. By its diagonal, so that turning the picture changes nothing."""
+        """Pixels per mm of sensor, by its diagonal, so that turning the picture changes nothing."""
         diagonal_mm = FULL_FRAME_DIAGONAL_MM * self.focal_mm / self.focal_35mm
         return math.hypot(self.width_px, self.height_px) / diagonal_mm
 

@@ -36,8 +36,8 @@ class Kind:
     """What a message says was expected."""
     convert: Callable[[Any], Any]
     """Raises TypeError or OverflowError for anything else, ValueError where it has words of its own."""
-    parse: Callable[[str], Any] | None = None
-    """What argparse makes of one word; None for kinds without a flag."""
+    parse: Callable[[str], Any] = str
+    """What argparse makes of one word."""
     many: bool = False
     """Whether a flag takes several words."""
 
@@ -374,7 +374,7 @@ class Provenance(_Fields):
     device: str | None = setting(None, TEXT, decides=False)
     device_name: str | None = setting(None, TEXT, decides=False, matters=True)
     threads: int | None = setting(None, WHOLE, least=1, decides=False, matters=True)
-    """Of a CPU: sums depend on how they are shared out."""
+    """Threads of a CPU: sums depend on how they are shared out."""
     torch: str | None = setting(None, TEXT, decides=False, matters=True)
     triton: str | None = setting(None, TEXT, decides=False, matters=True)
     version: str | None = setting(None, TEXT, decides=False, matters=True)
@@ -397,7 +397,7 @@ class Record:
     role: str | None = None
     """"target", "pivot", or the view that shows several pictures ("sheet", "grid", "animation")."""
     bokeh_level: float | None = None
-    """Of a single picture; None for the plain model."""
+    """The level of a single picture; None for the plain model."""
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> Record:

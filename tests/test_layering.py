@@ -17,7 +17,10 @@ FOLDERS = {"bokehflux": "bokehflux", "bokehflux.kernels": "kernels", "bokehflux.
 ALLOWED = {"torch", "einops", "safetensors", "sentencepiece", "tokenizers", "triton", "numpy", "PIL"}
 """Third-party packages that run-time code may import."""
 ALLOWED_IN = {
-    **{f"bokehflux.{leaf}": set() for leaf in ("version", "configs", "lens", "fingerprint", "record")},
+    **{
+        f"bokehflux.{leaf}": set()
+        for leaf in ("__main__", "version", "configs", "lens", "fingerprint", "record")
+    },
     "bokehflux": set(),
     "bokehflux.kernels": {"torch", "triton", "flash_attn"},
     "bokehflux.attention": {"torch"},
@@ -44,6 +47,7 @@ MODELS = LEAVES | {"conditioning", "attention", "kernels", "models"}
 LIBRARY = MODELS | {"sampling", "text", "weights"}
 OWN_IN = {
     "": {"pipeline", "version"},
+    "__main__": {"app"},
     "version": set(),
     "configs": set(),
     "lens": set(),

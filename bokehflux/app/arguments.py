@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from bokehflux.record import DEFAULT_SEED, GenerateSettings, RefocusSettings, Settings
+from bokehflux.record import DEFAULT_SEED, SEED, GenerateSettings, RefocusSettings, Settings
 from bokehflux.version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +26,29 @@ TILING = {"auto": None, "on": True, "off": False}
 """--vae-tiling, as `run.Options` takes it."""
 
 ABOUT = " Flags may be written with hyphens or underscores, and shortened as long as they stay unambiguous."
+ALIASES = {
+    "--steps": "--num-inference-steps", "--grounding-steps": "--num-grounding-steps",
+    "--levels": "--bokeh-targets", "--targets": "--bokeh-targets", "--pivot": "--bokeh-pivot",
+    "--cfg": "--true-cfg", "--out": "--output",
+}  # fmt: skip
+"""Names that people type for flags that other programs call so. `--size 768x512` is --width and --height."""
+EXAMPLES = {
+    "generate": """\
+examples:
+  bokehflux generate --prompt "a red ball on a wooden table" --bokeh-targets 0 8 28 --bokeh-pivot 15
+  bokehflux generate --config-from results/bokeh-08.0.png --seed 7
+""",
+    "sweep": """\
+examples:
+  bokehflux sweep --prompt "a blue vase" --seeds 1 2 --output sweeps
+  bokehflux sweep --prompts-file prompts.jsonl --shard 1/4
+  A line of a .jsonl file: {"prompt": "a mug", "levels": [0, 20], "pivot": 15, "seed": 3, "size": "768x512"}
+""",
+    "refocus": """\
+example:
+  bokehflux refocus mug.jpg --prompt "a red mug on a table" --bokeh-targets 8 28
+""",
+}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -32,8 +56,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises ValueError for a picture without a recipe; exits with 2 and one line for wrong flags.
     """
-    words = [_hyphenated(word) for word in argv]
+    words = [_hyphenated(word) for word in _sizes_apart(argv)]
     root, commands = parsers()
+    if not words or words[0] == "help":  # `bokehflux help sweep` is `bokehflux sweep --help`
+        words = [*words[1:2], "--help"]
     args = root.parse_args(words)
     if getattr(args, "config_from", None) is not None:
         from bokehflux.app.replay import defaults_from
@@ -51,27 +77,37 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     commands: dict[str, argparse.ArgumentParser] = {}
 
     def command(name: str, summary: str) -> argparse.ArgumentParser:
-        commands[name] = group.add_parser(name, help=summary, description=f"{summary.capitalize()}.{ABOUT}")
+        commands[name] = group.add_parser(
+            name,
+            help=summary,
+            description=f"{summary.capitalize()}.{ABOUT if name in EXAMPLES else ''}",
+            epilog=EXAMPLES.get(name),
+            formatter_class=_Formatter,
+        )
         return commands[name]
 
     generate = command("generate", "make one picture per bokeh level, all of one scene when a pivot is given")
-    _settings_flags(generate, GenerateSettings)
+    _settings_flags(generate.add_argument_group("what to make"), GenerateSettings)
     _watching_flags(generate)
     _run_flags(generate)
 
     sweep = command("sweep", "make scenes at many levels, and sheet, animations and a page to compare them")
-    prompts = sweep.add_mutually_exclusive_group()
-    _settings_flags(sweep, GenerateSettings, without=("prompt", "seed"))
+    what = sweep.add_argument_group("what to make")
+    prompts = what.add_mutually_exclusive_group()
     _settings_flag(prompts, GenerateSettings, "prompt")
-    prompts.add_argument("--prompts-file", metavar="FILE", help="one prompt a line; # begins a comment")
-    seeds_help = f"every prompt is made with each (default: {DEFAULT_SEED})"
-    sweep.add_argument("--seeds", type=int, nargs="+", default=[DEFAULT_SEED], metavar="N", help=seeds_help)
+    prompts.add_argument("--prompts-file", metavar="FILE",
+                         help="one prompt a line, or a JSON object a line; # begins a comment")  # fmt: skip
+    what.add_argument("--seeds", type=SEED.parse, nargs="+", default=[DEFAULT_SEED], metavar="N",
+                      help=f"every prompt is made with each (default: {DEFAULT_SEED})")  # fmt: skip
+    what.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N",
+                      help="make only every Nth scene, from the Ith on: for N machines")  # fmt: skip
+    _settings_flags(what, GenerateSettings, without=("prompt", "seed"))
     _watching_flags(sweep)
     _run_flags(sweep)
 
     refocus = command("refocus", "show a photograph at other bokeh levels")
     refocus.add_argument("photo", metavar="PHOTO", help="the photograph: PNG, JPEG, WebP or GIF")
-    _settings_flags(refocus, RefocusSettings)
+    _settings_flags(refocus.add_argument_group("what to make"), RefocusSettings)
     _run_flags(refocus)
 
     info = command("info", "show how a picture was made")
@@ -136,13 +172,40 @@ def loras_from(args: argparse.Namespace) -> list[tuple[str, float]]:
     return loras
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the examples as they are, and folds the description."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
 class _Parser(argparse.ArgumentParser):
+    """One line for wrong words, with what may have been meant."""
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bokehflux: error: {' '.join(message.split())}\n")
+        self.exit(2, f"bokehflux: error: {' '.join(message.split())}{self._meant(message)}\n")
+
+    def _meant(self, message: str) -> str:
+        wrong = re.search(r"unrecognized arguments: (--[\w-]+)|invalid choice: '([^']*)'", message)
+        if wrong is None:
+            return ""
+        known = [flag for parser in (self, *parsers()[1].values()) for flag in parser._option_string_actions]
+        known = [*known, *ALIASES] if wrong[1] else re.findall(r"[\w-]+", message[wrong.end() :])
+        close = difflib.get_close_matches(wrong[1] or wrong[2], sorted(set(known)), n=1)
+        return f" (did you mean {close[0]}?)" if close else ""
+
+
+class _Flat(argparse.Action):
+    """Joins lists: `0 8 28` and `0,8,28` are the same levels."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: Any, flag: str | None = None
+    ) -> None:
+        setattr(args, self.dest, [item for value in values for item in value])
 
 
 def _settings_flags(
-    parser: argparse.ArgumentParser, kind: type[Settings], without: Sequence[str] = ()
+    parser: argparse._ActionsContainer, kind: type[Settings], without: Sequence[str] = ()
 ) -> None:
     """A flag for every setting that has a help text."""
     for name, field in kind.fields().items():
@@ -153,20 +216,32 @@ def _settings_flags(
 def _settings_flag(parser: argparse._ActionsContainer, kind: type[Settings], name: str) -> None:
     field = kind.fields()[name]
     about, default = field.metadata, field.default
+    one, many = about["kind"].parse, about["kind"].many
     parser.add_argument(
         "--" + (about["flag"] or name).replace("_", "-"),
         dest=name,
-        type=about["kind"].parse,
-        nargs="+" if about["kind"].many else None,
+        type=_Words(one) if many else one,
+        nargs="+" if many else None,
+        action=_Flat if many else "store",
         default=None if default is dataclasses.MISSING else default,
         metavar=about["metavar"],
         help=about["help"],
     )
 
 
+class _Words:
+    """ "0,8,28" -> its parts, each as `parse` reads it."""
+
+    def __init__(self, parse: Callable[[str], Any]) -> None:
+        self.parse, self.__name__ = parse, parse.__name__
+
+    def __call__(self, word: str) -> list[Any]:
+        return [self.parse(part) for part in word.split(",") if part]
+
+
 def _watching_flags(parser: argparse.ArgumentParser) -> None:
     """What can be seen of a run from noise, and from which picture its settings come."""
-    add = parser.add_argument
+    add = parser.add_argument_group("what to see meanwhile, and what to make again").add_argument
     # fmt: off
     add("--preview", metavar="FILE", help="a small picture that is written again and again meanwhile")
     add("--preview-every", type=int, default=1, metavar="K",
@@ -180,12 +255,8 @@ def _watching_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
     """Which model it is, where it runs, and where pictures go."""
-    add = parser.add_argument
+    add = parser.add_argument_group("which model").add_argument
     # fmt: off
-    add("--max-rows", type=int, metavar="N",
-        help="pictures that go through the network together (default: all that fit)")
-    add("--vae-tiling", type=_tiling, metavar="{auto,on,off}",
-        help="decode pictures in bands, without seams, in less memory (default: where they are large)")
     add("--model", default="nano", metavar="MODEL",
         help="a bundled model, a folder or file in any known layout, or a repository such as "
              "black-forest-labs/FLUX.1-dev, looked up in the local cache (default: %(default)s)")
@@ -197,6 +268,11 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add("--adapter", metavar="PATH", help="folder or file of a bokeh adapter; nano brings its own")
     add("--lora", dest="loras", nargs="+", action="append", default=[], metavar=("PATH", "SCALE"),
         help="a LoRA file and its strength (default: 1); may be given several times, effects add up")
+    add = parser.add_argument_group("how it runs").add_argument
+    add("--max-rows", type=int, metavar="N",
+        help="pictures that go through the network together (default: all that fit)")
+    add("--vae-tiling", type=_tiling, metavar="{auto,on,off}",
+        help="decode pictures in bands, without seams, in less memory (default: where they are large)")
     add("--memory", choices=("auto", "resident", "offload", "stream"), default="auto",
         help="what stays on the GPU; leaner is slower (default: %(default)s)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: the best there is)")
@@ -205,6 +281,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add("--compute", choices=("dtype", "fp8"), default="dtype",
         help="fp8: the transformer's products in e4m3, faster and in half the memory on Ada and Hopper GPUs, "
              "and a slightly different picture; on a CPU slower (default: %(default)s)")
+    add = parser.add_argument_group("where pictures go").add_argument
     add("--output", "--output-dir", "--results-dir", default="results", metavar="FOLDER",
         help="where to put pictures; those of earlier runs are kept (default: %(default)s)")
     add("--format", choices=("png", "jpeg", "webp"), default="png",
@@ -218,7 +295,30 @@ def _tiling(word: str) -> bool | None:
     return TILING[word]
 
 
+def _shard(word: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", word)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 2/4, got {word!r}")
+    return int(found[1]), int(found[2])
+
+
+def _sizes_apart(argv: Sequence[str]) -> Iterator[str]:
+    """--size 768x512 -> --width 768 --height 512; one number is a square."""
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != "--size":
+            yield word
+            continue
+        value = value if equals else next(words, "")
+        width, _, height = value.lower().partition("x")
+        yield from (f"--width={width}", f"--height={height or width}")
+
+
 def _hyphenated(word: str) -> str:
-    """--bokeh_pivot -> --bokeh-pivot; values, and what follows "=", stay as they are."""
+    """--bokeh_pivot -> --bokeh-pivot, and other names of flags; what follows "=" stays as it is."""
     name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value if re.fullmatch(r"--[A-Za-z][\w-]*", name) else word
+    if not re.fullmatch(r"--[A-Za-z][\w-]*", name):
+        return word
+    name = name.replace("_", "-")
+    return ALIASES.get(name, name) + equals + value

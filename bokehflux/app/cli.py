@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from bokehflux.app.arguments import loras_from, model_from, options_from, parse, settings_from
 from bokehflux.app.terminal import plain, prepare, say, show, show_files
-from bokehflux.record import NEGATIVE_PROMPT, GenerateSettings, RefocusSettings
+from bokehflux.record import NEGATIVE_PROMPT, GenerateSettings, RefocusSettings, Settings
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def ended_like_ctrl_c() -> Iterator[list[int]]:
 def generate(args: argparse.Namespace) -> int:
     """One picture per level, the pivot and a contact sheet; prints their paths."""
     settings = settings_from(args, GenerateSettings)
-    preview, options = _preview(args), _checked(args)
+    preview, options = _preview(args), _checked(args, [settings])
     from bokehflux.app.watched import Interrupted
     from bokehflux.pipeline.generate import plan_generate
 
@@ -93,17 +93,20 @@ def sweep(args: argparse.Namespace) -> int:
     from bokehflux.app import sweep as sweeps
 
     given = args.prompts_file
-    prompts = [args.prompt] if given is None else sweeps.read_prompts(Path(given))
+    lines = [{"prompt": args.prompt}] if given is None else sweeps.read_prompts(Path(given))
     base = settings_from(
         args,
         GenerateSettings,
-        prompt=prompts[0],
+        prompt=lines[0]["prompt"],
         bokeh_targets=args.bokeh_targets or sweeps.LEVELS,
         bokeh_pivot=sweeps.PIVOT if args.bokeh_pivot is None else args.bokeh_pivot,
         seed=args.seeds[0],
     )
-    asked = sweeps.grid(base, prompts, args.seeds)
-    preview, options = _preview(args), _checked(args)
+    index, count = args.shard
+    asked = sweeps.grid(base, lines, args.seeds)[index - 1 :: count]
+    if not asked:
+        raise ValueError(f"--shard {index}/{count} holds no scene: there are fewer scenes than shards")
+    preview, options = _preview(args), _checked(args, asked)
     from bokehflux.app.watched import Interrupted
     from bokehflux.pipeline.generate import plan_generate
     from bokehflux.pipeline.run import Stopped
@@ -113,7 +116,12 @@ def sweep(args: argparse.Namespace) -> int:
         pipe, watched = _open(args, options, preview)
         watched.progress.batch(1, len(asked))
         scenes = sweeps.Sweep.of(
-            pipe, asked, output, args.format, lambda one: watched.run(plan_generate(pipe, one))
+            pipe,
+            asked,
+            output,
+            args.format,
+            lambda one: watched.run(plan_generate(pipe, one)),
+            part="" if count == 1 else f"-{index}of{count}",
         )
         with contextlib.closing(scenes.made()) as made:  # Ctrl-C between two scenes leaves the page, too
             for num_done, done in enumerate(made, 1):
@@ -137,7 +145,7 @@ def refocus(args: argparse.Namespace) -> int:
 
     levels = args.bokeh_targets or LEVELS
     settings = settings_from(args, RefocusSettings, bokeh_targets=levels, photo=None)
-    options = _checked(args)
+    options = _checked(args, [settings])
     from bokehflux.app.watched import Interrupted
     from bokehflux.photos.read import read_photo
     from bokehflux.pipeline.refocus import plan_refocus
@@ -202,16 +210,19 @@ def _said(error: Exception) -> str:
     return "\n  - ".join(plain(" ".join(part.split())) for part in parts)
 
 
-def _checked(args: argparse.Namespace) -> Options:
+def _checked(args: argparse.Namespace, asked: Sequence[Settings]) -> Options:
     """How runs are carried out, once all is refused that would fail after minutes of loading."""
     from bokehflux.pictures.files import check_folder
 
     loras_from(args)
+    # Three bytes a pixel, and as much again for sheets and views: no format of ours takes more.
+    pixels = sum(one.num_rows * (one.height or 256) * (one.width or 256) for one in asked)
+    num_bytes = 6 * pixels
     for name in ("model", "adapter", "vae", "clip", "t5", "tokenizers", "output"):
         if getattr(args, name) == "":
             raise ValueError(f"--{name} is empty: give a path, or leave it out")
     options = options_from(args)
-    check_folder(Path(args.output))
+    check_folder(Path(args.output), num_bytes)
     return options
 
 

@@ -71,7 +71,7 @@ def _devices() -> Iterator[str]:
 
 def attention_path(device: torch.device) -> str:
     """The attention that a picture would be made with on a device, and why."""
-    # FLUX's heads, in the type that a device computes in when nothing is said.
+    # FLUX's heads, in a device's default dtype.
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name, reason = attention_choice(device, dtype, 128)
     if name != "sdpa":

@@ -50,7 +50,7 @@ def fetch(
     repo = NAMES.get(name, name)
     if repo.count("/") != 1 or not all(repo.split("/")):
         known = ", ".join(sorted(NAMES))
-        raise FetchError(f"{name!r} is no repository: expected owner/name, or one of {known}")
+        raise FetchError(f"{name!r} is not a repository: expected owner/name, or one of {known}")
     if env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise FetchError(f"HF_HUB_OFFLINE is set: unset it to download {repo}")
     chosen = PATTERNS.get(repo, OTHERS) if patterns is None else patterns

@@ -12,9 +12,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -47,32 +48,74 @@ class Done:
     """Pictures that were there before."""
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines and those that begin with # are skipped. Raises ValueError."""
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The settings of each line of a file: a prompt, or a JSON object with "prompt" and other settings.
+
+    Empty lines and those that begin with # are skipped. Raises ValueError, naming file and line.
+    """
     try:
         with path.open("rb") as file:  # /dev/zero has no end
             data = file.read(MAX_PROMPTS_BYTES + 1)
         if len(data) > MAX_PROMPTS_BYTES:
-            raise ValueError(f"{path} is larger than {MAX_PROMPTS_BYTES} bytes: no list of prompts")
+            raise ValueError(f"{path} is larger than {MAX_PROMPTS_BYTES} bytes: not a list of prompts")
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
     except OSError as error:
         raise ValueError(f"cannot read prompts from {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read prompts from {path}: it is no UTF-8 text") from error
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not 0 < len(prompts) <= MAX_PROMPTS:
-        raise ValueError(f"{path} has {len(prompts)} prompts, expected 1 to {MAX_PROMPTS}, one a line")
-    return list(dict.fromkeys(prompts))
+        raise ValueError(f"cannot read prompts from {path}: it is not UTF-8 text") from error
+    asked = []
+    for number, line in enumerate(lines, 1):
+        if line and not line.startswith("#"):
+            try:
+                asked.append(_line_settings(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not 0 < len(asked) <= MAX_PROMPTS:
+        raise ValueError(f"{path} has {len(asked)} prompts, expected 1 to {MAX_PROMPTS}, one a line")
+    return list({json.dumps(one, sort_keys=True): one for one in asked}.values())
 
 
-def grid(base: GenerateSettings, prompts: Sequence[str], seeds: Sequence[int]) -> list[GenerateSettings]:
-    """Settings per prompt and seed; levels ascending, each once. Raises ValueError as the settings do."""
-    levels = tuple(sorted({float(level) for level in base.bokeh_targets or LEVELS}))
-    return [
-        dataclasses.replace(base, prompt=prompt, seed=seed, bokeh_targets=levels)
-        for prompt in prompts
-        for seed in dict.fromkeys(seeds)
-    ]
+SHORT = {"levels": "bokeh_targets", "pivot": "bokeh_pivot", "steps": "num_inference_steps"}
+"""Short names in a file of prompts; "size" is [width, height] or "768x512"."""
+
+
+def _line_settings(line: str) -> dict[str, Any]:
+    if not line.startswith("{"):
+        return {"prompt": line}
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("it begins with { but is not JSON") from None
+    found: dict[str, Any] = {SHORT.get(name, name): value for name, value in given.items()}
+    if "size" in found:
+        size = found.pop("size")
+        sides = size.lower().split("x") if isinstance(size, str) else size
+        try:
+            found["width"], found["height"] = (int(side) for side in sides)
+        except (TypeError, ValueError):
+            raise ValueError(f'"size" must be [width, height] or "768x512", got {size!r:.80}') from None
+    if unknown := sorted(set(found) - set(GenerateSettings.fields())):
+        raise ValueError(
+            f"unknown settings {', '.join(unknown)}; expected {', '.join(GenerateSettings.fields())}"
+        )
+    GenerateSettings(**{"prompt": None, "bokeh_targets": LEVELS, **found})  # type: ignore[arg-type]
+    return found
+
+
+def grid(
+    base: GenerateSettings, asked: Sequence[Mapping[str, Any]], seeds: Sequence[int]
+) -> list[GenerateSettings]:
+    """Settings per line and seed (a line's own seed, if it has one); levels ascending, each once.
+
+    Raises ValueError as the settings do.
+    """
+    made = []
+    for line in asked:
+        for seed in [line["seed"]] if "seed" in line else dict.fromkeys(seeds):
+            settings = dataclasses.replace(base, **{**line, "seed": seed})
+            levels = tuple(sorted(set(settings.bokeh_targets or LEVELS)))
+            made.append(dataclasses.replace(settings, bokeh_targets=levels))
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +128,8 @@ class Sweep:
     kind: str
     """Format of the pictures."""
     run: Callable[[GenerateSettings], Result]
+    part: str = ""
+    """Ends the names of page and grid, where several machines share one folder."""
 
     @classmethod
     def of(
@@ -94,11 +139,12 @@ class Sweep:
         output: Path,
         kind: str,
         run: Callable[[GenerateSettings], Result],
+        part: str = "",
     ) -> Sweep:
         """The sweep of a model over what was asked for."""
         made_by = provenance_of(model)
         scenes = [Record(settings=each.completed(model.defaults), provenance=made_by) for each in asked]
-        return cls(scenes=scenes, output=output, kind=kind, run=run)
+        return cls(scenes=scenes, output=output, kind=kind, run=run, part=part)
 
     def made(self) -> Generator[Done, None, None]:
         """Make what is not there yet, scene by scene; ends with the page and, for several scenes, the grid.
@@ -139,7 +185,7 @@ class Sweep:
         mine = {folder_name(record) for record in self.scenes}
         num_pages = -(-len(self.scenes) // SCENES_PER_PAGE)
         for count in itertools.count(1):
-            run = "" if count == 1 else f"-run{count}"
+            run = self.part + ("" if count == 1 else f"-run{count}")
             first = self.output / PAGE.format(run)
             if not first.exists() or (shown := scenes_of(first)) is not None and shown <= mine:
                 return [run + (f"-{n + 1}" if n else "") for n in range(num_pages)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,12 @@ class Watched:
 
 
 def warn_of_words(model: Model, prompt: str) -> None:
-    """Name what a model of few words cannot read, such as nano."""
+    """Name what a model of few words cannot read, such as nano, and what other programs read in prompts."""
+    if found := re.search(r"<(?:lora|lyco):([^:>]*):?([^:>]*)[^>]*>", prompt):
+        strength = f" {found[2]}" if found[2] else ""
+        logger.warning("%s is read as words; a LoRA is loaded by --lora %s%s", found[0], found[1], strength)
+    if found := re.search(r"\([^()]*:\s*[0-9.]+\)", prompt):
+        logger.warning("%s is read as words: prompts have no weights here", found[0])
     if unknown := model.text.unknown_words(prompt):
         some = ", ".join(f"{word!r:.40}" for word in unknown[:8])
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""

@@ -17,7 +17,7 @@ class Photo:
 
     image: Image.Image
     name: str
-    """Of the file, without its folder."""
+    """The file's name, without its folder."""
     fingerprint: str
 
 

@@ -155,7 +155,7 @@ def _publish_all(temporary: Sequence[Path], paths: Sequence[Path]) -> list[Path]
 
 
 def _publish(temporary: Sequence[Path], paths: Sequence[Path]) -> list[Path] | None:
-    """Give every file its name, or none of them (None) when one is taken, also by a run at the same time."""
+    """Give every file its name, or none of them (None) when one is taken, even by a run at the same time."""
     # Looked at first, so that as a rule no name appears only to vanish again.
     if any(path.exists() for path in paths):
         return None
@@ -172,7 +172,7 @@ def _publish(temporary: Sequence[Path], paths: Sequence[Path]) -> list[Path] | N
 
 
 def _rename_to_free(source: Path, path: Path) -> None:
-    """Like os.replace, but FileExistsError for a name that is taken; also where links are unknown (FAT)."""
+    """Like os.replace, but FileExistsError for a name that is taken. Works without hard links, too (FAT)."""
     try:
         os.link(source, path)
     except FileExistsError:

@@ -31,7 +31,7 @@ READABLE = ("PNG", "JPEG", "WEBP", "GIF")
 """All that is ever read: Pillow knows dozens more, some of which run other programs (EPS)."""
 _MAX_RECIPE = 1 << 20
 """Bytes of JSON that are looked at: a file from a stranger must not make us work without bound."""
-# What Pillow raises for files that are no pictures, or broken ones.
+# What Pillow raises for files that are not pictures, or broken ones.
 UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, AttributeError,
     OverflowError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -39,7 +39,7 @@ UNREADABLE = (
 
 
 class NoRecipe(ValueError):
-    """A file that bokehflux did not write, that was edited since, or that is no picture."""
+    """A file that bokehflux did not write, that was edited since, or that is not a picture."""
 
 
 def encode(image: Image.Image, recipe: dict[str, Any], kind: str = "png") -> bytes:
@@ -93,7 +93,7 @@ def encode_animation(
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The recipe of a picture that bokehflux wrote, in any format. Raises NoRecipe for other files."""
     if not Path(path).is_file() and Path(path).exists() and not Path(path).is_dir():
-        raise NoRecipe(f"{path} is no regular file")  # a pipe would be waited for
+        raise NoRecipe(f"{path} is not a regular file")  # a pipe would be waited for
     try:
         with Image.open(path, formats=READABLE) as image:
             if isinstance(recipe := _json(image.info.get(KEY)), dict):
@@ -106,7 +106,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise NoRecipe(f"cannot read {path}: {error.strerror}") from error
     except UNREADABLE as error:
-        raise NoRecipe(f"{path} is no picture that can be read: {error}") from error
+        raise NoRecipe(f"{path} is not a picture that can be read: {error}") from error
     if isinstance(user, bytes) and user.startswith(_ASCII):
         if isinstance(recipe := _json(user.removeprefix(_ASCII)), dict):
             return recipe

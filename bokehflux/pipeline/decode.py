@@ -20,7 +20,7 @@ from bokehflux.sampling.latents import LatentGrid, unpack
 logger = logging.getLogger(__name__)
 
 WHOLE_PIXELS: dict[MemoryMode, int] = {"resident": 1024 * 1024, "offload": 1024 * 1024, "stream": 512 * 512}
-"""Larger pictures are decoded in bands if nothing is said."""
+"""By default, larger pictures are decoded in bands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,6 @@ def _pixels(vae: AutoencoderKL, latents: Tensor, grid: LatentGrid, tiled: bool) 
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-        # Only here are the tensors gone that the error held.
+        # Retry outside the handler: the caught exception keeps the failed attempt's tensors alive.
         logger.warning("out of memory while decoding: going on in bands (VAE tiling)")
     return to_uint8(tiling.decode(vae, z))[0], True

@@ -36,8 +36,8 @@ class TextEncoders:
     def encode(self, prompts: Sequence[str], txt_length: int | None = None) -> Conditioning:
         """B prompts -> `txt` [B, T, t5 width] and `pooled` [B, clip width], in the encoders' dtype.
 
-        txt_length: T, the number of T5 tokens; None takes the model's own. Raises ValueError for a prompt that
-        is not valid Unicode, TypeError for a string in place of a list.
+        txt_length: T, the number of T5 tokens; None takes the model's own. Raises ValueError for a prompt
+        that is not valid Unicode, TypeError for a string in place of a list.
         """
         t5_ids = self.t5_tokenizer(prompts, txt_length or self.txt_length)  # [B, T]
         clip_ids = self.clip_tokenizer(prompts)  # [B, 77] for the published CLIP

@@ -133,7 +133,7 @@ def test_formats_that_we_do_not_write_are_not_even_opened(tmp_path, monkeypatch,
     path = tmp_path / "x.png"
     Image.new("RGB", (8, 8)).save(path, format)
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a program was run"))
-    with pytest.raises(NoRecipe, match="no picture that can be read"):
+    with pytest.raises(NoRecipe, match="not a picture that can be read"):
         read_recipe(path)
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import json
+import os
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +25,7 @@ from PIL import Image
 
 import bokehflux
 from bokehflux.app import cli
-from bokehflux.pictures.metadata import read_recipe
+from bokehflux.pictures.metadata import encode, read_recipe
 from bokehflux.pipeline.load import load
 from bokehflux.pipeline.memory import Placement
 from bokehflux.pipeline.pipeline import Pipeline
@@ -187,7 +192,6 @@ def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fa
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "COMMAND"),
         (["generate"], "--prompt"),
         (["generate", "--prompt"], "--prompt"),
         (["generate", "--prompt", "p", "--bokeh-targets"], "--bokeh-targets"),
@@ -231,6 +235,10 @@ def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fa
         (["info", "no.png"], "cannot read no.png"),
         (["doctor", "--fast"], "--fast"),
         (["generate", "--prompt", "p", "--unknown", "1"], "--unknown"),
+        (["generate", "--prompt", "p", "--bokeh-targts", "1"], "did you mean --bokeh-targets?"),
+        (["genrate"], "did you mean generate?"),
+        (["generate", "--prompt", "p", "--size", "48x15"], "height must be at least 16"),
+        (["sweep", "--prompt", "p", "--shard", "5/4"], "expected I/N"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_loaded(
@@ -371,8 +379,45 @@ def test_a_full_disk_is_one_line(
 
     monkeypatch.setattr("bokehflux.pictures.files.os.fsync", full)
     assert cli.main([*SWEEP, "--output", "out"]) == 1
-    assert capsys.readouterr().err == "bokehflux: error: [Errno 28] No space left on device\n"
-    assert list(Path("out").iterdir()) == []
+    said = "bokehflux: error: [Errno 28] No space left on device in out; 0 of 5 files are kept\n"
+    assert capsys.readouterr().err == said and list(Path("out").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_keeps_what_fits(
+    fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, written = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        written.append(1)
+        if len(written) > 2:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr("bokehflux.pictures.files.os.fsync", full)
+    assert cli.main([*SWEEP, "--output", "out"]) == 1
+    assert "; 2 of 5 files are kept" in capsys.readouterr().err
+    assert sorted(path.name for path in Path("out").iterdir()) == ["bokeh-00.0.png", "bokeh-04.2.png"]
+
+
+@pytest.mark.parametrize(("name", "says"), [
+    ("file", "file is a file, and a folder was expected"), ("file/below", "file is a file, and a folder"),
+    ("dangling", "dangling is a link to nowhere, which is not there"),
+])  # fmt: skip
+def test_an_output_that_is_not_a_folder_is_named(
+    fake: Fake, capsys: pytest.CaptureFixture[str], name: str, says: str
+) -> None:
+    Path("file").write_text("x")
+    Path("dangling").symlink_to("nowhere")
+    assert says in error_of([*SWEEP, "--output", name], capsys)
+
+
+def test_a_disk_without_room_is_found_before_the_model_is_loaded(
+    fake: Fake, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    assert "output folder out has 0 MB free" in error_of([*SWEEP, "--output", "out"], capsys)
+    assert fake.loaded == {}
 
 
 def test_ctrl_c_ends_in_one_line(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
@@ -383,6 +428,110 @@ def test_ctrl_c_ends_in_one_line(fake: Fake, capsys: pytest.CaptureFixture[str])
     assert cli.main([*SWEEP, "--output", "out"]) == 130
     out, err = capsys.readouterr()
     assert (out, err) == ("", "bokehflux: interrupted\n") and list(Path("out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_signals_end_like_ctrl_c(fake: Fake, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    fake.during = lambda: os.kill(os.getpid(), number)
+    try:
+        assert cli.main([*SWEEP, "--output", "out"]) == 128 + number
+        assert signal.getsignal(number) is signal.SIG_DFL
+        assert capsys.readouterr().err == "bokehflux: interrupted\n"
+        signal.signal(number, signal.SIG_IGN)
+        assert cli.main([*SWEEP, "--output", "out"]) == 0, "nohup"
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize(("spelling", "wanted"), [
+    (["--steps", "7"], {"num_inference_steps": 7}), (["--guidance", "4"], {"guidance_scale": 4.0}),
+    (["--pivot", "9"], {"bokeh_pivot": 9.0}), (["--size", "64x48"], {"width": 64, "height": 48}),
+    (["--size=48"], {"width": 48, "height": 48}),
+    (["--levels", "3,8", "28"], {"bokeh_targets": (3.0, 8.0, 28.0)}),
+    (["--bokeh-targets", "0,8,28"], {"bokeh_targets": (0.0, 8.0, 28.0)}),
+])  # fmt: skip
+def test_flags_as_people_type_them(fake: Fake, spelling: list[str], wanted: dict[str, Any]) -> None:
+    assert cli.main([*SWEEP, *spelling]) == 0
+    assert {name: getattr(fake.asked, name) for name in wanted} == wanted
+
+
+def test_a_seed_may_be_random(fake: Fake) -> None:
+    seeds = []
+    for _ in range(2):
+        assert cli.main([*SWEEP, "--seed", "random"]) == 0
+        assert isinstance(fake.asked, GenerateSettings)
+        seeds.append(fake.asked.seed)
+    assert seeds[0] != seeds[1]
+
+
+@pytest.mark.parametrize(("prompt", "says"), [
+    ("a ball <lora:style:0.8>", "<lora:style:0.8> is read as words; a LoRA is loaded by --lora style 0.8"),
+    ("a (red:1.3) ball", "(red:1.3) is read as words: prompts have no weights here"),
+    ("a ball (red) at 3:20", None),
+])  # fmt: skip
+def test_what_other_programs_read_in_prompts_gets_a_hint(
+    fake: Fake, caplog: pytest.LogCaptureFixture, prompt: str, says: str | None
+) -> None:
+    assert cli.main(["generate", "--prompt", prompt]) == 0
+    assert [record.getMessage() for record in caplog.records] == ([] if says is None else [says])
+
+
+@pytest.mark.parametrize("argv", [[], ["help"], ["help", "sweep"]])
+def test_help_without_dashes(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 0
+    assert ("prompts.jsonl" if argv[1:] else "refocus") in capsys.readouterr().out
+
+
+MODULE = [sys.executable, "-m", "bokehflux"]
+QUICK = [
+    "generate",
+    "--prompt",
+    "a red ball",
+    "--num-inference-steps",
+    "1",
+    "--size",
+    "32",
+    "--output",
+    "out",
+]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("lost", ["stdout=/dev/full", "stderr=/dev/full", "stdout=pipe", "both closed"])
+def test_streams_that_are_lost_do_not_end_the_work(tmp_path: Path, lost: str) -> None:
+    """Pictures are made whoever reads their names."""
+    shell = {
+        "stdout=/dev/full": 'exec "$@" >/dev/full',
+        "stderr=/dev/full": 'exec "$@" 2>/dev/full >/dev/null',
+        "stdout=pipe": '"$@" | true; exit ${PIPESTATUS[0]}',
+        "both closed": 'exec "$@" >&- 2>&-',
+    }[lost]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", shell, "bash", *MODULE, *QUICK], cwd=tmp_path, env=env)
+    assert done.returncode == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plain.png", "sheet.png"}
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp932", "ascii"])
+def test_letters_that_a_stream_cannot_show_are_escaped(tmp_path: Path, encoding: str) -> None:
+    settings = GenerateSettings(prompt="a mug \U0001f37a \u0444")
+    path = tmp_path / "x.png"
+    path.write_bytes(encode(Image.new("RGB", (8, 8)), settings.recipe()))
+    env = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*MODULE, "info", str(path)], env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"prompt: a mug \\U0001f37a" in done.stdout
+
+
+def test_info_as_json(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*SWEEP, "--output", "out"]) == 0
+    capsys.readouterr()
+    assert cli.main(["info", "--json", "out/bokeh-04.2.png"]) == 0
+    assert json.loads(capsys.readouterr().out) == read_recipe("out/bokeh-04.2.png")
 
 
 class Terminal(io.StringIO):

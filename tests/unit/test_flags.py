@@ -69,7 +69,8 @@ FLAGS = {
     "refocus": {flag: COMMON[flag] for flag in REFOCUS}
     | {"--photo-level": ["9"], "--height": ["48", "--width", "48"], "--width": ["64", "--height", "32"]},
     "generate": COMMON | {"--seed": ["3"]},
-    "sweep": COMMON | {"--seeds": ["3", "4"], "--prompts-file": ["prompts.txt"]},
+    "sweep": COMMON
+    | {"--seeds": ["3", "4"], "--prompts-file": ["prompts.txt"], "--shard": ["1/2", "--seeds", "1", "2"]},
 }
 CASES = [(command, flag) for command, flags in FLAGS.items() for flag in flags]
 # What a flag needs beside it to have a meaning at all.
@@ -190,7 +191,8 @@ def test_no_command_is_left_out_here() -> None:
 @pytest.mark.parametrize("command", OTHERS)
 def test_the_other_commands_have_no_other_flags(command: str) -> None:
     flags = {word for action in parsers()[1][command]._actions for word in action.option_strings}
-    assert flags == {"-h", "--help"} | (FETCH.keys() if command == "fetch" else set())
+    own = {"fetch": set(FETCH), "info": {"--json"}}
+    assert flags == {"-h", "--help"} | own.get(command, set())
 
 
 def rows_of(argv: list[str]) -> int:

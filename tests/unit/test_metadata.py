@@ -112,7 +112,7 @@ def test_files_without_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(NoRecipe, match="holds no bokehflux recipe"):
         read_recipe(tmp_path / "plain.png")
     (tmp_path / "text").write_text("hello")
-    for name, says in (("text", "no picture"), ("absent", "cannot read"), (".", "cannot read")):
+    for name, says in (("text", "not a picture"), ("absent", "cannot read"), (".", "cannot read")):
         with pytest.raises(NoRecipe, match=says):
             read_recipe(tmp_path / name)
 

@@ -26,6 +26,10 @@ HERE = provenance_of(PIPE)
 BASE = GenerateSettings(prompt="a cup", bokeh_targets=(0.0, 20.0), bokeh_pivot=10.0, num_inference_steps=2)
 
 
+def lines(*prompts: str) -> list[dict[str, Any]]:
+    return [{"prompt": prompt} for prompt in prompts]
+
+
 class Serve:
     """Serves requests and keeps them."""
 
@@ -61,11 +65,32 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_prompts_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffa cup\n\n# a comment\n  a caf\u00e9 \r\na cup\n", encoding="utf-8")
-    assert read_prompts(path) == ["a cup", "a caf\u00e9"]
+    assert read_prompts(path) == [{"prompt": "a cup"}, {"prompt": "a caf\u00e9"}]
+
+
+def test_a_file_with_settings_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "a mug", "levels": [20, 0], "pivot": 9, "seed": 3, "size": "48x32"}\n'
+        '{"prompt": "a tree", "guidance_scale": 4, "size": [16, 64]}\na cup\n'
+    )
+    asked = grid(BASE, read_prompts(path), [1, 2])
+    assert [(one.prompt, one.seed) for one in asked] == [
+        ("a mug", 3), ("a tree", 1), ("a tree", 2), ("a cup", 1), ("a cup", 2),
+    ]  # fmt: skip
+    mug, tree = asked[:2]
+    assert (mug.bokeh_targets, mug.bokeh_pivot, mug.width, mug.height) == ((0.0, 20.0), 9.0, 48, 32)
+    assert (tree.bokeh_targets, tree.guidance_scale, tree.width, tree.height) == ((0.0, 20.0), 4.0, 16, 64)
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    (b"", "has 0 prompts"), (b"# only\n", "has 0 prompts"), (b"\xff\xfe\x00", "no UTF-8"),
+    (b'{"prompt": "a"', "line 1: it begins with { but is not JSON"),
+    (b'a\n{"prompt": 3}', "line 2: prompt must be"),
+    (b'{"prompt": "a", "levels": [31]}', "line 1: a bokeh level must be"),
+    (b'{"seed": 1}', "prompt must be text"),
+    (b'{"prompt": "a", "steeps": 3}', "unknown settings steeps; expected prompt"),
+    (b'{"prompt": "a", "size": 3}', '"size" must be'),
+    (b"", "has 0 prompts"), (b"# only\n", "has 0 prompts"), (b"\xff\xfe\x00", "not UTF-8"),
     (b"".join(b"%d\n" % i for i in range(10_001)), "has 10001 prompts"),
 ])  # fmt: skip
 def test_prompts_files_that_are_refused(tmp_path: Path, content: bytes, says: str) -> None:
@@ -75,16 +100,16 @@ def test_prompts_files_that_are_refused(tmp_path: Path, content: bytes, says: st
 
 
 def test_a_grid_is_prompts_times_seeds_with_levels_in_order() -> None:
-    requests = grid(dataclasses.replace(BASE, bokeh_targets=(20, 0, 20)), ["a", "b"], [1, 2, 1])
+    requests = grid(dataclasses.replace(BASE, bokeh_targets=(20, 0, 20)), lines("a", "b"), [1, 2, 1])
     assert [(r.prompt, r.seed) for r in requests] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     assert {r.bokeh_targets for r in requests} == {(0.0, 20.0)}
     with pytest.raises(ValueError, match="seed must be at least 0"):
-        grid(BASE, ["a"], [-2])
+        grid(BASE, lines("a"), [-2])
 
 
 def test_one_batch_per_scene_and_every_view(tmp_path: Path) -> None:
     serve = Serve()
-    done = run(grid(BASE, ["a cup", "a tree"], [1]), tmp_path, serve)
+    done = run(grid(BASE, lines("a cup", "a tree"), [1]), tmp_path, serve)
     assert [r.bokeh_targets for r in serve.served] == [(0.0, 20.0)] * 2
     names = {
         "bokeh-00.0.png",
@@ -106,7 +131,7 @@ def test_one_batch_per_scene_and_every_view(tmp_path: Path) -> None:
 
 
 def test_a_finished_sweep_makes_nothing_again(tmp_path: Path) -> None:
-    requests = grid(BASE, ["a cup"], [1, 2])
+    requests = grid(BASE, lines("a cup"), [1, 2])
     run(requests, tmp_path)
     before, serve = files(tmp_path), Serve()
     done = run(requests, tmp_path, serve, torch="3", device="cuda")
@@ -117,7 +142,7 @@ def test_a_finished_sweep_makes_nothing_again(tmp_path: Path) -> None:
 
 
 def test_only_what_is_missing_is_made(tmp_path: Path) -> None:
-    request = grid(BASE, ["a cup"], [1])
+    request = grid(BASE, lines("a cup"), [1])
     (first,) = run(request, tmp_path)
     kept, lost, pivot = first.paths[:3]
     before = kept.read_bytes(), lost.read_bytes(), pivot.read_bytes()
@@ -132,9 +157,11 @@ def test_only_what_is_missing_is_made(tmp_path: Path) -> None:
 
 
 def test_a_further_level_joins_its_scene(tmp_path: Path) -> None:
-    run(grid(BASE, ["a cup"], [1]), tmp_path)
+    run(grid(BASE, lines("a cup"), [1]), tmp_path)
     serve = Serve()
-    (done,) = run(grid(dataclasses.replace(BASE, bokeh_targets=(0, 5, 20)), ["a cup"], [1]), tmp_path, serve)
+    (done,) = run(
+        grid(dataclasses.replace(BASE, bokeh_targets=(0, 5, 20)), lines("a cup"), [1]), tmp_path, serve
+    )
     assert [r.bokeh_targets for r in serve.served] == [(5.0,)]
     assert [shot.level for shot in done.scene.targets] == [0.0, 5.0, 20.0]
     assert read_recipe(done.paths[-3])["bokeh_targets"] == [0.0, 5.0, 20.0], "the sheet shows all three"
@@ -142,7 +169,7 @@ def test_a_further_level_joins_its_scene(tmp_path: Path) -> None:
 
 
 def test_a_lost_pivot_comes_back_alone(tmp_path: Path) -> None:
-    request = grid(BASE, ["a cup"], [1])
+    request = grid(BASE, lines("a cup"), [1])
     (first,) = run(request, tmp_path)
     before = files(tmp_path)
     first.paths[2].unlink()
@@ -153,7 +180,7 @@ def test_a_lost_pivot_comes_back_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "another recipe", "no recipe", "empty"])
 def test_what_is_not_whole_or_not_wanted_does_not_count(tmp_path: Path, damage: str) -> None:
-    request = grid(BASE, ["a cup"], [1])
+    request = grid(BASE, lines("a cup"), [1])
     (first,) = run(request, tmp_path)
     path = first.paths[0]
     content = path.read_bytes()
@@ -199,7 +226,7 @@ def test_no_prompt_leaves_the_output_folder(prompt: str) -> None:
 
 
 def test_an_ungrounded_sweep_has_no_pivot(tmp_path: Path) -> None:
-    request = grid(dataclasses.replace(BASE, num_grounding_steps=0), ["a cup"], [1])
+    request = grid(dataclasses.replace(BASE, num_grounding_steps=0), lines("a cup"), [1])
     (done,) = run(request, tmp_path)
     assert done.scene.pivot is None and len(done.paths) == 5
     assert run(request, tmp_path, serve := Serve())[0].num_kept == 2 and serve.served == []
@@ -207,7 +234,7 @@ def test_an_ungrounded_sweep_has_no_pivot(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
 def test_other_formats_are_found_again(tmp_path: Path, kind: str) -> None:
-    request = grid(BASE, ["a cup"], [1])
+    request = grid(BASE, lines("a cup"), [1])
     run(request, tmp_path, kind=kind)
     assert run(request, tmp_path, serve := Serve(), kind=kind)[0].num_kept == 3 and serve.served == []
 
@@ -217,7 +244,7 @@ def test_a_sweep_that_is_stopped_has_a_page_of_what_is_finished(tmp_path: Path) 
         if number == 2:
             raise KeyboardInterrupt
 
-    requests = grid(BASE, ["a cup"], [1, 2, 3])
+    requests = grid(BASE, lines("a cup"), [1, 2, 3])
     with pytest.raises(KeyboardInterrupt):
         run(requests, tmp_path, Serve(stop))
     assert (tmp_path / "index.html").read_text().count('"curve": ') == 2
@@ -228,7 +255,7 @@ def test_a_sweep_that_is_stopped_has_a_page_of_what_is_finished(tmp_path: Path) 
 
 
 def test_the_page_of_another_sweep_stays(tmp_path: Path) -> None:
-    one, other = grid(BASE, ["a cup"], [1]), grid(BASE, ["a tree"], [1])
+    one, other = grid(BASE, lines("a cup"), [1]), grid(BASE, lines("a tree"), [1])
     run(one, tmp_path)
     first = (tmp_path / "index.html").read_bytes()
     for _ in range(2):  # the same command finds its own page again
@@ -249,7 +276,7 @@ def test_many_scenes_get_several_pages(tmp_path: Path, monkeypatch: pytest.Monke
     """And only the pictures of one page are in memory."""
     monkeypatch.setattr(sweep, "SCENES_PER_PAGE", 2)
     alive: list[weakref.ref[Any]] = []
-    requests = grid(BASE, ["a cup"], [1, 2, 3, 4, 5])
+    requests = grid(BASE, lines("a cup"), [1, 2, 3, 4, 5])
     for done in sweep_of(requests, tmp_path).made():
         alive.append(weakref.ref(done.scene))
         del done
@@ -315,7 +342,8 @@ def test_a_full_disk_during_a_sweep(
 
     monkeypatch.setattr("bokehflux.pictures.files.os.fsync", full)
     assert cli.main(ARGV) == 1
-    assert capsys.readouterr().err == "bokehflux: error: [Errno 28] No space left on device\n"
+    said = capsys.readouterr().err
+    assert "No space left on device in out/a-cup-seed1-" in said and "; 0 of 3 files are kept" in said
     assert files(world) == {}
 
 
@@ -333,6 +361,17 @@ def test_what_ran_out_of_memory_once_is_not_tried_again(
     monkeypatch.setattr("bokehflux.app.watched.execute", cramped)
     assert cli.main(ARGV) == 0
     assert asked == [(None, None), (1, None), (1, True)]
+
+
+def test_shards_share_the_scenes(world: Path) -> None:
+    for shard in ("1/3", "2/3", "3/3"):
+        argv = [*ARGV[:-5], "--seeds", "1", "2", "3", "4", "--num-inference-steps", "1"]
+        assert cli.main([*argv, "--shard", shard, "--output", "out"]) == 0
+    scenes = {path.name.rsplit("-", 1)[0] for path in Path("out").iterdir() if path.is_dir()}
+    assert scenes == {f"a-cup-seed{n}" for n in (1, 2, 3, 4)}
+    pages = {path.name for path in Path("out").glob("*.html")}
+    assert pages == {f"index-{n}of3.html" for n in (1, 2, 3)}
+    assert cli.main([*ARGV, "--shard", "3/3"]) == 2, "two scenes have no third part"
 
 
 def test_foreign_files_in_a_scene_folder_do_no_harm(tmp_path: Path) -> None:
