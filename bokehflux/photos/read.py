@@ -1,14 +1,38 @@
-"""The one door through which photographs come in."""
+"""The one door through which photographs come in: files of cameras become upright pictures in sRGB."""
 
 from __future__ import annotations
 
+import io
+import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
 
 from bokehflux.fingerprint import fingerprint
 from bokehflux.pictures.metadata import READABLE, UNREADABLE
+
+logger = logging.getLogger(__name__)
+
+MIN_SIDE_PX = 16
+EXPORT = {
+    "HEIC or AVIF": (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1", b"ftypavif"),
+    "TIFF, or a raw file of a camera": (
+        b"II*\0",
+        b"MM\0*",
+        b"IIU\0",
+        b"IIRO",
+        b"FUJIFILMCCD-RAW",
+        b"ftypcrx ",
+    ),
+    "Photoshop": (b"8BPS",),
+    "JPEG XL": (b"\xff\x0a", b"\0\0\0\x0cJXL "),
+    "JPEG 2000": (b"\0\0\0\x0cjP  ",),
+    "BMP": (b"BM",),
+}
+"""Formats that are not read, and how their files begin ("ftyp" from the fifth byte)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,21 +40,97 @@ class Photo:
     """A photograph, and which file it was."""
 
     image: Image.Image
+    """Upright RGB in sRGB, 8 bits a channel."""
     name: str
     """The file's name, without its folder."""
     fingerprint: str
 
 
 def read_photo(path: Path) -> Photo:
-    """The photograph in a file. Raises ValueError unless it is a picture of a known format."""
+    """The photograph in a file, as `upright_rgb` makes it.
+
+    Raises ValueError, with the file's name and what to do, for one that cannot be read.
+    """
     try:
         if not path.is_file():
             raise ValueError("it is not there" if not path.exists() else "it is not a regular file")
-        with Image.open(path, formats=READABLE) as file:
-            file.load()
-            image = file.copy()
+        with path.open("rb") as start:
+            _refuse_other_formats(start.read(32))
+        # Pillow's notice about large pictures speaks of attacks; its limit, twice as high, holds.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=READABLE) as file:
+                file.load()
+                image = upright_rgb(file)
         return Photo(image=image, name=path.name, fingerprint=fingerprint([path]))
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise ValueError(
+            f"cannot read the photograph {path}: it has more than {most} million pixels; scale it down first"
+        ) from error
     except UNREADABLE as error:
         raise ValueError(
             f"cannot read the photograph {path}: {error}; expected one of {', '.join(READABLE)}"
         ) from error
+
+
+def upright_rgb(photo: Image.Image) -> Image.Image:
+    """The photograph turned as its EXIF says, in sRGB with 8 bits a channel, over white where transparent.
+
+    16-bit and floating-point (0 to 1) tones are scaled, not cut. Raises ValueError for a side below 16 pixels
+    and for floating-point values outside 0 to 255.
+    """
+    if min(photo.size) < MIN_SIDE_PX:
+        raise ValueError(
+            f"it has {photo.width} x {photo.height} pixels, and each side needs at least {MIN_SIDE_PX}"
+        )
+    profile = photo.info.get("icc_profile")
+    image = _eight_bits(ImageOps.exif_transpose(photo))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image).convert("RGB")
+    if image.mode in ("P", "1", "HSV", "YCbCr", "RGBX"):
+        image = image.convert("RGB")
+    if profile:
+        image = _in_srgb(image, profile)
+    return image.convert("RGB")
+
+
+def _refuse_other_formats(start: bytes) -> None:
+    for name, beginnings in EXPORT.items():
+        for beginning in beginnings:
+            where = start[4:] if beginning.startswith(b"ftyp") else start
+            if where.startswith(beginning):
+                raise ValueError(f"{name} is not read here: export it as JPEG or PNG")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Tones of more than 8 bits scaled to 0-255."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 255):
+            raise ValueError(f"its floating-point values run from {low:g} to {high:g}, expected 0 to 1")
+        values = values * 255 if high <= 1 else values
+    else:  # a mode "I" picture with 8-bit values is told by its largest one
+        values = values / 257 if image.mode.startswith("I;16") or values.max() > 255 else values
+    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colours of an ICC profile in sRGB; as they are, with a notice, where the profile does not fit."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source) and image.mode == "RGB":
+            return image
+        target = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
+        logger.warning(
+            "the photograph's colour profile cannot be used (%s): colours are taken as sRGB", error
+        )
+        return image
+    return image if converted is None else converted

@@ -13,6 +13,8 @@ import math
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from bokehflux.configs import MAX_SIDE_PX
+from bokehflux.photos.read import upright_rgb
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_finite, check_levels
 from bokehflux.record import RefocusSettings
@@ -28,10 +30,10 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
     ValueError for settings that the model cannot serve.
     """
     check_levels(model, asked)
-    grid = grid_of(photo, model, asked.height, asked.width)
+    upright = upright_rgb(photo)
+    grid = grid_of(upright, model, asked.height, asked.width)
     settings = dataclasses.replace(asked, height=grid.height_px, width=grid.width_px)
     settings = settings.completed(model.defaults)
-    upright = ImageOps.exif_transpose(photo).convert("RGB")
     fitted = ImageOps.fit(upright, (grid.width_px, grid.height_px), Image.Resampling.LANCZOS)
 
     def begin(stage: Stage) -> Start:
@@ -55,12 +57,12 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
 
 
 def grid_of(photo: Image.Image, model: Model, height: int | None, width: int | None) -> LatentGrid:
-    """The size that was asked for, or the photograph's shape at the model's area."""
+    """The size that was asked for, or the upright photograph's shape at the model's area."""
     if height is not None and width is not None:
         return LatentGrid.floored(height, width)
     if height is not None or width is not None:
         raise ValueError("give both height and width, or neither for the photograph's own shape")
-    upright = ImageOps.exif_transpose(photo)
-    scale = math.sqrt(model.defaults.height_px * model.defaults.width_px / (upright.width * upright.height))
-    high, wide = (max(1, round(scale * side / TOKEN_PX)) * TOKEN_PX for side in upright.size[::-1])
+    scale = math.sqrt(model.defaults.height_px * model.defaults.width_px / (photo.width * photo.height))
+    most = MAX_SIDE_PX // TOKEN_PX
+    high, wide = (min(max(1, round(scale * s / TOKEN_PX)), most) * TOKEN_PX for s in photo.size[::-1])
     return LatentGrid(height_px=high, width_px=wide)

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import bench_refocus
 from bokehflux.app import cli
 from bokehflux.models.vae import to_uint8
-from bokehflux.photos.read import read_photo
+from bokehflux.photos.read import read_photo, upright_rgb
 from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.refocus import grid_of
 from bokehflux.pipeline.run import Options, Result, Stopped, execute
@@ -123,7 +123,8 @@ def test_every_argument_counts() -> None:
         ((640, 480), 1, (28, 37)),
         ((640, 480), 6, (37, 28)),
         ((99, 99), 1, (32, 32)),
-        ((9000, 9), 1, (1, 1012)),
+        ((9000, 16), 1, (1, 759)),
+        ((100, 20_000), 6, (2, 453)),
     ],
 )
 def test_the_photos_own_shape(size: tuple[int, int], orientation: int, tokens: tuple[int, int]) -> None:
@@ -132,8 +133,9 @@ def test_the_photos_own_shape(size: tuple[int, int], orientation: int, tokens: t
     pipe = dataclasses.replace(pipe, defaults=dataclasses.replace(pipe.defaults, height_px=512, width_px=512))
     picture = Image.new("RGB", size)
     picture.getexif()[0x0112] = orientation
-    assert grid_of(picture, pipe, None, None).token_hw == tokens
-    assert grid_of(picture, pipe, 70, 100).token_hw == (4, 6)
+    upright = upright_rgb(picture)
+    assert grid_of(upright, pipe, None, None).token_hw == tokens
+    assert grid_of(upright, pipe, 70, 100).token_hw == (4, 6)
 
 
 @pytest.mark.parametrize(("changed", "says"), [
