@@ -33,6 +33,7 @@ ALLOWED_IN = {
     "bokehflux.rendering": {"torch", "numpy"},
     "bokehflux.metrics": {"torch"},
     "bokehflux.pictures": {"PIL", "numpy", "torch"},
+    "bokehflux.pictures.credentials": {"c2pa"},
     "bokehflux.photos": {"PIL", "numpy"},
     "bokehflux.pipeline": {"torch", "numpy", "PIL"},
     "bokehflux.training": {"torch", "numpy", "safetensors", "PIL"},

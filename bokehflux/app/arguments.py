@@ -286,6 +286,8 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
         help="where to put pictures; those of earlier runs are kept (default: %(default)s)")
     add("--format", choices=("png", "jpeg", "webp"), default="png",
         help="of the pictures; webp is lossless (default: %(default)s)")
+    add("--c2pa", nargs=2, metavar=("CERTS", "KEY"),
+        help="sign pictures with Content Credentials: a chain of certificates and a private key, both PEM")
     # fmt: on
 
 

@@ -27,6 +27,7 @@ from bokehflux.record import NEGATIVE_PROMPT, GenerateSettings, RefocusSettings,
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
     from bokehflux.app.watched import PreviewFile, Watched
+    from bokehflux.pictures.credentials import Sign
     from bokehflux.pictures.series import Scene
     from bokehflux.pipeline.pipeline import Pipeline
     from bokehflux.pipeline.run import Options, Plan
@@ -121,6 +122,7 @@ def sweep(args: argparse.Namespace) -> int:
             output,
             args.format,
             lambda one: watched.run(plan_generate(pipe, one)),
+            sign=_signer(args),
             part="" if count == 1 else f"-{index}of{count}",
         )
         with contextlib.closing(scenes.made()) as made:  # Ctrl-C between two scenes leaves the page, too
@@ -222,6 +224,7 @@ def _checked(args: argparse.Namespace, asked: Sequence[Settings]) -> Options:
         if getattr(args, name) == "":
             raise ValueError(f"--{name} is empty: give a path, or leave it out")
     options = options_from(args)
+    _signer(args)
     check_folder(Path(args.output), num_bytes)
     return options
 
@@ -297,11 +300,21 @@ def _make(
         with uninterrupted():
             scene = Scene.of(result.record, result.images, result.pivot_image)
             views = [] if stop else [scene.sheet()]
-            paths = save_pictures([*scene.pictures(), *views], Path(args.output), args.format)
+            pictures = [*scene.pictures(), *views]
+            paths = save_pictures(pictures, Path(args.output), args.format, _signer(args))
             show_files(paths)
     except KeyboardInterrupt as pressed:
         stop = stop or pressed
     return scene, paths, stop
+
+
+def _signer(args: argparse.Namespace) -> Sign | None:
+    """What signs the pictures. Raises ValueError for certificates or a key that do not serve."""
+    if args.c2pa is None:
+        return None
+    from bokehflux.pictures.credentials import signer
+
+    return signer(*args.c2pa)
 
 
 def _kept(settings: GenerateSettings, scene: Scene, paths: Sequence[Path], output: str) -> str:

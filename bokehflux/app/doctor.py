@@ -26,7 +26,7 @@ OPTIONAL = {
     "triton": "fused kernels on NVIDIA GPUs",
     "flash_attn": "FlashAttention, extra `flash`",
     "gguf": "GGUF checkpoints",
-    "huggingface_hub": "downloads, extra `hub`",
+    "huggingface_hub": "downloads",
 }
 """Import name -> what it is for."""
 

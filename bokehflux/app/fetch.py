@@ -1,4 +1,4 @@
-"""Download models through `huggingface_hub` (extra `hub`): the only module of the library with a network.
+"""Download models through `huggingface_hub`: the only module of the library with a network.
 
 Files land in the Hugging Face cache, where the resolver (`weights/resolve.py`) and other programs find them;
 an interrupted download goes on where it stopped. Each repository is asked for what this library reads and no
@@ -70,7 +70,7 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        problem = "downloading needs the package `huggingface_hub`: pip install 'bokehflux[hub]'"
+        problem = "downloading needs the package `huggingface_hub`: pip install huggingface_hub"
         raise FetchError(problem) from None
     return huggingface_hub
 

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from bokehflux.pictures import metadata
+from bokehflux.pictures.credentials import Sign
 from bokehflux.pictures.files import check_folder, replace_file, save_pictures, uninterrupted
 from bokehflux.pictures.page import scenes_of, write_page
 from bokehflux.pictures.series import Scene, Shot
@@ -128,6 +129,8 @@ class Sweep:
     kind: str
     """Format of the pictures."""
     run: Callable[[GenerateSettings], Result]
+    sign: Sign | None = None
+    """Adds a signature to each picture."""
     part: str = ""
     """Ends the names of page and grid, where several machines share one folder."""
 
@@ -139,12 +142,13 @@ class Sweep:
         output: Path,
         kind: str,
         run: Callable[[GenerateSettings], Result],
+        sign: Sign | None = None,
         part: str = "",
     ) -> Sweep:
         """The sweep of a model over what was asked for."""
         made_by = provenance_of(model)
         scenes = [Record(settings=each.completed(model.defaults), provenance=made_by) for each in asked]
-        return cls(scenes=scenes, output=output, kind=kind, run=run, part=part)
+        return cls(scenes=scenes, output=output, kind=kind, run=run, sign=sign, part=part)
 
     def made(self) -> Generator[Done, None, None]:
         """Make what is not there yet, scene by scene; ends with the page and, for several scenes, the grid.
@@ -170,7 +174,7 @@ class Sweep:
             for record in wanted:
                 made = self._make(record)
                 with uninterrupted():
-                    done = made.saved(self.kind)
+                    done = made.saved(self.kind, self.sign)
                     scenes.append(done.scene)
                     yield done
         finally:
@@ -218,7 +222,7 @@ class Sweep:
             fresh = new(self.run(dataclasses.replace(settings, bokeh_targets=missing or levels[:1])))
         except Stopped as stop:
             with uninterrupted():
-                save_pictures(new(stop.result).pictures(), folder, self.kind)
+                save_pictures(new(stop.result).pictures(), folder, self.kind, self.sign)
             raise
         return _Made(scene=fresh.merged(old, pivot), fresh=fresh, folder=folder, num_kept=num_kept)
 
@@ -262,8 +266,9 @@ class _Made:
     folder: Path
     num_kept: int
 
-    def saved(self, kind: str) -> Done:
-        paths = [] if self.fresh is None else save_pictures(self.fresh.pictures(), self.folder, kind)
+    def saved(self, kind: str, sign: Sign | None) -> Done:
+        fresh = [] if self.fresh is None else self.fresh.pictures()
+        paths = save_pictures(fresh, self.folder, kind, sign)
         return Done(
             scene=self.scene, paths=(*paths, *_views(self.scene, self.folder)), num_kept=self.num_kept
         )

@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from bokehflux.pictures import metadata
+from bokehflux.pictures.credentials import Sign
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +70,13 @@ def check_folder(folder: Path, num_bytes: int = 0) -> None:
         )
 
 
-def save_pictures(pictures: Sequence[Picture], folder: Path, kind: str = "png") -> list[Path]:
+def save_pictures(
+    pictures: Sequence[Picture], folder: Path, kind: str = "png", sign: Sign | None = None
+) -> list[Path]:
     """Write one file each and return their paths, in order. Stems must be distinct; kind as in `metadata`.
 
     No file that exists is ever touched: if any name is taken, all get the suffix of a further run ("-run2").
+    sign: adds a signature to each (`credentials.signer`).
     A full disk keeps the files that fit, each of them whole, and raises OSError, which names the folder.
     """
     temporary: list[Path] = []
@@ -80,7 +84,8 @@ def save_pictures(pictures: Sequence[Picture], folder: Path, kind: str = "png") 
     try:
         for picture in pictures:
             try:
-                temporary.append(_temporary(folder, metadata.encode(picture.image, picture.recipe, kind)))
+                data = metadata.encode(picture.image, picture.recipe, kind)
+                temporary.append(_temporary(folder, data if sign is None else sign(data, kind)))
             except OSError as error:
                 full = error
                 break

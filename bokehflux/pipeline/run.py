@@ -22,6 +22,7 @@ from torch import Tensor
 from bokehflux.models import tiling
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.pictures import metadata
+from bokehflux.pictures.credentials import Sign
 from bokehflux.pictures.files import check_folder, save_pictures
 from bokehflux.pictures.series import Scene
 from bokehflux.pipeline.decode import decode_pictures, wants_tiling
@@ -127,16 +128,28 @@ class Result:
         """All pictures, labelled, on one contact sheet."""
         return self.scene().sheet().image
 
-    def save(self, folder: str | Path, kind: str = "png") -> list[Path]:
+    def save(
+        self,
+        folder: str | Path,
+        kind: str = "png",
+        *,
+        watermark: Callable[[Image.Image], Image.Image] | None = None,
+        sign: Sign | None = None,
+    ) -> list[Path]:
         """Write the pictures, the pivot and the sheet; returns their paths, in this order.
 
         Every file holds its recipe and the mark that a model made it. Files that exist are kept: further
-        ones get a number. kind: "png", "jpeg" or "webp". Raises ValueError for a folder that cannot be
-        written to, OSError for a full disk, which leaves no file.
+        ones get a number. kind: "png", "jpeg" or "webp". watermark: is given each picture and returns the one
+        that is written. sign: `pictures.credentials.signer`, for a signature in each file.
+        Raises ValueError for a folder that cannot be written to, OSError for a full disk, which keeps the
+        files that fit.
         """
         check_folder(Path(folder))
         scene = self.scene()
-        return save_pictures([*scene.pictures(), scene.sheet()], Path(folder), kind)
+        pictures = [*scene.pictures(), scene.sheet()]
+        if watermark is not None:
+            pictures = [dataclasses.replace(one, image=watermark(one.image)) for one in pictures]
+        return save_pictures(pictures, Path(folder), kind, sign)
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""

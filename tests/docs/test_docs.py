@@ -56,7 +56,6 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "make format"): "would change the checkout",
     ("CONTRIBUTING.md", "bash .ci/run"): RUNS_TESTS,
     ("CONTRIBUTING.md", DRAWING): "a drawing; tests/test_layering.py enforces it",
-    ("docs/files.md", "pip install bokehflux[hub]"): NEEDS_NETWORK,
 }  # fmt: skip
 """(document, command, or first line of a block without commands) -> why it is not run here."""
 TEXT_LENGTH = 16

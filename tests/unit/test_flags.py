@@ -55,6 +55,7 @@ COMMON: dict[str, list[str]] = {
     "--compute": ["fp8"],
     "--output": ["elsewhere"],
     "--format": ["webp"],
+    "--c2pa": ["chain.pem", "leaf.key"],
     "--preview": ["preview.png"],
     "--preview-every": ["5"],
     "--preview-vae": ["taef1_decoder.safetensors"],
@@ -63,7 +64,7 @@ COMMON: dict[str, list[str]] = {
 REFOCUS = (
     "--prompt", "--bokeh-targets", "--num-grounding-steps", "--num-inference-steps", "--guidance-scale",
     "--max-rows", "--vae-tiling", "--model", "--vae", "--clip", "--t5", "--tokenizers", "--adapter", "--lora",
-    "--memory", "--device", "--dtype", "--compute", "--output", "--format", "--max-sequence-length",
+    "--memory", "--device", "--dtype", "--compute", "--output", "--format", "--max-sequence-length", "--c2pa",
 )  # fmt: skip
 FLAGS = {
     "refocus": {flag: COMMON[flag] for flag in REFOCUS}
@@ -128,7 +129,9 @@ def outcome(argv: list[str], world: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("command", "flag"), CASES)
-def test_a_flag_changes_what_comes_out(world: dict[str, Any], command: str, flag: str) -> None:
+def test_a_flag_changes_what_comes_out(
+    world: dict[str, Any], command: str, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = [command, *BASE[command], *NEEDS.get(flag, [])]
     if flag in ("--prompt", "--config-from", "--prompts-file"):  # these replace the prompt
         base = [command, *base[3:]] if flag == "--prompts-file" else base
@@ -142,6 +145,14 @@ def test_a_flag_changes_what_comes_out(world: dict[str, Any], command: str, flag
         return
     if flag == "--vae-tiling":  # pictures are the same: what it is for is memory
         assert [bands_of([*base, flag, how]) for how in ("auto", "off", "on")] == [0, 0, 3]
+        return
+    if flag == "--c2pa":  # `test_credentials` looks into the files
+        signed: list[str] = []
+        monkeypatch.setattr(
+            "bokehflux.pictures.credentials.signer", lambda *_: lambda data, kind: signed.append(kind) or data
+        )
+        assert cli.main(base) == 0 and not signed
+        assert cli.main([*base, "--output", "other", flag, *FLAGS[command][flag]]) == 0 and signed
         return
     if flag == "--preview-every":
         assert previews_of([*base, flag, "2"]) < previews_of(base)

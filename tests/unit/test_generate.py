@@ -310,6 +310,21 @@ def test_a_result_is_saved_with_its_recipe(pipe: Pipeline, tmp_path: Path) -> No
         result.save(tmp_path / "out", "tiff")
 
 
+def test_a_watermark_and_a_signature_get_every_picture(pipe: Pipeline, tmp_path: Path) -> None:
+    result = pipe.generate(PROMPT, [3], num_inference_steps=1)
+    signed: list[str] = []
+
+    def sign(data: bytes, kind: str) -> bytes:
+        signed.append(kind)
+        return data + b"signature"
+
+    paths = result.save(tmp_path, watermark=lambda image: Image.new("RGB", image.size, "red"), sign=sign)
+    assert signed == ["png", "png"] and all(path.read_bytes().endswith(b"signature") for path in paths)
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.getpixel((3, 3)) == (255, 0, 0)
+
+
 def test_progress_is_drawn_on_stderr(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[int] = []
     pipe.generate(
