@@ -166,7 +166,7 @@ def best_stock_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def preferred(backend: str) -> Iterator[None]:
-    """Inside, attention that asks for "auto" gets this backend, also where a run decides."""
+    """Inside, a run that asks for "auto" gets this backend. The only place that patches the library."""
     usual = interface.automatic
     if backend != "auto":
         interface.automatic = lambda device: interface.Choice(backend, "asked for by a benchmark")

@@ -41,9 +41,9 @@ FORMATS = {
     "workspace_mb": ".0f", "speedup": ".2f", "vs_resident": ".2f", "tflops": ".0f", "tb_s": ".2f",
     "share": ".1%", "error": ".2e", "published": ".2e", "ratio": ".3f", "calls": "d", "measured_runs": "d",
 }  # fmt: skip
-"""Of numbers, by their key in a row; other columns are text."""
+"""How numbers are shown, by their key in a row; other columns are text."""
 UNITS = {"ms": "ms", "us": "us", "total_s": "s", "seconds": "s", "gpu_gb": "GB", "speedup": "x"}
-"""Of what is plotted."""
+"""Units of what is plotted."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

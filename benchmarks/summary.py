@@ -48,7 +48,7 @@ class Finding(NamedTuple):
 
     @property
     def reached(self) -> str:
-        """ "aim", "yes", "NO", or nothing where there is no goal."""
+        """Whether the goal is met: aim, yes or NO; empty where there is none."""
         if "at_most" in self.goal:
             return "yes" if self.value <= self.goal["at_most"] else "NO"
         if "at_least" not in self.goal:

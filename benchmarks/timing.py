@@ -204,7 +204,7 @@ class Clock(Protocol):
     def device(self) -> torch.device: ...
 
     def times(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
-        """Of right arms; those for which there was no time are left out."""
+        """Time arms that are right; leave out those for which there is no time."""
 
 
 def race(arms: Sequence[Arm], rules: Rules, clock: Clock) -> list[Row]:

@@ -37,8 +37,9 @@ from bokehflux.conditioning import Conditioning
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.models.vae import to_uint8
 from bokehflux.pipeline.color import match_lab_means
-from bokehflux.pipeline.generate import NEGATIVE_PROMPT, Pipeline
 from bokehflux.pipeline.memory import Phase, Placement
+from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.record import NEGATIVE_PROMPT
 from bokehflux.sampling.denoise import model_sigma
 from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
 from bokehflux.sampling.samplers import euler

@@ -26,8 +26,8 @@ from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS, Setting
 from benchmarks.registry import Benchmark, Session
 from benchmarks.timing import Row, first_line
 from bokehflux.models.linear import Linear
-from bokehflux.pipeline.generate import Pipeline
 from bokehflux.pipeline.memory import MemoryMode, place
+from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.sampling.samplers import StepInfo
 
 ARMS: dict[str, tuple[MemoryMode, str]] = {

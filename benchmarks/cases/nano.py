@@ -9,7 +9,7 @@ import numpy as np
 import bokehflux
 from benchmarks.registry import Benchmark, Session
 from benchmarks.timing import Arm, Row, Rules, Sustained, race
-from bokehflux.pipeline.generate import Pipeline
+from bokehflux.pipeline.pipeline import Pipeline
 
 PROMPT = "a red ball on a wooden table, city lights at night"
 PIVOT = 15.0

@@ -104,7 +104,7 @@ FACTORS = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "_addmm_activation": 
 
 
 def product_flop(operator: Event) -> float:
-    """Of a matrix product, by the shapes of its inputs; 0 for other operators."""
+    """Work of a matrix product, by the shapes of its inputs; 0 for other operators."""
     first = FACTORS.get(operator["name"].removeprefix("aten::"))
     dims = operator.get("args", {}).get("Input Dims", [])
     if first is None or len(dims) < first + 2:

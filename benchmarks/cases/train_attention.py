@@ -40,7 +40,7 @@ class Inputs:
     k: Tensor
     v: Tensor
     grad: Tensor
-    """Of the output, [B, L, H, D]."""
+    """Gradient of the output, [B, L, H, D]."""
 
     def heads(self, heads: list[int]) -> Inputs:
         """Some heads in float32, gradients wanted."""

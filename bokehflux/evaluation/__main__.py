@@ -27,7 +27,7 @@ import bokehflux
 from bokehflux.evaluation import card, nano, refocus
 from bokehflux.evaluation.figures import CURVE
 from bokehflux.evaluation.report import commit, replace_between
-from bokehflux.pipeline.generate import Pipeline
+from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import device_name
 from bokehflux.weights.write import replacing, write_json
 

@@ -30,7 +30,7 @@ from bokehflux.nano.colors import dominant_color
 from bokehflux.nano.scenes import SceneSpec, build_scenes, render, sample_specs
 from bokehflux.pictures import plot
 from bokehflux.pictures.sheet import Tile, contact_sheet
-from bokehflux.pipeline.generate import Pipeline
+from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.sampling.denoise import denoiser
 from bokehflux.sampling.latents import LatentGrid, noise, pack, unpack
 from bokehflux.sampling.samplers import euler

@@ -19,8 +19,7 @@ from bokehflux.nano.captions import held_out
 from bokehflux.nano.scenes import build_scenes, render
 from bokehflux.pictures import plot
 from bokehflux.pictures.sheet import Tile, contact_sheet
-from bokehflux.pipeline.generate import Pipeline
-from bokehflux.pipeline.refocus import refocus
+from bokehflux.pipeline.pipeline import Pipeline
 
 LEVELS = (0.0, 8.0, 15.0, 28.0)
 SEED = 5
@@ -34,11 +33,11 @@ class Scores:
 
     level: float
     psnr: float
-    """Of the refocused picture to the true render."""
+    """From the refocused picture to the true render."""
     photo: float
-    """Of the photograph, left as it is, to the true render."""
+    """From the photograph, left as it is, to the true render."""
     scene: float
-    """Of the refocused picture to the photograph, both strongly blurred first: whether the scene stayed."""
+    """From the refocused picture to the photograph, both strongly blurred first: whether the scene stayed."""
 
 
 def evaluate(
@@ -52,7 +51,7 @@ def evaluate(
     found, strips = [], []
     for i, prompt in enumerate(prompts):
         photo, true = picture(photos[i]), [renders[i : i + 1] for renders in truth]
-        made = refocus(pipe, photo, prompt, LEVELS, photo_level=photo_level, num_inference_steps=steps).images
+        made = pipe.refocus(photo, prompt, LEVELS, photo_level=photo_level, num_inference_steps=steps).images
         for image, expected in zip(made, true, strict=True):
             shown, given = pixels(image), pixels(photo)
             found.append([psnr(shown, expected), psnr(given, expected), blur_matched_psnr(shown, given)])
