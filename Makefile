@@ -46,8 +46,8 @@ format: .venv/installed-dev ## let ruff mend and format every file
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/installed ## speed of this machine; BENCH=attention etc. picks a file of benchmarks/
-	$(BIN)/python -m benchmarks.bench_$(or $(BENCH),generate) $(BENCH_ARGS)
+bench: .venv/installed ## seconds that nano needs for a picture here; BENCH="step --arms ours" etc. runs others
+	$(BIN)/python -m benchmarks.run $(or $(BENCH),nano)
 
 clean: ## remove build products, not the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,1 +1,1 @@
-"""What bokehflux is measured by: one file per question, run as `python -m benchmarks.bench_<name>`."""
+"""What bokehflux is measured by: `python -m benchmarks.run --list` shows the questions."""

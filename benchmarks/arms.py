@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import networks
 from benchmarks.networks import Batch
-from benchmarks.report import first_line
+from benchmarks.timing import Arm, first_line
 from bokehflux.kernels.attention import interface
+from bokehflux.models.fp8 import quantize_mmdit
 from bokehflux.models.mmdit import MMDiT
 
 Step = Callable[[], Tensor]
@@ -31,44 +34,51 @@ STOCK_ORDER = [
 class Ours:
     """How a network of ours is made from one in plain bfloat16, whose weights it may share."""
 
-    with_levels: Callable[[MMDiT], MMDiT]
-    base: Callable[[MMDiT], MMDiT] | None
-    """For the base model, as a folded network makes no step without levels; None: nothing of its own."""
+    fold: bool = True
+    """The adapter is folded into the weights. Without levels, an unfolded arm would be the same again."""
+    compile: bool = False
+    fp8: bool = False
     graph: bool = False
     """Replayed as a CUDA graph. For steps alone: a run decides by itself whether to use one."""
-    max_error_ratio: float = 2.0
-    """Largest error that passes, as a multiple of the comparison arms' best."""
+
+    @property
+    def max_error_ratio(self) -> float:
+        """Largest error that passes, as a multiple of the comparison arms' best."""
+        return 10.0 if self.fp8 else 2.0
+
+    def network(self, mmdit: MMDiT, with_levels: bool) -> MMDiT:
+        network = mmdit
+        if with_levels and self.fold:  # a folded network makes no step without levels
+            network = networks.folded(mmdit)
+        elif self.compile or self.fp8:
+            network = networks.on_same_weights(mmdit)
+        if self.compile:
+            network.compile_blocks()
+        if self.fp8:
+            quantize_mmdit(network)
+        return network
 
 
-def same(mmdit: MMDiT) -> MMDiT:
-    return mmdit
-
-
-def folded_in_fp8(mmdit: MMDiT) -> MMDiT:
-    return networks.in_fp8(networks.folded(mmdit))
-
-
-def base_in_fp8(mmdit: MMDiT) -> MMDiT:
-    return networks.in_fp8(networks.on_same_weights(mmdit))
-
-
-OURS: dict[str, Ours] = {
-    "ours": Ours(with_levels=networks.folded, base=same),
-    "ours, graph": Ours(with_levels=networks.folded, base=same, graph=True),
-    "ours, compiled": Ours(
-        with_levels=lambda mmdit: networks.compiled(networks.folded(mmdit)),
-        base=lambda mmdit: networks.compiled(networks.on_same_weights(mmdit)),
-    ),
-    "ours, unfolded": Ours(with_levels=same, base=None),
-    "ours, fp8": Ours(with_levels=folded_in_fp8, base=base_in_fp8, max_error_ratio=10.0),
-    "ours, fp8, graph": Ours(with_levels=folded_in_fp8, base=base_in_fp8, graph=True, max_error_ratio=10.0),
+OURS = {
+    "ours": Ours(),
+    "ours, graph": Ours(graph=True),
+    "ours, compiled": Ours(compile=True),
+    "ours, unfolded": Ours(fold=False),
+    "ours, fp8": Ours(fp8=True),
+    "ours, fp8, graph": Ours(fp8=True, graph=True),
 }
-"""By name; the first is profiled. Where there are levels, all but one have the adapter folded in."""
+RIVALS = {
+    "published, compiled": True,
+    "published, eager": False,
+    "diffusers, compiled": True,
+    "diffusers, eager": False,
+}
+"""Name -> whether its blocks are compiled. Published runs with levels, plain diffusers without."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One way to compute a step."""
+class StepArm:
+    """A network, ours or a rival's, and how it computes a step."""
 
     name: str
     network: nn.Module
@@ -77,71 +87,70 @@ class Arm:
     is_ours: bool = True
     max_error_ratio: float = 2.0
 
+    def on(self, batch: Batch, exact: Tensor, tera_flop: float | None = None) -> Arm:
+        """The arm of a race on one batch. exact: see `networks.exact`."""
+        step = self.prepare(batch)
+        return Arm(
+            name=self.name,
+            call=lambda _: step(),
+            error=lambda out: networks.relative_error(out, batch, exact),
+            tera_flop=tera_flop,
+            is_ours=self.is_ours,
+            max_error_ratio=self.max_error_ratio,
+        )
+
 
 @torch.no_grad()
 def build_arms(
-    mmdit: MMDiT,
-    *,
-    with_levels: bool,
-    backend: str = "auto",
-    wanted: Sequence[str] = ("",),
-    graphs: bool = True,
-) -> list[Arm]:
-    """Arms whose name contains one of `wanted`, or equals what stands before a `$`.
-
-    Ours first; those of diffusers where it is installed.
+    mmdit: MMDiT, *, with_levels: bool, wants: Callable[[str], bool], backend: str, graphs: bool = True
+) -> list[StepArm]:
+    """Arms that are wanted by name, ours first; rivals where diffusers is installed.
 
     backend: attention of ours. graphs: with those that are CUDA graphs. All work on the weights of `mmdit` or
     on copies of what they change.
     """
-
-    def is_wanted(name: str) -> bool:
-        return any(name == part[:-1] if part.endswith("$") else part in name for part in wanted)
-
     arms = []
-    made: dict[Callable[[MMDiT], MMDiT], MMDiT] = {}
+    made: dict[Ours, MMDiT] = {}
     for name, way in OURS.items():
-        if not is_wanted(name) or (way.graph and not graphs):
+        if not wants(name) or (way.graph and not graphs) or not (way.fold or with_levels):
             continue
-        make = way.with_levels if with_levels else way.base
-        if make is None:
-            continue
-        network = made[make] = made[make] if make in made else make(mmdit)
+        same = dataclasses.replace(way, graph=False)
+        if same not in made:
+            made[same] = way.network(mmdit, with_levels)
         arms.append(
-            Arm(
+            StepArm(
                 name=name,
-                network=network,
-                prepare=lambda batch, network=network, graph=way.graph: networks.our_step(
-                    network, batch, backend, graph
-                ),
-                weight_bytes=networks.num_bytes(network),
+                network=made[same],
+                prepare=functools.partial(networks.our_step, made[same], backend=backend, graph=way.graph),
+                weight_bytes=networks.num_bytes(made[same]),
                 max_error_ratio=way.max_error_ratio,
             )
         )
     kind = "published" if with_levels else "diffusers"
-    names = {f"{kind}, compiled": True, f"{kind}, eager": False}
-    if not any(map(is_wanted, names)):
-        return arms
+    rivals = [name for name in RIVALS if name.startswith(kind) and wants(name)]
+    return arms + (build_rivals(mmdit, rivals) if rivals else [])
+
+
+def build_rivals(mmdit: MMDiT, names: Sequence[str]) -> list[StepArm]:
+    """None of them, with a line that says why, where diffusers is not installed."""
     try:
-        from benchmarks import rivals
+        from tests.oracle import rivals
     except ImportError as error:
         print(f"no comparison arms: {first_line(error)}")
-        return arms
+        return []
     adapter_bytes = networks.num_bytes(mmdit.bokeh) if mmdit.bokeh is not None else 0
-    for name, compile in names.items():
-        if not is_wanted(name):
-            continue
-        model: nn.Module
-        if with_levels:
-            model, step = rivals.published_model(mmdit, compile=compile), rivals.published_step
-        else:
-            model, step = rivals.diffusers_model(mmdit, compile=compile), rivals.diffusers_step
+    arms = []
+    for name in names:
+        is_published = name.startswith("published")
+        build = rivals.published_model if is_published else rivals.diffusers_model
+        step = rivals.published_step if is_published else rivals.diffusers_step
+        model = build(mmdit, compile=RIVALS[name])
         arms.append(
-            Arm(
+            StepArm(
                 name=name,
                 network=model,
-                prepare=lambda batch, model=model, step=step: step(model, batch),  # type: ignore[misc]
-                weight_bytes=networks.num_bytes(mmdit) - (0 if with_levels else adapter_bytes),
+                prepare=functools.partial(step, model),
+                weight_bytes=networks.num_bytes(mmdit) - (0 if is_published else adapter_bytes),
                 is_ours=False,
             )
         )
@@ -157,7 +166,7 @@ def best_stock_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def preferred(backend: str) -> Iterator[None]:
-    """Inside, attention that asks for "auto" gets this backend, also where a run decides."""
+    """Inside, a run that asks for "auto" gets this backend. The only place that patches the library."""
     usual = interface.automatic
     if backend != "auto":
         interface.automatic = lambda device: interface.Choice(backend, "asked for by a benchmark")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks import timing
+from benchmarks.shapes import AttentionShape
 from bokehflux.attention import AttentionSpec, Grounded, Plain
 from bokehflux.conditioning import Conditioning
 from bokehflux.configs import (
@@ -44,7 +46,6 @@ from bokehflux.sampling.latents import LatentGrid, position_ids
 PIVOT_LEVEL = 15.0
 TARGET_LEVELS = (0.0, 30.0, 22.5, 7.5, 3.75, 26.25)
 """Thirtieths of these, and of the pivot's, are exact in bfloat16: every arm gets what float32 gets."""
-GUIDANCE, SIGMA = 4.0, 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,8 @@ class Batch:
     """[T + N, 3]"""
     levels: tuple[float, ...] | None
     """None: the base model, without adapter."""
-    sigma: float = SIGMA
+    sigma: float = 0.9
+    guidance: float = 4.0
 
     @property
     def num_rows(self) -> int:
@@ -154,6 +156,10 @@ def randomise(mmdit: MMDiT, generator: torch.Generator) -> None:
             parameter.data.normal_(0.0, 0.02, generator=generator)
 
 
+def setting(tiny: bool) -> Setting:
+    return TINY if tiny else FULL
+
+
 def build_mmdit(setting: Setting, device: torch.device, seed: int = 0) -> MMDiT:
     """Every parameter drawn on the device; see `randomise`."""
     with torch.device("meta"):
@@ -213,12 +219,6 @@ def widened(mmdit: MMDiT) -> MMDiT:
     return twin
 
 
-def compiled(mmdit: MMDiT) -> MMDiT:
-    """The network itself, its blocks compiled."""
-    mmdit.compile_blocks()
-    return mmdit
-
-
 def folded(mmdit: MMDiT) -> MMDiT:
     """The adapter folded into copies of the projections that it changes: 6 GB more at full size."""
     twin = on_same_weights(mmdit)
@@ -228,14 +228,6 @@ def folded(mmdit: MMDiT) -> MMDiT:
             parameter.data = parameter.data.clone()
     fold_adapter(twin)
     return twin
-
-
-def in_fp8(mmdit: MMDiT) -> MMDiT:
-    """The network itself, its blocks' products turned to fp8: 12 GB at full size, beside those it had."""
-    from bokehflux.models.fp8 import quantize_mmdit
-
-    quantize_mmdit(mmdit)
-    return mmdit
 
 
 def draw_batch(
@@ -266,7 +258,7 @@ def our_step(mmdit: MMDiT, batch: Batch, backend: str = "auto", graph: bool = Fa
     rows, device, dtype = batch.num_rows, batch.img.device, mmdit.dtype
     img = batch.img.to(dtype).expand(rows, -1, -1)
     txt = batch.txt.to(dtype).expand(rows, -1, -1)
-    sigma, guidance = (torch.full((1,), value, device=device) for value in (batch.sigma, GUIDANCE))
+    sigma, guidance = (torch.full((1,), value, device=device) for value in (batch.sigma, batch.guidance))
     mods = mmdit.modulations(batch.pooled.to(dtype), sigma, guidance)
     rope = rope_table(batch.ids, mmdit.config.axes_dim, mmdit.config.theta)
     spec: AttentionSpec = Plain(backend=backend)
@@ -312,21 +304,30 @@ def checked_rows(batch: Batch) -> list[int]:
 
 
 def relative_error(velocity: Tensor, batch: Batch, exact: Tensor) -> float:
-    """Norm of the difference over the norm of the float32 result, over the rows that are checked."""
-    difference = velocity[checked_rows(batch)].float() - exact
-    return (difference.norm() / exact.norm()).item()
+    """Over the rows that are checked."""
+    return timing.relative_error(velocity[checked_rows(batch)], exact)
 
 
 def num_bytes(network: nn.Module) -> int:
     return sum(p.nbytes for p in network.parameters())
 
 
-def gemm_flop(config: MMDiTConfig, length: int, rows: int, targets: int = 0) -> float:
-    """Matrix products of all blocks; targets: rows whose queries are not computed. Adapter not counted."""
-    weights = (12 * rows - targets) * config.hidden_size**2
-    return 2.0 * config.num_blocks * length * weights
+def tera_flop(config: MMDiTConfig, batch: Batch, is_ours: bool) -> float:
+    """Work of a step, 1e12 operations: matrix products of blocks and attention; adapter not counted."""
+    shape = attention_shape(config, batch)
+    rows, idle = batch.num_rows, 0
+    if batch.num_targets:  # ours computes no queries of targets, the published way each pair by itself
+        rows, idle = (rows, batch.num_targets) if is_ours else (2 * batch.num_targets, 0)
+    products = (12 * rows - idle) * 2.0 * batch.length * config.hidden_size**2 / 1e12
+    return config.num_blocks * (products + shape.tera_flop("ours" if is_ours else "published"))
 
 
-def attention_flop(config: MMDiTConfig, length: int, products: int) -> float:
-    """products: L x L x D products of all heads: 2 a plain row, 3 N + 1 a pivot with N targets."""
-    return 2.0 * config.num_blocks * products * length**2 * config.hidden_size
+def attention_shape(config: MMDiTConfig, batch: Batch) -> AttentionShape:
+    """What every block of a step computes."""
+    return AttentionShape(
+        form="grounded" if batch.num_targets else "plain",
+        num_targets=batch.num_targets or batch.num_rows,
+        length=batch.length,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+    )

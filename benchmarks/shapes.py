@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Way = Literal["ours", "merged", "published"]
+"""Our kernels; two calls of a stock kernel, merged; the published formulation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +26,15 @@ class AttentionShape:
     def name(self) -> str:
         return f"{self.form}-{self.num_targets}-{self.length}"
 
-    @property
-    def product_flop(self) -> float:
-        """One L x L x D product over all heads: the unit of an arm's work."""
-        return 2.0 * self.num_heads * self.length**2 * self.head_dim
+    def tera_flop(self, way: Way) -> float:
+        """Work of a call, in 1e12 operations: L x L x D products over all heads."""
+        n = self.num_targets
+        products = {
+            "plain": {"ours": 2 * n, "merged": 2 * n, "published": 2 * n},
+            "target": {"ours": 3 * n, "merged": 4 * n, "published": 4 * n},
+            "grounded": {"ours": 3 * n + 1, "merged": 4 * n + 2, "published": 8 * n},
+        }[self.form][way]
+        return products * 2.0 * self.num_heads * self.length**2 * self.head_dim / 1e12
 
 
 ATTENTION: tuple[AttentionShape, ...] = tuple(
@@ -37,8 +46,18 @@ ATTENTION: tuple[AttentionShape, ...] = tuple(
     )
 )  # fmt: skip
 
+USUAL = (
+    "grounded-1-4608", "grounded-6-4608", "plain-1-4608",
+    "grounded-1-1536", "grounded-6-1536", "plain-1-1536",
+)  # fmt: skip
+"""Those that count, most important first."""
 TOYS: tuple[AttentionShape, ...] = tuple(
     AttentionShape(form=form, num_targets=number, length=40, num_heads=1, head_dim=64)
     for form, number in (("plain", 1), ("target", 1), ("grounded", 1), ("grounded", 2))
 )
 """For trying a benchmark where there is no GPU."""
+
+
+def known(tiny: bool) -> dict[str, AttentionShape]:
+    """By name."""
+    return {shape.name: shape for shape in (TOYS if tiny else ATTENTION)}

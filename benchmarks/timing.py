@@ -1,47 +1,242 @@
-"""How benchmarks take time: arms take turns, inputs rotate through more than the cache, medians count."""
+"""How benchmarks take time: arms are checked first, wrong ones are not timed, right ones take turns.
+
+`race` is the harness: arms, what their errors may be, and a clock. There are two clocks. `Replayed` is for
+kernels: CUDA graphs over inputs that fill the cache several times. `Sustained` is for whole calls with their
+launches, in the state that the GPU's clock has settled in. Figures are medians, with the 20th and 80th
+percentile beside them.
+"""
 
 from __future__ import annotations
 
-import os
-import shlex
+import functools
+import math
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-COMMIT_VARIABLE = "BOKEHFLUX_COMMIT"
-"""Names the commit where the code is a copy without its history, as on a lent machine."""
+Row = dict[str, Any]
 CACHE_MULTIPLE = 3
-"""How many times the GPU's L2 the rotated inputs of an arm fill."""
+"""How many times the rotated inputs of an arm fill the GPU's L2."""
+TURN_SECONDS = 0.3
+"""Length of one arm's turn on a `Sustained` clock."""
+PRODUCTS = "products"
+"""The large matrix products go by this name among the arms that take turns."""
+
+
+class Budget:
+    """Wall-clock seconds that a benchmark may take, counted from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    @property
+    def spent(self) -> bool:
+        return self.left <= 0
+
+
+# Arms and what they must do before they are timed.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
-    """Milliseconds of one call."""
+class Arm:
+    """One way to compute a case."""
 
-    median: float
-    p20: float
-    p80: float
-    graph: bool
-    """Replayed as a CUDA graph: nothing but the GPU is in the figure."""
+    name: str
+    call: Callable[[int], Any]
+    """Computes the case on one set of inputs, by number."""
+    error: Callable[[Any], float]
+    """Relative error of what `call(0)` returned."""
+    tera_flop: float | None = None
+    """The arm's own work, in 1e12 operations a call."""
+    is_ours: bool = False
+    max_error_ratio: float = 2.0
+    """Largest error that passes, as a multiple of the smallest error of `Rules.error_of`."""
 
-    @classmethod
-    def of(cls, times: Sequence[float], graph: bool) -> Timing:
-        ordered = sorted(times)
-        last = len(ordered) - 1
-        return cls(
-            median=statistics.median(ordered),
-            p20=ordered[round(0.2 * last)],
-            p80=ordered[round(0.8 * last)],
-            graph=graph,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What errors may be, and what speed is compared with: names of arms."""
+
+    error_of: Sequence[str] | None
+    """The smallest error of these is the yardstick. Where none of them ran, nothing passes. None: `max_error`
+    alone decides."""
+    max_error: float = math.inf
+    """No error above this passes, whatever the yardstick's: that one may be wrong itself."""
+    speed_of: Sequence[str] = ()
+    """`speedup` is over the fastest of these."""
+
+    def limit(self, arm: Arm, errors: Mapping[str, float | str]) -> float:
+        """Largest error that passes; NaN, which nothing passes, without a yardstick."""
+        if self.error_of is None:
+            return self.max_error
+        known = [e for name in self.error_of if isinstance(e := errors.get(name), float) and e == e]
+        return min(arm.max_error_ratio * min(known), self.max_error) if known else math.nan
+
+    def verdict(self, arm: Arm, errors: Mapping[str, float | str]) -> str:
+        """`ok`, or what is wrong."""
+        error, limit = errors[arm.name], self.limit(arm, errors)
+        if isinstance(error, str):
+            return error
+        return "ok" if error <= limit else f"wrong: {error:.2e}, over {limit:.2e}"
+
+
+def error_of(arm: Arm) -> float | str:
+    """The arm's error, or why it failed. Compiles what is compiled."""
+    try:
+        return arm.error(arm.call(0))
+    except Exception as error:  # of compilers too: one arm must not take the others with it
+        return f"failed: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:100] if lines else ''}"
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of the exact result, in float32."""
+    exact = exact.float()
+    return ((found.float() - exact).norm() / exact.norm()).item()
+
+
+# Clocks.
+
+Times = tuple[dict[str, Row], float | None]
+"""By arm `ms` (the median), `p20`, `p80` and what else the clock knows; the ceiling in TFLOP/s."""
+
+
+def in_turns(
+    measures: Mapping[str, Callable[[], float]],
+    rounds: int,
+    *,
+    warm_up: int = 0,
+    budget: Budget | None = None,
+    at_least: int = 1,
+) -> dict[str, Row]:
+    """Take one measurement of every arm a round, so that a GPU that warms up treats all alike.
+
+    The first `warm_up` rounds do not count. Ends when the budget is spent, after `at_least` rounds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    for number in range(-warm_up, rounds):
+        if number >= at_least and budget is not None and budget.spent:
+            break
+        for name, measure in measures.items():
+            value = measure()
+            if number >= 0:
+                times[name].append(value)
+    return {name: summarised(sorted(values)) for name, values in times.items()}
+
+
+def summarised(times: Sequence[float]) -> Row:
+    last = len(times) - 1
+    return {"ms": statistics.median(times), "p20": times[round(0.2 * last)], "p80": times[round(0.8 * last)]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    """A measurement is one pass over all sets of inputs, divided by their number.
+
+    On CUDA a pass is one graph where the arm allows capture; a row says whether it was (`graph`).
+    """
+
+    device: torch.device
+    sets: int
+    rounds: int
+    ceiling_tflops: float | None = None
+
+    def times(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
+        passes = {name: whole_pass(arm, self.sets, self.device) for name, arm in arms.items()}
+        measures = {
+            name: lambda run=run: milliseconds(run, self.device) / self.sets
+            for name, (run, _) in passes.items()
+        }
+        rounds, warm_up = (self.rounds, 3) if self.device.type == "cuda" else (min(self.rounds, 3), 1)
+        found = in_turns(measures, rounds, warm_up=warm_up)
+        return {name: {**found[name], "graph": passes[name][1]} for name in arms}, self.ceiling_tflops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sustained:
+    """A measurement is the median of calls in a row, in the second half of `TURN_SECONDS`.
+
+    For calls that read more than the cache holds, such as whole steps: nothing is rotated. Before they take
+    turns, each arm is called once for the memory that it allocates (`workspace_mb`), once for the time that
+    Python takes to launch it (`launch_ms`): a GPU that never waits for Python has launch_ms < ms.
+    """
+
+    device: torch.device
+    rounds: int
+    budget: Budget
+    seconds: float = math.inf
+    """Timing ends after this, or when the budget is spent; `at_least` rounds in any case."""
+    at_least: int = 1
+    ceiling_tflops: float | None = None
+    """None: large matrix products take turns with the arms, and their rate is the ceiling."""
+
+    def times(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
+        calls = {name: functools.partial(arm, 0) for name, arm in arms.items()}
+        facts = {name: room_and_launch(call, self.device) for name, call in calls.items()}
+        budget, tera_flop = Budget(min(self.seconds, self.budget.left)), 0.0
+        if self.ceiling_tflops is None:
+            calls[PRODUCTS], tera_flop = gemm_burst(self.device)
+            calls[PRODUCTS]()
+        measures = {
+            name: functools.partial(sustained_milliseconds, call, self.device) for name, call in calls.items()
+        }
+        found = in_turns(measures, self.rounds, budget=budget, at_least=self.at_least)
+        products = found.pop(PRODUCTS, None)
+        ceiling = self.ceiling_tflops if products is None else 1000 * tera_flop / products["ms"]
+        return {name: found[name] | facts[name] for name in arms}, ceiling
+
+
+class Clock(Protocol):
+    @property
+    def device(self) -> torch.device: ...
+
+    def times(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
+        """Time arms that are right; leave out those for which there is no time."""
+
+
+def race(arms: Sequence[Arm], rules: Rules, clock: Clock) -> list[Row]:
+    """Check every arm, time those that are right: a row an arm, the verdict of the others in it.
+
+    `tflops` is the arm's own work over its time, `share` that over the ceiling.
+    """
+    errors = {arm.name: error_of(arm) for arm in arms}
+    verdicts = {arm.name: rules.verdict(arm, errors) for arm in arms}
+    found, ceiling = clock.times({arm.name: arm.call for arm in arms if verdicts[arm.name] == "ok"})
+    fastest = min((times["ms"] for name, times in found.items() if name in rules.speed_of), default=None)
+    rows = []
+    for arm in arms:
+        error = errors[arm.name]
+        row: Row = {"arm": arm.name, "ours": arm.is_ours, "verdict": verdicts[arm.name]}
+        row |= {"error": error if isinstance(error, float) else None, **found.get(arm.name, {})}
+        rows.append(row)
+        if arm.name not in found:
+            row["verdict"] = "out of time" if row["verdict"] == "ok" else row["verdict"]
+            continue
+        if clock.device.type == "cuda" and row.get("graph") is False:
+            row["verdict"] = "ok, with launches"
+        if fastest is not None:
+            row["speedup"] = fastest / row["ms"]
+        if arm.tera_flop is not None:
+            row["tflops"] = 1000 * arm.tera_flop / row["ms"]
+            if ceiling is not None:
+                row |= {"share": row["tflops"] / ceiling, "ceiling_tflops": ceiling}
+    return rows
+
+
+# What clocks are made of.
 
 
 def num_sets(bytes_per_set: int, device: torch.device) -> int:
@@ -52,38 +247,62 @@ def num_sets(bytes_per_set: int, device: torch.device) -> int:
     return max(2, -(-CACHE_MULTIPLE * cache // bytes_per_set))
 
 
-def interleaved(
-    arms: Mapping[str, Callable[[int], Any]], sets: int, device: torch.device, repeats: int = 30
-) -> dict[str, Timing]:
-    """Time every arm: arm(i) runs it on input set i.
-
-    A measurement is one pass over all sets; passes of different arms take turns, so a GPU that grows warmer
-    or is shared treats all alike. On CUDA a pass is one graph where the arm allows capture. An arm that fails
-    raises.
-    """
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """One call, begun when the device is idle."""
     if device.type != "cuda":
-        return {name: Timing.of(_cpu_times(arm, sets, min(repeats, 3)), False) for name, arm in arms.items()}
-    passes = {name: _pass(arm, sets) for name, arm in arms.items()}
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(repeats + 3):
-        for name, (run, _) in passes.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            if repeat >= 3:
-                times[name].append(start.elapsed_time(end) / sets)
-    return {name: Timing.of(times[name], passes[name][1]) for name in arms}
+        begin = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - begin)
+    torch.cuda.synchronize(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
-def _pass(arm: Callable[[int], Any], sets: int) -> tuple[Callable[[], None], bool]:
+def sustained_milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """The median of calls in a row, in the second half of `TURN_SECONDS`; one call on a CPU.
+
+    A GPU's clock follows the power it draws, some tenths of a second behind: a call timed alone runs at the
+    clock that the arm before it has left.
+    """
+    first = milliseconds(call, device)
+    if device.type != "cuda":
+        return first
+    half = max(1, round(500 * TURN_SECONDS / first))
+    for _ in range(half - 1):
+        call()
+    return statistics.median(milliseconds(call, device) for _ in range(half))
+
+
+def room_and_launch(call: Callable[[], Any], device: torch.device) -> Row:
+    """What a call allocates at most on a GPU beside what was there, and how long another takes to return."""
+    if device.type != "cuda":
+        call()
+        return {}
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    room, begin = torch.cuda.max_memory_allocated(device) - before, time.perf_counter()
+    call()
+    launched = time.perf_counter() - begin
+    torch.cuda.synchronize(device)
+    return {"workspace_mb": room / 1e6, "launch_ms": 1000 * launched}
+
+
+def whole_pass(arm: Callable[[int], Any], sets: int, device: torch.device) -> tuple[Callable[[], None], bool]:
     """One call over every set, and whether it is a graph."""
 
     def eager() -> None:
         for i in range(sets):
             arm(i)
 
+    if device.type != "cuda":
+        return eager, False
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -102,15 +321,7 @@ def _pass(arm: Callable[[int], Any], sets: int) -> tuple[Callable[[], None], boo
     return graph.replay, True
 
 
-def _cpu_times(arm: Callable[[int], Any], sets: int, repeats: int) -> list[float]:
-    times = []
-    for repeat in range(repeats + 1):
-        begin = time.perf_counter()
-        for i in range(sets):
-            arm(i)
-        if repeat:
-            times.append(1000 * (time.perf_counter() - begin) / sets)
-    return times
+# Ceilings.
 
 
 def gemm_ceiling(device: torch.device, size: int = 8192) -> float:
@@ -120,8 +331,8 @@ def gemm_ceiling(device: torch.device, size: int = 8192) -> float:
     def multiply(i: int) -> Tensor:
         return pairs[i][0] @ pairs[i][1]
 
-    timing = interleaved({"gemm": multiply}, len(pairs), device, repeats=10)["gemm"]
-    return 2 * size**3 / timing.median / 1e9
+    found, _ = Replayed(device=device, sets=len(pairs), rounds=10).times({PRODUCTS: multiply})
+    return 2 * size**3 / found[PRODUCTS]["ms"] / 1e9
 
 
 def gemm_burst(device: torch.device, count: int = 64, size: int = 8192) -> tuple[Callable[[], None], float]:
@@ -145,34 +356,3 @@ def _factors(device: torch.device, size: int) -> tuple[int, list[tuple[Tensor, T
     size = size if device.type == "cuda" else 256
     draw = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(4)]
     return size, [(draw[0], draw[1]), (draw[2], draw[3])]
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """What a figure depends on besides the code: GPU, driver, versions, commit, command."""
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    program = Path(sys.argv[0])
-    found = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "driver": "none",
-        "torch": torch.__version__,
-        "triton": "none",
-        "commit": os.environ.get(COMMIT_VARIABLE) or _output(describe),
-        "command": f"python -m {program.parent.name}.{program.stem} {shlex.join(sys.argv[1:])}".rstrip(),
-    }
-    if device.type == "cuda":
-        query = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-        found["driver"] = query.splitlines()[0]
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
-    return found
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -28,15 +28,6 @@ ALLOWED = [
     "it also tells shapes", '"""Off by default"""',
 ]  # fmt: skip
 EXCEPTIONS: set[str] = {
-    "benchmarks/arms.py",
-    "benchmarks/bench_memory.py",
-    "benchmarks/bench_refocus.py",
-    "benchmarks/bench_train_attention.py",
-    "benchmarks/gpu_session.py",
-    "benchmarks/profile_step.py",
-    "benchmarks/report.py",
-    "benchmarks/summary.py",
-    "benchmarks/sweep_tiles.py",
     "bokehflux/models/blocks.py",
     "bokehflux/nano/tokenizers.py",
     "bokehflux/pipeline/memory.py",

@@ -12,7 +12,6 @@ from diffusers.loaders import lora_conversion_utils as oracle
 from torch import Tensor
 
 from benchmarks.networks import TINY, randomise
-from benchmarks.published import build_diffusers
 from bokehflux.configs import FLUX_DEV, MMDiTConfig
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.mmdit import MMDiT
@@ -20,6 +19,7 @@ from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.weights.lora import Lora, read_lora
 from bokehflux.weights.lora_apply import attach
 from bokehflux.weights.write import save
+from tests.oracle.published import build_diffusers
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Our MMDiT, adapter and grounding against the published formulation on diffusers, with every weight random.
 
-The oracle (`benchmarks.published`) is itself held to recordings of the published implementation first.
+The oracle (`tests.oracle.published`) is itself held to recordings of the published implementation first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.networks import TINY, randomise
-from benchmarks.published import Published, build_diffusers, build_published
 from bokehflux.attention import AttentionSpec, Grounded, PivotQuery
 from bokehflux.conditioning import Conditioning
 from bokehflux.configs import BokehConfig, MMDiTConfig
@@ -31,6 +30,7 @@ from bokehflux.sampling.denoise import Grounding, denoiser, model_sigma
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.weights.load import load_mmdit
 from tests.helpers import assert_within_2x
+from tests.oracle.published import Published, build_diffusers, build_published
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 LEVELS = (0.0, 7.5, 15.0, 22.5, 30.0, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks import bench_refocus
 from bokehflux.app import cli
 from bokehflux.models.vae import to_uint8
 from bokehflux.photos.read import read_photo, upright_rgb
@@ -234,16 +232,3 @@ def test_the_command_keeps_what_is_finished(
     said = capsys.readouterr()
     assert said.out.split() == ["results/bokeh-00.0.png"]
     assert "; 1 of 2 pictures are finished and kept in results" in said.err
-
-
-def test_the_benchmark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    pipe = tiny_pipeline()
-    pipe = dataclasses.replace(pipe, defaults=dataclasses.replace(pipe.defaults, height_px=64, width_px=64))
-    monkeypatch.setattr("bokehflux.load", lambda *_, **__: pipe)
-    assert bench_refocus.main(["--captions", "2", "--steps", "2", "--out", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "refocus.json").read_text())
-    assert [row["level"] for row in record["rows"]] == [0, 8, 15, 28]
-    assert record["rows"][0]["photo"] > 55 > record["rows"][1]["photo"], "the photograph is at level 0"
-    assert (tmp_path / "refocus.jpg").is_file()

@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_launch
-from benchmarks.networks import TINY
 from bokehflux.attention import Grounded, OnStored, PivotQuery, Plain
 from bokehflux.kernels.attention import interface
 from bokehflux.models.adapter import BokehCondition
@@ -207,13 +205,6 @@ def test_modulations_as_a_list() -> None:
     assert torch.equal(copies.double[1].txt_mlp.gate, mods.double[1].txt_mlp.gate)
     assert torch.equal(copies.single[3].scale, mods.single[3].scale)
     assert torch.equal(copies.row(1).final.shift, mods.final.shift[1:])
-
-
-def test_the_benchmark_of_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "MAX_TOKENS", cuda_graph.MAX_TOKENS)  # the benchmark lifts it
-    rows = bench_launch.measure(TINY, torch.device("cpu"), "sdpa")
-    assert len(rows) == 2 * len(TINY.sides_px) * len(bench_launch.LEVELS)
-    assert all(0 < row["launch"] <= row["step"] for row in rows)
 
 
 def test_compiled_blocks_are_few_whatever_the_bounds() -> None:

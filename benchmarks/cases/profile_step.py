@@ -1,24 +1,18 @@
 """Where the time of one denoising step goes: a table by kernel, from torch.profiler.
 
-    python -m benchmarks.profile_step [--case "pivot + 6, 1024"] [--arm ours]
-    python -m benchmarks.profile_step --tiny
-
 Several steps are traced right after others, in the state that the GPU's clock has settled in; the table is of
 one of them. Of each kernel: calls, time, share of the step, and what it achieves: TFLOP/s for matrix products
 (from the shapes of the operators that launched them) and for attention (whose work per step is known), TB/s
 for kernels that torch.compile made (from the tensors they are given) and for our passes between products. A
-machine without a GPU shows operators instead. Cases and arms are those of bench_step. Writes
-profile_step.json and .png.
+machine without a GPU shows operators instead.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import math
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +23,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import networks
-from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms
-from benchmarks.bench_step import cases
-from benchmarks.networks import FULL, TINY, Batch, Setting
-from benchmarks.report import RESULTS, Row, bars, chosen_device, save, sustained_milliseconds, table
-from benchmarks.timing import environment, gemm_ceiling
+from benchmarks.arms import StepArm, allow_recompiling, best_stock_attention
+from benchmarks.cases import step
+from benchmarks.networks import Batch
+from benchmarks.registry import Benchmark, Session
+from benchmarks.timing import Row, gemm_ceiling, sustained_milliseconds
 
 ATTENTION = re.compile(
     r"flash|fmha|sdpa|scaled_dot_product|cudnn.*attention|bokehflux::\w*attention|^(forward|merge)_kernel$",
@@ -45,10 +39,7 @@ ITEM_BYTES = {
     "c10::Float8_e4m3fn": 1, "unsigned char": 1,
 }  # fmt: skip
 """By the profiler's names of element types."""
-COLUMNS = {"kernel": "s", "calls": "d", "ms": ".3f", "share": ".1%", "tflops": ".0f", "tb_s": ".2f"}
 NAME_WIDTH = 80
-TRACED_STEPS = 8
-"""At once on a GPU."""
 WRITTEN = {"modulate": 1, "add_gated": 1, "add_gated_modulate": 2, "concat_gelu": 5}
 """Our passes by operator: what they write, in units of their first input (an MLP is four times as wide)."""
 Event = Mapping[str, Any]
@@ -113,7 +104,7 @@ FACTORS = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "_addmm_activation": 
 
 
 def product_flop(operator: Event) -> float:
-    """Of a matrix product, by the shapes of its inputs; 0 for other operators."""
+    """Work of a matrix product, by the shapes of its inputs; 0 for other operators."""
     first = FACTORS.get(operator["name"].removeprefix("aten::"))
     dims = operator.get("args", {}).get("Input Dims", [])
     if first is None or len(dims) < first + 2:
@@ -195,73 +186,51 @@ def label_of(kernel: str, width: int = 26) -> str:
     return kernel if len(kernel) <= width else f"{kernel[: half - 1]}..{kernel[1 - half :]}"
 
 
-def attention_work(setting: Setting, arm: Arm, batch: Batch) -> float:
-    n = batch.num_targets
-    products = 2 if not n else 3 * n + 1 if arm.is_ours else 8 * n
-    return networks.attention_flop(setting.mmdit, batch.length, products)
-
-
 @torch.inference_mode()
-def measure(
-    setting: Setting, device: torch.device, case_name: str, arm_name: str, backend: str
-) -> dict[str, Any]:
-    """The table of one arm in one case, with the step's time without the profiler."""
-    with torch.inference_mode(False):  # the networks outlive this call's mode
-        case = cases(setting, device, [case_name])[0]
-        mmdit = networks.build_mmdit(setting, device)
-        arms = build_arms(mmdit, with_levels=case.with_levels, backend=backend, wanted=[arm_name])
-        if not arms:
-            raise ValueError(f"no arm of {case.name!r} is called {arm_name!r}")
-        arm = arms[0]
-    call = arm.prepare(case.batch)
+def profiled(session: Session, batch: Batch, arm: StepArm) -> list[Row]:
+    """A row a kernel, with the step's time without the profiler."""
+    call, config = arm.prepare(batch), networks.setting(session.tiny).mmdit
     for _ in range(3):
         call()
-    steps = TRACED_STEPS if device.type == "cuda" else 1
+    steps = session.repeats if session.device.type == "cuda" else 1
 
     def several() -> None:
         for _ in range(steps):
             call()
 
-    trace(call, device)  # the profiler's own start takes time, in which the GPU would cool
-    step_ms = sustained_milliseconds(call, device)
-    rows = rows_of(totals(trace(several, device)), attention_work(setting, arm, case.batch), steps)
-    return {"case": case.name, "arm": arm.name, "step_ms": step_ms, "rows": rows}
+    trace(call, session.device)  # the profiler's own start takes time, in which the GPU would cool
+    step_ms = sustained_milliseconds(call, session.device)
+    way = "ours" if arm.is_ours else "published"
+    attention = 1e12 * config.num_blocks * networks.attention_shape(config, batch).tera_flop(way)
+    rows = rows_of(totals(trace(several, session.device)), attention, steps)
+    print(f"{step_ms:.2f} ms a step, kernels {sum(row['ms'] for row in rows):.2f} ms")
+    return [{"arm": arm.name, "label": label_of(row["kernel"]), "step_ms": step_ms, **row} for row in rows]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="pivot + 6", help="part of a case's name; the first is taken")
-    parser.add_argument("--arm", default="ours", help="part of an arm's name; the first is taken")
-    parser.add_argument("--backend", default="auto", help="attention of our arms, by name")
-    parser.add_argument("--rows", type=int, default=30, help="lines of the table and bars of the plot")
-    parser.add_argument("--name", default="profile_step", help="of the files")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
-    args = parser.parse_args(argv)
-    device = chosen_device(parser, tiny=args.tiny)
+def measure(session: Session) -> Iterator[list[Row]]:
     allow_recompiling()
-    found = environment(device)
-    print(", ".join(f"{key} {value}" for key, value in found.items()))
-    ceiling = gemm_ceiling(device)
-    try:
-        with best_stock_attention():
-            result = measure(TINY if args.tiny else FULL, device, args.case, args.arm, args.backend)
-    except ValueError as error:
-        parser.error(str(error))
-    rows = result.pop("rows")
-    busy = sum(row["ms"] for row in rows)
-    print(f"{result['case']}; {result['arm']}: {result['step_ms']:.2f} ms a step, kernels {busy:.2f} ms")
+    ceiling = session.facts["ceiling_tflops"] = gemm_ceiling(session.device)
     print(f"bf16 matrix product: {ceiling:.0f} TFLOP/s")
-    print(table(rows[: args.rows], COLUMNS))
-    top = [row | {"short": label_of(row["kernel"]), "of": "kernel"} for row in rows[: args.rows]]
-    title = f"{result['case']}; {result['arm']}; {found['device']}: milliseconds"
-    plot = bars(title, top, "short", "of", "ms", "ms")
-    save(
-        args.out, args.name + ("_tiny" if args.tiny else ""), found, rows, plot,
-        ceiling_tflops=ceiling, kernels_ms=busy, **result,
-    )  # fmt: skip
-    return 0
+    batches = step.draw_batches(session)
+    mmdit = networks.build_mmdit(networks.setting(session.tiny), session.device)
+    with best_stock_attention():
+        for name, batch, arms in step.with_arms(session, mmdit, batches):
+            for arm in arms:
+                yield [{"case": name, **row} for row in profiled(session, batch, arm)]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+BENCHMARK = Benchmark(
+    question="where a step's time goes, by kernel",
+    checked="nothing: step does",
+    ceiling="an 8192 x 8192 x 8192 bf16 product, before everything else; beside the rows",
+    cases=step.cases,
+    usual_cases=("pivot + 6, 1024",),
+    arms=step.BENCHMARK.arms,
+    usual_arms=("ours$",),
+    repeats=8,
+    repeated="steps in one trace",
+    columns="kernel calls ms share tflops tb_s",
+    bars=("label", "arm", "ms"),
+    measure=measure,
+    takes_backend=True,
+)

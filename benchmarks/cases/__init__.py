@@ -1,0 +1,1 @@
+"""A module each: what one benchmark computes. Each has a `BENCHMARK`; `benchmarks.registry` lists them."""

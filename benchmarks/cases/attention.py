@@ -1,0 +1,313 @@
+"""Attention, forward: our kernels beside PyTorch's, FlashAttention-3 and the published grounded formulation.
+
+Ours are the backends of `kernels.attention.interface` that are kernels of our own, each with the logits'
+bound known (a fixed softmax offset) and without (a running maximum). `triton` takes Gluon where that runs;
+there plain Triton is timed beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+
+from benchmarks import shapes
+from benchmarks.arms import best_stock_attention
+from benchmarks.registry import Benchmark, Session
+from benchmarks.shapes import AttentionShape
+from benchmarks.timing import (
+    Arm,
+    Replayed,
+    Row,
+    Rules,
+    first_line,
+    gemm_ceiling,
+    num_sets,
+    race,
+    relative_error,
+)
+from bokehflux.kernels.attention import interface, tiles
+
+LOGIT_BOUND = 9.5
+"""What |q . k| / sqrt(D) stays below in these inputs: a fixed offset is allowed in either dtype."""
+CHECKED_HEADS = (0, 11, 23)
+STOCK_BACKENDS = ("reference", "sdpa", "flash")
+"""Names in `interface.BACKENDS` that are not kernels of our own; those after the first are compared too."""
+YARDSTICKS = ("cuDNN", "FA2", "flex", "sdpa", "published, cuDNN", "published, FA2", "published, sdpa")
+"""`speedup` is over the fastest of these: PyTorch's own, for grounded shapes in the published formulation."""
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of q, k, v; stock kernels take [B, H, L, D], ours [B, L, H, D]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """One set: the same numbers in the layouts that arms take, so that none pays for another's layout.
+
+    Rows are targets, then (except for plain shapes) the pivot.
+    """
+
+    q: Tensor
+    """[P, L, H, D]: the pivot's queries, or every row's for plain shapes."""
+    k: Tensor
+    """[B, L, H, D]"""
+    v: Tensor
+    stock: tuple[Tensor, Tensor, Tensor]
+    """The same in contiguous [B, H, L, D]."""
+    pairs: list[tuple[Tensor, Tensor, Tensor]]
+    """q, k, v of each target and the pivot, [2, H, L, D]: the published batches; one query is unused."""
+    pivot_rows: Tensor
+    """(1, 1): for both rows of a pair, the row it is grounded on."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.nbytes for x in (self.q, self.k, self.v))
+
+
+def draw(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """q and k as a QK-norm leaves them, v normal."""
+    rows = shape.num_targets + (shape.form != "plain")
+    rows_q = rows if shape.form == "plain" else 1
+    dims = shape.length, shape.num_heads, shape.head_dim
+    norm = (0.98 * LOGIT_BOUND * shape.head_dim**0.5) ** 0.5
+    q, k, v = (torch.randn(n, *dims, device=device) for n in (rows_q, rows, rows))
+    q, k, v = (
+        (norm * F.normalize(q, dim=-1)).to(dtype),
+        (norm * F.normalize(k, dim=-1)).to(dtype),
+        v.to(dtype),
+    )
+    q_stock, k_stock, v_stock = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    pairs = []
+    if shape.form == "grounded":
+        for target in range(shape.num_targets):
+            pair = [target, shape.num_targets]
+            pairs.append((q_stock[[0, 0]], k_stock[pair], v_stock[pair]))
+    pivot_rows = torch.tensor([1, 1], device=device)
+    return Inputs(q=q, k=k, v=v, stock=(q_stock, k_stock, v_stock), pairs=pairs, pivot_rows=pivot_rows)
+
+
+def exact(shape: AttentionShape, x: Inputs, heads: Sequence[int]) -> Tensor:
+    """The float32 result of some heads, by the definition; of target shapes the targets' rows alone."""
+    attend = by_name(shape, "reference")
+    return torch.cat([attend(*(t[:, :, h : h + 1].float() for t in (x.q, x.k, x.v))) for h in heads], dim=2)
+
+
+# Arms.
+
+
+def stock_kernels(shape: AttentionShape, device: torch.device) -> list[tuple[str, Kernel]]:
+    """PyTorch's attention by backend, FlexAttention, and FlashAttention-3 where a wheel is installed."""
+    if device.type != "cuda":
+        return [("sdpa", F.scaled_dot_product_attention)]
+    found = [("cuDNN", pinned(SDPBackend.CUDNN_ATTENTION)), ("FA2", pinned(SDPBackend.FLASH_ATTENTION))]
+    if shape.form == "plain":  # the published formulation does not use it, and it takes long to compile
+        found.append(("flex", torch.compile(flex_attention, dynamic=False)))
+    fa3 = find_fa3()
+    return found if fa3 is None else [*found, ("FA3", fa3)]
+
+
+def pinned(backend: SDPBackend) -> Kernel:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return attend
+
+
+def find_fa3() -> Kernel | None:
+    """From the wheel fa3-fwd or a build of flash-attention's `hopper` folder."""
+    for name in ("fa3_fwd_interface", "flash_attn_interface"):
+        try:
+            attend = importlib.import_module(name).flash_attn_func
+        except (ImportError, OSError) as error:  # not installed, or made for another PyTorch
+            print(f"no {name}: {first_line(error)}")
+            continue
+
+        def in_its_layout(q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Any] = attend) -> Tensor:
+            out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return in_its_layout
+    return None
+
+
+def published_pair(kernel: Kernel, x: Inputs, target: int) -> Tensor:
+    """A target with the pivot, as published: queries swapped, keys concatenated, values doubled."""
+    q, k, v = x.pairs[target]
+    keys = torch.cat([k, k.index_select(0, x.pivot_rows)], dim=2)
+    return kernel(q.index_select(0, x.pivot_rows), keys, torch.cat([v, v], dim=2))
+
+
+def published_target(kernel: Kernel, x: Inputs, target: int) -> Tensor:
+    """A target alone on keys of a stored pivot, concatenated."""
+    q, k, v = x.stock
+    own = slice(target, target + 1)
+    return kernel(q, torch.cat([k[own], k[-1:]], dim=2), torch.cat([v[own], v[own]], dim=2))
+
+
+class Way(NamedTuple):
+    """How an arm computes a shape."""
+
+    name: str
+    kind: shapes.Way
+    run: Callable[[Inputs], Any]
+    read: Callable[[Any], Tensor] = lambda out: out
+    """The result of `run` as [B, L, H, D], rows as in `Inputs`."""
+
+
+def on_ours(attend: Kernel) -> Callable[[Inputs], Tensor]:
+    return lambda x: attend(x.q, x.k, x.v)
+
+
+def by_backend(shape: AttentionShape) -> Iterator[Way]:
+    """Backends of `interface` by name: kernels of our own, and stock ones through two calls merged."""
+    for name in interface.BACKENDS:
+        is_ours = name not in STOCK_BACKENDS
+        if name == STOCK_BACKENDS[0] or (shape.form == "plain" and not is_ours):
+            continue
+        kind: shapes.Way = "ours" if is_ours else "merged"
+        if name in interface.BOUNDED:
+            yield Way(name, kind, on_ours(by_name(shape, name, LOGIT_BOUND)))
+        suffix = ", running maximum" if name in interface.BOUNDED else ", two calls merged"
+        yield Way(name + suffix, kind, on_ours(by_name(shape, name)))
+
+
+def by_name(shape: AttentionShape, backend: str, bound: float | None = None) -> Kernel:
+    """A backend of `interface` on q, k, v in [B, L, H, D], rows as in `Inputs`."""
+    n, pivots = shape.num_targets, [shape.num_targets] * (shape.num_targets + 1)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if shape.form == "plain":
+            return interface.attention(q, k, v, logit_bound=bound, backend=backend)
+        if shape.form == "grounded":
+            return interface.grounded_attention(q, k, v, pivots, logit_bound=bound, backend=backend)
+        return interface.target_attention(q, k[n:], k[:n], v[:n], [0] * n, logit_bound=bound, backend=backend)
+
+    return attend
+
+
+def in_plain_triton(shape: AttentionShape, device: torch.device) -> Iterator[Way]:
+    """Our kernels in Triton, where the backend of that name would take those in Gluon."""
+    from bokehflux.kernels.attention import launch  # imports triton
+
+    if launch.why_no_gluon(tiles.device(device).family) is None:
+        for name, fixed in (("plain Triton", True), ("plain Triton, running maximum", False)):
+            tile = tiles.forward_tile(
+                tiles.device(device), [FORMS[shape.form]], shape.head_dim, fixed, tiles.TRITON
+            )
+            yield Way(name, "ours", on_tile(shape, tile, fixed))
+
+
+FORMS = {"plain": tiles.PLAIN, "target": tiles.TARGET, "grounded": tiles.PAIR}
+"""A shape's longest form of work in our kernels."""
+
+
+def on_tile(shape: AttentionShape, tile: tiles.Tile, fixed: bool) -> Callable[[Inputs], Tensor]:
+    """Our kernel with one block shape. fixed: the softmax takes a fixed offset."""
+    from bokehflux.kernels.attention import launch, ops
+
+    n = shape.num_targets
+    jobs = {
+        "plain": None, "target": ops._target_jobs((0,) * n), "grounded": ops._grounded_jobs((n,) * (n + 1)),
+    }[shape.form]  # fmt: skip
+
+    def run(x: Inputs) -> Tensor:
+        k, k_pivot, v = (x.k[:n], x.k[n:], x.v[:n]) if shape.form == "target" else (x.k, None, x.v)
+        return launch.forward(x.q, k, k_pivot, v, None, jobs, fixed=fixed, tile=tile)[0]
+
+    return run
+
+
+def in_stock(shape: AttentionShape, device: torch.device) -> Iterator[Way]:
+    """Stock kernels: on plain shapes as they are, on others in the published formulation."""
+    targets = range(shape.num_targets)
+    for name, kernel in stock_kernels(shape, device):
+        if shape.form == "plain":
+            yield Way(
+                name, "published", lambda x, kernel=kernel: kernel(*x.stock), lambda out: out.transpose(1, 2)
+            )
+        elif shape.form == "target":
+            yield Way(
+                f"published, {name}",
+                "published",
+                lambda x, kernel=kernel: [published_target(kernel, x, target) for target in targets],
+                lambda outs: torch.cat(outs).transpose(1, 2),
+            )
+        else:
+            yield Way(
+                f"published, {name}",
+                "published",
+                lambda x, kernel=kernel: [published_pair(kernel, x, target) for target in targets],
+                lambda outs: torch.cat([*(out[:1] for out in outs), outs[0][1:]]).transpose(1, 2),
+            )
+
+
+# Measuring.
+
+
+def arms_of(ways: Sequence[Way], shape: AttentionShape, sets: Sequence[Inputs]) -> list[Arm]:
+    heads = [head for head in CHECKED_HEADS if head < shape.num_heads]
+    true = exact(shape, sets[0], heads)
+    return [
+        Arm(
+            name=way.name,
+            call=lambda i, way=way: way.run(sets[i]),
+            error=lambda out, way=way: relative_error(way.read(out)[:, :, heads], true),
+            tera_flop=shape.tera_flop(way.kind),
+            is_ours=way.kind == "ours",
+        )
+        for way in ways
+    ]
+
+
+def draw_sets(shape: AttentionShape, session: Session) -> list[Inputs]:
+    """As many as fill the GPU's cache several times."""
+    sets = [draw(shape, session.device, session.half)]
+    while len(sets) < num_sets(sets[0].num_bytes, session.device):
+        sets.append(draw(shape, session.device, session.half))
+    return sets
+
+
+def measure_shape(shape: AttentionShape, session: Session, ceiling: float) -> list[Row]:
+    """A row an arm, ours first."""
+    torch._dynamo.reset()  # else FlexAttention runs into the limit of recompilations
+    device = session.device
+    ways = [*by_backend(shape), *in_plain_triton(shape, device), *in_stock(shape, device)]
+    ways.sort(key=lambda way: way.kind != "ours")
+    sets = draw_sets(shape, session)
+    arms = arms_of([way for way in ways if session.wants(way.name)], shape, sets)
+    rules = Rules(error_of=[arm.name for arm in arms if not arm.is_ours], speed_of=YARDSTICKS)
+    clock = Replayed(device=device, sets=len(sets), rounds=session.repeats, ceiling_tflops=ceiling)
+    return [{"shape": shape.name, **row} for row in race(arms, rules, clock)]
+
+
+def measure(session: Session) -> Iterator[list[Row]]:
+    torch.manual_seed(0)
+    with torch.no_grad(), best_stock_attention():
+        ceiling = gemm_ceiling(session.device)
+        for shape in session.until_spent(session.cases.values()):
+            yield measure_shape(shape, session, ceiling)
+
+
+BENCHMARK = Benchmark(
+    question="attention, forward: time by shape and kernel",
+    checked="outputs against float32 by the definition: at most twice the best stock kernel's error",
+    ceiling="an 8192 x 8192 x 8192 bf16 product, before everything else",
+    cases=shapes.known,
+    usual_cases=shapes.USUAL,
+    arms=(
+        "triton", "triton, running maximum", "plain Triton", "plain Triton, running maximum",
+        "sdpa, two calls merged", "flash, two calls merged", "cuDNN", "FA2", "flex", "FA3", "sdpa",
+        "published, cuDNN", "published, FA2", "published, FA3", "published, sdpa",
+    ),
+    repeats=30,
+    columns="shape arm ms speedup tflops share error verdict",
+    bars=("shape", "arm", "speedup"),
+    measure=measure,
+)  # fmt: skip

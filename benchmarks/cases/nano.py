@@ -1,0 +1,68 @@
+"""Pictures of nano, the bundled model, on this machine: seconds each, any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+import bokehflux
+from benchmarks.registry import Benchmark, Session
+from benchmarks.timing import Arm, Row, Rules, Sustained, race
+from bokehflux.pipeline.pipeline import Pipeline
+
+PROMPT = "a red ball on a wooden table, city lights at night"
+PIVOT = 15.0
+CASES: dict[str, Sequence[float] | None] = {"one picture": None, "six levels": (0, 4, 8, 12, 18, 28)}
+"""Levels by name of a case; None: without the adapter."""
+ARMS = ("together", "one at a time")
+
+
+def run(pipe: Pipeline, levels: Sequence[float] | None, num_steps: int | None) -> np.ndarray:
+    """Pictures [N, H, W, 3] of one run. Several levels are grounded on a pivot."""
+    pivot = None if levels is None else PIVOT
+    result = pipe.generate(PROMPT, levels, bokeh_pivot=pivot, num_inference_steps=num_steps)
+    return np.stack([np.asarray(image) for image in result.images])
+
+
+def measure(session: Session) -> Iterator[list[Row]]:
+    pipe = bokehflux.load("nano", device=session.device)
+    num_steps = 2 if session.tiny else None
+    for case, levels in session.until_spent(session.cases.items()):
+        ways = {ARMS[0]: lambda levels=levels: run(pipe, levels, num_steps)}
+        if levels is not None:
+            ways[ARMS[1]] = lambda levels=levels: np.concatenate(
+                [run(pipe, [level], num_steps) for level in levels]
+            )
+        ways = {name: way for name, way in ways.items() if session.wants(name)}
+        first = next(iter(ways.values()))() if ways else np.empty(0)
+        arms = [
+            Arm(
+                name=name,
+                call=lambda _, way=way: way(),
+                error=lambda made, first=first: float(np.abs(made / 255.0 - first / 255.0).mean()),
+                is_ours=True,
+            )
+            for name, way in ways.items()
+        ]
+        clock = Sustained(
+            device=session.device, rounds=session.repeats, budget=session.budget, ceiling_tflops=0.0
+        )
+        rows = race(arms, Rules(error_of=None, max_error=0.005, speed_of=[ARMS[-1]]), clock)
+        for row in rows:
+            if "ms" in row:
+                row |= {"seconds": row["ms"] / 1000, "a_picture": row["ms"] / 1000 / len(first)}
+        yield [{"case": case, **row} for row in rows]
+
+
+BENCHMARK = Benchmark(
+    question="seconds that nano, the bundled model, needs for a picture on this machine",
+    checked="pictures of both ways agree",
+    cases=lambda tiny: CASES,
+    arms=ARMS,
+    repeats=1,
+    columns="case arm seconds a_picture speedup verdict",
+    bars=("case", "arm", "seconds"),
+    measure=measure,
+    needs_gpu=False,
+)

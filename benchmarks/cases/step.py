@@ -1,0 +1,114 @@
+"""One denoising step: ours beside diffusers and the published formulation, each eager and compiled.
+
+Random weights in the official layout, bfloat16. "Compiled" is block by block, for all.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks import networks
+from benchmarks.arms import OURS, RIVALS, StepArm, allow_recompiling, best_stock_attention, build_arms
+from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS, Batch
+from benchmarks.registry import Benchmark, Session
+from benchmarks.timing import Row, Rules, Sustained, race
+from bokehflux.models.mmdit import MMDiT
+
+SANE_ERROR = 0.5
+"""No error above this passes, whatever the comparison arms': they may be wrong themselves."""
+CASE_SECONDS = 25.0
+"""Timing of a case ends after this, three rounds at the least."""
+LEVELS: dict[str, tuple[float, ...] | None] = {
+    "pair": (PIVOT_LEVEL, TARGET_LEVELS[1]),
+    "base": None,
+    "pivot + 6": (PIVOT_LEVEL, *TARGET_LEVELS),
+    "one row": (PIVOT_LEVEL,),
+}
+"""Rows of a case by its name, most important first; the base model is what diffusers runs, with one row."""
+
+
+def cases(tiny: bool) -> dict[str, tuple[str, int]]:
+    """(key of `LEVELS`, side in pixels)."""
+    return {f"{kind}, {side} px": (kind, side) for kind in LEVELS for side in networks.setting(tiny).sides_px}
+
+
+def draw_batches(session: Session) -> dict[str, Batch]:
+    setting = networks.setting(session.tiny)
+    return {
+        name: networks.draw_batch(setting, side, LEVELS[kind], session.device)
+        for name, (kind, side) in session.cases.items()
+    }
+
+
+def rules_of(arms: Sequence[StepArm]) -> Rules:
+    """Rivals are the yardstick; without any, the last arm."""
+    rivals = [arm.name for arm in arms if not arm.is_ours]
+    return Rules(error_of=rivals or [arm.name for arm in arms[-1:]], max_error=SANE_ERROR, speed_of=rivals)
+
+
+def with_arms(
+    session: Session, mmdit: MMDiT, batches: Mapping[str, Batch]
+) -> Iterator[tuple[str, Batch, list[StepArm]]]:
+    """Each case with its batch and arms, which are built anew where levels come or go."""
+    built: list[StepArm] = []
+    had_levels = None
+    for name, batch in session.until_spent(batches.items()):
+        has_levels = batch.levels is not None
+        if has_levels is not had_levels:
+            built.clear()  # two sets of copies would not fit in 80 GB
+            torch._dynamo.reset()
+            gc.collect()
+            built += build_arms(mmdit, with_levels=has_levels, wants=session.wants, backend=session.backend)
+            had_levels = has_levels
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+        yield name, batch, built
+
+
+@torch.inference_mode()
+def measure_batch(session: Session, batch: Batch, arms: Sequence[StepArm], exact: Tensor) -> list[Row]:
+    """A row an arm. `share`: of large products that take turns with them."""
+    torch._dynamo.reset()  # each case compiles for its own shapes and has the limit to itself
+    config = networks.setting(session.tiny).mmdit
+    racing = [arm.on(batch, exact, networks.tera_flop(config, batch, arm.is_ours)) for arm in arms]
+    clock = Sustained(
+        device=session.device, rounds=session.repeats, budget=session.budget, seconds=CASE_SECONDS, at_least=3
+    )
+    rows = race(racing, rules_of(arms), clock)
+    for arm, row in zip(arms, rows, strict=True):
+        if (room := row.pop("workspace_mb", None)) is not None:
+            row["peak_gb"] = arm.weight_bytes / 1e9 + room / 1e3
+    return rows
+
+
+def measure(session: Session) -> Iterator[list[Row]]:
+    allow_recompiling()
+    batches = draw_batches(session)
+    mmdit = networks.build_mmdit(networks.setting(session.tiny), session.device)
+    with best_stock_attention():
+        # Before any arm takes its memory: written-out attention needs up to 25 GB.
+        wide = networks.widened(mmdit)
+        exact = {name: networks.exact(wide, batch) for name, batch in batches.items()}
+        print(f"float32 velocities of {len(exact)} cases; {session.budget.left:.0f} s left", flush=True)
+        for name, batch, arms in with_arms(session, mmdit, batches):
+            rows = measure_batch(session, batch, arms, exact[name])
+            yield [{"case": name, **row} for row in rows]
+
+
+BENCHMARK = Benchmark(
+    question="one denoising step, ours beside diffusers and the published formulation",
+    checked="velocities of the pivot, the first and the last target against float32: at most twice the best "
+    "comparison arm's error, ten times in fp8",
+    ceiling="8192 x 8192 x 8192 bf16 products, in turn with the arms",
+    cases=cases,
+    arms=(*OURS, *RIVALS),
+    repeats=15,
+    columns="case arm ms launch_ms speedup tflops share error peak_gb verdict",
+    bars=("case", "arm", "ms"),
+    measure=measure,
+    takes_backend=True,
+)

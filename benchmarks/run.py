@@ -1,0 +1,275 @@
+"""Run benchmarks by name.
+
+    python -m benchmarks.run --list
+    python -m benchmarks.run step --cases base "pair, 1024" --arms 'ours$' published --repeats 9
+    python -m benchmarks.run attention step generate --seconds 1500
+
+Prints a table and writes NAME.json and NAME.png, again whenever there are new rows. Several names run one
+after another, each in a process of its own. The last line printed is one JSON document: for every name
+whether all that is ours passed its check, where the rows were written, and the table's columns. `--tiny` runs
+toys on any machine, with Triton's kernels in its interpreter: its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import registry
+from benchmarks.registry import Benchmark, Session
+from benchmarks.timing import Budget, Row
+from bokehflux.evaluation.report import commit
+from bokehflux.pictures import plot
+from bokehflux.weights.write import replacing, write_json
+
+RESULTS = Path("benchmarks/results")
+FORMATS = {
+    "ms": ".3f", "us": ".1f", "launch_ms": ".1f", "step_ms": ".1f", "seconds": ".2f", "a_picture": ".2f",
+    "total_s": ".2f", "text_s": ".2f", "denoise_s": ".2f", "decode_s": ".2f", "gpu_gb": ".2f",
+    "reserved_gb": ".2f", "cap_gb": ".1f", "host_gb": ".2f", "pinned_gb": ".2f", "peak_gb": ".1f",
+    "workspace_mb": ".0f", "speedup": ".2f", "vs_resident": ".2f", "tflops": ".0f", "tb_s": ".2f",
+    "share": ".1%", "error": ".2e", "published": ".2e", "ratio": ".3f", "calls": "d", "measured_runs": "d",
+}  # fmt: skip
+"""How numbers are shown, by their key in a row; other columns are text."""
+UNITS = {"ms": "ms", "us": "us", "total_s": "s", "seconds": "s", "gpu_gb": "GB", "speedup": "x"}
+"""Units of what is plotted."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__, formatter_class=formatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(registry.NAMES)}")
+    parser.add_argument("--list", action="store_true", help="what each asks, its cases and arms")
+    parser.add_argument(
+        "--cases", nargs="+", help="parts of names, in the order wanted; NAME$ is that one alone"
+    )
+    parser.add_argument("--arms", nargs="+", help="parts of names; NAME$ is that one alone")
+    parser.add_argument("--repeats", type=int, help="see --list")
+    parser.add_argument("--backend", help="attention of our arms; default: auto")
+    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after this")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
+    parser.add_argument("--as", dest="file", metavar="FILE", help="name of the files; default: NAME")
+    parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
+    args = parser.parse_args(argv)
+    if args.list:
+        print("\n\n".join(described(name) for name in args.names or registry.NAMES))
+        return 0
+    if not args.names:
+        parser.error("expected the name of a benchmark; --list shows them")
+    budget = Budget(args.seconds)
+    try:
+        if len(args.names) > 1:
+            documents = run_each(args, budget)
+        else:
+            (name,) = args.names
+            benchmark = registry.find(name)
+            documents = {name: run(name, benchmark, session_of(benchmark, args, budget), args)}
+    except ValueError as error:
+        parser.error(str(error))
+    print(json.dumps(documents))
+    return 0 if all(document["passed"] for document in documents.values()) else 1
+
+
+def described(name: str) -> str:
+    benchmark = registry.find(name)
+    every = benchmark.cases(False)
+    cases = registry.pick(every, benchmark.usual_cases)
+    others = [case for case in every if case not in cases]
+    lines = {
+        "": benchmark.question,
+        "cases": "; ".join(cases) + (f"; not by default: {'; '.join(others)}" if others else ""),
+        "arms": "; ".join(benchmark.arms),
+        "checked": benchmark.checked,
+        "ceiling": benchmark.ceiling,
+        "repeats": f"{benchmark.repeats} {benchmark.repeated}" if benchmark.repeats else "",
+    }
+    return name + "".join(f"\n    {key:9}{line}" for key, line in lines.items() if line)
+
+
+def session_of(benchmark: Benchmark, args: argparse.Namespace, budget: Budget) -> Session:
+    """Raises ValueError for what the benchmark cannot do, or not on this machine."""
+    for option, given, taken in (
+        ("--arms", args.arms, benchmark.arms),
+        ("--repeats", args.repeats, benchmark.repeats),
+        ("--backend", args.backend, benchmark.takes_backend),
+    ):
+        if given is not None and not taken:
+            raise ValueError(f"{args.names[0]} takes no {option}")
+    if args.repeats is not None and args.repeats < benchmark.least_repeats:
+        raise ValueError(f"--repeats must be at least {benchmark.least_repeats}, got {args.repeats}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        if benchmark.needs_gpu and not args.tiny:
+            raise ValueError(f"{args.names[0]} needs a GPU, and there is none; --tiny tries it on toys")
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    torch.set_float32_matmul_precision("highest")
+    cases, usual = benchmark.cases(args.tiny), ("",) if args.tiny else benchmark.usual_cases
+    if args.arms is not None:
+        registry.pick(benchmark.arms, args.arms)
+    return Session(
+        device=device,
+        tiny=args.tiny,
+        cases={name: cases[name] for name in registry.pick(cases, args.cases or usual)},
+        arms=args.arms or benchmark.usual_arms,
+        repeats=args.repeats or benchmark.repeats,
+        backend=args.backend or "auto",
+        budget=budget,
+    )
+
+
+def run(name: str, benchmark: Benchmark, session: Session, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print and write; returns what the last line says of it."""
+    found = environment(session.device)
+    print(", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+    file = (args.file or name) + ("_tiny" if session.tiny else "")
+    path = args.out / f"{file}.json"
+    isolated = benchmark.isolated and len(registry.pick(benchmark.arms, session.arms)) > 1
+    rows: list[Row] = []
+    for new in in_children(name, benchmark, session) if isolated else benchmark.measure(session):
+        print(f"{table(new, benchmark.columns.split())}\n{session.budget.left:.0f} s left", flush=True)
+        rows += new
+        if benchmark.finish is not None:
+            rows = benchmark.finish(rows)
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"environment": found, "rows": rows, **session.facts})
+        if benchmark.bars is not None:
+            group, label, value = benchmark.bars
+            title = f"{file}: {value}; {found['device']}"
+            image = plot.bars(rows, title=title, group=group, label=label, value=value, unit=UNITS[value])
+            with replacing(path.with_suffix(".png")) as temporary:
+                image.save(temporary, format="PNG")
+    if benchmark.finish is not None:  # what compares one row with another was not known before
+        print(table(rows, benchmark.columns.split()), flush=True)
+    kept = ["ours", *benchmark.columns.split()]
+    return {
+        "passed": passed(rows),
+        "file": str(path),
+        "environment": found,
+        "rows": [{key: short(row[key]) for key in kept if key in row} for row in rows],
+    }
+
+
+def passed(rows: Sequence[Row]) -> bool:
+    """Whether there is something of ours, and all of it is right. Rows that do not say whose are ours."""
+    ours = [row for row in rows if row.get("ours", True)]
+    return bool(ours) and all(row.get("verdict", "ok").startswith("ok") for row in ours)
+
+
+def short(value: object) -> object:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+# Processes.
+
+
+def run_each(args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
+    """The last lines of several benchmarks, in a process each."""
+    for option in ("cases", "arms", "repeats", "backend", "file"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{'as' if option == 'file' else option} is for one benchmark at a time")
+    for name in args.names:
+        registry.find(name)
+    documents: dict[str, Any] = {}
+    for name in args.names:
+        print(f"== {name}", flush=True)
+        options = ["--out", str(args.out), *(["--tiny"] if args.tiny else [])]
+        last, status = in_child(name, options, budget, echo=True)
+        documents |= last or {name: {"passed": False, "problem": f"exit status {status}"}}
+    return documents
+
+
+def in_children(name: str, benchmark: Benchmark, session: Session) -> Iterator[list[Row]]:
+    """Rows of every arm from a process of its own; those that it made before it failed."""
+    for arm in session.until_spent(registry.pick(benchmark.arms, session.arms)):
+        with tempfile.TemporaryDirectory() as folder:
+            options = ["--cases", *(f"{case}$" for case in session.cases), "--arms", f"{arm}$"]
+            options += ["--repeats", str(session.repeats), "--out", folder]
+            options += ["--tiny"] if session.tiny else []
+            last, status = in_child(name, options, session.budget, echo=False)
+            files = list(Path(folder).glob("*.json"))
+            rows = json.loads(files[0].read_text(encoding="utf-8"))["rows"] if files else []
+        if last is None:
+            rows.append({"arm": arm, "verdict": f"failed: exit status {status}"})
+        yield rows
+
+
+def in_child(
+    name: str, options: Sequence[str], budget: Budget, echo: bool
+) -> tuple[dict[str, Any] | None, int]:
+    """The last line of `benchmarks.run NAME`, None where it did not come to its end, and its exit status.
+
+    echo: print its other lines as they come.
+    """
+    command = [sys.executable, "-m", "benchmarks.run", name, "--seconds", f"{budget.left:.0f}", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        last = None
+        for line in child.stdout:
+            if line.startswith("{"):
+                last = json.loads(line)
+            elif echo:
+                print(line, end="", flush=True)
+    return last, child.returncode
+
+
+# What is printed and written.
+
+
+def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Rows as lines under a heading; "-" for what a row does not know. Text to the left, numbers right."""
+    cells = [list(columns)] + [
+        ["-" if row.get(key) is None else format(row[key], FORMATS.get(key, "")) for key in columns]
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    signs = [">" if key in FORMATS else "<" for key in columns]
+    lines = [
+        "  ".join(f"{cell:{sign}{width}}" for cell, sign, width in zip(line, signs, widths, strict=True))
+        for line in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a figure depends on besides the code: GPU, driver, versions, commit, command."""
+    threads = f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    found = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
+        "driver": "none",
+        "torch": torch.__version__,
+        "triton": "none",
+        "commit": commit(),
+        "command": f"python -m benchmarks.run {shlex.join(sys.argv[1:])}",
+    }
+    if device.type == "cuda":
+        found["driver"] = driver()
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        pass
+    return found
+
+
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Judging a model: figures on its pictures, reports, and the bundled model's card."""

@@ -1,0 +1,134 @@
+"""Judge a model, or renew the bundled model's card.
+
+    python -m bokehflux.evaluation nano [--captions 4]
+    python -m bokehflux.evaluation refocus
+    python -m bokehflux.evaluation card
+
+`nano` takes minutes with four captions on a CPU; with few, its means are noisier. All 32 suit a GPU. `card`
+writes what `nano` found, and the logs of training, into weights/nano/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import bokehflux
+from bokehflux.evaluation import card, nano, refocus
+from bokehflux.evaluation.figures import CURVE
+from bokehflux.evaluation.report import commit, replace_between
+from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.pipeline.provenance import device_name
+from bokehflux.weights.write import replacing, write_json
+
+RESULTS = Path("benchmarks/results")
+CARD = Path("weights/nano")
+FIGURES = ("<!-- figures: written by bokehflux.evaluation -->", "<!-- end of figures -->")
+TRAINING = ("<!-- training: written by bokehflux.evaluation -->", "<!-- end of training -->")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="bokehflux.evaluation", description=__doc__, formatter_class=formatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    judging = commands.add_parser("nano", help="what nano must show on captions kept out of its training")
+    judging.add_argument("--guidance", type=float, default=3.0)
+    judging.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+    refocusing = commands.add_parser("refocus", help="how well photographs are refocused")
+    refocusing.add_argument("--photo-level", type=float, default=0.0)
+    for command, captions, run in ((judging, 32, judge_nano), (refocusing, 8, judge_refocus)):
+        command.set_defaults(run=run)
+        command.add_argument("--model", default="nano", help="a bundled model, or a folder with an adapter")
+        command.add_argument("--captions", type=int, default=captions, help="how many of the 32")
+        command.add_argument("--steps", type=int, default=20)
+        command.add_argument("--device", help="default: CUDA, MPS or CPU, what there is")
+    writing = commands.add_parser("card", help="renew the generated parts of weights/nano/README.md")
+    for command in (judging, refocusing, writing):
+        command.add_argument("--results", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
+    args = parser.parse_args(argv)
+    if args.command == "card":
+        return write_card(args.results)
+    try:
+        pipe = bokehflux.load(args.model, device=args.device)
+        args.results.mkdir(parents=True, exist_ok=True)
+        return args.run(pipe, args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def judge_nano(pipe: Pipeline, args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    report = nano.evaluate(pipe, captions=args.captions, steps=args.steps, guidance=args.guidance)
+    seconds, curves = time.perf_counter() - start, report.curves()
+    print(*report.figures, sep="\n")
+    rows = [asdict(figure) | {"passed": figure.passed} for figure in report.figures]
+    options = {"guidance": args.guidance, "size_px": pipe.defaults.height_px}
+    record = made_by(pipe, args, seconds) | options | {"rows": rows, "curves": {"level": CURVE, **curves}}
+    write_json(args.results / "nano.json", record)
+    save(nano.curve_plot(curves), args.results / "nano-curves.png")
+    for source in ("grounded", "unbounded"):
+        save(nano.sheet(report, source), args.results / f"nano-{source}.jpg")
+    missed = [figure for figure in report.figures if figure.passed is False]
+    print(f"{seconds:.0f} s; {len(missed)} targets missed; pictures and nano.json are in {args.results}")
+    return 1 if args.check and missed else 0
+
+
+def judge_refocus(pipe: Pipeline, args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    scores, sheet = refocus.evaluate(
+        pipe, captions=args.captions, photo_level=args.photo_level, steps=args.steps
+    )
+    print(f"{args.captions} photos, means in dB\nlevel   refocused   left as it is   scene kept")
+    for row in scores:
+        print(f"{row.level:5.0f}{row.psnr:12.1f}{row.photo:16.1f}{row.scene:13.1f}")
+    record = made_by(pipe, args, time.perf_counter() - start) | {"photo_level": args.photo_level}
+    write_json(args.results / "refocus.json", record | {"rows": [asdict(row) for row in scores]})
+    save(sheet, args.results / "refocus.jpg")
+    return 0
+
+
+def made_by(pipe: Pipeline, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """What a record says besides its figures."""
+    return {
+        "model": pipe.name,
+        "device": device_name(pipe.device),
+        "dtype": str(pipe.dtype),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "command": f"python -m bokehflux.evaluation {shlex.join(sys.argv[1:])}",
+        "captions": args.captions,
+        "steps": args.steps,
+        "seconds": round(seconds, 1),
+    }
+
+
+def write_card(results: Path) -> int:
+    record = json.loads((results / "nano.json").read_text(encoding="utf-8"))
+    paths = {name: CARD / "training" / f"{name}.json" for name in card.STAGES}
+    logs = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
+    replace_between(CARD / "README.md", FIGURES, card.figures(record))
+    replace_between(CARD / "README.md", TRAINING, card.stages(logs))
+    save(card.curves(logs).quantize(32), CARD / "training.png")
+    print(f"written: {CARD / 'README.md'}, {CARD / 'training.png'}")
+    return 0
+
+
+def save(image: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        image.save(temporary, {".jpg": "JPEG", ".png": "PNG"}[path.suffix], quality=90, optimize=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

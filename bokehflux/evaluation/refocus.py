@@ -1,0 +1,81 @@
+"""How well a model refocuses photographs whose truth is known: renders of nano's unseen scenes.
+
+The photograph is a render at one level; its refocused pictures are compared with renders of the same scene
+at theirs. Beside them the photograph itself, left as it is: what no model at all would score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bokehflux.metrics import blur_matched_psnr, psnr
+from bokehflux.models.vae import to_uint8
+from bokehflux.nano.captions import held_out
+from bokehflux.nano.scenes import build_scenes, render
+from bokehflux.pictures import plot
+from bokehflux.pictures.sheet import Tile, contact_sheet
+from bokehflux.pipeline.pipeline import Pipeline
+
+LEVELS = (0.0, 8.0, 15.0, 28.0)
+SEED = 5
+"""Decides what the captions leave open."""
+SHEET_ROWS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Means over the photographs at one level, in dB."""
+
+    level: float
+    psnr: float
+    """From the refocused picture to the true render."""
+    photo: float
+    """From the photograph, left as it is, to the true render."""
+    scene: float
+    """From the refocused picture to the photograph, both strongly blurred first: whether the scene stayed."""
+
+
+def evaluate(
+    pipe: Pipeline, *, captions: int = 8, photo_level: float = 0.0, steps: int = 20
+) -> tuple[list[Scores], Image.Image]:
+    """Scores by level, and a sheet of the first photographs, each refocused and rendered."""
+    spec, prompts = held_out(captions)
+    scene = build_scenes(spec, pipe.defaults.height_px, torch.Generator().manual_seed(SEED), "cpu")
+    truth = [render(scene, torch.full((captions,), level)) for level in LEVELS]
+    photos = render(scene, torch.full((captions,), photo_level))
+    found, strips = [], []
+    for i, prompt in enumerate(prompts):
+        photo, true = picture(photos[i]), [renders[i : i + 1] for renders in truth]
+        made = pipe.refocus(photo, prompt, LEVELS, photo_level=photo_level, num_inference_steps=steps).images
+        for image, expected in zip(made, true, strict=True):
+            shown, given = pixels(image), pixels(photo)
+            found.append([psnr(shown, expected), psnr(given, expected), blur_matched_psnr(shown, given)])
+        if i < SHEET_ROWS:
+            for images, what in ((made, "refocused"), ([picture(one[0]) for one in true], "rendered")):
+                tiles = [Tile(image=photo, label=f"photo {photo_level:g}", is_pivot=True)]
+                tiles += [
+                    Tile(image=image, label=f"bokeh {level:g}")
+                    for level, image in zip(LEVELS, images, strict=True)
+                ]
+                strips.append(contact_sheet(tiles, prompt, what))
+    means = torch.tensor(found).view(captions, len(LEVELS), 3).mean(0).tolist()
+    scores = [
+        Scores(level=level, psnr=shown, photo=given, scene=stayed)
+        for level, (shown, given, stayed) in zip(LEVELS, means, strict=True)
+    ]
+    return scores, plot.joined(strips, "down")
+
+
+def picture(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in 0-1 -> RGB."""
+    return Image.fromarray(to_uint8(pixels[None] * 2 - 1)[0].numpy())
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """RGB -> [1, 3, H, W] in 0-1."""
+    return torch.from_numpy(np.array(image)).movedim(-1, 0)[None] / 255
