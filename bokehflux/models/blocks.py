@@ -201,6 +201,16 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = MLP(config)
         self.attention = AttentionCall()
 
+    @property
+    def modulations(self) -> tuple[Modulation, ...]:
+        """Called by `modulation_of`, outside `forward`."""
+        return self.img_mod, self.txt_mod
+
+    @property
+    def adapted(self) -> Linear:
+        """The fused projection whose first rows, queries then keys, the adapter updates."""
+        return self.img_attn.qkv
+
     def modulation_of(self, vec: Tensor) -> DoubleModulation:
         """[B, E] -> the vectors of this block; they depend on prompt, guidance and noise level only."""
         return DoubleModulation(*self.img_mod(vec), *self.txt_mod(vec))
@@ -247,6 +257,16 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(config.head_dim)
         self.linear2 = Linear(config.hidden_size + config.mlp_size, config.hidden_size)
         self.attention = AttentionCall()
+
+    @property
+    def modulations(self) -> tuple[Modulation, ...]:
+        """Called by `modulation_of`, outside `forward`."""
+        return (self.modulation,)
+
+    @property
+    def adapted(self) -> Linear:
+        """The fused projection whose first rows, queries then keys, the adapter updates."""
+        return self.linear1
 
     def modulation_of(self, vec: Tensor) -> ModulationOut:
         """[B, E] -> the vectors of this block; they depend on prompt, guidance and noise level only."""

@@ -24,6 +24,7 @@ from bokehflux.models.blocks import (
 )
 from bokehflux.models.embeddings import SINUSOID_DIM, MLPEmbedder, RopeTable, sinusoid
 from bokehflux.models.linear import Linear
+from bokehflux.models.units import Network, Units
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +82,7 @@ class Part:
     constants: Constants | None = None
 
 
-class MMDiT(nn.Module):
+class MMDiT(Network):
     """Velocity prediction on packed latent tokens, conditioned on text, noise level, guidance and bokeh.
 
     Parameter names equal the BFL checkpoint's; the adapter's live under `bokeh.` with the published names.
@@ -110,6 +111,11 @@ class MMDiT(nn.Module):
         return list(self.single_blocks)  # type: ignore[arg-type]
 
     @property
+    def blocks(self) -> list[DoubleStreamBlock | SingleStreamBlock]:
+        """In the order in which they run, numbered as the adapter numbers them."""
+        return [*self.doubles, *self.singles]
+
+    @property
     def dtype(self) -> torch.dtype:
         """What it computes in; weights may be stored narrower."""
         return self.img_in.bias.dtype
@@ -120,8 +126,26 @@ class MMDiT(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile each block by itself: seconds instead of minutes, and blocks of a kind share the code."""
-        for block in (*self.double_blocks, *self.single_blocks):
+        for block in self.blocks:
             block.compile(dynamic=False)
+
+    def units(self) -> Units:
+        modulations = [layer for block in self.blocks for layer in block.modulations]
+        apart = {part for layer in modulations for part in layer.modules()}
+        projections = {
+            f"{kind}.{name}": layer
+            for kind in ("double_blocks", "single_blocks")
+            for name, layer in self.get_submodule(kind).named_modules()
+            if isinstance(layer, Linear) and layer not in apart
+        }
+        return Units(
+            blocks=tuple(self.blocks),
+            ahead=(*modulations, self.final_layer.adaLN_modulation),
+            values=() if self.bokeh is None else self.bokeh.value_layers,
+            unread=() if self.bokeh is None else self.bokeh.unread,
+            projections=projections,
+            matrices=tuple(layer.weight for layer in projections.values()),
+        )
 
     def forward(
         self,
