@@ -14,15 +14,15 @@ from bokehflux.attention import AttentionSpec, Plain
 from bokehflux.configs import BokehConfig, MMDiTConfig
 from bokehflux.models.adapter import BokehAdapter, BokehCondition
 from bokehflux.models.blocks import (
-    BlockTerms,
+    BlockSpec,
     DoubleModulation,
     DoubleStreamBlock,
     FinalLayer,
     ModulationOut,
-    Residual,
     SingleStreamBlock,
 )
 from bokehflux.models.embeddings import SINUSOID_DIM, MLPEmbedder, RopeTable, sinusoid
+from bokehflux.models.fused import Residual
 from bokehflux.models.linear import Linear
 from bokehflux.models.units import Network, Units
 
@@ -58,7 +58,7 @@ class Modulations:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Constants:
+class RunConstants:
     """What a run's levels and the weights alone decide, computed once: see `MMDiT.constants`."""
 
     values: dict[int, Tensor]
@@ -66,20 +66,21 @@ class Constants:
     logit_bounds: tuple[float, ...]
     """By block, what no scaled attention score exceeds."""
 
-    def rows(self, rows: slice) -> Constants:
-        """Those of some rows of the batch."""
+    def rows(self, rows: slice) -> RunConstants:
+        """Those of some rows."""
         return dataclasses.replace(self, values={i: value[rows] for i, value in self.values.items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """Some rows of a batch, and what the blocks compute for them: arguments of `MMDiT.velocity`."""
+class Rows:
+    """Some rows of a batch, and what is asked of them: see `MMDiT.forward`."""
 
     img: Tensor
     txt: Tensor
     attention: AttentionSpec | None = None
     bokeh: BokehCondition | None = None
-    constants: Constants | None = None
+    constants: RunConstants | None = None
+    """What a run has computed for these levels; None: computed now, and logits count as unbounded."""
 
 
 class MMDiT(Network):
@@ -101,6 +102,128 @@ class MMDiT(Network):
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.num_single))
         self.final_layer = FinalLayer(config)
         self.bokeh = BokehAdapter(bokeh, config) if bokeh is not None else None
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        pooled: Tensor,
+        sigma: Tensor,
+        guidance: Tensor | None,
+        rope: RopeTable,
+        attention: AttentionSpec | None = None,
+        bokeh: BokehCondition | None = None,
+    ) -> Tensor:
+        """Predict the velocity (noise - data).
+
+        img [B, N, 64] packed latents; txt [B, T, W] T5 states; pooled [B, P]; sigma [B] noise level in 0-1;
+        guidance [B] (ignored by models without guidance embedding); rope: table of T text then N image
+        tokens; attention: specification of the joint attentions, plain by default; bokeh: levels of the
+        B rows, None for the base model alone. With levels, blocks that the adapter leaves alone attend
+        plainly whatever the specification (as published). Returns [B, N, 64].
+        Raises ValueError for levels without an adapter or a missing guidance.
+        """
+        rows = Rows(img=img, txt=txt, attention=attention, bokeh=bokeh)
+        return self.velocities([rows], self.modulations(pooled, sigma, guidance), rope)[0]
+
+    def modulations(self, pooled: Tensor, sigma: Tensor, guidance: Tensor | None) -> Modulations:
+        """Shifts, scales and gates for pooled [B, P], sigma [B] and guidance [B].
+
+        They depend on nothing else: a run computes them once a step for all its rows, or once for all steps.
+        """
+        vec = self.time_in(sinusoid(sigma.to(self.dtype)).to(self.dtype))
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise ValueError("this model is guidance-distilled: guidance [B] is required")
+            vec = vec + self.guidance_in(sinusoid(guidance.to(self.dtype)).to(self.dtype))
+        vec = vec + self.vector_in(pooled)
+        return Modulations(
+            double=tuple(block.modulation_of(vec) for block in self.doubles),
+            single=tuple(block.modulation_of(vec) for block in self.singles),
+            final=self.final_layer.modulation_of(vec),
+        )
+
+    def velocities(self, parts: Sequence[Rows], mods: Modulations, rope: RopeTable) -> list[Tensor]:
+        """The velocity of each part of a batch; mods: those of its rows, or [1, 1, E] for all.
+
+        All parts pass a block before any passes the next one: what one leaves for a later one (a pivot's
+        queries and keys) is needed in one block only, and weights that visit the device come once for all.
+        Raises ValueError as `forward`.
+        """
+        if self.bokeh is None and any(rows.bokeh is not None for rows in parts):
+            raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
+        specs = [self._block_specs(rows.attention or Plain(), rows.bokeh, rows.constants) for rows in parts]
+        num_double = len(self.doubles)
+
+        def waiting(stream: Residual) -> Residual:
+            """A part that waits for its turn holds its tokens and no update beside them."""
+            return stream.settled() if len(parts) > 1 else stream
+
+        imgs = [Residual(self.img_in(rows.img)) for rows in parts]  # [B, N, E]
+        txts = [Residual(self.txt_in(rows.txt)) for rows in parts]  # [B, T, E]
+        for i, (double, double_mod) in enumerate(zip(self.doubles, mods.double, strict=True)):
+            for n, spec in enumerate(specs):  # one by one, so that no part's input outlives its output
+                imgs[n], txts[n] = map(waiting, double(imgs[n], txts[n], double_mod, rope, spec[i]))
+        # [B, T + N, E]: text first. Popped, so that what was apart is freed.
+        xs = [Residual(torch.cat([txts.pop(0).sum(), imgs.pop(0).sum()], dim=1)) for _ in parts]
+        for i, (single, mod) in enumerate(zip(self.singles, mods.single, strict=True), start=num_double):
+            for n, spec in enumerate(specs):
+                xs[n] = waiting(single(xs[n], mod, rope, spec[i]))
+        return [
+            self.final_layer(x.tokens(slice(rows.txt.shape[1], None)), mods.final)  # [B, N, C]
+            for x, rows in zip(xs, parts, strict=True)
+        ]
+
+    def constants(self, bokeh: BokehCondition | None) -> RunConstants:
+        """What every evaluation with these levels and these weights shares. For inference: it waits for the
+        device once, and says nothing about weights that change afterwards."""
+        values = {} if bokeh is None else self._values(bokeh)
+        return RunConstants(values=values, logit_bounds=self._logit_bounds())
+
+    def _values(self, bokeh: BokehCondition) -> dict[int, Tensor]:
+        if self.bokeh is None:
+            raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
+        scale = self.bokeh.config.bokeh_scale if bokeh.bokeh_scale is None else bokeh.bokeh_scale
+        return self.bokeh.values(bokeh.model_input(self.device, self.dtype), scale)
+
+    def _logit_bounds(self) -> tuple[float, ...]:
+        """By block. A normalised query's length is at most sqrt(D) times its norm's largest weight, so is a
+        key's, and rotations keep lengths: |q . k| / sqrt(D) <= sqrt(D) max|w_q| max|w_k|.
+
+        2 % more covers six roundings of q and k to bfloat16. Then up to a power of two: compiled blocks are
+        compiled for each value.
+        """
+        double = [
+            torch.maximum(block.img_attn.norm.largest(), block.txt_attn.norm.largest())
+            for block in self.doubles
+        ]
+        largest = torch.stack(double + [block.norm.largest() for block in self.singles])
+        bounds = (1.02 * self.config.head_dim**0.5 * largest.prod(dim=1)).tolist()
+        return tuple(
+            2.0 ** math.ceil(math.log2(max(b, 1.0))) if math.isfinite(b) else math.inf for b in bounds
+        )
+
+    def _block_specs(
+        self, spec: AttentionSpec, bokeh: BokehCondition | None, constants: RunConstants | None
+    ) -> list[BlockSpec]:
+        folded_at = self.bokeh.folded_at if self.bokeh is not None else None
+        bounds = constants.logit_bounds if constants is not None else (None,) * self.config.num_blocks
+        if bokeh is None or self.bokeh is None:
+            if folded_at is not None:
+                raise ValueError("the adapter is folded into the weights: undo that to run without levels")
+            return [BlockSpec(attention=spec.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
+        config = self.bokeh.config
+        lora_scale = config.lora_scale if bokeh.lora_scale is None else bokeh.lora_scale
+        if folded_at is not None and lora_scale != folded_at:
+            raise ValueError(f"the adapter is folded at lora_scale {folded_at}, asked for {lora_scale}")
+        values = constants.values if constants is not None else self._values(bokeh)
+        plain = Plain(backend=spec.backend)
+        specs = [BlockSpec(attention=plain.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
+        for i, value in values.items():
+            updates = self.bokeh.block(i) if folded_at is None else None
+            adapted = spec.for_block(i, value, bounds[i])
+            specs[i] = BlockSpec(attention=adapted, adapter=updates, lora_scale=lora_scale)
+        return specs
 
     @property
     def doubles(self) -> list[DoubleStreamBlock]:
@@ -146,139 +269,3 @@ class MMDiT(Network):
             projections=projections,
             matrices=tuple(layer.weight for layer in projections.values()),
         )
-
-    def forward(
-        self,
-        img: Tensor,
-        txt: Tensor,
-        pooled: Tensor,
-        sigma: Tensor,
-        guidance: Tensor | None,
-        rope: RopeTable,
-        attention: AttentionSpec | None = None,
-        bokeh: BokehCondition | None = None,
-    ) -> Tensor:
-        """Predict the velocity (noise - data).
-
-        img [B, N, 64] packed latents; txt [B, T, W] T5 states; pooled [B, P]; sigma [B] noise level in 0-1;
-        guidance [B] (ignored by models without guidance embedding); rope: table of T text then N image
-        tokens; attention: specification of the joint attentions, plain by default; bokeh: levels of the
-        B rows, None for the base model alone. With levels, blocks that the adapter leaves alone attend
-        plainly whatever the specification (as published). Returns [B, N, 64].
-        Raises ValueError for levels without an adapter or a missing guidance.
-        """
-        return self.velocity(img, txt, self.modulations(pooled, sigma, guidance), rope, attention, bokeh)
-
-    def modulations(self, pooled: Tensor, sigma: Tensor, guidance: Tensor | None) -> Modulations:
-        """Shifts, scales and gates for pooled [B, P], sigma [B] and guidance [B].
-
-        They depend on nothing else: a run computes them once a step for all its rows, or once for all steps.
-        """
-        vec = self.time_in(sinusoid(sigma.to(self.dtype)).to(self.dtype))
-        if self.guidance_in is not None:
-            if guidance is None:
-                raise ValueError("this model is guidance-distilled: guidance [B] is required")
-            vec = vec + self.guidance_in(sinusoid(guidance.to(self.dtype)).to(self.dtype))
-        vec = vec + self.vector_in(pooled)
-        return Modulations(
-            double=tuple(block.modulation_of(vec) for block in self.doubles),
-            single=tuple(block.modulation_of(vec) for block in self.singles),
-            final=self.final_layer.modulation_of(vec),
-        )
-
-    def velocity(
-        self,
-        img: Tensor,
-        txt: Tensor,
-        mods: Modulations,
-        rope: RopeTable,
-        attention: AttentionSpec | None = None,
-        bokeh: BokehCondition | None = None,
-        constants: Constants | None = None,
-    ) -> Tensor:
-        """`forward` with its modulations already computed, and the `constants` of its levels, if a run has
-        computed them; without, logits count as unbounded."""
-        part = Part(img=img, txt=txt, attention=attention, bokeh=bokeh, constants=constants)
-        return self.velocities([part], mods, rope)[0]
-
-    def velocities(self, parts: Sequence[Part], mods: Modulations, rope: RopeTable) -> list[Tensor]:
-        """`velocity` of each part, block by block: what a part leaves for a later one (a pivot's queries and
-        keys) is needed in one block only, and weights that visit the device come once for all parts.
-
-        mods: of the rows of each part, or [1, 1, E] for all. Raises ValueError as `velocity`.
-        """
-        if self.bokeh is None and any(part.bokeh is not None for part in parts):
-            raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
-        terms = [self._block_terms(p.attention or Plain(), p.bokeh, p.constants) for p in parts]
-        streams = [(Residual(self.img_in(part.img)), Residual(self.txt_in(part.txt))) for part in parts]
-        # A part that waits for its turn holds its tokens and no update beside them.
-        waits = len(parts) > 1
-        count = len(mods.double)
-        for i, (double, double_mod) in enumerate(zip(self.doubles, mods.double, strict=True)):
-            for n, term in enumerate(terms):  # one by one, so that no part's input outlives its output
-                img, txt = double(*streams[n], double_mod, rope, term[i])
-                streams[n] = (img.settled(), txt.settled()) if waits else (img, txt)
-        xs = []
-        while streams:
-            img, txt = streams.pop(0)
-            xs.append(Residual(torch.cat([txt.sum(), img.sum()], dim=1)))
-        for i, (single, mod) in enumerate(zip(self.singles, mods.single, strict=True), start=count):
-            for n, term in enumerate(terms):
-                x = single(xs[n], mod, rope, term[i])
-                xs[n] = x.settled() if waits else x
-        return [
-            self.final_layer(x.tokens(slice(part.txt.shape[1], None)), mods.final)
-            for x, part in zip(xs, parts, strict=True)
-        ]
-
-    def constants(self, bokeh: BokehCondition | None) -> Constants:
-        """What every evaluation with these levels and these weights shares. For inference: it waits for the
-        device once, and says nothing about weights that change afterwards."""
-        values = {} if bokeh is None else self._values(bokeh)
-        return Constants(values=values, logit_bounds=self._logit_bounds())
-
-    def _values(self, bokeh: BokehCondition) -> dict[int, Tensor]:
-        if self.bokeh is None:
-            raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
-        scale = self.bokeh.config.bokeh_scale if bokeh.bokeh_scale is None else bokeh.bokeh_scale
-        return self.bokeh.values(bokeh.model_input(self.device, self.dtype), scale)
-
-    def _logit_bounds(self) -> tuple[float, ...]:
-        """By block. A normalised query's length is at most sqrt(D) times its norm's largest weight, so is a
-        key's, and rotations keep lengths: |q . k| / sqrt(D) <= sqrt(D) max|w_q| max|w_k|.
-
-        2 % more covers six roundings of q and k to bfloat16. Then up to a power of two: compiled blocks are
-        compiled for each value.
-        """
-        double = [
-            torch.maximum(block.img_attn.norm.largest(), block.txt_attn.norm.largest())
-            for block in self.doubles
-        ]
-        largest = torch.stack(double + [block.norm.largest() for block in self.singles])
-        bounds = (1.02 * self.config.head_dim**0.5 * largest.prod(dim=1)).tolist()
-        return tuple(
-            2.0 ** math.ceil(math.log2(max(b, 1.0))) if math.isfinite(b) else math.inf for b in bounds
-        )
-
-    def _block_terms(
-        self, spec: AttentionSpec, bokeh: BokehCondition | None, constants: Constants | None
-    ) -> list[BlockTerms]:
-        """For every block: its attention, and what the adapter adds to it."""
-        folded_at = self.bokeh.folded_at if self.bokeh is not None else None
-        bounds = constants.logit_bounds if constants is not None else (None,) * self.config.num_blocks
-        if bokeh is None or self.bokeh is None:
-            if folded_at is not None:
-                raise ValueError("the adapter is folded into the weights: undo that to run without levels")
-            return [BlockTerms(spec=spec.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
-        config = self.bokeh.config
-        lora_scale = config.lora_scale if bokeh.lora_scale is None else bokeh.lora_scale
-        if folded_at is not None and lora_scale != folded_at:
-            raise ValueError(f"the adapter is folded at lora_scale {folded_at}, asked for {lora_scale}")
-        values = constants.values if constants is not None else self._values(bokeh)
-        plain = Plain(backend=spec.backend)
-        terms = [BlockTerms(spec=plain.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
-        for i, value in values.items():
-            updates = self.bokeh.block(i) if folded_at is None else None
-            grounded = spec.for_block(i, value, bounds[i])
-            terms[i] = BlockTerms(spec=grounded, adapter=updates, lora_scale=lora_scale)
-        return terms
