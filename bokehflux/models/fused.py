@@ -116,11 +116,11 @@ def single_out(
 
 
 def takes_epilogues(x: Tensor | Quantized, *layers: Linear) -> TypeGuard[Tensor]:
-    """Whether products with x may be taken apart and end in GELU: 16-bit on CUDA, weights that are at most
-    cast, neither LoRA terms nor gradients, and no compiler at work, which fuses by itself."""
-    if isinstance(x, Quantized) or torch.compiler.is_compiling() or not x.is_cuda:
+    """Whether products with x may be taken apart and end in GELU: 16-bit on CUDA or bfloat16 on a CPU, weights
+    that are at most cast, neither LoRA terms nor gradients, and no compiler at work, which fuses by itself."""
+    if isinstance(x, Quantized) or torch.compiler.is_compiling():
         return False
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype != torch.bfloat16 and not (x.is_cuda and x.dtype == torch.float16):
         return False
     grad = torch.is_grad_enabled()
     return all(

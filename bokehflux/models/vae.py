@@ -230,7 +230,11 @@ class AutoencoderKL(Network):
 
         Raises ValueError when `latents` has another shape.
         """
-        return self.decoder(self.unscaled(latents))
+        z = self.unscaled(latents)
+        if z.device.type == "cpu" and z.dtype == torch.bfloat16:
+            # As the CPU's convolutions want it, and hand it on. In float32 it wins nothing and moves last bits.
+            z = z.contiguous(memory_format=torch.channels_last)
+        return self.decoder(z)
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """What the decoder takes, of model latents [B,z,H/8,W/8]. Raises ValueError for another shape."""
