@@ -1,8 +1,8 @@
 """The passes of a transformer block in their numeric forms; `blocks` calls them and knows no form.
 
 eager: layers as they are, norms and GELU as passes between them (`kernels/pointwise`). epilogue: 16-bit
-products on CUDA end in GELU, and a product of two halves is taken apart, so that nobody lays them side by
-side. fp8: a pass quantises what it makes, for a layer that multiplies in e4m3 (`kernels/fp8`).
+products end in GELU, and a product of two halves is taken apart, so that nobody lays them side by side.
+fp8: a pass quantises what it makes, for a layer that multiplies in e4m3 (`kernels/fp8`).
 
 Nothing outlives its use here or in `blocks`: at 1024 x 1024 the heads of one row are 85 MB, its MLP 113 MB.
 
@@ -116,8 +116,11 @@ def single_out(
 
 
 def takes_epilogues(x: Tensor | Quantized, *layers: Linear) -> TypeGuard[Tensor]:
-    """Whether products with x may be taken apart and end in GELU: 16-bit on CUDA or bfloat16 on a CPU, weights
-    that are at most cast, neither LoRA terms nor gradients, and no compiler at work, which fuses by itself."""
+    """Whether products with x may be taken apart and end in GELU.
+
+    They may in 16 bits on CUDA and in bfloat16 on a CPU, with weights that are at most cast, without LoRA
+    terms and gradients, and with no compiler at work, which fuses by itself.
+    """
     if isinstance(x, Quantized) or torch.compiler.is_compiling():
         return False
     if x.dtype != torch.bfloat16 and not (x.is_cuda and x.dtype == torch.float16):

@@ -11,7 +11,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 products (AVX512-BF16 or AMX). Without them bfloat16 is slower than float32.
+    """Whether this CPU has products in bfloat16 (AVX512-BF16 or AMX); without, float32 is faster.
 
     PyTorch has no public name for the question, and its private ones have changed: a name that is not there
     counts as no.

@@ -232,7 +232,7 @@ class AutoencoderKL(Network):
         """
         z = self.unscaled(latents)
         if z.device.type == "cpu" and z.dtype == torch.bfloat16:
-            # As the CPU's convolutions want it, and hand it on. In float32 it wins nothing and moves last bits.
+            # As the CPU's convolutions want it, and hand it on. In float32 it would move last bits.
             z = z.contiguous(memory_format=torch.channels_last)
         return self.decoder(z)
 
