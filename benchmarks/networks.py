@@ -35,7 +35,7 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter
 from bokehflux.models.linear import Linear
-from bokehflux.models.mmdit import MMDiT, Modulations
+from bokehflux.models.mmdit import MMDiT, Modulations, Rows
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.pipeline.pipeline import Pipeline
@@ -268,7 +268,8 @@ def our_step(mmdit: MMDiT, batch: Batch, backend: str = "auto", graph: bool = Fa
     constants = mmdit.constants(condition)
 
     def evaluate(img: Tensor, mods: Modulations) -> Tensor:
-        return mmdit.velocity(img, txt, mods, rope, spec, condition, constants)
+        rows = Rows(img=img, txt=txt, attention=spec, bokeh=condition, constants=constants)
+        return mmdit.velocities([rows], mods, rope)[0]
 
     if not graph or device.type != "cuda":
         return lambda: evaluate(img, mods)

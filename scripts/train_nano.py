@@ -189,7 +189,7 @@ def adapter_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> 
     if device.type == "cuda":
         mmdit.compile_blocks()
     adapter = train_adapter(mmdit, pool, text, null_text, nano_rope(recipe, device), stage, generator, log)
-    log.note("parameters", sum(p.numel() for _, p in adapter.trainable()))
+    log.note("parameters", sum(p.numel() for p in adapter.trainable()))
     _, tensors = split_adapter(half(mmdit))
     saved = dataclasses.replace(recipe.bokeh, bokeh_scale=stage.saved_scale)
     save_adapter(out / "adapter", saved, recipe.mmdit, tensors)

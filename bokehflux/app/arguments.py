@@ -277,7 +277,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
         help="what stays on the GPU; leaner is slower (default: %(default)s)")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     add("--dtype", choices=("bfloat16", "float16", "float32"),
-        help="default: bfloat16 on a GPU, float32 on a CPU")
+        help="default: bfloat16 on a GPU and on a CPU that multiplies it, float32 on other CPUs")
     add("--compute", choices=("dtype", "fp8"), default="dtype",
         help="fp8: the transformer's products in e4m3, faster and in half the memory on Ada and Hopper GPUs, "
              "and a slightly different picture; on a CPU slower (default: %(default)s)")

@@ -15,6 +15,7 @@ import torch
 from PIL import features
 
 from bokehflux.kernels.fp8.interface import why_not
+from bokehflux.models.precision import default_dtype
 from bokehflux.pipeline.provenance import attention_choice, device_name
 from bokehflux.version import __version__
 from bokehflux.weights.checkpoint import NotFoundError
@@ -72,8 +73,7 @@ def _devices() -> Iterator[str]:
 def attention_path(device: torch.device) -> str:
     """The attention that a picture would be made with on a device, and why."""
     # FLUX's heads, in a device's default dtype.
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    name, reason = attention_choice(device, dtype, 128)
+    name, reason = attention_choice(device, default_dtype(device), 128)
     if name != "sdpa":
         return f"{name} ({reason})"
     if device.type != "cuda":

@@ -133,9 +133,20 @@ class BokehAdapter(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.embedding_layer.parameters()).dtype
 
-    def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """Every parameter that can change an output: all but `to_k_bokeh`."""
-        return [(n, p) for n, p in self.named_parameters() if "to_k_bokeh" not in n]
+    @property
+    def value_layers(self) -> tuple[LowRank, ...]:
+        """In the order in which `values` calls them."""
+        return tuple(self.block(i).to_v_bokeh for i in self.config.blocks)
+
+    @property
+    def unread(self) -> tuple[nn.Parameter, ...]:
+        """The parameters of `to_k_bokeh`, which no output depends on."""
+        return tuple(p for i in self.config.blocks for p in self.block(i).to_k_bokeh.parameters())
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Every parameter that can change an output."""
+        unread = {id(p) for p in self.unread}
+        return [p for p in self.parameters() if id(p) not in unread]
 
 
 def init_adapter(adapter: BokehAdapter, generator: torch.Generator | None = None) -> None:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from bokehflux.configs import CLIPConfig
 from bokehflux.models.linear import Linear
+from bokehflux.models.units import Network
 
 _LARGEST_ID = 2
 """`eos_token_id` of the first CLIP configs, wrong but in wide use: stands for the largest id of the row."""
 
 
-class CLIPTextEncoder(nn.Module):
+class CLIPTextEncoder(Network):
     """The text transformer of CLIP (Radford et al. 2021, arXiv:2103.00020)."""
 
     def __init__(self, config: CLIPConfig) -> None:

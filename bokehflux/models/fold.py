@@ -71,12 +71,9 @@ def fold_adapter(mmdit: MMDiT, lora_scale: float | None = None) -> Folded:
 def _projections(mmdit: MMDiT) -> Iterator[tuple[Linear, BlockAdapter]]:
     """Every adapted block's fused projection, whose first rows are queries, then keys."""
     assert mmdit.bokeh is not None
+    blocks = mmdit.blocks
     for i in mmdit.bokeh.config.blocks:
-        if i < len(mmdit.double_blocks):
-            linear = mmdit.doubles[i].img_attn.qkv
-        else:
-            linear = mmdit.singles[i - len(mmdit.double_blocks)].linear1
-        yield linear, mmdit.bokeh.block(i)
+        yield blocks[i].adapted, mmdit.bokeh.block(i)
 
 
 def _updated(rows: Tensor, update: LowRank, scale: float) -> Tensor:

@@ -7,6 +7,8 @@ reaches every token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -25,15 +27,9 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def fp8_layers(mmdit: MMDiT) -> dict[str, Linear]:
+def fp8_layers(mmdit: MMDiT) -> Mapping[str, Linear]:
     """The layers that multiply in fp8 when asked to, by name. Raises ValueError for sizes that cannot."""
-    layers = {
-        name: layer
-        for name, layer in mmdit.named_modules()
-        if isinstance(layer, Linear)
-        and name.startswith(("double_blocks.", "single_blocks."))
-        and not name.endswith(".lin")  # modulation
-    }
+    layers = mmdit.units().projections
     odd = [
         n for n, x in layers.items() if x.in_features % kernels.MULTIPLE or x.out_features % kernels.MULTIPLE
     ]
@@ -47,7 +43,7 @@ def fp8_layers(mmdit: MMDiT) -> dict[str, Linear]:
 
 def is_fp8(mmdit: MMDiT) -> bool:
     """Whether its blocks multiply in fp8."""
-    return any(isinstance(layer, Linear) and layer.scale is not None for layer in mmdit.modules())
+    return any(layer.scale is not None for layer in mmdit.units().projections.values())
 
 
 @torch.no_grad()

@@ -84,7 +84,8 @@ class Linear(nn.Linear):
 
     @property
     def takes_quantized(self) -> bool:
-        """Whether an input may come quantised: terms want the numbers that it was made from."""
+        """Whether forward accepts a quantised input. Layers with LoRA terms do not: the terms need the values
+        before quantisation."""
         return self.scale is not None and not self.terms
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -123,30 +124,3 @@ class Linear(nn.Linear):
             assert isinstance(x, Tensor)
             out = term.add_to(out, x, start)
         return out
-
-    def takes_epilogues(self, x: Tensor | Quantized) -> bool:
-        """Whether a product with x may be taken apart and end in GELU: 16-bit on CUDA, with a weight that is
-        at most cast, without terms or gradients, and with no compiler at work, which fuses by itself."""
-        if isinstance(x, Quantized) or torch.compiler.is_compiling() or not x.is_cuda:
-            return False
-        if self.dequantize is not None or self.scale is not None or self.terms or self.bias is None:
-            return False
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return x.dtype in (torch.bfloat16, torch.float16) and self.bias.dtype == x.dtype and not needs_grad
-
-    def gelu_columns(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """GELU (tanh form) of `columns`, in the epilogue of the product. Only where it `takes_epilogues`."""
-        weight = self.dense_part(x.dtype, slice(start, stop))
-        rows = torch._addmm_activation(self.bias[start:stop], x.flatten(0, -2), weight.T, use_gelu=True)
-        return rows.unflatten(0, x.shape[:-1])
-
-    def of_parts(self, left: Tensor, right: Tensor) -> Tensor:
-        """The layer's output for [left | right], which are never laid side by side.
-
-        Two products, the second added to the first, so that the sum is rounded once more than in `forward`.
-        Only where it `takes_epilogues`.
-        """
-        width, every = left.shape[-1], slice(None)
-        rows = torch.addmm(self.bias, left.flatten(0, -2), self.dense_part(left.dtype, every, slice(width)).T)
-        rows.addmm_(right.flatten(0, -2), self.dense_part(left.dtype, every, slice(width, None)).T)
-        return rows.unflatten(0, left.shape[:-1])

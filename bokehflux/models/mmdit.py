@@ -14,16 +14,17 @@ from bokehflux.attention import AttentionSpec, Plain
 from bokehflux.configs import BokehConfig, MMDiTConfig
 from bokehflux.models.adapter import BokehAdapter, BokehCondition
 from bokehflux.models.blocks import (
-    BlockTerms,
+    BlockSpec,
     DoubleModulation,
     DoubleStreamBlock,
     FinalLayer,
     ModulationOut,
-    Residual,
     SingleStreamBlock,
 )
 from bokehflux.models.embeddings import SINUSOID_DIM, MLPEmbedder, RopeTable, sinusoid
+from bokehflux.models.fused import Residual
 from bokehflux.models.linear import Linear
+from bokehflux.models.units import Network, Units
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,7 +58,7 @@ class Modulations:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Constants:
+class RunConstants:
     """What a run's levels and the weights alone decide, computed once: see `MMDiT.constants`."""
 
     values: dict[int, Tensor]
@@ -65,23 +66,24 @@ class Constants:
     logit_bounds: tuple[float, ...]
     """By block, what no scaled attention score exceeds."""
 
-    def rows(self, rows: slice) -> Constants:
-        """Those of some rows of the batch."""
+    def rows(self, rows: slice) -> RunConstants:
+        """Those of some rows."""
         return dataclasses.replace(self, values={i: value[rows] for i, value in self.values.items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """Some rows of a batch, and what the blocks compute for them: arguments of `MMDiT.velocity`."""
+class Rows:
+    """Some rows of a batch, and what is asked of them: see `MMDiT.forward`."""
 
     img: Tensor
     txt: Tensor
     attention: AttentionSpec | None = None
     bokeh: BokehCondition | None = None
-    constants: Constants | None = None
+    constants: RunConstants | None = None
+    """What a run has computed for these levels; None: computed now, and logits count as unbounded."""
 
 
-class MMDiT(nn.Module):
+class MMDiT(Network):
     """Velocity prediction on packed latent tokens, conditioned on text, noise level, guidance and bokeh.
 
     Parameter names equal the BFL checkpoint's; the adapter's live under `bokeh.` with the published names.
@@ -100,28 +102,6 @@ class MMDiT(nn.Module):
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.num_single))
         self.final_layer = FinalLayer(config)
         self.bokeh = BokehAdapter(bokeh, config) if bokeh is not None else None
-
-    @property
-    def doubles(self) -> list[DoubleStreamBlock]:
-        return list(self.double_blocks)  # type: ignore[arg-type]
-
-    @property
-    def singles(self) -> list[SingleStreamBlock]:
-        return list(self.single_blocks)  # type: ignore[arg-type]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in; weights may be stored narrower."""
-        return self.img_in.bias.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.img_in.weight.device
-
-    def compile_blocks(self) -> None:
-        """Compile each block by itself: seconds instead of minutes, and blocks of a kind share the code."""
-        for block in (*self.double_blocks, *self.single_blocks):
-            block.compile(dynamic=False)
 
     def forward(
         self,
@@ -143,7 +123,8 @@ class MMDiT(nn.Module):
         plainly whatever the specification (as published). Returns [B, N, 64].
         Raises ValueError for levels without an adapter or a missing guidance.
         """
-        return self.velocity(img, txt, self.modulations(pooled, sigma, guidance), rope, attention, bokeh)
+        rows = Rows(img=img, txt=txt, attention=attention, bokeh=bokeh)
+        return self.velocities([rows], self.modulations(pooled, sigma, guidance), rope)[0]
 
     def modulations(self, pooled: Tensor, sigma: Tensor, guidance: Tensor | None) -> Modulations:
         """Shifts, scales and gates for pooled [B, P], sigma [B] and guidance [B].
@@ -162,56 +143,42 @@ class MMDiT(nn.Module):
             final=self.final_layer.modulation_of(vec),
         )
 
-    def velocity(
-        self,
-        img: Tensor,
-        txt: Tensor,
-        mods: Modulations,
-        rope: RopeTable,
-        attention: AttentionSpec | None = None,
-        bokeh: BokehCondition | None = None,
-        constants: Constants | None = None,
-    ) -> Tensor:
-        """`forward` with its modulations already computed, and the `constants` of its levels, if a run has
-        computed them; without, logits count as unbounded."""
-        part = Part(img=img, txt=txt, attention=attention, bokeh=bokeh, constants=constants)
-        return self.velocities([part], mods, rope)[0]
+    def velocities(self, parts: Sequence[Rows], mods: Modulations, rope: RopeTable) -> list[Tensor]:
+        """The velocity of each part of a batch; mods: those of its rows, or [1, 1, E] for all.
 
-    def velocities(self, parts: Sequence[Part], mods: Modulations, rope: RopeTable) -> list[Tensor]:
-        """`velocity` of each part, block by block: what a part leaves for a later one (a pivot's queries and
-        keys) is needed in one block only, and weights that visit the device come once for all parts.
-
-        mods: of the rows of each part, or [1, 1, E] for all. Raises ValueError as `velocity`.
+        All parts pass a block before any passes the next one: what one leaves for a later one (a pivot's
+        queries and keys) is needed in one block only, and weights that visit the device come once for all.
+        Raises ValueError as `forward`.
         """
-        if self.bokeh is None and any(part.bokeh is not None for part in parts):
+        if self.bokeh is None and any(rows.bokeh is not None for rows in parts):
             raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
-        terms = [self._block_terms(p.attention or Plain(), p.bokeh, p.constants) for p in parts]
-        streams = [(Residual(self.img_in(part.img)), Residual(self.txt_in(part.txt))) for part in parts]
-        # A part that waits for its turn holds its tokens and no update beside them.
-        waits = len(parts) > 1
-        count = len(mods.double)
+        specs = [self._block_specs(rows.attention or Plain(), rows.bokeh, rows.constants) for rows in parts]
+        num_double = len(self.doubles)
+
+        def waiting(stream: Residual) -> Residual:
+            """A part that waits for its turn holds its tokens and no update beside them."""
+            return stream.settled() if len(parts) > 1 else stream
+
+        imgs = [Residual(self.img_in(rows.img)) for rows in parts]  # [B, N, E]
+        txts = [Residual(self.txt_in(rows.txt)) for rows in parts]  # [B, T, E]
         for i, (double, double_mod) in enumerate(zip(self.doubles, mods.double, strict=True)):
-            for n, term in enumerate(terms):  # one by one, so that no part's input outlives its output
-                img, txt = double(*streams[n], double_mod, rope, term[i])
-                streams[n] = (img.settled(), txt.settled()) if waits else (img, txt)
-        xs = []
-        while streams:
-            img, txt = streams.pop(0)
-            xs.append(Residual(torch.cat([txt.sum(), img.sum()], dim=1)))
-        for i, (single, mod) in enumerate(zip(self.singles, mods.single, strict=True), start=count):
-            for n, term in enumerate(terms):
-                x = single(xs[n], mod, rope, term[i])
-                xs[n] = x.settled() if waits else x
+            for n, spec in enumerate(specs):  # one by one, so that no part's input outlives its output
+                imgs[n], txts[n] = map(waiting, double(imgs[n], txts[n], double_mod, rope, spec[i]))
+        # [B, T + N, E]: text first. Popped, so that what was apart is freed.
+        xs = [Residual(torch.cat([txts.pop(0).sum(), imgs.pop(0).sum()], dim=1)) for _ in parts]
+        for i, (single, mod) in enumerate(zip(self.singles, mods.single, strict=True), start=num_double):
+            for n, spec in enumerate(specs):
+                xs[n] = waiting(single(xs[n], mod, rope, spec[i]))
         return [
-            self.final_layer(x.tokens(slice(part.txt.shape[1], None)), mods.final)
-            for x, part in zip(xs, parts, strict=True)
+            self.final_layer(x.tokens(slice(rows.txt.shape[1], None)), mods.final)  # [B, N, C]
+            for x, rows in zip(xs, parts, strict=True)
         ]
 
-    def constants(self, bokeh: BokehCondition | None) -> Constants:
+    def constants(self, bokeh: BokehCondition | None) -> RunConstants:
         """What every evaluation with these levels and these weights shares. For inference: it waits for the
         device once, and says nothing about weights that change afterwards."""
         values = {} if bokeh is None else self._values(bokeh)
-        return Constants(values=values, logit_bounds=self._logit_bounds())
+        return RunConstants(values=values, logit_bounds=self._logit_bounds())
 
     def _values(self, bokeh: BokehCondition) -> dict[int, Tensor]:
         if self.bokeh is None:
@@ -236,25 +203,69 @@ class MMDiT(nn.Module):
             2.0 ** math.ceil(math.log2(max(b, 1.0))) if math.isfinite(b) else math.inf for b in bounds
         )
 
-    def _block_terms(
-        self, spec: AttentionSpec, bokeh: BokehCondition | None, constants: Constants | None
-    ) -> list[BlockTerms]:
-        """For every block: its attention, and what the adapter adds to it."""
+    def _block_specs(
+        self, spec: AttentionSpec, bokeh: BokehCondition | None, constants: RunConstants | None
+    ) -> list[BlockSpec]:
         folded_at = self.bokeh.folded_at if self.bokeh is not None else None
         bounds = constants.logit_bounds if constants is not None else (None,) * self.config.num_blocks
         if bokeh is None or self.bokeh is None:
             if folded_at is not None:
                 raise ValueError("the adapter is folded into the weights: undo that to run without levels")
-            return [BlockTerms(spec=spec.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
+            return [BlockSpec(attention=spec.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
         config = self.bokeh.config
         lora_scale = config.lora_scale if bokeh.lora_scale is None else bokeh.lora_scale
         if folded_at is not None and lora_scale != folded_at:
             raise ValueError(f"the adapter is folded at lora_scale {folded_at}, asked for {lora_scale}")
         values = constants.values if constants is not None else self._values(bokeh)
         plain = Plain(backend=spec.backend)
-        terms = [BlockTerms(spec=plain.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
+        specs = [BlockSpec(attention=plain.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
         for i, value in values.items():
             updates = self.bokeh.block(i) if folded_at is None else None
-            grounded = spec.for_block(i, value, bounds[i])
-            terms[i] = BlockTerms(spec=grounded, adapter=updates, lora_scale=lora_scale)
-        return terms
+            adapted = spec.for_block(i, value, bounds[i])
+            specs[i] = BlockSpec(attention=adapted, adapter=updates, lora_scale=lora_scale)
+        return specs
+
+    @property
+    def doubles(self) -> list[DoubleStreamBlock]:
+        return list(self.double_blocks)  # type: ignore[arg-type]
+
+    @property
+    def singles(self) -> list[SingleStreamBlock]:
+        return list(self.single_blocks)  # type: ignore[arg-type]
+
+    @property
+    def blocks(self) -> list[DoubleStreamBlock | SingleStreamBlock]:
+        """In the order in which they run, numbered as the adapter numbers them."""
+        return [*self.doubles, *self.singles]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; weights may be stored narrower."""
+        return self.img_in.bias.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.img_in.weight.device
+
+    def compile_blocks(self) -> None:
+        """Compile each block by itself: seconds instead of minutes, and blocks of a kind share the code."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
+    def units(self) -> Units:
+        modulations = [layer for block in self.blocks for layer in block.modulations]
+        apart = {part for layer in modulations for part in layer.modules()}
+        projections = {
+            f"{kind}.{name}": layer
+            for kind in ("double_blocks", "single_blocks")
+            for name, layer in self.get_submodule(kind).named_modules()
+            if isinstance(layer, Linear) and layer not in apart
+        }
+        return Units(
+            blocks=tuple(self.blocks),
+            ahead=(*modulations, self.final_layer.adaLN_modulation),
+            values=() if self.bokeh is None else self.bokeh.value_layers,
+            unread=() if self.bokeh is None else self.bokeh.unread,
+            projections=projections,
+            matrices=tuple(layer.weight for layer in projections.values()),
+        )

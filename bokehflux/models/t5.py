@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from bokehflux.configs import T5Config
 from bokehflux.models.linear import Linear
+from bokehflux.models.units import Network, Units
 
 
-class T5Encoder(nn.Module):
+class T5Encoder(Network):
     """Embedding, pre-norm blocks, final norm (Raffel et al. 2020, arXiv:1910.10683; gated MLP of v1.1)."""
 
     def __init__(self, config: T5Config) -> None:
@@ -38,6 +39,11 @@ class T5Encoder(nn.Module):
             if isinstance(module, T5Attention | T5GatedMLP | T5RMSNorm):
                 module.reset_parameters()
 
+    def units(self) -> Units:
+        position_bias = self.encoder.first_attention.relative_attention_bias
+        assert position_bias is not None
+        return Units(blocks=tuple(self.encoder.block), ahead=(position_bias,))
+
     def forward(self, ids: Tensor) -> Tensor:
         """States `[B, T, width]` of the token `ids` `[B, T]` (int64), any T, in the dtype of the weights."""
         return self.encoder(self.shared(ids))
@@ -51,10 +57,13 @@ class T5Stack(nn.Module):
         self.block = nn.ModuleList(T5Block(config, owns_bias=i == 0) for i in range(config.num_layers))
         self.final_layer_norm = T5RMSNorm(config.width, config.eps)
 
+    @property
+    def first_attention(self) -> T5Attention:
+        """The one that owns the position bias."""
+        return self.get_submodule("block.0.layer.0.SelfAttention")  # type: ignore[return-value]
+
     def forward(self, x_BTW: Tensor) -> Tensor:
-        first = self.get_submodule("block.0.layer.0.SelfAttention")
-        assert isinstance(first, T5Attention)
-        bias_HTT = first.position_bias(x_BTW.shape[1])
+        bias_HTT = self.first_attention.position_bias(x_BTW.shape[1])
         for block in self.block:
             x_BTW = block(x_BTW, bias_HTT)
         return self.final_layer_norm(x_BTW)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bokehflux.configs import VAEConfig
 from bokehflux.kernels.group_norm.interface import group_norm_silu
+from bokehflux.models.units import Network, Units
 
 _EPS = 1e-6
 _LOGVAR_RANGE = (-30.0, 20.0)
@@ -185,7 +186,7 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(h))
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Network):
     """Images in [-1, 1] <-> the latents that the transformer sees, (z - shift) * scale."""
 
     def __init__(self, config: VAEConfig) -> None:
@@ -193,6 +194,11 @@ class AutoencoderKL(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+
+    def units(self) -> Units:
+        ends = {conv for net in (self.encoder, self.decoder) for conv in (net.conv_in, net.conv_out)}
+        filters = [m for m in self.modules() if isinstance(m, nn.Conv2d) and m not in ends]
+        return Units(matrices=tuple(conv.weight for conv in filters))
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the unscaled latents, each [B,z,H/8,W/8], of images [B,3,H,W] in [-1, 1].
@@ -224,7 +230,11 @@ class AutoencoderKL(nn.Module):
 
         Raises ValueError when `latents` has another shape.
         """
-        return self.decoder(self.unscaled(latents))
+        z = self.unscaled(latents)
+        if z.device.type == "cpu" and z.dtype == torch.bfloat16:
+            # As the CPU's convolutions want it, and hand it on. In float32 it would move last bits.
+            z = z.contiguous(memory_format=torch.channels_last)
+        return self.decoder(z)
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """What the decoder takes, of model latents [B,z,H/8,W/8]. Raises ValueError for another shape."""

@@ -13,7 +13,7 @@ from bokehflux.models.vae import AutoencoderKL
 from bokehflux.nano.recipe import AutoencoderStage
 from bokehflux.training.data import rendered
 from bokehflux.training.log import Log
-from bokehflux.training.optim import Ema, Optimizer, is_filter, paced, trapezoid
+from bokehflux.training.optim import Ema, Optimizer, paced, trapezoid
 
 FULL_SIZE_SHARE = 0.2
 """Last share of the steps, on whole images."""
@@ -30,9 +30,9 @@ def train_autoencoder(
     images = _image_pool(stage.scenes, size_px, generator)
     log.note("images", len(images))
 
-    parameters = list(vae.named_parameters())
-    optimizer = Optimizer(parameters, stage.lr, matrices=is_filter, weight_decay=0.0)
-    ema = Ema([p for _, p in parameters], rate=0.002)
+    parameters = list(vae.parameters())
+    optimizer = Optimizer(parameters, stage.lr, matrices=vae.units().matrices, weight_decay=0.0)
+    ema = Ema(parameters, rate=0.002)
     for step, done in paced(stage.steps, stage.minutes):
         whole = done >= 1 - FULL_SIZE_SHARE
         x = _crops(
@@ -41,7 +41,7 @@ def train_autoencoder(
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss, l1, edges, kl = _loss(vae, x, stage, step % 3 == 0)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in parameters], 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(trapezoid(done))
         ema.update()
         log.step(step, l1=l1, edges=edges, kl=kl)

@@ -21,7 +21,7 @@ from bokehflux.nano.recipe import BaseStage
 from bokehflux.training.data import LatentPool
 from bokehflux.training.log import Log
 from bokehflux.training.objective import guided, logit_normal, mix, velocity_target
-from bokehflux.training.optim import Ema, Optimizer, is_block_matrix, paced, trapezoid
+from bokehflux.training.optim import Ema, Optimizer, paced, trapezoid
 
 
 class TextToVelocity(nn.Module):
@@ -63,17 +63,17 @@ class Sampler:
 
 def init_mmdit(mmdit: MMDiT) -> None:
     """Start of training: every block and the output begin as zero (adaLN-zero)."""
-    for name, parameter in mmdit.named_parameters():
-        if "_mod.lin." in name or "modulation.lin." in name or name.startswith("final_layer."):
+    for layer in (*mmdit.units().ahead, mmdit.final_layer):
+        for parameter in layer.parameters():
             nn.init.zeros_(parameter)
 
 
 def train_base(model: TextToVelocity, rope: RopeTable, sampler: Sampler, stage: BaseStage, log: Log) -> None:
     """Train `model` in place; its weights end as the moving average."""
     device = sampler.generator.device
-    named = list(model.named_parameters())
-    optimizer = Optimizer(named, stage.lr, matrices=is_block_matrix)
-    ema = Ema([p for _, p in named], rate=0.0015)
+    parameters = list(model.parameters())
+    optimizer = Optimizer(parameters, stage.lr, matrices=model.mmdit.units().matrices)
+    ema = Ema(parameters, rate=0.0015)
     ones = torch.ones(stage.batch, device=device)
     for step, done in paced(stage.steps, stage.minutes):
         x0, eps, t5_ids, clip_ids = sampler.draw(stage.batch, stage.caption_dropout)
@@ -81,7 +81,7 @@ def train_base(model: TextToVelocity, rope: RopeTable, sampler: Sampler, stage: 
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             v = model(mix(x0, eps, sigma), t5_ids, clip_ids, sigma, ones, rope)
         loss = (v.float() - velocity_target(x0, eps)).square().mean()
-        _update(loss, named, optimizer, ema, trapezoid(done))
+        _update(loss, parameters, optimizer, ema, trapezoid(done))
         log.step(step, loss=loss)
     log.note("steps", step + 1)
     ema.copy_to_parameters()
@@ -94,9 +94,9 @@ def distill_guidance(
     device, batch = sampler.generator.device, stage.batch
     teacher = TextToVelocity(*copy.deepcopy((model.mmdit, model.t5, model.clip)))
     teacher.requires_grad_(False)
-    named = list(model.named_parameters())
-    optimizer = Optimizer(named, stage.lr * 0.3, matrices=is_block_matrix)
-    ema = Ema([p for _, p in named], rate=0.004)
+    parameters = list(model.parameters())
+    optimizer = Optimizer(parameters, stage.lr * 0.3, matrices=model.mmdit.units().matrices)
+    ema = Ema(parameters, rate=0.004)
     ones = torch.ones(batch, device=device)
     for step, done in paced(stage.distill_steps, stage.distill_minutes):
         x0, eps, t5_ids, clip_ids = sampler.draw(batch, stage.caption_dropout)
@@ -110,7 +110,7 @@ def distill_guidance(
                 unconditional = teacher(x, null_t5, null_clip, sigma, ones, rope).float()
             v = model(x, t5_ids, clip_ids, sigma, guidance, rope)
         loss = (v.float() - guided(conditional, unconditional, guidance)).square().mean()
-        _update(loss, named, optimizer, ema, trapezoid(done))
+        _update(loss, parameters, optimizer, ema, trapezoid(done))
         log.step(step, distill=loss)
     log.note("distill steps", step + 1)
     ema.copy_to_parameters()
@@ -123,9 +123,9 @@ def draw_guidance(batch: int, highest: float, generator: torch.Generator) -> Ten
 
 
 def _update(
-    loss: Tensor, named: list[tuple[str, nn.Parameter]], optimizer: Optimizer, ema: Ema, lr_factor: float
+    loss: Tensor, parameters: list[nn.Parameter], optimizer: Optimizer, ema: Ema, lr_factor: float
 ) -> None:
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step(lr_factor)
     ema.update()

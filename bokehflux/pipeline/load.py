@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from bokehflux.models.fp8 import check_fp8
+from bokehflux.models.precision import default_dtype
 from bokehflux.pipeline.memory import (
     MODES,
     MemoryMode,
@@ -48,7 +49,7 @@ def load(
     adapter: an adapter's folder, file or repository; None takes the model's own, if it has one.
     loras: (file, strength) of each, in any of the known key families; their effects add up.
     device: None takes CUDA, then MPS, then the CPU. dtype: "bfloat16", "float32" or "float16"; None takes
-        bfloat16 on a GPU and float32 on a CPU.
+        bfloat16 on a GPU and on a CPU that multiplies it in hardware, float32 on any other CPU.
     compute: "fp8" multiplies in e4m3 with rowwise scales in the transformer's blocks (`models/fp8.py`), which
         takes half the memory; it needs a GPU of compute capability 8.9 or higher (a CPU can, slowly, to try
         it out). "dtype": exactly in dtype.
@@ -126,7 +127,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return default_dtype(device)
     if isinstance(dtype, torch.dtype) and dtype in known.values():
         return dtype
     if isinstance(dtype, str) and dtype in known:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.models.linear import Linear
-from bokehflux.models.mmdit import MMDiT
-from bokehflux.models.t5 import T5Encoder
+from bokehflux.models.units import Network
 
 logger = logging.getLogger(__name__)
 
@@ -119,13 +118,13 @@ class Footprint(NamedTuple):
     stream: int
 
 
-def footprint(mmdit: MMDiT, text: Sequence[nn.Module], vae: nn.Module) -> Footprint:
-    blocks = _block_units(mmdit)
-    once = _size(_modulation_units(mmdit) + _value_units(mmdit))
-    loop = _bytes(mmdit) - once - sum(p.nbytes for p in _unused(mmdit))
-    streamed_text = sum(_bytes(n) - _size(_block_units(n)) + 2 * _largest(_block_units(n)) for n in text)
+def footprint(transformer: Network, text: Sequence[Network], vae: Network) -> Footprint:
+    units, blocks = transformer.units(), _blocks(transformer)
+    once = _size(_alone(units.ahead) + _alone(units.values))
+    loop = _bytes(transformer) - once - sum(p.nbytes for p in units.unread)
+    streamed_text = sum(_bytes(n) - _size(_blocks(n)) + 2 * _largest(_blocks(n)) for n in text)
     return Footprint(
-        resident=sum(map(_bytes, (mmdit, *text, vae))),
+        resident=sum(map(_bytes, (transformer, *text, vae))),
         offload=max(sum(map(_bytes, text)), loop, _bytes(vae)),
         stream=loop - _size(blocks) + max(2 * _largest(blocks), streamed_text, _bytes(vae)),
     )
@@ -145,30 +144,27 @@ def free_memory(device: torch.device) -> int:
 
 
 def place(
-    mmdit: MMDiT, text: Sequence[nn.Module], vae: nn.Module, mode: MemoryMode, device: torch.device
+    transformer: Network, text: Sequence[Network], vae: Network, mode: MemoryMode, device: torch.device
 ) -> Placement:
     """Put weights where the mode wants them. Call once, after loading; the networks work as before."""
-    networks, needs = (mmdit, *text, vae), footprint(mmdit, text, vae)
+    networks, needs = (transformer, *text, vae), footprint(transformer, text, vae)
     if mode == "resident":
         for network in networks:
             network.to(device)
         return Placement(mode=mode, device=device, needs=needs)
-    away = {id(parameter) for parameter in _unused(mmdit)}
-    for parameter in _unused(mmdit):
+    own = transformer.units()
+    away = {id(parameter) for parameter in own.unread}
+    for parameter in own.unread:
         parameter.data = parameter.data.cpu()
 
-    def stream(units: list[Unit], again: bool) -> Stream:
-        away.update(id(parameter) for _, parameters in units for parameter in parameters)
-        return Stream(units, device, again=again)
+    def streamed(*runs: list[Unit], again: bool = False) -> tuple[Stream, ...]:
+        away.update(id(p) for units in runs for _, parameters in units for p in parameters)
+        return tuple(Stream(units, device, again=again) for units in runs if units)
 
-    streams: dict[Phase, tuple[Stream, ...]] = {"denoise": (stream(_modulation_units(mmdit), again=False),)}
-    if mmdit.bokeh is not None:
-        streams["denoise"] += (stream(_value_units(mmdit), again=False),)
+    streams: dict[Phase, tuple[Stream, ...]] = {"denoise": streamed(_alone(own.ahead), _alone(own.values))}
     if mode == "stream":
-        streams["denoise"] += (stream(_block_units(mmdit), again=True),)
-        streams["text"] = tuple(
-            stream(units, again=False) for network in text if (units := _block_units(network))
-        )
+        streams["denoise"] += streamed(_blocks(transformer), again=True)
+        streams["text"] = streamed(*map(_blocks, text))
 
     def rest(*networks: nn.Module) -> list[nn.Parameter]:
         return [p for network in networks for p in network.parameters() if id(p) not in away]
@@ -178,9 +174,9 @@ def place(
         "decode": pieces(rest(vae), device),
     }
     if mode == "offload":
-        visitors["denoise"] = pieces(rest(mmdit), device)
+        visitors["denoise"] = pieces(rest(transformer), device)
     else:  # what is left of the transformer is small
-        for parameter in rest(mmdit):
+        for parameter in rest(transformer):
             parameter.data = parameter.data.to(device)
     for network in networks:
         for layer in network.modules():
@@ -292,39 +288,13 @@ class Stream:
         self.here = None
 
 
-def _modulation_units(mmdit: MMDiT) -> list[Unit]:
-    """In the order in which `MMDiT.modulations` calls them."""
-    double = [layer for block in mmdit.doubles for layer in (block.img_mod, block.txt_mod)]
-    layers = [*double, *(block.modulation for block in mmdit.singles)]
+def _blocks(network: Network) -> list[Unit]:
+    units = network.units()
+    return [(block, units.own(block)) for block in units.blocks]
+
+
+def _alone(layers: Sequence[nn.Module]) -> list[Unit]:
     return [(layer, list(layer.parameters())) for layer in layers]
-
-
-def _value_units(mmdit: MMDiT) -> list[Unit]:
-    """In the order in which `BokehAdapter.values` calls them."""
-    adapter = mmdit.bokeh
-    layers = [] if adapter is None else [adapter.block(i).to_v_bokeh for i in adapter.config.blocks]
-    return [(layer, list(layer.parameters())) for layer in layers]
-
-
-def _unused(mmdit: MMDiT) -> list[nn.Parameter]:
-    """What no call reads."""
-    return [p for name, p in mmdit.named_parameters() if ".to_k_bokeh." in name]
-
-
-def _block_units(network: nn.Module) -> list[Unit]:
-    """Blocks in the order in which they run, with what only their own call uses; none for other networks."""
-    blocks: list[nn.Module]
-    shared: tuple[str, ...]
-    if isinstance(network, MMDiT):
-        blocks, shared = [*network.doubles, *network.singles], ("_mod.", "modulation.")
-    elif isinstance(network, T5Encoder):
-        blocks, shared = [*network.encoder.block], ("relative_attention_bias.",)
-    else:
-        return []
-    return [
-        (block, [p for name, p in block.named_parameters() if not any(part in name for part in shared)])
-        for block in blocks
-    ]
 
 
 def _bytes(network: nn.Module) -> int:

@@ -68,9 +68,7 @@ class Progress:
 
         prompts: how many are encoded. Blocks of T5, which is nearly all of that work, are counted.
         """
-        from bokehflux.models.t5 import T5Encoder
-
-        blocks = [b for net in model.text.networks if isinstance(net, T5Encoder) for b in net.encoder.block]
+        blocks = [block for network in model.text.networks for block in network.units().blocks]
         encoded = decoded = 0
 
         def on_block(*_: object) -> None:

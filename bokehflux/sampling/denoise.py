@@ -18,7 +18,7 @@ from bokehflux.attention import AttentionSpec, Grounded, OnStored, PivotQuery, P
 from bokehflux.conditioning import Conditioning
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
-from bokehflux.models.mmdit import Constants, MMDiT, Modulations, Part
+from bokehflux.models.mmdit import MMDiT, Modulations, Rows, RunConstants
 from bokehflux.sampling.cuda_graph import StepGraphs, worth_capturing
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.sampling.pivot_cache import BlockPivot, PivotCache
@@ -52,7 +52,7 @@ class PromptPass:
     """Rotations of the T text tokens, then the N image tokens."""
     bokeh: BokehCondition | None
     """The levels of the batch's rows; None: the base model alone."""
-    constants: Constants
+    constants: RunConstants
     graphs: StepGraphs | None
     """None: no CUDA graphs."""
     known: dict[float, Modulations]
@@ -81,8 +81,8 @@ class PromptPass:
             return evaluate(x, mods)
         return self.graphs(spec, evaluate, x, mods)
 
-    def _part(self, x: Tensor, rows: slice, spec: AttentionSpec) -> Part:
-        return Part(
+    def _part(self, x: Tensor, rows: slice, spec: AttentionSpec) -> Rows:
+        return Rows(
             img=x,
             txt=self.conditioning.txt.expand(len(x), -1, -1),  # [b, T, W], without a copy
             attention=spec,

@@ -10,6 +10,7 @@ import torch
 from bokehflux.conditioning import Conditioning
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.t5 import T5Encoder
+from bokehflux.models.units import Network
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 
 
@@ -25,7 +26,7 @@ class TextEncoders:
     """How many T5 tokens a prompt is padded or cut to. CLIP's number comes from its tokenizer's files."""
 
     @property
-    def networks(self) -> tuple[torch.nn.Module, ...]:
+    def networks(self) -> tuple[Network, ...]:
         return self.t5, self.clip
 
     def unknown_words(self, prompt: str) -> list[str]:

@@ -127,17 +127,17 @@ def train_adapter(
         raise ValueError("train_adapter needs an MMDiT that was built with a BokehConfig")
     mmdit.requires_grad_(False)
     init_adapter(adapter)
-    named = adapter.trainable()
-    for _, parameter in named:
+    parameters = adapter.trainable()
+    for parameter in parameters:
         parameter.requires_grad_(True)
-    optimizer = Optimizer(named, stage.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    ema = Ema([p for _, p in named], rate=0.003)
+    optimizer = Optimizer(parameters, stage.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    ema = Ema(parameters, rate=0.003)
     for step, done in paced(stage.steps, stage.minutes):
         grouped = step % 2 == 1
         batch = draw_batch(pool, text, null_text, stage, grouped, generator)
         loss = adapter_step(mmdit, batch, null_text, rope, stage.level_guidance)
         loss.backward()
-        nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(trapezoid(done, warmup=0.05))
         ema.update()
         log.step(step, **{"grounded" if grouped else "plain": loss})

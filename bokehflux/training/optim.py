@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 class Optimizer:
     """Muon for hidden matrices, AdamW for everything else, one learning rate for both.
 
-    matrices: which parameters Muon updates, for instance `is_block_matrix`; None: none. Its update is scaled
+    matrices: the parameters that Muon updates, usually a network's `units().matrices`. Its update is scaled
     to the RMS of an AdamW update, so the two share a learning rate.
     """
 
     def __init__(
         self,
-        named: Sequence[tuple[str, nn.Parameter]],
+        parameters: Sequence[nn.Parameter],
         lr: float,
         *,
-        matrices: Callable[[str, Tensor], bool] | None = None,
+        matrices: Iterable[Tensor] = (),
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.01,
     ) -> None:
         self.lr = lr
-        of_muon = [p for n, p in named if matrices is not None and matrices(n, p)]
-        chosen = {id(p) for p in of_muon}
-        others = [p for _, p in named if id(p) not in chosen]
+        chosen = {id(p) for p in matrices}
+        of_muon = [p for p in parameters if id(p) in chosen]
+        others = [p for p in parameters if id(p) not in chosen]
         fused = bool(others) and others[0].is_cuda
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
@@ -90,16 +90,6 @@ def orthogonal(x: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).float()
-
-
-def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon should update it: a projection inside a transformer block, modulation excepted."""
-    return parameter.ndim == 2 and "_blocks." in name and "mod" not in name
-
-
-def is_filter(name: str, parameter: Tensor) -> bool:
-    """Whether Muon should update it: a convolution inside an autoencoder, not its first or last."""
-    return parameter.ndim == 4 and "conv_in." not in name and "conv_out." not in name
 
 
 def paced(steps: int, minutes: float = 0.0) -> Iterator[tuple[int, float]]:

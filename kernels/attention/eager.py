@@ -2,8 +2,9 @@
 
 A target row of grounded attention has two sets of keys and one set of values. Without gradients it is two
 calls merged by their log-sum-exp, so neither keys nor values are ever concatenated; with gradients it is one
-call on concatenated keys, because PyTorch does not differentiate through the log-sum-exp. Pivot rows are
-plain attention: a doubled, identical set of keys leaves a softmax unchanged.
+call on concatenated keys, because PyTorch does not differentiate through the log-sum-exp. In bfloat16 on a
+CPU, targets share the exponentials of their pivot's scores. Pivot rows are plain attention: a doubled,
+identical set of keys leaves a softmax unchanged.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+BLOCK_SCORES = 1 << 19
+"""Scores of one row that a CPU works on at once: 2 MB, which stay in its cache."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = None) -> Tensor:
@@ -34,14 +38,47 @@ def target_attention(
     value_bias: Tensor | None = None,
 ) -> Tensor:
     """Shapes and meaning as `reference.target_attention`."""
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_pivot, k, v))
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not gradients:
+        return add_bias(_sharing_exponentials(q, k_pivot, k, v, pivot_index), value_bias)
     q, k_pivot = take_rows(q, pivot_index), take_rows(k_pivot, pivot_index)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_pivot, k, v)):
+    if gradients:
         # cuDNN's backward fails where keys and queries differ in length (torch 2.11, H200).
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             out = attention(q, torch.cat([k, k_pivot], dim=1), torch.cat([v, v], dim=1))
     else:
         out = merge(attention_with_lse(q, k, v), attention_with_lse(q, k_pivot, v))
     return add_bias(out, value_bias)
+
+
+def _sharing_exponentials(
+    q: Tensor, k_pivot: Tensor, k: Tensor, v: Tensor, pivot_index: Sequence[int]
+) -> Tensor:
+    """(e + e') v / sum(e + e'), where e are the exponentials of a target's own scores and e' those of its
+    pivot's, which are the same for all its targets. Scores are float32; e + e' meets v in v's dtype."""
+    out = torch.empty_like(k)  # [N, L, H, D]
+    length, num_heads, dim = q.shape[1:]
+    heads = max(1, BLOCK_SCORES // length**2)
+    queries = max(1, BLOCK_SCORES // (heads * length))
+    blocks = [
+        (slice(first, first + queries), slice(head, head + heads))
+        for head in range(0, num_heads, heads)
+        for first in range(0, length, queries)
+    ]
+    for pivot in set(pivot_index):
+        targets = [row for row, index in enumerate(pivot_index) if index == pivot]
+        for at, some in blocks:
+            scaled = q[pivot, at, some].transpose(0, 1).float() * dim**-0.5  # [h, n, D]
+            scores = scaled @ k_pivot[pivot, :, some].permute(1, 2, 0).float()  # [h, n, L]
+            largest = scores.amax(-1, keepdim=True)
+            shared = scores.sub_(largest).exp_()
+            for row in targets:
+                scores = scaled @ k[row, :, some].permute(1, 2, 0).float()
+                offset = torch.maximum(scores.amax(-1, keepdim=True), largest)
+                weights = scores.sub_(offset).exp_().addcmul_(shared, (largest - offset).exp_())
+                values = weights.to(v.dtype) @ v[row, :, some].transpose(0, 1)  # [h, n, D]
+                out[row, at, some] = (values / weights.sum(-1, keepdim=True)).transpose(0, 1)
+    return out
 
 
 def grounded_attention(

@@ -14,6 +14,7 @@ from bokehflux.kernels.pointwise import eager, interface
 from bokehflux.kernels.pointwise.eager import Projected
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
+from bokehflux.models.fused import gelu_columns, of_halves, takes_epilogues
 from bokehflux.models.linear import Linear
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from tests.helpers import assert_within_2x
@@ -110,10 +111,10 @@ def test_gelu_in_the_epilogue(start: int, length: int, dtype: torch.dtype) -> No
     layer = Linear(3072, 12288).to("cuda", dtype).requires_grad_(False)
     exact = copy.deepcopy(layer).float()
     x = torch.randn(2, length, 3072, device="cuda").to(dtype)
-    assert layer.takes_epilogues(x)
+    assert takes_epilogues(x, layer)
     oracle = F.gelu(F.linear(x, layer.weight[start:], layer.bias[start:]), approximate="tanh")
     truth = F.gelu(exact.columns(x.float(), start, 12288), approximate="tanh")
-    assert_within_2x(layer.gelu_columns(x, start, 12288), oracle, truth)
+    assert_within_2x(gelu_columns(layer, x, start, 12288), oracle, truth)
 
 
 @each_dtype
@@ -123,7 +124,7 @@ def test_a_product_of_two_parts(length: int, dtype: torch.dtype) -> None:
     exact = copy.deepcopy(layer).float()
     x = torch.randn(2, length, 3072 + 12288, device="cuda").to(dtype)
     left, right = x.split([3072, 12288], dim=-1)
-    ours = layer.of_parts(left.contiguous(), right.contiguous())
+    ours = of_halves(layer, left.contiguous(), right.contiguous())
     assert_within_2x(ours, layer(x), exact(x.float()))
 
 

@@ -16,12 +16,21 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
+from bokehflux.models.units import Network
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.pipeline.memory import Footprint, Placement, Stream, choose, footprint, pieces, place
 from bokehflux.sampling.samplers import StepInfo
 from tests.tiny import tiny_mmdit, tiny_pipeline
 
 CPU = torch.device("cpu")
+
+
+class Square(Network):
+    """A network that says nothing about itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(width, width)
 
 
 @pytest.mark.parametrize("mode", ["resident", "offload", "stream"])
@@ -140,7 +149,7 @@ def test_a_streamed_text_encoder_gives_the_same_states() -> None:
     config = T5Config(vocab_size=20, width=16, head_dim=4, mlp_size=24, num_layers=3, num_heads=4)
     t5, ids = T5Encoder(config).eval(), torch.randint(20, (2, 7))
     expected = t5(ids)
-    placement = place(tiny_mmdit(), (t5,), torch.nn.Linear(1, 1), "stream", CPU)
+    placement = place(tiny_mmdit(), (t5,), Square(1), "stream", CPU)
     for _ in range(2):
         with placement.phase("text"):
             torch.testing.assert_close(t5(ids), expected, atol=0, rtol=0)
@@ -149,12 +158,12 @@ def test_a_streamed_text_encoder_gives_the_same_states() -> None:
 
 
 def test_footprint() -> None:
-    mmdit, text, vae = tiny_mmdit(), torch.nn.Linear(100, 100), torch.nn.Linear(10, 10)
+    mmdit, text, vae = tiny_mmdit(), Square(100), Square(10)
     size = sum(p.nbytes for p in mmdit.parameters())
     needs = footprint(mmdit, (text,), vae)
     assert needs.resident == size + 40_400 + 440
     assert needs.stream < needs.offload < needs.resident
-    names = ("_mod.lin.", ".modulation.lin.", ".to_k_bokeh.", ".to_v_bokeh.")
+    names = ("_mod.lin.", ".modulation.lin.", ".adaLN_modulation.", ".to_k_bokeh.", ".to_v_bokeh.")
     mods = sum(p.nbytes for n, p in mmdit.named_parameters() if any(name in n for name in names))
     assert needs.offload == max(size - mods, 40_400)
 

@@ -28,8 +28,10 @@ from bokehflux.kernels.pointwise import (  # noqa: E402
     ops,
 )
 from bokehflux.kernels.pointwise.eager import Projected  # noqa: E402
+from bokehflux.models import fused  # noqa: E402
 from bokehflux.models.adapter import BokehCondition  # noqa: E402
 from bokehflux.models.embeddings import rope_table  # noqa: E402
+from bokehflux.models.fused import takes_epilogues  # noqa: E402
 from bokehflux.models.linear import Linear, LowRankTerm  # noqa: E402
 from bokehflux.sampling.latents import LatentGrid, position_ids  # noqa: E402
 from tests.helpers import assert_within_2x  # noqa: E402
@@ -268,10 +270,10 @@ def test_a_network_whose_products_are_taken_apart(
 
     with torch.no_grad():
         whole = low(img, txt, pooled, sigma, guidance, rope, spec, levels)
-        monkeypatch.setattr(Linear, "takes_epilogues", lambda self, x: True)
+        monkeypatch.setattr(fused, "takes_epilogues", lambda *_: True)
         monkeypatch.setattr(torch, "_addmm_activation", with_gelu)
-        real = Linear.of_parts
-        monkeypatch.setattr(Linear, "of_parts", lambda *args: parts.append(args) or real(*args))
+        real = fused.of_halves
+        monkeypatch.setattr(fused, "of_halves", lambda *args: parts.append(args) or real(*args))
         apart = low(img, txt, pooled, sigma, guidance, rope, spec, levels)
     assert len(parts) == low.config.num_single
     torch.testing.assert_close(apart, whole, rtol=1e-4, atol=1e-5)
@@ -280,24 +282,24 @@ def test_a_network_whose_products_are_taken_apart(
 def test_who_takes_epilogues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "is_cuda", True)
     layer, x = Linear(16, 8).half(), torch.zeros(1, 16, dtype=torch.float16)
-    assert not layer.takes_epilogues(x)  # gradients
+    assert not takes_epilogues(x, layer)  # gradients
     layer.requires_grad_(False)
-    assert layer.takes_epilogues(x)
-    assert not layer.takes_epilogues(x.float())
-    assert not layer.takes_epilogues(x.clone().requires_grad_())
+    assert takes_epilogues(x, layer)
+    assert not takes_epilogues(x.float(), layer)
+    assert not takes_epilogues(x.clone().requires_grad_(), layer)
     layer.terms = (LowRankTerm(down=torch.zeros(1, 16), up=torch.zeros(8, 1), strength=1.0),)
-    assert not layer.takes_epilogues(x)
+    assert not takes_epilogues(x, layer)
     layer.terms = ()
     layer.dequantize = lambda weight, dtype: weight
-    assert not layer.takes_epilogues(x)
+    assert not takes_epilogues(x, layer)
     layer.dequantize = None
     layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
-    assert layer.takes_epilogues(x)  # a weight that is cast
+    assert takes_epilogues(x, layer)  # a weight that is cast
     layer.set_fp8(layer.weight.data, torch.ones(8))
-    assert not layer.takes_epilogues(x)
+    assert not takes_epilogues(x, layer)
     layer = Linear(16, 8).half().requires_grad_(False)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not layer.takes_epilogues(x)
+    assert not takes_epilogues(x, layer)
 
 
 def test_a_cpu_and_gradients_take_the_eager_forms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bokehflux.attention import Grounded, OnStored, PivotQuery, Plain
 from bokehflux.kernels.attention import interface
 from bokehflux.models.adapter import BokehCondition
-from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.mmdit import MMDiT, Rows
 from bokehflux.sampling import cuda_graph
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
 from bokehflux.sampling.latents import LatentGrid
@@ -88,7 +88,8 @@ def test_a_bound_belongs_to_the_weights_of_its_run() -> None:
         velocity_of(mmdit)(latents(), SIGMA, 0)
         mmdit.singles[1].norm.key_norm.scale.data *= 4
     guide = velocity_of(mmdit).positive
-    mmdit.velocity(latents()[:1], guide.conditioning.txt, guide.modulations(SIGMA), guide.rope)
+    rows = Rows(img=latents()[:1], txt=guide.conditioning.txt)
+    mmdit.velocities([rows], guide.modulations(SIGMA), guide.rope)
     assert seen[1] == 4 * seen[0] and seen[2] is None
 
 

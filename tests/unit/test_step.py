@@ -14,7 +14,7 @@ from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter
 from bokehflux.models.linear import Linear, LowRankTerm
-from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.mmdit import MMDiT, Modulations, Rows
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.sampling.pivot_cache import BlockPivot, PivotCache
 from tests.tiny import BOKEH, tiny_mmdit, tiny_pipeline
@@ -64,11 +64,15 @@ def test_modulations_once_for_all_rows() -> None:
     img, txt, pooled, sigma, guidance, rope = arguments(mmdit)
     with torch.no_grad():
         each = mmdit(img, txt, pooled, sigma, guidance, rope)
+
+        def velocity(mods: Modulations) -> Tensor:
+            return mmdit.velocities([Rows(img=img, txt=txt)], mods, rope)[0]
+
         shared = mmdit.modulations(pooled[:1], sigma[:1], guidance[:1])
-        torch.testing.assert_close(mmdit.velocity(img, txt, shared, rope), each)
+        torch.testing.assert_close(velocity(shared), each)
         table = mmdit.modulations(pooled[:3], torch.tensor([1.0, 0.7, 0.2]), guidance[:3])
-        torch.testing.assert_close(mmdit.velocity(img, txt, table.row(1), rope), each)
-        assert not torch.allclose(mmdit.velocity(img, txt, table.row(2), rope), each, atol=1e-3)
+        torch.testing.assert_close(velocity(table.row(1)), each)
+        assert not torch.allclose(velocity(table.row(2)), each, atol=1e-3)
 
 
 def test_a_run_computes_its_modulations_once() -> None:

@@ -1,0 +1,93 @@
+"""What a CPU does of its own in bfloat16, and when it is asked to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import bokehflux
+from bokehflux.kernels.attention import eager, reference
+from bokehflux.kernels.pointwise import eager as passes
+from bokehflux.models import fused
+from bokehflux.models.linear import Linear
+from bokehflux.models.precision import default_dtype
+from bokehflux.models.vae import AutoencoderKL
+from tests.helpers import assert_within_2x
+from tests.tiny import VAE
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize("amx", [False, True])
+def test_bfloat16_where_the_hardware_multiplies_it(
+    avx512: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    expected = torch.bfloat16 if avx512 or amx else torch.float32
+    assert default_dtype(CPU) == expected and default_dtype(torch.device("cuda")) == torch.bfloat16
+    assert bokehflux.load("nano", device="cpu").dtype == expected
+    assert bokehflux.load("nano", device="cpu", dtype="float32").dtype == torch.float32
+
+
+def test_a_pytorch_that_does_not_know_keeps_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    assert default_dtype(CPU) == torch.float32
+
+
+@pytest.mark.parametrize("block", [1, 300, 1 << 19], ids=["by query", "by part", "whole"])
+@pytest.mark.parametrize("pivots", [(0, 0, 0), (1, 0, 1)], ids=str)
+@pytest.mark.parametrize("size", [1, 100], ids=["", "scores of hundreds"])
+def test_targets_that_share_exponentials(
+    block: int, pivots: tuple[int, ...], size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eager, "BLOCK_SCORES", block)
+    q, k_pivot, k, v = (
+        torch.randn(rows, 19, 3, 16).mul(by).bfloat16() for rows, by in ((2, size), (2, 1), (3, 1), (3, 1))
+    )
+    ours = eager.target_attention(q, k_pivot, k, v, pivots)
+    exact = reference.target_attention(*(t.float() for t in (q, k_pivot, k, v)), pivots)
+    rows = list(pivots)
+    oracle = eager.merge(
+        eager.attention_with_lse(q[rows], k, v), eager.attention_with_lse(q[rows], k_pivot[rows], v)
+    )
+    assert_within_2x(ours, oracle, exact)
+
+
+def test_a_target_does_not_depend_on_the_others() -> None:
+    q, k_pivot = (torch.randn(1, 19, 2, 16).bfloat16() for _ in range(2))
+    k, v = (torch.randn(3, 19, 2, 16).bfloat16() for _ in range(2))
+    whole = eager.target_attention(q, k_pivot, k, v, (0, 0, 0))
+    for row in range(3):
+        alone = eager.target_attention(q, k_pivot, k[row : row + 1], v[row : row + 1], (0,))
+        assert torch.equal(alone[0], whole[row])
+
+
+@pytest.mark.parametrize("dim", [2, 6, 16, 64])
+def test_rotations_on_complex_numbers(dim: int) -> None:
+    x, angle = torch.randn(2, 7, 3, dim), torch.randn(7, dim // 2) * 100
+    ours = passes.rotate(x.bfloat16(), angle.cos(), angle.sin())
+    exact = passes.rotate(x.bfloat16().float(), angle.cos(), angle.sin())
+    torch.testing.assert_close(ours.float(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_float32_takes_no_form_of_bfloat16() -> None:
+    layer = Linear(16, 8).requires_grad_(False)
+    assert not fused.takes_epilogues(torch.zeros(1, 16), layer)
+    assert fused.takes_epilogues(torch.zeros(1, 16).bfloat16(), layer.bfloat16())
+    assert not fused.takes_epilogues(torch.zeros(1, 16).half(), layer.half())
+
+
+def test_decoding_in_channels_last() -> None:
+    torch.manual_seed(1)
+    vae, z = AutoencoderKL(VAE).eval().requires_grad_(False), torch.randn(2, 16, 4, 6)
+    seen: list[Tensor] = []
+    vae.decoder.mid.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    exact, low = vae.decode(z), vae.bfloat16()
+    ours = low.decode(z.bfloat16())
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [False, True]
+    assert ours.dtype == torch.bfloat16
+    assert_within_2x(ours, low.decoder(low.unscaled(z.bfloat16())), exact)
