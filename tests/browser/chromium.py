@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "Tab": 9, "p": 80, "d": 68, "l": 76}
+KEYS = {
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "PageUp": 33,
+    "End": 35,
+    "Tab": 9,
+    " ": 32,
+}
 
 
 def find() -> str | None:
@@ -54,8 +63,7 @@ class Browser:
         self._session = self.call("Target.attachToTarget", attach)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        size = {"width": 1100, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self.call("Emulation.setDeviceMetricsOverride", size)
+        self.screen(1100, 900)
 
     def __enter__(self) -> Browser:
         return self
@@ -89,6 +97,16 @@ class Browser:
         loaded = "document.readyState === 'complete' ? done() : addEventListener('load', done)"
         self.evaluate(f"new Promise(done => {{ {loaded} }})")
 
+    def screen(
+        self, width: int, height: int, scale: float = 1, is_phone: bool = False, scheme: str = "dark"
+    ) -> None:
+        """What the page is shown on. scale: screen pixels to a CSS pixel; scheme: "dark" or "light"."""
+        size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": is_phone}
+        self.call("Emulation.setDeviceMetricsOverride", size)
+        self.call("Emulation.setTouchEmulationEnabled", {"enabled": is_phone})
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", {"features": features})
+
     def evaluate(self, script: str) -> Any:
         params = {"expression": script, "returnByValue": True, "awaitPromise": True}
         result = self.call("Runtime.evaluate", params)
@@ -106,14 +124,22 @@ class Browser:
 
     def click(self, selector: str, across: float = 0.5) -> None:
         """A mouse click at a fraction of the element's width."""
+        self.drag(selector, across, across)
+
+    def drag(self, selector: str, start: float, end: float, down: float = 0) -> None:
+        """A press at one fraction of the element's width, moved to another and `down` pixels, released."""
         x, y, width, height = self.box(selector)
-        for kind in ("mousePressed", "mouseReleased"):
-            at = {"x": x + across * width, "y": y + height / 2}
-            self.call("Input.dispatchMouseEvent", {"type": kind, "button": "left", "clickCount": 1, **at})
+        places = (("mousePressed", start, 0.0), ("mouseMoved", end, down), ("mouseReleased", end, down))
+        for kind, across, below in places if (start, down) != (end, 0) else places[::2]:
+            at = {"x": x + across * width, "y": y + height / 2 + below}
+            self.call(
+                "Input.dispatchMouseEvent",
+                {"type": kind, "button": "left", "buttons": 1, "clickCount": 1, **at},
+            )
 
     def key(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
-            params = {"type": kind, "key": key, "windowsVirtualKeyCode": KEYS[key]}
+            params = {"type": kind, "key": key, "windowsVirtualKeyCode": KEYS.get(key) or ord(key.upper())}
             if kind == "keyDown" and len(key) == 1:
                 params["text"] = key
             self.call("Input.dispatchKeyEvent", params)
