@@ -157,7 +157,7 @@ def test_pages_of_earlier_versions_are_known(tmp_path: Path) -> None:
     path = tmp_path / "index.html"
     path.write_text(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="bokehflux-scenes" content="a-cup-seed1-215f1513 a-cup-seed2-53d9d3c7">\n<title>cup</title>'
+        '<meta name="bokehflux-scenes" content="a-cup-seed1-215f1513 a-cup-seed2-53d9d3c7">\n<title>'
     )
     assert scenes_of(path) == {"a-cup-seed1-215f1513", "a-cup-seed2-53d9d3c7"}
     path.write_text("<title>somebody's own</title>")
