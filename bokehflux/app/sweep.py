@@ -250,8 +250,8 @@ def finished(folder: Path, wanted: Record) -> dict[tuple[str, float], Shot]:
         if role not in ("target", "pivot") or not isinstance(level, int | float):
             continue
         if all(key in recipe and recipe[key] == value for key, value in decides.items()):
-            file = f"{folder.name}/{path.name}"
-            shot = Shot(level=float(level), image=image, is_pivot=role == "pivot", file=file)
+            place = f"{folder.name}/{path.name}"
+            shot = Shot(level=float(level), image=image, is_pivot=role == "pivot", file=place)
             found.setdefault((str(role), float(level)), shot)
     return found
 

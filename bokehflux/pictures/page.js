@@ -191,6 +191,7 @@ function play(on) {
 }
 async function advance() {
   const started = timer, { length } = scene.shots;
+  if (length < 2) return play(false);
   if (!scene.shots[now.shot + way]) way = -way;
   set({ shot: now.shot + way, view: now.view === "other" ? "level" : now.view });
   await at("under").decode().catch(() => {});

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ class Browser:
         self._session: str | None = None
         self.errors: list[str] = []
         """Uncaught exceptions, console errors and refused loads of the page."""
+        self._events: list[tuple[str, dict[str, Any]]] = []
         self.requests: list[str] = []
         """Addresses that the page asked for."""
         page = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
@@ -107,6 +110,14 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", {"features": features})
 
+    @contextlib.contextmanager
+    def awaiting(self, event: str, **params: object) -> Iterator[None]:
+        """Returns once the browser has told of an event with these parameters, after what is done inside."""
+        self._events.clear()
+        yield
+        while not any(name == event and params.items() <= given.items() for name, given in self._events):
+            self._read()
+
     def evaluate(self, script: str) -> Any:
         params = {"expression": script, "returnByValue": True, "awaitPromise": True}
         result = self.call("Runtime.evaluate", params)
@@ -145,9 +156,10 @@ class Browser:
             self.call("Input.dispatchKeyEvent", params)
 
     def screenshot(self, selector: str) -> bytes:
-        """PNG of one element."""
+        """PNG of one element, whose edges are on whole pixels as the browser draws them."""
         x, y, width, height = self.box(selector)
-        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
+        left, top, right, bottom = round(x), round(y), round(x + width), round(y + height)
+        clip = {"x": left, "y": top, "width": right - left, "height": bottom - top, "scale": 1}
         return base64.b64decode(self.call("Page.captureScreenshot", {"format": "png", "clip": clip})["data"])
 
     def _read(self) -> dict[str, Any]:
@@ -158,6 +170,8 @@ class Browser:
         text, self._buffer = self._buffer.split(b"\0", 1)
         message = json.loads(text)
         params = message.get("params", {})
+        if "method" in message:
+            self._events.append((message["method"], params))
         if message.get("method") == "Runtime.exceptionThrown":
             self.errors.append(str(params["exceptionDetails"]))
         if message.get("method") == "Log.entryAdded":
