@@ -123,7 +123,7 @@ def _find(letters: set[str]) -> None:
         try:
             font = _font(file, 20)
             here = {letter for letter in letters if letter == " " or _has(font, letter)}
-        except (OSError, ValueError):  # a file that is no font, or a broken one
+        except (OSError, ValueError):  # not a font, or a broken one
             continue
         _FOUND.update(dict.fromkeys(here, file))
         letters = letters - here
@@ -138,7 +138,7 @@ def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
-    """Raises OSError for a file that is no font."""
+    """Raises OSError for a file that is not a font."""
     for pixels in (size, *STRIKES):
         try:
             return ImageFont.truetype(str(file), pixels)

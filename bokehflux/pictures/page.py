@@ -32,8 +32,8 @@ from bokehflux.pictures.series import Scene, Shot
 WIDTH, HEIGHT, PAD = 360, 200, 36
 """Size of the blur curve in SVG units, and the room for its axes."""
 
-MAX_EMBEDDED_PIXELS = 8 << 20
-"""Eight pictures of 1024 px. Noise, the worst to compress, is 4 bytes a pixel: the page stays below 40 MB."""
+MAX_EMBEDDED_PIXELS = 10 << 20
+"""Twenty scenes of nano, or ten pictures of 1024 px: below 40 MB unless they are noise, 4 bytes a pixel."""
 
 MAX_HEAD = 64 << 10
 """Characters of a page in which its scenes are named."""
@@ -136,7 +136,7 @@ def curve_svg(points: Sequence[tuple[float, float]], pivot: tuple[float, float] 
 def _scene(scene: Scene, name: str, embeds: bool) -> dict[str, Any]:
     stems = distinct([shot.stem for shot in scene.shots])
     labels = distinct([shot.label for shot in scene.shots])
-    shown = []
+    shown: list[dict[str, Any]] = []
     for shot, stem, label in zip(scene.shots, stems, labels, strict=True):
         linked = None if embeds else shot.file
         suffix = ".webp" if linked is None else PurePosixPath(linked).suffix

@@ -22,7 +22,14 @@ from PIL import Image, ImageFilter
 from bokehflux.metrics import sharpness
 from bokehflux.pictures import files as output
 from bokehflux.pictures import metadata
-from bokehflux.pictures.page import curve_svg, measured_sharpness, page, scenes_of, write_page
+from bokehflux.pictures.page import (
+    MAX_EMBEDDED_PIXELS,
+    curve_svg,
+    measured_sharpness,
+    page,
+    scenes_of,
+    write_page,
+)
 from bokehflux.pictures.series import Scene, Shot
 from bokehflux.record import GenerateSettings, Provenance, Record
 
@@ -110,11 +117,11 @@ def test_many_large_pictures_stay_in_their_files(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_largest_page_without_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise is the worst; of one scene, since the pictures of all together are counted."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8))
+    """Grain as heavy as at ISO 25600; the pictures of all scenes together are counted."""
+    noise = Image.fromarray((128 + 20 * np.random.default_rng(0).normal(size=(512, 512, 3))).astype(np.uint8))
     per_pixel = len(page([dataclasses.replace(scene(), targets=(Shot(level=1.0, image=noise),), pivot=None)]))
     per_pixel /= 512 * 512
-    assert per_pixel * (8 << 20) < 40e6
+    assert per_pixel * MAX_EMBEDDED_PIXELS < 40e6 and 20 * 8 * 256 * 256 <= MAX_EMBEDDED_PIXELS
     shot = Shot(level=1.0, image=noise, file="f/a.png")
     for limit, linked in ((2 * 512 * 512, False), (2 * 512 * 512 - 1, True)):
         monkeypatch.setattr("bokehflux.pictures.page.MAX_EMBEDDED_PIXELS", limit)
