@@ -6,7 +6,8 @@ const scenes = JSON.parse(at("data").textContent);
 const views = all("[name=view]").map(radio => radio.value);
 
 // What is shown. `shot` and `other` count the scene's pictures; the pivot, if any, is the last of them.
-const now = { scene: 0, shot: 0, other: 0, view: "level", times: 4, split: .5, actual: false, x: .5, y: .5, keys: true };
+const now = { scene: 0, shot: 0, other: 0, view: "level", times: 4, split: .5, actual: false, x: .5, y: .5,
+  keys: true };
 let scene, pictures;
 
 function set(change) {
@@ -85,19 +86,19 @@ function preload() {
     const image = new Image(); image.src = shot.src; return image; });
 }
 
-// The address keeps what is shown, so that a link or a reload shows the same. Browsers limit how often it is written.
+// The address keeps what is shown, so that a link or a reload shows the same. Browsers limit how often it may be set.
 let writing;
 function remember() {
   clearTimeout(writing);
   writing = setTimeout(() => {
     const where = new URLSearchParams({ scene: now.scene + 1, level: scene.shots[now.shot].level, view: now.view });
-    if (now.view !== "level") where.set("with", name(now.other));
+    if (now.view !== "level") where.set("with", sought(now.other));
     if (now.view === "difference") where.set("times", now.times);
     if (!now.keys) where.set("keys", "off");
     history.replaceState(null, "", "#" + where);
   }, 200);
 }
-const name = number => number < scene.shots.length ? scene.shots[number].level : "pivot";
+const sought = number => number < scene.shots.length ? scene.shots[number].level : "pivot";
 
 function recall() {
   const where = new URLSearchParams(location.hash.slice(1));
@@ -158,7 +159,8 @@ function mark() {
   let finest = Infinity;
   for (const [roughness, i] of order) {
     const middle = place(scene.shots[i].level) * room, half = widths[i] / 2;
-    const inside = Math.min(Math.max(middle, half - 12), room + 12 - half), [left, right] = [inside - half, inside + half];
+    const inside = Math.min(Math.max(middle, half - 12), room + 12 - half);
+    const [left, right] = [inside - half, inside + half];
     marks[i].style.setProperty("--shift", `${inside - middle}px`);
     const free = roughness <= finest && taken.every(([from, to]) => right + 6 <= from || to + 6 <= left);
     if (free) taken.push([left, right]); else marks[i].classList.add("unlabelled");
@@ -179,6 +181,7 @@ function fold(folded) {
   at("unfold").hidden = !long;
   at("unfold").setAttribute("aria-expanded", !folded);
   at("unfold").textContent = folded ? "Show the whole prompt" : "Fold the prompt";
+  if (folded) at("main").style.setProperty("--above", `${at("stage").getBoundingClientRect().top + scrollY}px`);
 }
 
 // Up and down through the levels, each once its picture is there.
@@ -222,8 +225,9 @@ const pull = {
 };
 function pan(right, down) {
   const { clientWidth, clientHeight } = at("under").parentElement;
-  const hidden = [at("under").offsetWidth - clientWidth, at("under").offsetHeight - clientHeight];
-  set({ x: hidden[0] > 0 ? bounded(now.x - right / hidden[0]) : .5, y: hidden[1] > 0 ? bounded(now.y - down / hidden[1]) : .5 });
+  const moved = (part, by, hidden) => hidden > 0 ? bounded(part - by / hidden) : .5;
+  set({ x: moved(now.x, right, at("under").offsetWidth - clientWidth),
+    y: moved(now.y, down, at("under").offsetHeight - clientHeight) });
 }
 at("stage").addEventListener("pointerdown", event => {
   drag = now.actual && event.target !== at("handle") ? pull.pan : now.view === "wipe" ? pull.wipe : null;
@@ -257,7 +261,8 @@ const keys = { l: () => show("level"), p: () => show("other"), s: () => show("be
   d: () => show("difference"), 1: () => set({ actual: !now.actual }), f: toggleFull };
 document.addEventListener("keydown", event => {
   if (!now.keys || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("select")) return;
-  const step = arrows[event.key]?.[0], busy = event.target.closest(step ? "input, [role=slider]" : "button, input, summary");
+  const step = arrows[event.key]?.[0];
+  const busy = event.target.closest(step ? "input, [role=slider]" : "button, input, summary");
   if (step && !busy) go(now.shot + step);
   else if (event.key === " " && !busy) play(!timer);
   else return keys[event.key.toLowerCase()]?.();
@@ -266,7 +271,10 @@ document.addEventListener("keydown", event => {
 
 at("level").addEventListener("input", () => go(nearest(at("level").value)));
 at("curve").addEventListener("click", event => {
-  const far = dot => { const { left, right } = dot.getBoundingClientRect(); return Math.abs(event.clientX - (left + right) / 2); };
+  const far = dot => {
+    const { left, right } = dot.getBoundingClientRect();
+    return Math.abs(event.clientX - (left + right) / 2);
+  };
   go(Number(all(".dot").reduce((best, dot) => far(dot) < far(best) ? dot : best).dataset.index));
 });
 at("scene").addEventListener("change", () => { choose(Number(at("scene").value)); draw(); });
@@ -277,13 +285,15 @@ at("keys").addEventListener("change", () => set({ keys: at("keys").checked }));
 at("actual").addEventListener("click", keys[1]);
 at("full").addEventListener("click", toggleFull);
 at("full").hidden = !document.fullscreenEnabled;
-document.addEventListener("fullscreenchange", () => at("full").setAttribute("aria-pressed", !!document.fullscreenElement));
+document.addEventListener("fullscreenchange", () =>
+  at("full").setAttribute("aria-pressed", document.fullscreenElement !== null));
 at("play").addEventListener("click", () => play(!timer));
 at("unfold").addEventListener("click", () => fold(!at("prompt").classList.contains("folded")));
 for (const image of [at("under"), at("over")]) {
   image.addEventListener("load", () => at("lost").hidden = true);
   image.addEventListener("error", () => {
-    at("lost").textContent = `${decodeURI(image.getAttribute("src"))} cannot be shown: expected in a folder beside this page.`;
+    const file = decodeURI(image.getAttribute("src"));
+    at("lost").textContent = `${file} cannot be shown: expected in a folder beside this page.`;
     at("lost").hidden = false;
   });
 }

@@ -568,7 +568,15 @@ def test_text_can_be_read_in_dark_and_light(
     assert corner < 100 if scheme == "dark" else corner > 700
 
 
-def test_picture_and_slider_are_on_the_screen_together(browser: chromium.Browser) -> None:
+@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("screen", [DESKTOP, PHONE, (1920, 1000)])
+def test_picture_and_slider_are_on_the_screen_together(
+    browser: chromium.Browser, page: Path, screen: tuple[int, int], number: int
+) -> None:
+    """Below a long prompt, too, and when the pictures are square."""
+    browser.screen(*screen, is_phone=screen == PHONE)
+    browser.open(page, f"#scene={number}")
+    browser.evaluate("scene.size = [64, 64]; draw()")
     assert browser.evaluate("at('ticks').getBoundingClientRect().bottom <= innerHeight")
 
 
