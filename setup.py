@@ -25,6 +25,7 @@ setup(
     package_dir=MAPPED,
     package_data={
         "bokehflux": ["py.typed"],
+        "bokehflux.pictures": ["page.css", "page.html", "page.js", "fonts/*"],
         "bokehflux.weights": ["manifests/*.json", "nano/**/*"],
     },
 )

@@ -43,7 +43,7 @@ def test_nothing_is_claimed_at_the_top_level(names: set[str]) -> None:
 
 
 def test_every_source_file_is_inside(names: set[str]) -> None:
-    kinds = ("*.py", "*.json", "*.safetensors", "py.typed")
+    kinds = ("*.py", "*.json", "*.safetensors", "py.typed", "*.css", "*.html", "*.js", "*.ttf", "OFL.txt")
     expected = set()
     for folder in FOLDERS:
         prefix = "bokehflux" if folder == "bokehflux" else f"bokehflux/{folder}"

@@ -207,7 +207,6 @@ class Sweep:
         pivot = None
         if settings.makes_pivot and settings.bokeh_pivot is not None:
             pivot = found.get(("pivot", settings.bokeh_pivot))
-        num_kept = len(old) + (pivot is not None)
 
         def new(result: Result) -> Scene:
             """Without what is there: a lost pivot alone is made again with one level, which is not kept."""
@@ -216,15 +215,15 @@ class Sweep:
             return made if pivot is None else dataclasses.replace(made, pivot=None)
 
         if not missing and (pivot is not None or not settings.makes_pivot):
-            scene = Scene(record=wanted, targets=tuple(old), pivot=pivot)
-            return _Made(scene=scene, fresh=None, folder=folder, num_kept=num_kept)
+            fresh = Scene(record=wanted, targets=(), pivot=None)
+            return _Made(fresh=fresh, kept=tuple(old), pivot=pivot, folder=folder)
         try:
             fresh = new(self.run(dataclasses.replace(settings, bokeh_targets=missing or levels[:1])))
         except Stopped as stop:
             with uninterrupted():
                 save_pictures(new(stop.result).pictures(), folder, self.kind, self.sign)
             raise
-        return _Made(scene=fresh.merged(old, pivot), fresh=fresh, folder=folder, num_kept=num_kept)
+        return _Made(fresh=fresh, kept=tuple(old), pivot=pivot, folder=folder)
 
 
 def folder_name(record: Record) -> str:
@@ -251,7 +250,8 @@ def finished(folder: Path, wanted: Record) -> dict[tuple[str, float], Shot]:
         if role not in ("target", "pivot") or not isinstance(level, int | float):
             continue
         if all(key in recipe and recipe[key] == value for key, value in decides.items()):
-            shot = Shot(level=float(level), image=image, is_pivot=role == "pivot")
+            place = f"{folder.name}/{path.name}"
+            shot = Shot(level=float(level), image=image, is_pivot=role == "pivot", file=place)
             found.setdefault((str(role), float(level)), shot)
     return found
 
@@ -260,18 +260,20 @@ def finished(folder: Path, wanted: Record) -> dict[tuple[str, float], Shot]:
 class _Made:
     """A scene before it is written."""
 
-    scene: Scene
-    fresh: Scene | None
-    """What of it is not on the disk yet."""
+    fresh: Scene
+    """What of it is not on the disk yet; maybe nothing."""
+    kept: tuple[Shot, ...]
+    """Targets that are."""
+    pivot: Shot | None
+    """The pivot, if it is."""
     folder: Path
-    num_kept: int
 
     def saved(self, kind: str, sign: Sign | None) -> Done:
-        fresh = [] if self.fresh is None else self.fresh.pictures()
-        paths = save_pictures(fresh, self.folder, kind, sign)
-        return Done(
-            scene=self.scene, paths=(*paths, *_views(self.scene, self.folder)), num_kept=self.num_kept
-        )
+        paths = save_pictures(self.fresh.pictures(), self.folder, kind, sign)
+        fresh = self.fresh.saved_at([f"{self.folder.name}/{path.name}" for path in paths])
+        scene = fresh.merged(self.kept, self.pivot)
+        num_kept = len(self.kept) + (self.pivot is not None)
+        return Done(scene=scene, paths=(*paths, *_views(scene, self.folder)), num_kept=num_kept)
 
 
 def _views(scene: Scene, folder: Path) -> list[Path]:

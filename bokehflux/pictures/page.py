@@ -1,20 +1,23 @@
-"""One HTML file that shows a sweep: slider, pivot, difference, blur curve. It needs no other file.
+"""One HTML page that shows a sweep: slider, comparisons, blur curve.
 
-Pictures are embedded as lossless WebP, so the difference view shows differences of the pictures themselves.
-The page forbids itself, by its content security policy, to load anything.
+`page.html` has the markup, `page.css` the look, `page.js` what it does. Pictures are embedded as lossless
+WebP with their recipes, and the page needs no other file. Where that would make it too large, it shows the
+files of the sweep, which lie in folders beside it. By its content security policy it loads nothing else, and
+runs no script but its own.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
-import io
 import json
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -22,13 +25,15 @@ from PIL import Image
 
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.metrics import sharpness
-from bokehflux.pictures.files import replace_file
-from bokehflux.pictures.metadata import SOURCE_TYPE
-from bokehflux.pictures.page_template import TEMPLATE
-from bokehflux.pictures.series import Scene
+from bokehflux.pictures import metadata
+from bokehflux.pictures.files import distinct, replace_file
+from bokehflux.pictures.series import Scene, Shot
 
 WIDTH, HEIGHT, PAD = 360, 200, 36
 """Size of the blur curve in SVG units, and the room for its axes."""
+
+MAX_EMBEDDED_PIXELS = 10 << 20
+"""Twenty scenes of nano, or ten pictures of 1024 px: below 40 MB unless they are noise, 4 bytes a pixel."""
 
 MAX_HEAD = 64 << 10
 """Characters of a page in which its scenes are named."""
@@ -39,7 +44,7 @@ def write_page(scenes: Sequence[Scene], path: Path, names: Sequence[str] = ()) -
 
     names: of the scenes' folders, which `scenes_of` reads from it.
     """
-    replace_file(path, page(scenes, names).encode("utf-8"))
+    replace_file(path, page(scenes, names).encode())
 
 
 def scenes_of(path: Path) -> set[str] | None:
@@ -54,14 +59,30 @@ def scenes_of(path: Path) -> set[str] | None:
 
 def page(scenes: Sequence[Scene], names: Sequence[str] = ()) -> str:
     """The page as text, for one or more scenes of at least one target each."""
+    shots = [shot for scene in scenes for shot in scene.shots]
+    embeds = sum(math.prod(shot.image.size) for shot in shots) <= MAX_EMBEDDED_PIXELS
+    names = names or [f"scene-{number}" for number in range(1, len(scenes) + 1)]
+    data = [_scene(scene, name, embeds) for scene, name in zip(scenes, names, strict=True)]
+    style, script = _source("page.css"), _source("page.js")
+    policy = {
+        "default-src": "'none'",
+        "img-src": "data:" if embeds else "'self' data:",
+        "style-src": _hash(style),
+        "script-src": _hash(script),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
     parts = {
+        "POLICY": "; ".join(f"{kind} {source}" for kind, source in policy.items()),
         "SCENES": html.escape(" ".join(names)),
         "TITLE": html.escape(str(scenes[0].record.settings.prompt)[:80]),
-        "SOURCE_TYPE": SOURCE_TYPE,
-        "DATA": _json([_scene(scene) for scene in scenes]),
+        "SOURCE_TYPE": metadata.SOURCE_TYPE,
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": _json(data),
     }
     # In one pass: a prompt may itself contain a placeholder.
-    return re.sub("@@([A-Z_]+)@@", lambda match: parts[match[1]], TEMPLATE)
+    return re.sub("@@([A-Z_]+)@@", lambda match: parts[match[1]], _source("page.html"))
 
 
 def measured_sharpness(image: Image.Image) -> float:
@@ -112,30 +133,48 @@ def curve_svg(points: Sequence[tuple[float, float]], pivot: tuple[float, float] 
     )
 
 
-def _scene(scene: Scene) -> dict[str, Any]:
-    points = [(shot.level or 0.0, measured_sharpness(shot.image)) for shot in scene.targets]
-    pivot = None
-    if scene.pivot is not None and scene.pivot.level is not None:
-        pivot = (scene.pivot.level, measured_sharpness(scene.pivot.image))
+def _scene(scene: Scene, name: str, embeds: bool) -> dict[str, Any]:
+    stems = distinct([shot.stem for shot in scene.shots])
+    labels = distinct([shot.label for shot in scene.shots])
+    shown: list[dict[str, Any]] = []
+    for shot, stem, label in zip(scene.shots, stems, labels, strict=True):
+        linked = None if embeds else shot.file
+        suffix = ".webp" if linked is None else PurePosixPath(linked).suffix
+        shown.append(
+            {
+                "level": shot.level or 0.0,
+                "label": label,
+                "sharpness": round(measured_sharpness(shot.image), 3),
+                "src": _data_uri(scene, shot) if linked is None else quote(linked),
+                "file": f"{name}-{stem}{suffix}",
+            }
+        )
+    pivot = shown.pop() if scene.pivot is not None else None
+    shown.sort(key=lambda each: each["level"])
+    points = [(each["level"], each["sharpness"]) for each in shown]
     return {
         "prompt": scene.record.settings.prompt,
         "footer": scene.footer(),
-        "levels": [level for level, _ in points],
-        "sharpness": [round(value, 3) for _, value in points],
-        "images": [_data_uri(shot.image) for shot in scene.targets],
+        "shots": shown,
+        "pivot": pivot,
         "size": scene.targets[0].image.size,
-        "pivot": None if scene.pivot is None else _data_uri(scene.pivot.image),
-        "pivot_level": None if scene.pivot is None else scene.pivot.level,
-        "pivot_sharpness": None if pivot is None else round(pivot[1], 3),
-        "curve": curve_svg(points, pivot),
+        "curve": curve_svg(points, None if pivot is None else (pivot["level"], pivot["sharpness"])),
         "recipe": scene.record.recipe(),
     }
 
 
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "WEBP", lossless=True)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _data_uri(scene: Scene, shot: Shot) -> str:
+    data = metadata.encode(shot.image.convert("RGB"), scene.recipe_of(shot), "webp")
+    return "data:image/webp;base64," + base64.b64encode(data).decode()
+
+
+def _source(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """What a content security policy knows a style or script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _json(data: object) -> str:

@@ -25,6 +25,8 @@ class Shot:
     is_pivot: bool = False
     is_photo: bool = False
     """A pivot that no model made."""
+    file: str | None = None
+    """Where it was saved: folder/name, from the folder that a page would lie in."""
 
     @property
     def stem(self) -> str:
@@ -65,14 +67,25 @@ class Scene:
             )
         return cls(record=record, targets=tuple(shots), pivot=pivot)
 
+    @property
+    def shots(self) -> tuple[Shot, ...]:
+        """The targets, then the pivot, if any."""
+        return self.targets if self.pivot is None else (*self.targets, self.pivot)
+
     def pictures(self) -> list[Picture]:
         """One file per target, then the pivot, if the model made it."""
-        shots = [*self.targets, *([] if self.pivot is None or self.pivot.is_photo else [self.pivot])]
+        shots = [shot for shot in self.shots if not shot.is_photo]
         stems = distinct([shot.stem for shot in shots])
         return [
             Picture(stem=stem, image=shot.image, recipe=self.recipe_of(shot))
             for stem, shot in zip(stems, shots, strict=True)
         ]
+
+    def saved_at(self, files: Sequence[str]) -> Scene:
+        """Knowing where its `pictures` are."""
+        shots = [dataclasses.replace(shot, file=file) for shot, file in zip(self.shots, files, strict=True)]
+        count = len(self.targets)
+        return dataclasses.replace(self, targets=tuple(shots[:count]), pivot=next(iter(shots[count:]), None))
 
     def recipe_of(self, shot: Shot) -> Recipe:
         return self.record.of("pivot" if shot.is_pivot else "target", shot.level).recipe()

@@ -5,12 +5,13 @@ Knows nothing about models or files. Pictures are never smoothed upwards, since 
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from bokehflux.pictures import letters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Tile:
 _MARGIN, _GAP, _LABEL = 28, 10, 44
 _PAPER, _INK, _FAINT, _ACCENT = "#141416", "#f2f2f0", "#8e8e93", "#ffb340"
 _MIN_TILE, _MAX_TILE, _MAX_COLUMNS = 160, 512, 8
+_TITLE_PX, _LABEL_PX, _FOOTER_PX = 22, 20, 15
 
 
 def contact_sheet(tiles: Sequence[Tile], title: str, footer: str, columns: int | None = None) -> Image.Image:
@@ -40,15 +42,12 @@ def contact_sheet(tiles: Sequence[Tile], title: str, footer: str, columns: int |
     rows = math.ceil(len(tiles) / columns)
     inner = max(columns * (width + _GAP) - _GAP, 3 * _MIN_TILE)
 
-    title_font, label_font, footer_font = (ImageFont.load_default(size) for size in (22, 20, 15))
-    title = _fit(title, title_font, inner)
-    footer = _fit(footer, footer_font, inner)
     top = _MARGIN + 44
     bottom = top + rows * (height + _LABEL + _GAP)
     sheet = Image.new("RGB", (inner + 2 * _MARGIN, bottom + 16 + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN), title, _INK, title_font, anchor="lt")
-    draw.text((_MARGIN, bottom + 8), footer, _FAINT, footer_font, anchor="lt")
+    letters.draw(sheet, (_MARGIN, _MARGIN + 18), letters.fit(title, _TITLE_PX, inner), _TITLE_PX, _INK)
+    letters.draw(sheet, (_MARGIN, bottom + 20), letters.fit(footer, _FOOTER_PX, inner), _FOOTER_PX, _FAINT)
     for i, (tile, image) in enumerate(zip(tiles, images, strict=True)):
         x = _MARGIN + i % columns * (width + _GAP)
         y = top + i // columns * (height + _LABEL + _GAP)
@@ -56,8 +55,7 @@ def contact_sheet(tiles: Sequence[Tile], title: str, footer: str, columns: int |
         right, below = x + image.width, y + image.height
         if tile.is_pivot:
             draw.rectangle((x - 4, y - 4, right + 3, below + 3), outline=_ACCENT, width=3)
-        ink = _ACCENT if tile.is_pivot else _INK
-        draw.text(((x + right) // 2, below + _LABEL // 2), tile.label, ink, label_font, anchor="mm")
+        _label(sheet, (x, right, below), tile)
     return sheet
 
 
@@ -71,10 +69,16 @@ def _captioned(tile: Tile) -> Image.Image:
     image = _tile_size(tile.image)
     frame = Image.new("RGB", (image.width, image.height + _LABEL), _PAPER)
     frame.paste(image, (0, 0))
-    font = ImageFont.load_default(20)
-    place = (image.width // 2, image.height + _LABEL // 2)
-    ImageDraw.Draw(frame).text(place, tile.label, _INK, font, anchor="mm")
+    _label(frame, (0, image.width, image.height), tile)
     return frame
+
+
+def _label(sheet: Image.Image, below: tuple[int, int, int], tile: Tile) -> None:
+    """Write the label of a picture in the middle of its left and right edge, under its lower edge."""
+    left, right, bottom = below
+    text = letters.fit(tile.label, _LABEL_PX, right - left + _GAP)
+    ink = _ACCENT if tile.is_pivot else _INK
+    letters.draw(sheet, ((left + right) / 2, bottom + _LABEL / 2 + 7), text, _LABEL_PX, ink, anchor="ms")
 
 
 def _tile_size(image: Image.Image) -> Image.Image:
@@ -84,14 +88,3 @@ def _tile_size(image: Image.Image) -> Image.Image:
         return image
     factor = math.ceil(_MIN_TILE / max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text on one line, cut with an ellipsis where it is too long."""
-    text = " ".join(text.split())
-    if font.getlength(text) <= width:
-        return text
-    fits = bisect.bisect(
-        range(1, len(text)), width, key=lambda n: math.ceil(font.getlength(text[:n] + "..."))
-    )
-    return text[:fits].rstrip() + "..."

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "Tab": 9, "p": 80, "d": 68, "l": 76}
+KEYS = {
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "PageUp": 33,
+    "End": 35,
+    "Tab": 9,
+    " ": 32,
+}
 
 
 def find() -> str | None:
@@ -47,6 +58,7 @@ class Browser:
         self._session: str | None = None
         self.errors: list[str] = []
         """Uncaught exceptions, console errors and refused loads of the page."""
+        self._events: list[tuple[str, dict[str, Any]]] = []
         self.requests: list[str] = []
         """Addresses that the page asked for."""
         page = next(t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page")
@@ -54,8 +66,7 @@ class Browser:
         self._session = self.call("Target.attachToTarget", attach)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        size = {"width": 1100, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self.call("Emulation.setDeviceMetricsOverride", size)
+        self.screen(1100, 900)
 
     def __enter__(self) -> Browser:
         return self
@@ -89,6 +100,24 @@ class Browser:
         loaded = "document.readyState === 'complete' ? done() : addEventListener('load', done)"
         self.evaluate(f"new Promise(done => {{ {loaded} }})")
 
+    def screen(
+        self, width: int, height: int, scale: float = 1, is_phone: bool = False, scheme: str = "dark"
+    ) -> None:
+        """What the page is shown on. scale: screen pixels to a CSS pixel; scheme: "dark" or "light"."""
+        size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": is_phone}
+        self.call("Emulation.setDeviceMetricsOverride", size)
+        self.call("Emulation.setTouchEmulationEnabled", {"enabled": is_phone})
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.call("Emulation.setEmulatedMedia", {"features": features})
+
+    @contextlib.contextmanager
+    def awaiting(self, event: str, **params: object) -> Iterator[None]:
+        """Returns once the browser has told of an event with these parameters, after what is done inside."""
+        self._events.clear()
+        yield
+        while not any(name == event and params.items() <= given.items() for name, given in self._events):
+            self._read()
+
     def evaluate(self, script: str) -> Any:
         params = {"expression": script, "returnByValue": True, "awaitPromise": True}
         result = self.call("Runtime.evaluate", params)
@@ -106,22 +135,31 @@ class Browser:
 
     def click(self, selector: str, across: float = 0.5) -> None:
         """A mouse click at a fraction of the element's width."""
+        self.drag(selector, across, across)
+
+    def drag(self, selector: str, start: float, end: float, down: float = 0) -> None:
+        """A press at one fraction of the element's width, moved to another and `down` pixels, released."""
         x, y, width, height = self.box(selector)
-        for kind in ("mousePressed", "mouseReleased"):
-            at = {"x": x + across * width, "y": y + height / 2}
-            self.call("Input.dispatchMouseEvent", {"type": kind, "button": "left", "clickCount": 1, **at})
+        places = (("mousePressed", start, 0.0), ("mouseMoved", end, down), ("mouseReleased", end, down))
+        for kind, across, below in places if (start, down) != (end, 0) else places[::2]:
+            at = {"x": x + across * width, "y": y + height / 2 + below}
+            self.call(
+                "Input.dispatchMouseEvent",
+                {"type": kind, "button": "left", "buttons": 1, "clickCount": 1, **at},
+            )
 
     def key(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
-            params = {"type": kind, "key": key, "windowsVirtualKeyCode": KEYS[key]}
+            params = {"type": kind, "key": key, "windowsVirtualKeyCode": KEYS.get(key) or ord(key.upper())}
             if kind == "keyDown" and len(key) == 1:
                 params["text"] = key
             self.call("Input.dispatchKeyEvent", params)
 
     def screenshot(self, selector: str) -> bytes:
-        """PNG of one element."""
+        """PNG of one element, whose edges are on whole pixels as the browser draws them."""
         x, y, width, height = self.box(selector)
-        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
+        left, top, right, bottom = round(x), round(y), round(x + width), round(y + height)
+        clip = {"x": left, "y": top, "width": right - left, "height": bottom - top, "scale": 1}
         return base64.b64decode(self.call("Page.captureScreenshot", {"format": "png", "clip": clip})["data"])
 
     def _read(self) -> dict[str, Any]:
@@ -132,6 +170,8 @@ class Browser:
         text, self._buffer = self._buffer.split(b"\0", 1)
         message = json.loads(text)
         params = message.get("params", {})
+        if "method" in message:
+            self._events.append((message["method"], params))
         if message.get("method") == "Runtime.exceptionThrown":
             self.errors.append(str(params["exceptionDetails"]))
         if message.get("method") == "Log.entryAdded":

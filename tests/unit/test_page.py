@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -13,11 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from bokehflux.metrics import sharpness
 from bokehflux.pictures import files as output
-from bokehflux.pictures.page import curve_svg, measured_sharpness, page, write_page
+from bokehflux.pictures import metadata
+from bokehflux.pictures.page import (
+    MAX_EMBEDDED_PIXELS,
+    curve_svg,
+    measured_sharpness,
+    page,
+    scenes_of,
+    write_page,
+)
 from bokehflux.pictures.series import Scene, Shot
 from bokehflux.record import GenerateSettings, Provenance, Record
 
@@ -25,7 +37,7 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), d
 
 
 def scene(prompt: str = "a cup", levels: tuple[float, ...] = (0.0, 12.0), pivot: float | None = 6.0) -> Scene:
-    settings = GenerateSettings(
+    asked = GenerateSettings(
         prompt=prompt,
         seed=1,
         num_inference_steps=4,
@@ -33,7 +45,7 @@ def scene(prompt: str = "a cup", levels: tuple[float, ...] = (0.0, 12.0), pivot:
         bokeh_targets=(0.0,),
         bokeh_pivot=6.0,
     )
-    record = Record(settings=settings, provenance=Provenance(model="nano"))
+    record = Record(settings=asked, provenance=Provenance(model="nano"))
     shots = [Shot(level=level, image=NOISE.filter(ImageFilter.GaussianBlur(level / 4))) for level in levels]
     anchor = None if pivot is None else Shot(level=pivot, image=NOISE, is_pivot=True)
     return Scene(record=record, targets=tuple(shots), pivot=anchor)
@@ -43,12 +55,26 @@ def data(text: str) -> list[dict[str, Any]]:
     return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
 
 
-def test_pictures_are_embedded_without_loss() -> None:
+def decoded(uri: str) -> io.BytesIO:
+    return io.BytesIO(base64.b64decode(uri.removeprefix("data:image/webp;base64,")))
+
+
+def test_pictures_are_embedded_without_loss_and_with_their_recipes(tmp_path: Path) -> None:
     (each,) = data(page([scene()]))
-    for uri, shot in zip(each["images"], scene().targets, strict=True):
-        content = base64.b64decode(uri.removeprefix("data:image/webp;base64,"))
-        with Image.open(io.BytesIO(content)) as image:
+    for shown, shot in zip([*each["shots"], each["pivot"]], scene().shots, strict=True):
+        with Image.open(decoded(shown["src"])) as image:
             assert image.convert("RGB").tobytes() == shot.image.tobytes()
+        saved = tmp_path / shown["file"]
+        saved.write_bytes(decoded(shown["src"]).getvalue())
+        recipe = metadata.read_recipe(saved)
+        assert (recipe["bokeh_level"], recipe["prompt"]) == (shot.level, "a cup")
+        assert b"trainedAlgorithmicMedia" in saved.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3, "all under names of their own"
+
+
+def policy(text: str) -> dict[str, str]:
+    (found,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    return dict(part.split(" ", 1) for part in found.split("; "))
 
 
 def test_nothing_is_loaded_from_anywhere() -> None:
@@ -57,7 +83,50 @@ def test_nothing_is_loaded_from_anywhere() -> None:
     assert not re.findall(
         r"""(?:src|href|action)\s*=\s*["'][^"']|@import|url\(|<link|fetch\(|https?://(?!cv\.iptc)""", markup
     )
-    assert "default-src 'none'" in markup
+    assert policy(text) | {"style-src": "", "script-src": ""} == {
+        "default-src": "'none'", "img-src": "data:", "style-src": "", "script-src": "", "base-uri": "'none'",
+        "form-action": "'none'",
+    }  # fmt: skip
+
+
+def test_only_its_own_script_and_style_run() -> None:
+    text = page([scene()])
+    for kind, tag in (("script-src", "script"), ("style-src", "style")):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy(text)[kind] == f"'sha256-{digest}'"
+    assert not re.findall(r"""\son\w+\s*=|\sstyle\s*=\s*["']""", text.split("<script>")[0])
+
+
+def test_many_large_pictures_stay_in_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty scenes of eight pictures of 1024 px."""
+    large = Image.effect_noise((1024, 1024), 90).convert("RGB")
+    monkeypatch.setattr("bokehflux.pictures.page.measured_sharpness", lambda _: 5.0)
+    one = dataclasses.replace(scene(), targets=tuple(Shot(level=4.0 * i, image=large) for i in range(7)))
+    files = [f"a cup-#1/{picture.stem}.jpg" for picture in one.pictures()]
+    names = [f"a-cup-{i}" for i in range(20)]
+    text = page([one.saved_at(files)] * 20, names)
+    assert len(text) < 1 << 20
+    assert policy(text)["img-src"] == "'self' data:"
+    shown = [*data(text)[19]["shots"], data(text)[19]["pivot"]]
+    assert shown[2]["src"] == "a%20cup-%231/bokeh-08.0.jpg"
+    assert (shown[2]["file"], shown[7]["file"]) == (
+        "a-cup-19-bokeh-08.0.jpg",
+        "a-cup-19-pivot-bokeh-06.0.jpg",
+    )
+
+
+def test_the_largest_page_without_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grain as heavy as at ISO 25600; the pictures of all scenes together are counted."""
+    noise = Image.fromarray((128 + 20 * np.random.default_rng(0).normal(size=(512, 512, 3))).astype(np.uint8))
+    per_pixel = len(page([dataclasses.replace(scene(), targets=(Shot(level=1.0, image=noise),), pivot=None)]))
+    per_pixel /= 512 * 512
+    assert per_pixel * MAX_EMBEDDED_PIXELS < 40e6 and 20 * 8 * 256 * 256 <= MAX_EMBEDDED_PIXELS
+    shot = Shot(level=1.0, image=noise, file="f/a.png")
+    for limit, linked in ((2 * 512 * 512, False), (2 * 512 * 512 - 1, True)):
+        monkeypatch.setattr("bokehflux.pictures.page.MAX_EMBEDDED_PIXELS", limit)
+        text = page([dataclasses.replace(scene(), targets=(shot,), pivot=None)] * 2)
+        assert (data(text)[1]["shots"][0]["src"] == "f/a.png") == linked
 
 
 @pytest.mark.parametrize(
@@ -67,6 +136,39 @@ def test_prompts_stay_text(prompt: str) -> None:
     text = page([scene(prompt)])
     assert data(text)[0]["prompt"] == prompt
     assert text.count("<script") == page([scene()]).count("<script") == 2
+
+
+@given(prompt=st.text(max_size=80).filter(str.strip))
+@settings(max_examples=40, deadline=None)
+def test_any_prompt_is_kept(prompt: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("page") / "index.html"
+    write_page([scene(prompt, levels=(3.0,), pivot=None)], path, ["folder"])
+    text = path.read_text(encoding="utf-8")
+    assert data(text)[0]["prompt"] == prompt and text.count("<script") == 2
+    assert scenes_of(path) == {"folder"}
+
+
+def test_levels_ascend_and_repeated_ones_are_told_apart() -> None:
+    (each,) = data(page([scene(levels=(8.0, 0.0, 8.0), pivot=None)]))
+    assert [shot["level"] for shot in each["shots"]] == [0, 8, 8] and each["pivot"] is None
+    for key in ("label", "file"):
+        assert len({shot[key] for shot in each["shots"]}) == 3
+    (dots,) = re.findall(r'data-index="(\d)".*data-index="(\d)".*data-index="(\d)"', each["curve"])
+    assert dots == ("0", "1", "2")
+    assert len(data(page([scene(levels=(8.0,), pivot=None)]))[0]["shots"]) == 1
+    many = tuple(i / 4 for i in range(121))
+    assert [shot["level"] for shot in data(page([scene(levels=many)]))[0]["shots"]] == list(many)
+
+
+def test_pages_of_earlier_versions_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "index.html"
+    path.write_text(
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="bokehflux-scenes" content="a-cup-seed1-215f1513 a-cup-seed2-53d9d3c7">\n<title>'
+    )
+    assert scenes_of(path) == {"a-cup-seed1-215f1513", "a-cup-seed2-53d9d3c7"}
+    path.write_text("<title>somebody's own</title>")
+    assert scenes_of(path) is None
 
 
 def test_the_mark_of_the_machine() -> None:
@@ -79,7 +181,8 @@ def test_sharpness_is_that_of_the_metrics() -> None:
     exact = sharpness(torch.from_numpy(np.array(NOISE)).movedim(-1, 0)[None].float() / 255)
     assert measured_sharpness(NOISE) == pytest.approx(exact.item())
     (each,) = data(page([scene()]))
-    assert each["sharpness"][0] == pytest.approx(exact.item(), abs=1e-3) and each["sharpness"][1] < 7
+    values = [shot["sharpness"] for shot in each["shots"]]
+    assert values[0] == pytest.approx(exact.item(), abs=1e-3) and values[1] < 7
 
 
 @pytest.mark.parametrize("points", [

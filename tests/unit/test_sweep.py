@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,22 @@ def test_one_batch_per_scene_and_every_view(tmp_path: Path) -> None:
         assert gif.n_frames == webp.n_frames == 2
     page = (tmp_path / "index.html").read_text()
     assert page.count('"prompt": "a cup"') == 2 and page.count("data:image/webp") == 6
+
+
+def test_a_page_that_would_be_large_shows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they were made, and after one was lost and the rest found again."""
+    monkeypatch.setattr("bokehflux.pictures.page.MAX_EMBEDDED_PIXELS", 0)
+    requests = grid(BASE, lines("a cup", "a tree"), [1])
+    for _ in range(2):
+        done = run(requests, tmp_path)
+        text = (tmp_path / "index.html").read_text()
+        shown = re.findall(r'"src": "([^"]*)"', text)
+        assert len(shown) == 6 and "data:image" not in text
+        for source, shot in zip(shown, [s for each in done for s in each.scene.shots], strict=True):
+            with Image.open(tmp_path / source) as image:
+                assert image.convert("RGB").tobytes() == shot.image.tobytes()
+        (tmp_path / shown[1]).unlink()
+    assert done[0].num_kept == 2, "the second sweep made the lost one again"
 
 
 def test_a_finished_sweep_makes_nothing_again(tmp_path: Path) -> None:
