@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ CENTRE: Field = (0.0, 0.0)
 
 
 class Aperture(Protocol):
-    zones: ClassVar[int]
+    zones: int
     """1 for a shape that is the same all over the picture, else into how many zones a side it is split."""
 
     def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
@@ -39,7 +39,7 @@ def _soft(depth_px: Tensor, edge_px: Tensor) -> Tensor:
 class Disc:
     """A lens wide open."""
 
-    zones: ClassVar[int] = 1
+    zones = 1
 
     def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
         return _soft(radius_px - (x**2 + y**2).sqrt(), edge_px)
@@ -53,7 +53,7 @@ class Polygon:
     """3 or more."""
     rotation_deg: float = 0.0
     """Clockwise; 0 has a corner at the top."""
-    zones: ClassVar[int] = 1
+    zones = 1
 
     def __post_init__(self) -> None:
         if self.blades < 3:
@@ -75,7 +75,7 @@ class Donut:
 
     hole: float = 0.5
     """Radius of the hole as a share of the disc's, above 0 and below 1."""
-    zones: ClassVar[int] = 1
+    zones = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.hole < 1:
@@ -92,7 +92,7 @@ class Anamorphic:
 
     squeeze: float = 2.0
     """Height by width; below 1 the ellipse lies on its side, as wide as the disc."""
-    zones: ClassVar[int] = 1
+    zones = 1
 
     def __post_init__(self) -> None:
         if not self.squeeze > 0:
@@ -112,7 +112,7 @@ class CatsEye:
 
     cut: float = 0.5
     """Of the radius, that each side loses at a corner; 0 to below 1."""
-    zones: ClassVar[int] = 5
+    zones = 5
 
     def __post_init__(self) -> None:
         if not 0 <= self.cut < 1:
@@ -131,7 +131,7 @@ class Picture:
 
     light: Tensor
     """[n, n], at least 0, not 0 everywhere."""
-    zones: ClassVar[int] = 1
+    zones = 1
 
     def __post_init__(self) -> None:
         light = self.light
@@ -168,9 +168,18 @@ class Quarter:
     """1 or -1."""
 
     @property
-    def zones(self) -> int:
+    def zones(self) -> int:  # type: ignore[override]
         return self.whole.zones
 
     def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
         across, along = (x * self.right + 0.5).clamp(0, 1), (y * self.below + 0.5).clamp(0, 1)
         return self.whole.spread(x, y, radius_px, edge_px, at) * across * along
+
+
+def quarters(aperture: Aperture) -> list[tuple[float, Quarter]]:
+    """The parts of an aperture that let light through, and their shares of its light."""
+    side = torch.arange(-66.0, 67.0)
+    x, y, rim, edge = side, side[:, None], torch.tensor(64.0), torch.tensor(1.0)
+    parts = [Quarter(aperture, right, below) for below in (-1, 1) for right in (-1, 1)]
+    light = [float(part.spread(x, y, rim, edge).sum()) for part in parts]
+    return [(amount / sum(light), part) for amount, part in zip(light, parts, strict=True) if amount > 0]

@@ -1,8 +1,7 @@
 """A picture of layers through a thin lens: each blurred as its depth asks, laid over the ones behind it.
 
 Light is linear. A layer's coverage is blurred with its colours, so that what lies behind shows through a
-defocused rim as it does through a lens: near blur spreads over sharp things, far blur ends at them. What is
-approximate is where the rims of two defocused layers meet.
+defocused rim as it does through a lens: near blur spreads over sharp things, far blur ends at them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aperture import Aperture, Disc
+from .aperture import Aperture, Disc, quarters
 from .blur import Blur
 
 STOPS = (0.25, 0.5, 1.0)
@@ -37,6 +36,8 @@ def composite(
 ) -> Tensor:
     """Light [B, 3, H, W] of layers from the farthest, which covers everything, to the nearest.
 
+    Exact but for what shows through a defocused rim and is defocused itself: from there the lens sees less of the one
+    where it sees more of the other, and their blurs do not multiply.
     softness: of discs' rims, see `aperture_spectrum`. margin_px: layers go on mirrored for so many pixels beyond
     their edges; with 0 their blur wraps around. Raises ValueError for a farthest layer that does not cover.
     """
@@ -47,6 +48,17 @@ def composite(
         light = _defocused(layer, aperture, softness, margin_px)
         out = light if out is None else light[:, :3] + out * (1 - light[:, 3:])
     return out
+
+
+def composite_by_quarters(
+    layers: Sequence[Layer], aperture: Aperture = Disc(), softness: float = 0.0, margin_px: int = 0
+) -> Tensor:
+    """`composite`, for each quarter of the aperture by itself: what is not exact shrinks to a third."""
+    total: Tensor | None = None
+    for share, quarter in quarters(aperture):
+        part = share * composite(layers, quarter, softness, margin_px)
+        total = part if total is None else total + part
+    return total
 
 
 def _defocused(layer: Layer, aperture: Aperture, softness: float, margin_px: int) -> Tensor:
