@@ -177,9 +177,10 @@ class Quarter:
 
 
 def quarters(aperture: Aperture) -> list[tuple[float, Quarter]]:
-    """The parts of an aperture that let light through, and their shares of its light."""
+    """The parts of an aperture that let more than a trace of light through, and their shares of it; sum 1."""
     side = torch.arange(-66.0, 67.0)
     x, y, rim, edge = side, side[:, None], torch.tensor(64.0), torch.tensor(1.0)
     parts = [Quarter(aperture, right, below) for below in (-1, 1) for right in (-1, 1)]
     light = [float(part.spread(x, y, rim, edge).sum()) for part in parts]
-    return [(amount / sum(light), part) for amount, part in zip(light, parts, strict=True) if amount > 0]
+    bright = [(amount, part) for amount, part in zip(light, parts, strict=True) if amount > 0.02 * sum(light)]
+    return [(amount / sum(amount for amount, _ in bright), part) for amount, part in bright]

@@ -98,8 +98,7 @@ def _neural(
     low, high = GAMMA_RANGE
     gamma = (gamma - low) / (high - low)
     scale = min(max(float(defocus.abs().max()), 1.0), float(max(height, width)))
-    # A side of 1 pixel cannot be folded.
-    size = max(2, rounding(height / scale)), max(2, rounding(width / scale))
+    size = max(1, rounding(height / scale)), max(1, rounding(width / scale))
     out, error_map = networks.arnet(resize(image, size), resize(defocus, size) / scale, gamma)
     out, error_map = out.clamp(0, BRIGHTEST), resize(error_map, (height, width))
 

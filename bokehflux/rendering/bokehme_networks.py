@@ -99,9 +99,9 @@ def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 
 
 def _folded(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, 4 C, H // 2, W // 2]; odd sizes are resized down to even ones."""
-    height, width = x.shape[-2:]
-    return F.pixel_unshuffle(resize(x, (height // 2 * 2, width // 2 * 2)), 2)
+    """[B, C, H, W] -> [B, 4 C, H // 2, W // 2]; odd sizes are resized down to even ones, 1 up to 2."""
+    height, width = (max(side // 2, 1) * 2 for side in x.shape[-2:])
+    return F.pixel_unshuffle(resize(x, (height, width)), 2)
 
 
 def _constant(like: Tensor, value: float) -> Tensor:
@@ -118,8 +118,10 @@ def load_networks(arnet: Path, iunet: Path) -> Networks:
 
 def _loaded(kind: type, path: Path) -> nn.Module:
     tensors = _tensors(path)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path}: expected BokehMe's {kind.__name__}, found a {type(tensors).__name__}")
     first = tensors.get("conv0.conv.weight")
-    if not isinstance(first, Tensor):
+    if not isinstance(first, Tensor) or first.dim() != 4:
         raise ValueError(f"{path}: expected BokehMe's {kind.__name__}, found no tensor conv0.conv.weight")
     network = kind(first.shape[0])
     try:
@@ -137,4 +139,4 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: expected a .pth or .safetensors file of tensors: {error}") from error
     # Published files keep the tensors under "model", beside the optimiser's.
-    return saved.get("model", saved)
+    return saved.get("model", saved) if isinstance(saved, dict) else saved

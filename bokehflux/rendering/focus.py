@@ -109,6 +109,8 @@ def tilted(disparity: Tensor, points: tuple[tuple[int, int], tuple[int, int], tu
 
 def radius_map(disparity: Tensor, focus: Focus, level: Tensor | float) -> Tensor:
     """Blur radius [H, W] in pixels, above 0 for what is nearer than the focus; level 0 ... 30, or a map of them."""
+    if disparity.dim() != 2 or not disparity.isfinite().all():
+        raise ValueError(f"disparity: expected finite numbers [H, W], got {list(disparity.shape)}")
     levels = torch.as_tensor(level, dtype=disparity.dtype, device=disparity.device)
     check_level(float(levels.min()))
     check_level(float(levels.max()))
