@@ -1,0 +1,76 @@
+"""The blur of one layer: its light spread by an aperture's shape, by FFT. Edges wrap."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .aperture import CENTRE, Aperture, Field
+
+
+def aperture_spectrum(
+    aperture: Aperture, radius_px: Tensor, height: int, width: int, softness: float = 0.0, at: Field = CENTRE
+) -> Tensor:
+    """Transfer function [B, height, width // 2 + 1] of a shape of unit sum and radius |radius_px|, [B].
+
+    Radius 0 is the identity and the blur grows continuously from there: the shape's rim lies at
+    sqrt(r^2 + 1/4), the disc that a pixel grows into. The rim is 1 + softness * r pixels wide. Above 0 lies what
+    is nearer than the focus, and there the shape is turned by half a turn.
+    """
+    r = radius_px.view(-1, 1, 1)
+    upright = torch.where(r > 0, -1.0, 1.0)
+    y = torch.fft.fftfreq(height, 1 / height, device=r.device).view(1, -1, 1)
+    x = torch.fft.fftfreq(width, 1 / width, device=r.device).view(1, 1, -1)
+    rim_px = (r**2 + 0.25).sqrt()
+    kernel = aperture.spread(x * upright, y * upright, rim_px, 1 + softness * r.abs(), at)
+    return torch.fft.rfft2(kernel / kernel.sum((1, 2), keepdim=True))
+
+
+class Blur:
+    """Light [B, C, H, W] in front of one aperture, ready to be blurred by any radius.
+
+    An aperture whose shape changes over the picture splits it into zones that overlap: light between the centres
+    of two zones takes both their shapes, in proportion.
+    """
+
+    def __init__(
+        self,
+        light: Tensor,
+        aperture: Aperture,
+        softness: float = 0.0,
+        picture_px: tuple[int, int] | None = None,
+    ) -> None:
+        """softness: see `aperture_spectrum`. picture_px: height and width of the picture in the middle of H x W,
+        to which zones refer; None: all of it."""
+        self.aperture, self.softness = aperture, softness
+        self.height, self.width = light.shape[-2:]
+        if aperture.zones == 1:
+            self.parts = [(torch.fft.rfft2(light), CENTRE)]
+            return
+        height, width = picture_px or (self.height, self.width)
+        to_corner = math.hypot(height, width)
+        self.parts = [
+            (torch.fft.rfft2(light * row[:, None] * column), (x * width / to_corner, y * height / to_corner))
+            for y, row in _zones(aperture.zones, self.height, height, light)
+            for x, column in _zones(aperture.zones, self.width, width, light)
+        ]
+
+    def by(self, radius_px: Tensor) -> Tensor:
+        """The light blurred by radius_px [B], above 0 for what is nearer than the focus."""
+        total: Tensor | None = None
+        for spectrum, at in self.parts:
+            transfer = aperture_spectrum(
+                self.aperture, radius_px, self.height, self.width, self.softness, at
+            )[:, None]
+            total = spectrum * transfer if total is None else total + spectrum * transfer
+        return torch.fft.irfft2(total, s=(self.height, self.width))
+
+
+def _zones(count: int, size: int, picture: int, like: Tensor) -> list[tuple[float, Tensor]]:
+    """Centres of zones, -1 ... 1 over the picture, and their shares [size]: hats whose sum is 1 everywhere."""
+    place = (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5 - size / 2) * 2 / picture
+    place, width = place.clamp(-1, 1), 2 / (count - 1)
+    centres = [width * i - 1 for i in range(count)]
+    return [(centre, (1 - (place - centre).abs() / width).clamp(min=0)) for centre in centres]

@@ -1,0 +1,45 @@
+"""A photograph, blurred through a lens: from display values to light, through layers, and back."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .aperture import Aperture, Disc
+from .cut import cut
+from .layers import composite_by_quarters
+
+GAMMA = 2.2
+"""Light = display value ^ GAMMA."""
+CLIPPED = 0.9
+"""A display value from here on may hide any light."""
+
+
+def blur_photo(
+    image: Tensor,
+    radius_px: Tensor,
+    aperture: Aperture = Disc(),
+    matte: Tensor | None = None,
+    highlights: float = 1.0,
+) -> Tensor:
+    """image [3, H, W], 0 ... 1, blurred by radius_px [H, W], above 0 for what is nearer than the focus: [3, H, W].
+
+    matte [H, W]: see `cut`. highlights: how bright a clipped light really was, 1 as the picture has it; see
+    `raised`. Where nothing is blurred the picture stays as it is. Raises ValueError for other shapes and numbers.
+    """
+    light = raised(image[None] ** GAMMA, highlights)
+    layers = cut(light, radius_px[None], None if matte is None else matte[None])
+    margin = min(int(radius_px.abs().max()) + 2, *(side - 1 for side in radius_px.shape))
+    return composite_by_quarters(layers, aperture, margin_px=margin)[0].clamp(0, 1) ** (1 / GAMMA)
+
+
+def raised(light: Tensor, highlights: float) -> Tensor:
+    """light [B, 3, H, W], 0 ... 1, made brighter where a channel comes near 1: up to `highlights` times at 1.
+
+    A sensor cannot tell a lamp from white paper. Blurred as it is, a clipped lamp becomes a dim disc. Colours keep
+    their hue. Raises ValueError below 1.
+    """
+    if not highlights >= 1:
+        raise ValueError(f"highlights: expected at least 1, got {highlights:g}")
+    start = CLIPPED**GAMMA
+    near = ((light.amax(1, keepdim=True) - start) / (1 - start)).clamp(0, 1)
+    return light * (1 + (highlights - 1) * near**2)

@@ -1,0 +1,157 @@
+"""Scatter in Triton, turned around into a gather: importing this module imports triton.
+
+A program takes a tile of results and asks every pixel that may reach it what it gives; nothing is added from two
+sides, so equal inputs give equal bits. A tile whose surroundings hold only small radii asks fewer pixels. Sources
+are padded by the reach, so that no read needs a mask.
+
+Bounds at 512 x 512 and radius 30 (3300 weights a pixel): about 0.7 ms of instructions, 0.9 ms of reads from L1 on
+an H100.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import FADED_PX, Iris, offset_table
+
+ROWS, COLS, WARPS, UNROLL = 4, 128, 4, 4
+"""A tile: 4 results a thread, with sums in registers and reads side by side. Neighbours asked in one turn: their
+addresses are one register and a constant. Compiled for sm_90 by triton 3.9: 72 registers, 27 instructions for 32
+weights. Not yet timed."""
+STEEPNESS: tl.constexpr = tl.constexpr(8 * 1.4426950408889634)
+"""1/2 + 1/2 tanh(4 x) = 1 / (1 + exp(-8 x)), here with a power of two."""
+FADED: tl.constexpr = tl.constexpr(FADED_PX)
+SIZES = ["height", "width", "padded_height", "padded_width", "reach"]
+"""Not worth a compilation each."""
+
+
+@triton.jit
+def _span(dy, largest, ring):
+    """How far left and right of row dy an iris of the largest radius can reach."""
+    across = (largest + FADED) * (largest + FADED) - dy * dy
+    return tl.minimum(ring, tl.sqrt(tl.maximum(across, 0.0)).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _scatter_kernel(
+    given, radius, offsets, largest_near, mean, weight,
+    height, width, padded_height, padded_width, reach, donut,
+    DONUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """given [B, 4, ...]: light and 1, by r^2 + 0.2; radius [B, ...] >= 0; both padded. offsets: a table."""
+    tile_x, tile_y, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    y, x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * COLS + tl.arange(0, COLS)
+    plane = padded_height.to(tl.int64) * padded_width
+    at = (reach + y)[:, None].to(tl.int64) * padded_width + (reach + x)[None, :]
+    radius += row * plane
+    given += row * 4 * plane
+    largest = tl.load(largest_near + (row * tl.num_programs(1) + tile_y) * tl.num_programs(0) + tile_x)
+    ring = largest.to(tl.int32) + 1
+    entries = (2 * reach + 1) * (2 * reach + 1)
+
+    red, green, blue, total = (
+        tl.zeros([ROWS, COLS], tl.float32),
+        tl.zeros([ROWS, COLS], tl.float32),
+        tl.zeros([ROWS, COLS], tl.float32),
+        tl.zeros([ROWS, COLS], tl.float32),
+    )
+    for dy in tl.range(-ring, ring + 1):
+        span = _span(dy, largest, ring)
+        for first in tl.range(-span, span + 1, UNROLL):
+            entry = offsets + (dy + reach) * (2 * reach + 1) + first + reach
+            source = at - dy * padded_width - first
+            for i in tl.static_range(UNROLL):
+                distance, r = tl.load(entry + i), tl.load(radius + source - i)
+                edge = tl.load(entry + 2 * entries + i) * r
+                w = 1 / (1 + tl.exp2((distance - edge) * STEEPNESS))
+                if DONUT:  # tanh(0.2 z) = 1 - 2 / (1 + exp(0.4 z))
+                    w *= 1 - donut * 2 / (1 + tl.exp(0.4 * (1 + distance - edge)))
+                w = tl.where(r >= tl.load(entry + entries + i) - 1, w, 0.0)
+                red += w * tl.load(given + source - i)
+                green += w * tl.load(given + source + plane - i)
+                blue += w * tl.load(given + source + 2 * plane - i)
+                total += w * tl.load(given + source + 3 * plane - i)
+
+    inside = (y < height)[:, None] & (x < width)[None, :]
+    out = y[:, None].to(tl.int64) * width + x[None, :]
+    size = height.to(tl.int64) * width
+    total = tl.where(inside, total, 1.0)
+    mean += row * 3 * size
+    tl.store(mean + out, red / total, mask=inside)
+    tl.store(mean + out + size, green / total, mask=inside)
+    tl.store(mean + out + 2 * size, blue / total, mask=inside)
+    tl.store(weight + row * size + out, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _dilate_kernel(
+    radius, offsets, largest_near, out, height, width, padded_height, padded_width, reach,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """radius [B, ...], signed, padded."""
+    tile_x, tile_y, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    y, x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * COLS + tl.arange(0, COLS)
+    at = (reach + y)[:, None].to(tl.int64) * padded_width + (reach + x)[None, :]
+    radius += row * padded_height * padded_width
+    largest = tl.load(largest_near + (row * tl.num_programs(1) + tile_y) * tl.num_programs(0) + tile_x)
+    ring = largest.to(tl.int32) + 1
+
+    nearest = tl.load(radius + at)
+    for dy in tl.range(-ring, ring + 1):
+        span = _span(dy, largest, ring)
+        for dx in tl.range(-span, span + 1):
+            signed = tl.load(radius + at - dy * padded_width - dx)
+            distance = tl.load(offsets + (dy + reach) * (2 * reach + 1) + dx + reach)
+            nearest = tl.where(tl.abs(signed) >= distance, tl.maximum(nearest, signed), nearest)
+
+    inside = (y < height)[:, None] & (x < width)[None, :]
+    place = row * height * width + y[:, None].to(tl.int64) * width + x[None, :]
+    tl.store(out + place, nearest, mask=inside)
+
+
+def scatter(light: Tensor, radius_px: Tensor, iris: Iris, reach: int) -> tuple[Tensor, Tensor]:
+    radius, reach = radius_px.abs(), reach + UNROLL  # The last turn of a row goes a little too far.
+    given = torch.cat([light, torch.ones_like(light[:, :1])], 1) / (radius**2 + 0.2)[:, None]
+    given, padded = _padded(given, reach), _padded(radius, reach)
+    mean, weight = light.new_empty(light.shape), light.new_empty(radius.shape)
+    with torch.cuda.device_of(light):
+        _scatter_kernel[_grid(radius)](
+            given, padded, offset_table(reach, iris).to(light.device), _largest_near(radius, reach), mean, weight,
+            *radius.shape[1:], *padded.shape[1:], reach, iris.donut,
+            DONUT=iris.donut != 0, ROWS=ROWS, COLS=COLS, UNROLL=UNROLL, num_warps=WARPS,
+        )  # fmt: skip
+    return mean, weight
+
+
+def dilate(radius_px: Tensor, reach: int) -> Tensor:
+    padded, out = _padded(radius_px, reach, -torch.inf), radius_px.new_empty(radius_px.shape)
+    offsets = offset_table(reach, Iris()).to(radius_px.device)
+    with torch.cuda.device_of(radius_px):
+        _dilate_kernel[_grid(radius_px)](
+            padded, offsets, _largest_near(radius_px.abs(), reach), out,
+            *radius_px.shape[1:], *padded.shape[1:], reach, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
+        )  # fmt: skip
+    return out
+
+
+def _grid(radius: Tensor) -> tuple[int, int, int]:
+    batch, height, width = radius.shape
+    return triton.cdiv(width, COLS), triton.cdiv(height, ROWS), batch
+
+
+def _padded(x: Tensor, reach: int, value: float = 0.0) -> Tensor:
+    """x [..., H, W] with `reach` more on every side, after whole tiles."""
+    below, right = -x.shape[-2] % ROWS, -x.shape[-1] % COLS
+    return F.pad(x, (reach, reach + right, reach, reach + below), value=value).contiguous()
+
+
+def _largest_near(radius: Tensor, reach: int) -> Tensor:
+    """The largest radius among the pixels within reach of each tile: [B, tiles down, tiles across]."""
+    below, right = -radius.shape[-2] % ROWS, -radius.shape[-1] % COLS
+    tiles = F.max_pool2d(F.pad(radius, (0, right, 0, below))[:, None], (ROWS, COLS))
+    far = triton.cdiv(reach, ROWS), triton.cdiv(reach, COLS)
+    return F.max_pool2d(F.pad(tiles, (far[1], far[1], far[0], far[0])), (2 * far[0] + 1, 2 * far[1] + 1), 1)[:, 0]
