@@ -70,7 +70,9 @@ class Camera:
         if not focus_m > focal_m:
             raise ValueError(f"focus_m must lie beyond the focal length of {focal_m:g} m, got {focus_m:g}")
         k_px_m = self.focal_mm * self.px_per_mm * focal_m / (2 * self.f_number * (1 - focal_m / focus_m))
-        return k_px_m if short_side_px is None else k_px_m * short_side_px / min(self.width_px, self.height_px)
+        return (
+            k_px_m if short_side_px is None else k_px_m * short_side_px / min(self.width_px, self.height_px)
+        )
 
 
 def radius_px(k_px_m: float, distance_m: float, focus_m: float) -> float:

@@ -91,6 +91,7 @@ def _decoded(file: BinaryIO, orientation: int | None) -> tuple[Image.Image, Exif
     # Pillow's notice about large pictures speaks of attacks; its limit, twice as high, holds.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", UserWarning)
         with Image.open(file, formats=READABLE) as stored:
             stored.load()
             exif = Exif.of(stored)
