@@ -108,9 +108,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     refocus = command("refocus", "show a photograph at other bokeh levels")
     refocus.add_argument("photo", metavar="PHOTO", help="the photograph: PNG, JPEG, WebP or GIF")
-    what = refocus.add_argument_group("what to make")
-    _settings_flags(what, RefocusSettings)
-    photos.add_focus_flag(what)
+    _settings_flags(refocus.add_argument_group("what to make"), RefocusSettings)
     _run_flags(refocus)
     photos.add_commands(command)
 

@@ -148,7 +148,7 @@ def refocus(args: argparse.Namespace) -> int:
 
     levels = args.bokeh_targets or LEVELS
     if args.bokeh_pivot == "auto":
-        args.bokeh_pivot = photos.photo_level_of(Path(args.photo), args.focus_distance)
+        args.bokeh_pivot = photos.photo_level_of(Path(args.photo))
     settings = settings_from(args, RefocusSettings, bokeh_targets=levels, photo=None)
     options = _checked(args, [settings])
     from bokehflux.app.watched import Interrupted

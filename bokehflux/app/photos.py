@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bokehflux.app.terminal import plain, show
+from bokehflux.app.terminal import plain, say, show
 from bokehflux.lens import MAX_LEVEL, TRAINING_SIDE_PX
 
 if TYPE_CHECKING:
@@ -25,18 +25,12 @@ def add_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None
     # fmt: off
     exif = command("exif", "show the bokeh level of a photograph, and how it follows from its EXIF data")
     exif.add_argument("photo", metavar="PHOTO", help="the photograph: JPEG, PNG or WebP")
-    add_focus_flag(exif)
+    exif.add_argument("--focus-distance", type=float, metavar="M",
+        help="metres from the camera to what is in focus (default: as the EXIF data says, or assumed)")
     exif.add_argument("--short-side", type=int, default=TRAINING_SIDE_PX, metavar="PX",
         help="shorter side at which the level is told (default: %(default)s, the adapter's training size)")
     exif.add_argument("--json", action="store_true", help="as one JSON object")
     # fmt: on
-
-
-def add_focus_flag(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--focus-distance", type=float, metavar="M",
-        help="metres from the camera to what is in focus (default: as the EXIF data says, or assumed)",
-    )  # fmt: skip
 
 
 def exif(args: argparse.Namespace) -> int:
@@ -51,18 +45,25 @@ def exif(args: argparse.Namespace) -> int:
     return 0
 
 
-def photo_level_of(path: Path, focus_m: float | None) -> float:
-    """The level for `--photo-level auto`. Raises ValueError where the EXIF data lacks what is needed."""
-    found = level_in_file(path, focus_m)
+def photo_level_of(path: Path) -> float:
+    """The level for `--photo-level auto`, said aloud. Raises ValueError where the file lacks what is needed."""
+    found = level_in_file(path)
     if found.level is None:
         raise ValueError(
             f"--photo-level auto: {path} does not tell its level ({found.notes[-1]}); give --photo-level as "
             f"a number from 0 to {MAX_LEVEL:g}"
         )
+    say(
+        "; ".join(
+            [f"--photo-level {found.level:.1f}, from the EXIF data of {plain(path.name)}", *found.notes]
+        )
+    )
     return found.level
 
 
-def level_in_file(path: Path, focus_m: float | None, short_side_px: int = TRAINING_SIDE_PX) -> PhotoLevel:
+def level_in_file(
+    path: Path, focus_m: float | None = None, short_side_px: int = TRAINING_SIDE_PX
+) -> PhotoLevel:
     """Raises ValueError for a file that cannot be read and a focus that cannot be."""
     from bokehflux.photos.exif import photo_level
     from bokehflux.photos.read import read_photo
