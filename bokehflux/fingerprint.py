@@ -34,6 +34,11 @@ def fingerprint(paths: Iterable[Path]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
 
 
+def fingerprint_of_bytes(data: bytes) -> str:
+    """The fingerprint of a file of these bytes, where it is not larger than 64 MB."""
+    return hashlib.sha256(hashlib.sha256(data).digest()).hexdigest()[:32]
+
+
 def _digest(path: Path) -> bytes:
     sha, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:

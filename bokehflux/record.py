@@ -96,11 +96,17 @@ def _seed_word(word: str) -> int:
     return random_seed() if word == "random" else int(word)
 
 
+def level_or_auto(word: str) -> float | str:
+    return word if word == "auto" else float(word)
+
+
 TEXT = Kind("text", _text, str)
 WHOLE = Kind("a whole number", _whole, int)
 SEED = Kind("a whole number, or None for a random one", _whole, _seed_word)
 NUMBER = Kind("a finite number", _number, float)
 LEVEL = Kind("a level from 0 (all sharp) to 30", _level, float)
+PHOTO_LEVEL = Kind(LEVEL.what, _level, level_or_auto)
+"""On the command line it may be "auto", which the program replaces by what the photograph's EXIF says."""
 LEVELS = Kind(f"a sequence of 1 to {MAX_TARGETS} levels", _levels, float, many=True)
 SWITCH = Kind("true or false", _switch)
 WEIGHTED = Kind("pairs of text and strength", _weighted)
@@ -338,8 +344,9 @@ class RefocusSettings(Settings):
         help="bokeh levels, 0 (all sharp) to 30 (default: 0 to 30 in steps of 5)",
     )  # fmt: skip
     bokeh_pivot: float = setting(
-        0.0, LEVEL, flag="photo_level", metavar="LEVEL",
-        help="the photograph's own bokeh level, 0 (all sharp) to 30 (default: %(default)s)",
+        0.0, PHOTO_LEVEL, flag="photo_level", metavar="LEVEL",
+        help="the photograph's own bokeh level, 0 (all sharp) to 30, or auto: from its EXIF data (default: "
+             "%(default)s)",
     )  # fmt: skip
     guidance_scale: float = setting(
         1.0, NUMBER, metavar="X",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from bokehflux.app import photos
 from bokehflux.record import DEFAULT_SEED, SEED, GenerateSettings, RefocusSettings, Settings
 from bokehflux.version import __version__
 
@@ -109,6 +110,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     refocus.add_argument("photo", metavar="PHOTO", help="the photograph: PNG, JPEG, WebP or GIF")
     _settings_flags(refocus.add_argument_group("what to make"), RefocusSettings)
     _run_flags(refocus)
+    photos.add_commands(command)
 
     info = command("info", "show how a picture was made")
     info.add_argument("image", metavar="IMAGE", help="a picture that bokehflux wrote")

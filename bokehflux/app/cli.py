@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bokehflux.app import photos
 from bokehflux.app.arguments import loras_from, model_from, options_from, parse, settings_from
 from bokehflux.app.terminal import plain, prepare, say, show, show_files
 from bokehflux.record import NEGATIVE_PROMPT, GenerateSettings, RefocusSettings, Settings
@@ -146,6 +147,8 @@ def refocus(args: argparse.Namespace) -> int:
     from bokehflux.app.sweep import LEVELS
 
     levels = args.bokeh_targets or LEVELS
+    if args.bokeh_pivot == "auto":
+        args.bokeh_pivot = photos.photo_level_of(Path(args.photo))
     settings = settings_from(args, RefocusSettings, bokeh_targets=levels, photo=None)
     options = _checked(args, [settings])
     from bokehflux.app.watched import Interrupted
@@ -202,7 +205,7 @@ def fetch(args: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": generate, "sweep": sweep, "refocus": refocus, "info": info, "doctor": doctor,
-    "inspect": inspect, "fetch": fetch,
+    "inspect": inspect, "fetch": fetch, "exif": photos.exif,
 }  # fmt: skip
 
 

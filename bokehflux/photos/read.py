@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from bokehflux.fingerprint import fingerprint
+from bokehflux.fingerprint import fingerprint, fingerprint_of_bytes
+from bokehflux.photos.exif import Exif
 from bokehflux.pictures.metadata import READABLE, UNREADABLE
 
 logger = logging.getLogger(__name__)
@@ -35,12 +37,22 @@ EXPORT = {
 """Formats that are not read, and how their files begin ("ftyp" from the fifth byte)."""
 
 
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""What turns stored pixels upright, by EXIF orientation."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Photo:
     """A photograph, and which file it was."""
 
     image: Image.Image
     """Upright RGB in sRGB, 8 bits a channel."""
+    exif: Exif
+    """What the file says of its camera. `orientation` is the turn that `image` has had."""
     name: str
     """The file's name, without its folder."""
     fingerprint: str
@@ -54,24 +66,54 @@ def read_photo(path: Path) -> Photo:
     try:
         if not path.is_file():
             raise ValueError("it is not there" if not path.exists() else "it is not a regular file")
-        with path.open("rb") as start:
-            _refuse_other_formats(start.read(32))
-        # Pillow's notice about large pictures speaks of attacks; its limit, twice as high, holds.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=READABLE) as file:
-                file.load()
-                image = upright_rgb(file)
-        return Photo(image=image, name=path.name, fingerprint=fingerprint([path]))
-    except Image.DecompressionBombError as error:
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
-        raise ValueError(
-            f"cannot read the photograph {path}: it has more than {most} million pixels; scale it down first"
-        ) from error
+        with path.open("rb") as file:
+            image, exif = _decoded(file, None)
+        return Photo(image=image, exif=exif, name=path.name, fingerprint=fingerprint([path]))
     except UNREADABLE as error:
-        raise ValueError(
-            f"cannot read the photograph {path}: {error}; expected one of {', '.join(READABLE)}"
-        ) from error
+        raise ValueError(_refusal(str(path), error)) from error
+
+
+def photo_from_bytes(data: bytes, name: str, orientation: int | None = None) -> Photo:
+    """The same for a file that lies inside another one.
+
+    orientation: the turn where the file says nothing itself, because it was written again without its EXIF.
+    """
+    try:
+        image, exif = _decoded(io.BytesIO(data), orientation)
+    except UNREADABLE as error:
+        raise ValueError(_refusal(name, error)) from error
+    return Photo(image=image, exif=exif, name=name, fingerprint=fingerprint_of_bytes(data))
+
+
+def _decoded(file: BinaryIO, orientation: int | None) -> tuple[Image.Image, Exif]:
+    _refuse_other_formats(file.read(32))
+    file.seek(0)
+    # Pillow's notice about large pictures speaks of attacks; its limit, twice as high, holds.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", "Corrupt EXIF data|Truncated File Read", UserWarning)
+        with Image.open(file, formats=READABLE) as stored:
+            stored.load()
+            exif = Exif.of(stored)
+            image = upright_rgb(stored)
+    if exif.orientation is None and orientation is not None:
+        image, exif = turned(image, orientation), replace(exif, orientation=orientation)
+    return image, exif
+
+
+def _refusal(name: str, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        said = f"it has more than {most} million pixels; scale it down first"
+    else:
+        said = f"{error}; expected one of {', '.join(READABLE)}"
+    return f"cannot read the photograph {name}: {said}"
+
+
+def turned(image: Image.Image, orientation: int | None) -> Image.Image:
+    """Stored pixels turned upright; what lies over a photograph (mask, depth) must turn with it."""
+    method = TRANSPOSE.get(orientation or 1)
+    return image if method is None else image.transpose(method)
 
 
 def upright_rgb(photo: Image.Image) -> Image.Image:

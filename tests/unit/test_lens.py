@@ -30,15 +30,15 @@ def test_worked_values(focal_mm: float, focal_35mm: float, levels: tuple[float, 
         camera = Camera(
             focal_mm=focal_mm, f_number=stop, focal_35mm=focal_35mm, width_px=1536, height_px=1024
         )
-        assert camera.level(focus_m=2, short_side_px=512) == pytest.approx(level, abs=0.051)
+        assert camera.k_px_m(focus_m=2, short_side_px=512) == pytest.approx(level, abs=0.051)
 
 
 def test_values_of_the_published_formula() -> None:
     """Spec 1.3: 50 mm at f/1.8 focused at 2.5 m, 1024 x 683; 55 mm on APS-C at f/4.5."""
     full = Camera(focal_mm=50, f_number=1.8, focal_35mm=50, width_px=1024, height_px=683)
     crop = Camera(focal_mm=55, f_number=4.5, focal_35mm=82, width_px=1024, height_px=683)
-    assert full.level(2.5) == pytest.approx(20.16, abs=0.005)
-    assert crop.level(2.714) == pytest.approx(14.55, abs=0.005)
+    assert full.k_px_m(2.5) == pytest.approx(20.16, abs=0.005)
+    assert crop.k_px_m(2.714) == pytest.approx(14.55, abs=0.005)
 
 
 @needs_shared
@@ -55,7 +55,7 @@ def test_recorded_table() -> None:
             width_px=row["upright_size"][0],
             height_px=row["upright_size"][1],
         )
-        assert camera.level(row["focus_distance_m"]) == pytest.approx(row["K_px_m"], rel=1e-4)
+        assert camera.k_px_m(row["focus_distance_m"]) == pytest.approx(row["K_px_m"], rel=1e-4)
         tried += 1
     assert tried > 10
 
@@ -71,7 +71,7 @@ def test_orientation_and_scale(f_mm: float, stop: float, crop: float, width: int
         camera = Camera(
             focal_mm=f_mm, f_number=stop, focal_35mm=f_mm * crop, width_px=width, height_px=height
         )
-        return camera.level(f_mm / 500, side)
+        return camera.k_px_m(f_mm / 500, side)
 
     assert level(width, height) == pytest.approx(level(height, width))
     assert level(2 * width, 2 * height) == pytest.approx(2 * level(width, height))
@@ -90,4 +90,4 @@ def test_impossible_cameras_are_refused() -> None:
         with pytest.raises(ValueError, match=name):
             Camera(**{**good, name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="beyond the focal length"):
-        Camera(**good).level(0.05)  # type: ignore[arg-type]
+        Camera(**good).k_px_m(0.05)  # type: ignore[arg-type]
