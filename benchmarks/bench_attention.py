@@ -5,7 +5,7 @@
 
 Every arm's output is compared with float32 before it is timed; a wrong arm is named and not timed. Every
 arm is replayed as a CUDA graph over inputs that fill the cache several times; arms take turns. Ours are the
-backends of `kernels.attention.interface` that are kernels of our own, each with the logits' bound known (a
+backends of `kernels.attention.select` that are kernels of our own, each with the logits' bound known (a
 fixed softmax offset) and without (a running maximum); `triton` takes Gluon where that runs, and plain
 Triton is timed beside it. Prints a table and writes attention.json and .png, again after every shape.
 `--tiny` runs toys anywhere (on a CPU in Triton's interpreter): its times mean nothing.
@@ -32,7 +32,7 @@ from benchmarks.arms import best_stock_attention
 from benchmarks.report import RESULTS, Budget, Row, bars, chosen_device, first_line, pick, save, table
 from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
 from benchmarks.timing import environment, gemm_ceiling, interleaved, num_sets
-from bokehflux.kernels.attention import interface, reference, tiles
+from bokehflux.kernels.attention import reference, select, tiles
 
 WANTED = (
     "grounded-1-4608", "grounded-6-4608", "plain-1-4608",
@@ -45,7 +45,7 @@ MAX_ERROR_RATIO = 2.0
 """Largest error that passes, as a multiple of a stock kernel's on the same inputs."""
 CHECKED_HEADS = (0, 11, 23)
 STOCK_BACKENDS = ("reference", "sdpa", "flash")
-"""Names in `interface.BACKENDS` that are not kernels of our own; those after the first are compared too."""
+"""Names in `select.BACKENDS` that are not kernels of our own; those after the first are compared too."""
 YARDSTICKS = ("cuDNN", "FA2", "flex", "sdpa", "published, cuDNN", "published, FA2", "published, sdpa")
 """`speedup` is over the fastest of these: PyTorch's own, for grounded shapes in the published formulation."""
 COLUMNS = {
@@ -223,13 +223,13 @@ def stock_arms(shape: AttentionShape, device: torch.device) -> list[Arm]:
 
 
 def backend_arms(shape: AttentionShape) -> list[Arm]:
-    """Backends of `interface` by name: kernels of our own, and stock ones through two calls merged."""
+    """Backends of `select` by name: kernels of our own, and stock ones through two calls merged."""
     arms = []
-    for name, found in interface.BACKENDS.items():
+    for name, found in select.BACKENDS.items():
         is_ours = name not in STOCK_BACKENDS
         if name == STOCK_BACKENDS[0] or (shape.form == "plain" and not is_ours):
             continue
-        module = importlib.import_module(found, interface.__package__) if isinstance(found, str) else found
+        module = importlib.import_module(found, select.__package__) if isinstance(found, str) else found
         takes_bound = "logit_bound" in inspect.signature(module.attention).parameters
         if takes_bound:
             arms.append(our_arm(shape, name, module, is_ours, {"logit_bound": LOGIT_BOUND}))
@@ -240,16 +240,16 @@ def backend_arms(shape: AttentionShape) -> list[Arm]:
 
 def plain_triton_arms(shape: AttentionShape, device: torch.device) -> list[Arm]:
     """Our kernels in Triton, where the backend of that name would take those in Gluon."""
-    from bokehflux.kernels.attention import launch, ops  # imports triton
+    from bokehflux.kernels.attention import launch  # imports triton
 
     of = tiles.device(device)
-    if launch.why_no_gluon(of.family) is not None:
+    if select.why_not_gluon(device) is not None:
         return []
     n = shape.num_targets
     form, jobs = {
         "plain": (tiles.PLAIN, None),
-        "target": (tiles.TARGET, ops._target_jobs((0,) * n)),
-        "grounded": (tiles.PAIR, ops._grounded_jobs((n,) * (n + 1))),
+        "target": (tiles.TARGET, launch.target_jobs((0,) * n)),
+        "grounded": (tiles.PAIR, launch.grounded_jobs((n,) * (n + 1))),
     }[shape.form]
 
     def arm(name: str, fixed: bool) -> Arm:

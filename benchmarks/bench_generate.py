@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import networks
-from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms, preferred
+from benchmarks.arms import Arm, allow_recompiling, best_stock_attention, build_arms
 from benchmarks.bench_step import check, limit_of
 from benchmarks.networks import FULL, PIVOT_LEVEL, TARGET_LEVELS, TINY, Setting
 from benchmarks.report import RESULTS, Budget, Row, bars, chosen_device, save, table
@@ -226,9 +226,10 @@ def run(
     arms: Sequence[str],
     published_runs: int,
     budget: Budget,
+    backend: str = "auto",
 ) -> Iterator[list[Row]]:
-    """All rows so far, after every arm of every size."""
-    pipeline = networks.build_pipeline(setting, device)
+    """All rows so far, after every arm of every size. backend: attention of our arms."""
+    pipeline = dataclasses.replace(networks.build_pipeline(setting, device), backend=backend)
     # Before any arm takes its memory: written-out attention needs up to 25 GB.
     wide = networks.widened(pipeline.mmdit)
     batches = {
@@ -237,7 +238,7 @@ def run(
     exact = {side: networks.exact(wide, batch) for side, batch in batches.items()}
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    built = build_arms(pipeline.mmdit, with_levels=True, wanted=arms, graphs=False)
+    built = build_arms(pipeline.mmdit, with_levels=True, backend=backend, wanted=arms, graphs=False)
     done: list[Row] = []
     for side, batch in batches.items():
         if budget.spent:
@@ -272,11 +273,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = environment(device)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     name, rows = f"{args.name}_tiny" if args.tiny else args.name, []
-    with best_stock_attention(), preferred(args.backend):
+    with best_stock_attention():
         for rows in run(
             setting, device, sides=args.sides or setting.sides_px, arms=args.arms,
             num_steps=args.steps or (3 if args.tiny else 30), published_runs=args.published_runs,
-            budget=budget,
+            budget=budget, backend=args.backend,
         ):  # fmt: skip
             plot = bars(f"Six targets, {found['device']}: seconds", rows, "side", "arm", "total_s", "s")
             save(args.out, name, found, rows, plot, backend=args.backend)

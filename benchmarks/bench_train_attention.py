@@ -35,7 +35,7 @@ from benchmarks.report import (
 )
 from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
 from benchmarks.timing import environment, gemm_ceiling
-from bokehflux.kernels.attention import interface, reference
+from bokehflux.kernels.attention import interface, reference, select
 
 WANTED = (
     "grounded-1-4608",
@@ -213,7 +213,7 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="", help="only shapes whose name contains this")
-    parser.add_argument("--backends", nargs="+", choices=sorted(interface.BACKENDS), default=None)
+    parser.add_argument("--backends", nargs="+", choices=sorted(select.BACKENDS), default=None)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=300, help="begin no shape after this")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     ceiling = gemm_ceiling(device)
     print(f"bf16 matrix product: {ceiling:.0f} TFLOP/s", flush=True)
-    backends = args.backends or [name for name in interface.BACKENDS if name != "reference"]
+    backends = args.backends or [name for name in select.BACKENDS if name != "reference"]
     name, rows = "train_attention_tiny" if args.tiny else "train_attention", []
     for shape in shapes:
         if budget.spent:

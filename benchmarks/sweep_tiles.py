@@ -29,14 +29,14 @@ from bokehflux.weights.write import write_json
 
 def sweep(shape: AttentionShape, device: torch.device, dtype: torch.dtype, repeats: int) -> list[Row]:
     """Every candidate tile of a shape's longest form that compiles and is right, fastest first."""
-    from bokehflux.kernels.attention import launch, ops  # imports triton
+    from bokehflux.kernels.attention import launch  # imports triton
 
     n = shape.num_targets
     form = {"plain": tiles.PLAIN, "target": tiles.TARGET, "grounded": tiles.PAIR}[shape.form]
     jobs = {
         tiles.PLAIN: None,
-        tiles.TARGET: ops._target_jobs((0,) * n),
-        tiles.PAIR: ops._grounded_jobs((n,) * (n + 1)),
+        tiles.TARGET: launch.target_jobs((0,) * n),
+        tiles.PAIR: launch.grounded_jobs((n,) * (n + 1)),
     }[form]
     count = num_sets(draw(shape, device, dtype).num_bytes, device)
     sets = [draw(shape, device, dtype) for _ in range(count)]
@@ -45,15 +45,11 @@ def sweep(shape: AttentionShape, device: torch.device, dtype: torch.dtype, repea
         k, k_pivot, v = (x.k[:n], x.k[n:], x.v[:n]) if form == tiles.TARGET else (x.k, None, x.v)
         return launch.forward(x.q, k, k_pivot, v, None, jobs, fixed=fixed, tile=tile)[0]
 
-    languages = [tiles.TRITON]
-    if tiles.device(device).family == tiles.HOPPER:
-        languages.append(tiles.GLUON)
+    on_hopper = tiles.device(device).family == tiles.HOPPER
+    languages = (tiles.TRITON, tiles.GLUON) if on_hopper else (tiles.TRITON,)
     rows = []
     for fixed in (True, False):
         true = exact(shape, sets[0], [0])
-        languages = (
-            (tiles.TRITON, tiles.GLUON) if tiles.device(device).family == tiles.HOPPER else (tiles.TRITON,)
-        )
         usual = [
             tiles.forward_tile(tiles.device(device), [form], shape.head_dim, fixed, language)
             for language in languages

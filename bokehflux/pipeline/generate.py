@@ -95,6 +95,8 @@ class Pipeline:
     """As given to `load`; None where there was none, or the model brought its own."""
     loras: tuple[tuple[str, float], ...] = ()
     """File and strength of each, as given to `load`."""
+    backend: str = "auto"
+    """Attention of its runs, by name (`kernels.attention.select`)."""
 
     @property
     def device(self) -> torch.device:
@@ -211,6 +213,7 @@ class Pipeline:
                 sigmas=steps,
                 max_rows=max_rows,
                 cuda_graphs=self.memory.mode == "resident",
+                backend=self.backend,
             )
             start = pack(noise(grid, seed, self.dtype)).to(self.device)
             start = start.expand(1 if levels is None else len(levels), -1, -1)

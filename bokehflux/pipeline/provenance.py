@@ -102,7 +102,7 @@ def facts(
         "threads": torch.get_num_threads() if pipe.device.type == "cpu" else None,
         "device": pipe.device.type,
         "device_name": device_name(pipe.device),
-        "attention": attention_choice(pipe.device, pipe.dtype, pipe.mmdit.config.head_dim)[0],
+        "attention": attention(pipe),
     }
 
 
@@ -126,11 +126,15 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()}"
 
 
-def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """The attention backend that "auto" takes for such queries, and why."""
-    from bokehflux.kernels.attention import interface
+def attention(pipe: Pipeline) -> str:
+    """The attention backends of a pipeline's runs: without a pivot, then with one where that is another."""
+    from bokehflux.kernels.attention import select
 
-    return interface.choose(device, dtype, head_dim)
+    if pipe.backend != "auto":
+        return pipe.backend
+    head_dim = pipe.mmdit.config.head_dim
+    choices = [select.choose(pipe.device, pipe.dtype, head_dim, grounded=g) for g in (False, True)]
+    return " + ".join(dict.fromkeys(choice.backend for choice in choices))
 
 
 def _digest(path: Path) -> bytes:

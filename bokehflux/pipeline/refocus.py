@@ -85,6 +85,7 @@ def refocus(
             sigmas=steps,
             max_rows=max_rows,
             cuda_graphs=pipe.memory.mode == "resident",
+            backend=pipe.backend,
         )
 
     with pipe.memory.phase("denoise"):

@@ -109,13 +109,15 @@ class Denoiser:
     """Above 1: classifier-free guidance against `negative`, at twice the cost."""
     negative: Guide | None
     max_rows: int | None
+    backend: str
+    """Attention of every specification made here; `attention` names its own."""
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: Tensor, step: int) -> Tensor:
         """x [B, N, 64] -> velocity [B, N, 64]. The negative pass: no level, guidance 1, plain attention."""
         v = self.positive.velocity(x, sigma, list(self.batches(len(x), step)))
         if self.true_cfg > 1 and self.negative is not None:
-            plain = [(rows, Plain()) for rows in self._slices(len(x))]
+            plain = [(rows, Plain(backend=self.backend)) for rows in self._slices(len(x))]
             v_neg = self.negative.velocity(x, sigma, plain)
             v = v_neg + self.true_cfg * (v - v_neg)
         return v
@@ -128,7 +130,7 @@ class Denoiser:
         grounding = self.grounding
         if grounding is None or step >= grounding.num_steps:
             for part in self._slices(rows):
-                yield part, Plain()
+                yield part, Plain(backend=self.backend)
             return
         adapter = self.positive.mmdit.bokeh
         parts = list(self._slices(rows))
@@ -137,13 +139,13 @@ class Denoiser:
             first, *parts = parts
             pivot_of = (grounding.pivot_row,) * len(range(rows)[first])
             if adapter is not None and not adapter.config.adapt_k:
-                yield first, PivotQuery(pivot_of=pivot_of)
+                yield first, PivotQuery(pivot_of=pivot_of, backend=self.backend)
             elif parts or grounding.cache is not None:
-                yield first, Recorded(grounded=Grounded(pivot_of=pivot_of), store=store, step=step)
+                yield first, Recorded(pivot_of=pivot_of, store=store, step=step, backend=self.backend)
             else:
-                yield first, Grounded(pivot_of=pivot_of)
+                yield first, Grounded(pivot_of=pivot_of, backend=self.backend)
         for part in parts:
-            yield part, OnStored(store=store, step=step)
+            yield part, OnStored(store=store, step=step, backend=self.backend)
 
     def _slices(self, rows: int) -> Iterator[slice]:
         size = rows if self.max_rows is None else self.max_rows
@@ -173,6 +175,7 @@ def denoiser(
     sigmas: Tensor | None = None,
     max_rows: int | None = None,
     cuda_graphs: bool = True,
+    backend: str = "auto",
 ) -> Denoiser:
     """A `Denoiser` for one prompt (conditioning of one row, shared by every row of the batch) and size.
 
@@ -181,6 +184,7 @@ def denoiser(
     together; more take turns in each block and share the pivot's queries and keys, so that N targets cost
     N + 1 rows in any case (the pivot must then be row 0). cuda_graphs: whether steps of small batches may be
     replayed as CUDA graphs (`cuda_graph.py`: where, and what that costs); it changes no number.
+    backend: attention by name (`kernels.attention.select`); `attention` names its own.
     Raises ValueError for true CFG without a negative conditioning, for both grounding and attention, and for
     a split that these rules forbid.
     """
@@ -217,6 +221,7 @@ def denoiser(
         true_cfg=true_cfg,
         negative=guide(negative, 1.0, null) if true_cfg > 1 and negative is not None else None,
         max_rows=max_rows,
+        backend=backend,
     )
 
 
