@@ -1,4 +1,4 @@
-# Everything runs in .venv, made on first use. `make` alone lists the targets.
+# Everything runs in .venv (test-newest: .venv-newest), made on first use. `make` alone lists the targets.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INPUTS := setup.py pyproject.toml constraints.txt
@@ -7,10 +7,10 @@ INPUTS := setup.py pyproject.toml constraints.txt
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-newest lint format bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{ printf "make %-11s %s\n", $$1, $$2 }'
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,22 @@ demo: .venv/installed ## bokeh sweep with the bundled model on this machine's CP
 
 test: .venv/installed-dev ## all tests that this machine can run
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# What a person gets who installs today, the oracles of tests/parity included. On Linux PyPI's torch is a CUDA build of
+# several GB, and the newest CPU build comes from PyTorch's own index: add it with PIP_EXTRA_INDEX_URL, or name
+# another build, as in NEWEST_TORCH=torch==2.13.0.
+NEWEST_TORCH ?= torch
+NEWEST := transformers diffusers accelerate tokenizers huggingface_hub pillow numpy
+ifeq ($(shell uname -s),Linux)
+NEWEST += triton
+endif
+
+test-newest: ## all tests with the newest packages that the index has
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade setuptools wheel
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation \
+	  --editable '.[test]' '$(NEWEST_TORCH)' $(NEWEST)
+	.venv-newest/bin/python -m pytest -q $(PYTEST_ARGS)
 
 # mypy cannot follow the package mapping of setup.py, so it reads a copy that is laid out as installed.
 lint: .venv/installed-dev ## ruff, its formatter, and mypy

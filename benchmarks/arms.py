@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import networks
 from benchmarks.networks import Batch
 from benchmarks.timing import Arm, first_line
-from bokehflux.kernels.attention import interface
 from bokehflux.models.fp8 import quantize_mmdit
 from bokehflux.models.mmdit import MMDiT
 
@@ -162,18 +161,6 @@ def best_stock_attention() -> Iterator[None]:
     """Inside, PyTorch's attention takes the fastest kernel that can: for every arm alike."""
     with sdpa_kernel(STOCK_ORDER, set_priority=True):
         yield
-
-
-@contextlib.contextmanager
-def preferred(backend: str) -> Iterator[None]:
-    """Inside, a run that asks for "auto" gets this backend. The only place that patches the library."""
-    usual = interface.automatic
-    if backend != "auto":
-        interface.automatic = lambda device: interface.Choice(backend, "asked for by a benchmark")
-    try:
-        yield
-    finally:
-        interface.automatic = usual
 
 
 def allow_recompiling() -> None:

@@ -3,7 +3,7 @@
 A specification is a frozen dataclass derived from `AttentionSpec` with a call `(q, k, v) -> out`, all
 [B, L, H, D] (L = text then image tokens, already normalised and rotated). Blocks know nothing else about
 attention, so a new variant is one class here (or in your own file) passed to `MMDiT.forward`. Which kernel
-runs is decided in `kernels.attention`.
+runs is decided in `kernels.attention.select`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class AttentionSpec(ABC):
     block: int = 0
     """The block it is called in, counted over double then single blocks."""
     backend: str = "auto"
-    """A name in `kernels.attention.interface.BACKENDS`, or "auto"."""
+    """A name in `kernels.attention.select.BACKENDS`, or "auto"."""
 
     def for_block(
         self: Spec, block: int, value_bias: Tensor | None, logit_bound: float | None = None
@@ -99,20 +99,16 @@ class PivotStore(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded(AttentionSpec):
-    """A grounded specification with one pivot, whose query and keys are stored on the way."""
+class Recorded(Grounded):
+    """`Grounded` on one pivot, whose query and keys are stored on the way."""
 
-    grounded: Grounded
     store: PivotStore
     step: int
 
-    def query_rows(self) -> tuple[int, ...]:
-        return self.grounded.query_rows()
-
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        pivot = self.grounded.pivot_of[0]
+        pivot = self.pivot_of[0]
         self.store.put(self.step, self.block, q, k[pivot : pivot + 1])
-        return self.grounded.for_block(self.block, self.value_bias, self.logit_bound)(q, k, v)
+        return super().__call__(q, k, v)
 
 
 @dataclass(frozen=True, kw_only=True)

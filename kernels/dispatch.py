@@ -1,15 +1,21 @@
-"""The one rule by which `pointwise` and `group_norm` take their Triton kernels; all else is PyTorch's.
+"""Where our Triton kernels run: what every folder here asks before conditions of its own.
 
-Nothing is chosen here by a person, hence no reasons: `attention` and `fp8`, which are, have `why_not`.
+Users cannot pick a kernel of `pointwise` or `group_norm`: `takes` decides, and logs once where it decides
+against ours. `attention` and `fp8`, where they can, have a `why_not` that gives the reason.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import logging
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+OLDEST_TRITON = (3, 4)
+"""The first with the tensor descriptors that our attention reads through."""
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -22,12 +28,40 @@ def takes(*tensors: Tensor) -> bool:
         return False
     if first.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != first.dtype for t in tensors):
         return False
-    return runs_triton(first.device)
+    return _runs_triton(first.device)
 
 
 @functools.cache
-def runs_triton(device: torch.device) -> bool:
-    """Whether our Triton kernels run on a CUDA device."""
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 8
+def _runs_triton(device: torch.device) -> bool:
+    reason = why_not(device)
+    if reason is not None:
+        logger.warning("fused kernels are off on %s, PyTorch's operators run instead: %s", device, reason)
+    return reason is None
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """The reason why our Triton kernels cannot run on a CUDA device, or None."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device)[0] < 8:
+        return "they need an NVIDIA GPU of compute capability 8.0 or higher"
+    version = triton_version()
+    if version is None:
+        return "the package triton is not installed"
+    if version < OLDEST_TRITON:
+        return f"they need Triton {dotted(OLDEST_TRITON)} or newer, not {dotted(version)}"
+    return None
+
+
+@functools.cache
+def triton_version() -> tuple[int, int] | None:
+    """Major and minor, or None where Triton cannot be imported."""
+    try:
+        import triton
+    except ImportError:  # it has no wheels for some systems
+        return None
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -33,3 +34,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., torch.device]]:
+    """A CUDA device that need not be there: pretend_gpu(family of `tiles`, version of Triton or None)."""
+    from bokehflux.kernels import dispatch
+    from bokehflux.kernels.attention import select, tiles
+
+    caches = (
+        dispatch.why_not,
+        dispatch._runs_triton,
+        select.why_not_gluon,
+        select._log_choice,
+        select._warn_off,
+    )
+
+    def pretend(family: str, triton: tuple[int, int] | None) -> torch.device:
+        for cached in caches:
+            cached.cache_clear()
+        capability = (9, 0) if family == tiles.HOPPER else (8, 0)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(tiles, "device", lambda of: tiles.Device(family=family, num_sms=132))
+        monkeypatch.setattr(dispatch, "triton_version", lambda: triton)
+        return torch.device("cuda", 0)
+
+    yield pretend
+    for cached in caches:
+        cached.cache_clear()

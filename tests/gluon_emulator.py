@@ -187,7 +187,7 @@ class Kernel:
         return self.function(*args, **options)
 
     def __getitem__(self, grid: tuple[int]) -> Callable:
-        def launch(*args: Any, num_warps: int, maxnreg: int, **options: Any) -> None:
+        def launch(*args: Any, num_warps: int, maxnreg: int, enable_fp_fusion: bool, **options: Any) -> None:
             made = [Pointer(a.view(-1)) if isinstance(a, torch.Tensor) else a for a in args]
             made = [value(a) if type(a) is int and a < 2**62 else a for a in made]
             program.count = grid[0]
@@ -239,8 +239,9 @@ def load_emulated(package: str, patch: pytest.MonkeyPatch) -> types.ModuleType:
             wait=lambda bar, parity: bar.wait(int(parity)), expect=lambda bar, size: bar.update(1, size),
             arrive=lambda bar, count: bar.update(count, 0),
         ),
-        tma=types.SimpleNamespace(async_copy_global_to_shared=lambda *args: copy_late(pool, *args)),
     )  # fmt: skip
+    tma = types.ModuleType("tma")
+    vars(tma).update(async_load=lambda *args: copy_late(pool, *args))
     gluon = types.ModuleType("gluon")
     vars(gluon).update(jit=jit, language=language)
     host = types.ModuleType("host")
@@ -251,7 +252,7 @@ def load_emulated(package: str, patch: pytest.MonkeyPatch) -> types.ModuleType:
     imitations = {
         root: experimental, f"{root}.gluon": gluon, f"{root}.gluon.language": language,
         f"{root}.gluon.language.nvidia": types.ModuleType("nvidia"),
-        f"{root}.gluon.language.nvidia.hopper": hopper,
+        f"{root}.gluon.language.nvidia.hopper": hopper, f"{root}.gluon.language.nvidia.hopper.tma": tma,
         f"{root}.gluon.nvidia": types.ModuleType("nvidia"), f"{root}.gluon.nvidia.hopper": host,
     }  # fmt: skip
     parent = sys.modules[package]

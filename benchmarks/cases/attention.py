@@ -33,13 +33,13 @@ from benchmarks.timing import (
     race,
     relative_error,
 )
-from bokehflux.kernels.attention import interface, tiles
+from bokehflux.kernels.attention import interface, select, tiles
 
 LOGIT_BOUND = 9.5
 """What |q . k| / sqrt(D) stays below in these inputs: a fixed offset is allowed in either dtype."""
 CHECKED_HEADS = (0, 11, 23)
 STOCK_BACKENDS = ("reference", "sdpa", "flash")
-"""Names in `interface.BACKENDS` that are not kernels of our own; those after the first are compared too."""
+"""Names in `select.BACKENDS` that are not kernels of our own; those after the first are compared too."""
 YARDSTICKS = ("cuDNN", "FA2", "flex", "sdpa", "published, cuDNN", "published, FA2", "published, sdpa")
 """`speedup` is over the fastest of these: PyTorch's own, for grounded shapes in the published formulation."""
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -166,15 +166,15 @@ def on_ours(attend: Kernel) -> Callable[[Inputs], Tensor]:
 
 
 def by_backend(shape: AttentionShape) -> Iterator[Way]:
-    """Backends of `interface` by name: kernels of our own, and stock ones through two calls merged."""
-    for name in interface.BACKENDS:
+    """Backends of `select` by name: kernels of our own, and stock ones through two calls merged."""
+    for name in select.BACKENDS:
         is_ours = name not in STOCK_BACKENDS
         if name == STOCK_BACKENDS[0] or (shape.form == "plain" and not is_ours):
             continue
         kind: shapes.Way = "ours" if is_ours else "merged"
-        if name in interface.BOUNDED:
+        if name in select.BOUNDED:
             yield Way(name, kind, on_ours(by_name(shape, name, LOGIT_BOUND)))
-        suffix = ", running maximum" if name in interface.BOUNDED else ", two calls merged"
+        suffix = ", running maximum" if name in select.BOUNDED else ", two calls merged"
         yield Way(name + suffix, kind, on_ours(by_name(shape, name)))
 
 
@@ -194,9 +194,7 @@ def by_name(shape: AttentionShape, backend: str, bound: float | None = None) -> 
 
 def in_plain_triton(shape: AttentionShape, device: torch.device) -> Iterator[Way]:
     """Our kernels in Triton, where the backend of that name would take those in Gluon."""
-    from bokehflux.kernels.attention import launch  # imports triton
-
-    if launch.why_no_gluon(tiles.device(device).family) is None:
+    if select.why_not_gluon(device) is None:
         for name, fixed in (("plain Triton", True), ("plain Triton, running maximum", False)):
             tile = tiles.forward_tile(
                 tiles.device(device), [FORMS[shape.form]], shape.head_dim, fixed, tiles.TRITON
@@ -210,12 +208,14 @@ FORMS = {"plain": tiles.PLAIN, "target": tiles.TARGET, "grounded": tiles.PAIR}
 
 def on_tile(shape: AttentionShape, tile: tiles.Tile, fixed: bool) -> Callable[[Inputs], Tensor]:
     """Our kernel with one block shape. fixed: the softmax takes a fixed offset."""
-    from bokehflux.kernels.attention import launch, ops
+    from bokehflux.kernels.attention import launch  # imports triton
 
     n = shape.num_targets
     jobs = {
-        "plain": None, "target": ops._target_jobs((0,) * n), "grounded": ops._grounded_jobs((n,) * (n + 1)),
-    }[shape.form]  # fmt: skip
+        "plain": None,
+        "target": launch.target_jobs((0,) * n),
+        "grounded": launch.grounded_jobs((n,) * (n + 1)),
+    }[shape.form]
 
     def run(x: Inputs) -> Tensor:
         k, k_pivot, v = (x.k[:n], x.k[n:], x.v[:n]) if shape.form == "target" else (x.k, None, x.v)

@@ -27,7 +27,6 @@ from benchmarks.arms import (
     allow_recompiling,
     best_stock_attention,
     build_arms,
-    preferred,
 )
 from benchmarks.cases.step import rules_of
 from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS
@@ -59,6 +58,8 @@ class Job:
     num_steps: int
     num_grounded: int
     targets: tuple[float, ...] = TARGET_LEVELS
+    backend: str = "auto"
+    """Attention of our arms."""
 
     @property
     def grid(self) -> LatentGrid:
@@ -90,7 +91,7 @@ def run_ours(pipeline: Pipeline, network: nn.Module, job: Job, clock: Timed) -> 
     result = timed.generate(
         PROMPT, job.targets, bokeh_pivot=PIVOT_LEVEL, num_inference_steps=job.num_steps,
         num_grounding_steps=job.num_grounded, guidance_scale=GUIDANCE, height=job.side_px,
-        width=job.side_px, seed=SEED,
+        width=job.side_px, seed=SEED, backend=job.backend,
     )  # fmt: skip
     return [np.asarray(image) for image in result.images]
 
@@ -182,7 +183,7 @@ def measure_side(clock: OneByOne, batch: networks.Batch, exact: Tensor) -> list[
 def measure(session: Session) -> Iterator[list[Row]]:
     allow_recompiling()
     setting, device = networks.setting(session.tiny), session.device
-    with best_stock_attention(), preferred(session.backend):
+    with best_stock_attention():
         pipeline = networks.build_pipeline(setting, device)
         # Before any arm takes its memory: written-out attention needs up to 25 GB.
         wide = networks.widened(pipeline.mmdit)
@@ -193,12 +194,14 @@ def measure(session: Session) -> Iterator[list[Row]]:
         exact = {side: networks.exact(wide, batch) for side, batch in batches.items()}
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        arms = build_arms(pipeline.mmdit, with_levels=True, wants=session.wants, backend="auto", graphs=False)
+        arms = build_arms(
+            pipeline.mmdit, with_levels=True, wants=session.wants, backend=session.backend, graphs=False
+        )
         # The comparison arms first: should time run out, without them nothing of ours is known to be fast.
         arms.sort(key=lambda arm: arm.is_ours)
         num_steps = 3 if session.tiny else 30
         for side in session.until_spent(batches):
-            job = Job(side_px=side, num_steps=num_steps, num_grounded=round(0.8 * num_steps))
+            job = Job(side_px=side, num_steps=num_steps, num_grounded=round(0.8 * num_steps), backend=backend)
             clock = OneByOne(pipeline=pipeline, job=job, arms=arms, session=session)
             yield measure_side(clock, batches[side], exact[side])
 

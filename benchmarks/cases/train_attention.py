@@ -19,7 +19,7 @@ from benchmarks.cases.attention import CHECKED_HEADS, STOCK_BACKENDS, Kernel, by
 from benchmarks.registry import Benchmark, Session
 from benchmarks.shapes import AttentionShape
 from benchmarks.timing import Arm, Row, Rules, Sustained, gemm_ceiling, race, relative_error
-from bokehflux.kernels.attention import interface
+from bokehflux.kernels.attention import select
 
 SCORE_SPREAD = 2.0
 """Standard deviation of the scores: attention picks a few tokens, so that its errors show."""
@@ -28,7 +28,7 @@ SANE_ERROR = 0.05
 PUBLISHED = "published"
 BACKWARD_PRODUCTS = 2.5
 """Work of a backward pass that keeps no scores, over the forward pass's: five products for two."""
-ARMS = (PUBLISHED, *interface.BACKENDS)
+ARMS = (PUBLISHED, *select.BACKENDS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from PIL import features
 
+from bokehflux.kernels import dispatch
+from bokehflux.kernels.attention import select
 from bokehflux.kernels.fp8.interface import why_not
 from bokehflux.models.precision import default_dtype
-from bokehflux.pipeline.provenance import attention_choice, device_name
+from bokehflux.pipeline.provenance import device_name
 from bokehflux.version import __version__
 from bokehflux.weights.checkpoint import NotFoundError
 from bokehflux.weights.load import find_model
@@ -53,29 +55,39 @@ def _devices() -> Iterator[str]:
         f"{_free_host_memory() / 2**30:.1f} GiB of memory free" if _free_host_memory() else "memory unknown"
     )
     yield f"device cpu: {device_name(cpu)}, {torch.get_num_threads()} threads, {free}"
-    yield f"  attention: {attention_path(cpu)}"
+    yield from _attention(cpu)
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         free_bytes, total = torch.cuda.mem_get_info(device)
         major, minor = torch.cuda.get_device_capability(device)
         memory = f"{free_bytes / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         yield f"device cuda:{index}: {device_name(device)}, compute capability {major}.{minor}, {memory}"
-        yield f"  attention: {attention_path(device)}"
+        yield from _attention(device)
+        reason = dispatch.why_not(device)
+        yield f"  fused kernels: {'yes' if reason is None else f'OFF, {reason}'}"
         yield f"  fp8 compute: {why_not(device, torch.bfloat16) or 'yes'}"
     if torch.backends.mps.is_available():
         yield "device mps: Apple GPU, memory shared with the CPU; no fp8 (cast at load), no memory modes"
-        yield f"  attention: {attention_path(torch.device('mps'))}"
+        yield from _attention(torch.device("mps"))
     if not torch.cuda.is_available():
         why = "this PyTorch is a CPU build" if torch.version.cuda is None else "no NVIDIA driver or GPU"
         yield f"device cuda: none, {why}"
 
 
-def attention_path(device: torch.device) -> str:
-    """The attention that a picture would be made with on a device, and why."""
-    # FLUX's heads, in a device's default dtype.
-    name, reason = attention_choice(device, default_dtype(device), 128)
-    if name != "sdpa":
-        return f"{name} ({reason})"
+def _attention(device: torch.device) -> Iterator[str]:
+    """What FLUX's attention runs on, in the device's default dtype, and why."""
+    dtype = default_dtype(device)
+    plain, grounded = (select.choose(device, dtype, 128, grounded=grounded) for grounded in (False, True))
+    yield f"  attention: {_path(device, plain)}"
+    if grounded != plain:
+        yield f"  attention on a pivot: {_path(device, grounded)}"
+    if plain.off is not None:
+        yield f"  SLOWER THAN IT COULD BE: the attention kernels for this GPU are off, {plain.off}"
+
+
+def _path(device: torch.device, choice: select.Choice) -> str:
+    if choice.backend != "sdpa":
+        return f"{choice.backend} ({choice.reason})"
     if device.type != "cuda":
         return f"sdpa, PyTorch's own: the fused kernels need an NVIDIA GPU, this is {device.type}"
     fused = {
@@ -85,7 +97,7 @@ def attention_path(device: torch.device) -> str:
         "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
     }
     kernels = ", ".join(name for name, on in fused.items() if on) or "math only"
-    return f"sdpa with PyTorch's kernels ({kernels}): {reason}"
+    return f"sdpa with PyTorch's kernels ({kernels}): {choice.reason}"
 
 
 def _models(environment: Mapping[str, str]) -> Iterator[str]:

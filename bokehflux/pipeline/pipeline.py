@@ -32,6 +32,7 @@ class Pipeline(Model):
         on_step: OnStep | None = None,
         max_rows: int | None = None,
         vae_tiling: bool | None = None,
+        backend: str = "auto",
         progress: bool = False,
         pivot_cache: PivotCache | None = None,
         **settings: Any,
@@ -43,14 +44,14 @@ class Pipeline(Model):
             anchors the scene), num_inference_steps, num_grounding_steps (default: 80 % of them),
             guidance_scale, true_cfg, negative_prompt, height and width in pixels, seed (None draws one),
             max_sequence_length (T5 tokens). One seed, dtype and size give one picture.
-        on_step, max_rows, vae_tiling: `run.Options`. progress: draw a line on stderr that says how long it
-            will take. pivot_cache: an empty one keeps the pivot for later; a filled one stands in for it, so
-            that a further level of the same scene costs one row.
+        on_step, max_rows, vae_tiling, backend: `run.Options`. progress: draw a line on stderr that says how
+            long it will take. pivot_cache: an empty one keeps the pivot for later; a filled one stands in for
+            it, so that a further level of the same scene costs one row.
         Raises ValueError for settings that contradict each other or the model, before any network runs, and
         what `run.execute` raises.
         """
         asked = GenerateSettings(prompt=prompt, bokeh_targets=bokeh_targets, **settings)  # type: ignore[arg-type]
-        options = Options(on_step=on_step, max_rows=max_rows, vae_tiling=vae_tiling)
+        options = Options(on_step=on_step, max_rows=max_rows, vae_tiling=vae_tiling, backend=backend)
         return self._run(plan_generate(self, asked, pivot_cache), options, progress)
 
     def refocus(
@@ -63,6 +64,7 @@ class Pipeline(Model):
         on_step: OnStep | None = None,
         max_rows: int | None = None,
         vae_tiling: bool | None = None,
+        backend: str = "auto",
         progress: bool = False,
         **settings: Any,
     ) -> Result:
@@ -81,7 +83,7 @@ class Pipeline(Model):
             bokeh_pivot=photo_level,
             **settings,
         )
-        options = Options(on_step=on_step, max_rows=max_rows, vae_tiling=vae_tiling)
+        options = Options(on_step=on_step, max_rows=max_rows, vae_tiling=vae_tiling, backend=backend)
         return self._run(plan_refocus(self, photo, asked), options, progress)
 
     def _run(self, plan: Plan, options: Options, progress: bool) -> Result:

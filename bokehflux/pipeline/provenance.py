@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bokehflux.fingerprint import fingerprint
-from bokehflux.kernels.attention import interface
+from bokehflux.kernels.attention import select
 from bokehflux.record import Provenance
 from bokehflux.version import __version__
 from bokehflux.weights.load import find_model
@@ -89,8 +89,8 @@ def source_of(
     )
 
 
-def provenance_of(model: Model) -> Provenance:
-    """What made a picture that this model makes now."""
+def provenance_of(model: Model, backend: str = "auto") -> Provenance:
+    """What makes the pictures of this model now. backend: of attention, as in `run.Options`."""
     source, device = model.source, model.device
     model_hash, adapter_hash, lora_hashes = source.hashes
     return Provenance(
@@ -108,7 +108,7 @@ def provenance_of(model: Model) -> Provenance:
         torch=torch.__version__,
         triton=_triton_version() if device.type == "cuda" else None,
         version=__version__,
-        attention=attention_choice(device, model.dtype, model.mmdit.config.head_dim)[0],
+        attention=attention(model, backend),
         memory=model.memory.mode,
         vae=source.parts.get("vae"),
         clip=source.parts.get("clip"),
@@ -127,9 +127,13 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} {platform.machine()}"
 
 
-def attention_choice(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """The attention backend that "auto" takes for such queries, and why."""
-    return interface.choose(device, dtype, head_dim)
+def attention(model: Model, backend: str) -> str:
+    """The attention backends of a model's runs: without a pivot, then with one where that is another."""
+    if backend != "auto":
+        return backend
+    head_dim = model.mmdit.config.head_dim
+    choices = [select.choose(model.device, model.dtype, head_dim, grounded=g) for g in (False, True)]
+    return " + ".join(dict.fromkeys(choice.backend for choice in choices))
 
 
 def _triton_version() -> str | None:

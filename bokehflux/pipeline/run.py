@@ -50,6 +50,8 @@ class Options:
     vae_tiling: bool | None = None
     """Decode in bands: less memory, the same picture up to rounding. None: where a picture is large for the
     memory mode, and where memory runs out."""
+    backend: str = "auto"
+    """Attention by name (`kernels.attention.select`)."""
 
 
 class Start(NamedTuple):
@@ -198,6 +200,7 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
                 sigmas=schedule,
                 max_rows=options.max_rows,
                 cuda_graphs=model.memory.mode == "resident",
+                backend=options.backend,
             )
 
         start, follow = plan.begin(
@@ -209,7 +212,9 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     end = plan.end(x, photo)
     with model.memory.phase("decode"):
         made = decode_pictures(model.vae, end.targets, end.pivot, grid, tiled=tiled)
-    provenance = dataclasses.replace(provenance_of(model), max_rows=options.max_rows, vae_tiling=made.tiled)
+    provenance = dataclasses.replace(
+        provenance_of(model, options.backend), max_rows=options.max_rows, vae_tiling=made.tiled
+    )
     result = Result(
         images=made.images,
         pivot_image=made.pivot if plan.photo is None else plan.photo,

@@ -116,6 +116,8 @@ class Denoiser:
     negative: PromptPass | None
     max_rows: int | None
     """How many rows go through the network together; None: all."""
+    backend: str
+    """Attention of every specification made here; `attention` names its own."""
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, sigma: Tensor, step: int) -> Tensor:
@@ -123,7 +125,7 @@ class Denoiser:
         v = self.positive.velocity(x, sigma, list(self.batches(len(x), step)))
         if self.true_cfg > 1 and self.negative is not None:
             # The negative pass attends plainly even in grounded steps, as published.
-            plain = [(rows, Plain()) for rows in self._slices(len(x))]
+            plain = [(rows, Plain(backend=self.backend)) for rows in self._slices(len(x))]
             v_neg = self.negative.velocity(x, sigma, plain)
             v = v_neg + self.true_cfg * (v - v_neg)
         return v
@@ -136,7 +138,7 @@ class Denoiser:
         grounding = self.grounding
         if grounding is None or step >= grounding.num_steps:
             for part in self._slices(rows):
-                yield part, Plain()
+                yield part, Plain(backend=self.backend)
             return
         adapter = self.positive.mmdit.bokeh
         parts = list(self._slices(rows))
@@ -146,13 +148,13 @@ class Denoiser:
             pivot_of = (grounding.pivot_row,) * len(range(rows)[first])
             if adapter is not None and not adapter.config.adapt_k:
                 # As published: where the adapter leaves keys alone, targets do not read the pivot's keys.
-                yield first, PivotQuery(pivot_of=pivot_of)
+                yield first, PivotQuery(pivot_of=pivot_of, backend=self.backend)
             elif parts or grounding.cache is not None:
-                yield first, Recorded(grounded=Grounded(pivot_of=pivot_of), store=store, step=step)
+                yield first, Recorded(pivot_of=pivot_of, store=store, step=step, backend=self.backend)
             else:
-                yield first, Grounded(pivot_of=pivot_of)
+                yield first, Grounded(pivot_of=pivot_of, backend=self.backend)
         for part in parts:
-            yield part, OnStored(store=store, step=step)
+            yield part, OnStored(store=store, step=step, backend=self.backend)
 
     def _slices(self, rows: int) -> Iterator[slice]:
         size = rows if self.max_rows is None else self.max_rows
@@ -182,6 +184,7 @@ def denoiser(
     sigmas: Tensor | None = None,
     max_rows: int | None = None,
     cuda_graphs: bool = True,
+    backend: str = "auto",
 ) -> Denoiser:
     """Build the `Denoiser` of one prompt and size.
 
@@ -192,6 +195,7 @@ def denoiser(
     the pivot's queries and keys, so N targets always cost N + 1 rows (the pivot must then be row 0).
     cuda_graphs: whether steps of small batches may be replayed as CUDA graphs (`cuda_graph.py` says when and
     at what cost); this changes no number.
+    backend: the attention of every specification made here, by name (`kernels.attention.select`).
     Raises ValueError for true CFG without a negative conditioning, for both grounding and attention, and for
     a split that these rules forbid.
     """
@@ -228,6 +232,7 @@ def denoiser(
         true_cfg=true_cfg,
         negative=prepare(negative, 1.0, null) if true_cfg > 1 and negative is not None else None,
         max_rows=max_rows,
+        backend=backend,
     )
 
 

@@ -35,7 +35,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -43,6 +42,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.tools import tensor_descriptor
 
 from . import triton_fwd
+
+try:
+    from triton.experimental.gluon.language.nvidia.hopper.tma import async_load
+except ImportError:  # its name before Triton 3.8
+    from triton.experimental.gluon.language.nvidia.hopper.tma import async_copy_global_to_shared as async_load
 
 PLAIN: gl.constexpr = gl.constexpr(triton_fwd.PLAIN.value)
 TARGET: gl.constexpr = gl.constexpr(triton_fwd.TARGET.value)
@@ -75,9 +79,7 @@ def _put(desc, row, head, block, ring, slot, parity, BLOCK_N: gl.constexpr):
     slots, full, empty = ring
     mbarrier.wait(empty.index(slot), parity ^ 1)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(
-        desc, [row, head, block * BLOCK_N, 0], full.index(slot), slots.index(slot)
-    )
+    async_load(desc, [row, head, block * BLOCK_N, 0], full.index(slot), slots.index(slot))
     return _next(slot, parity, slots.shape[0])
 
 
@@ -144,7 +146,7 @@ def _produce(
         for group in gl.static_range(NUM_GROUPS):
             mbarrier.wait(q_empty.index(group), q_parity ^ 1)
             mbarrier.expect(q_full.index(group), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
+            async_load(
                 q_desc, [q_row, head, start_m + 64 * group, 0], q_full.index(group), q_tiles.index(group)
             )
         q_parity ^= 1

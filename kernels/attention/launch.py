@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +17,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import tiles, triton_fwd
+from . import select, tiles, triton_fwd
 from .tiles import Tail, Tile
 
-logger = logging.getLogger(__name__)
-
-GLUON_VERSIONS = ("3.6.",)
-"""Versions of Triton for which `gluon_fwd` is written: Gluon is experimental there, its names still move."""
 JOBS_PER_LAUNCH = 8
 FORMS = {
     tiles.PLAIN: triton_fwd.PLAIN.value,
@@ -48,6 +43,26 @@ class Job:
     """Row of k, v, out and lse."""
 
 
+@functools.lru_cache(maxsize=256)
+def target_jobs(pivot_index: tuple[int, ...]) -> tuple[Job, ...]:
+    """The jobs of `reference.target_attention`: every row is a target."""
+    return tuple(Job(form=tiles.TARGET, q_row=p, pivot_row=p, row=i) for i, p in enumerate(pivot_index))
+
+
+@functools.lru_cache(maxsize=256)
+def grounded_jobs(pivot_of: tuple[int, ...]) -> tuple[Job, ...]:
+    """The jobs of `reference.grounded_attention`: a pair for the first target of every pivot, targets for the
+    others, plain rows for pivots alone."""
+    jobs = []
+    for slot, pivot in enumerate(sorted(set(pivot_of))):
+        targets = [row for row, p in enumerate(pivot_of) if p == pivot and row != pivot]
+        first, *others = targets or [pivot]
+        forms = [tiles.PAIR if targets else tiles.PLAIN, *[tiles.TARGET] * len(others)]
+        for form, row in zip(forms, (first, *others), strict=True):
+            jobs.append(Job(form=form, q_row=slot, pivot_row=pivot, row=row))
+    return tuple(jobs)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -63,7 +78,7 @@ def forward(
 
     k_pivot: keys of pivots, None where they are rows of k. jobs: what to compute, each row of v once; None is
     every row by itself. fixed: no running maximum (see `ops.is_bounded`). tile: in place of the table's and
-    `pick_language`'s choice, for sweeps and tests. Raises ValueError for a Gluon tile that cannot run here.
+    `select`'s choice, for sweeps and tests. Raises ValueError for a Gluon tile that cannot run here.
     """
     num_rows, len_k, num_heads, head_dim = v.shape
     len_q = q.shape[1]
@@ -79,33 +94,13 @@ def forward(
     return out, lse
 
 
-@functools.cache
-def why_no_gluon(family: str) -> str | None:
-    """The reason why `gluon_fwd` cannot run on a family of devices, or None."""
-    if family != tiles.HOPPER:
-        return f"they are made for {tiles.HOPPER}, not {family}"
-    if not triton.__version__.startswith(GLUON_VERSIONS):
-        return f"they are made for Triton {' and '.join(GLUON_VERSIONS)}, not {triton.__version__}"
-    return None
-
-
-def pick_language(tensors: Sequence[Tensor], tile: Tile | None = None) -> str:
-    """Gluon where it can run, unless a tile says otherwise. Raises ValueError where that cannot run."""
-    reason = why_no_gluon(tiles.device(tensors[0].device).family)
-    if reason is None and not all(_describable(x) for x in tensors):
-        reason = "a tensor's address or strides are no multiples of 16 bytes, or rows repeat"
-    if tile is not None:
-        if tile.language == tiles.GLUON and reason is not None:
-            raise ValueError(f"the Gluon attention kernels cannot run: {reason}")
-        return tile.language
-    if reason is not None:
-        _log_fallback(reason)
-    return tiles.TRITON if reason else tiles.GLUON
-
-
-@functools.cache
-def _log_fallback(reason: str) -> None:
-    logger.info("attention runs in plain Triton, not in Gluon: %s", reason)
+def pick_language(tensors: Sequence[Tensor], tile: Tile | None) -> str:
+    """The tile's, or else `select`'s. Raises ValueError for a Gluon tile that cannot run."""
+    if tile is None:
+        return select.language(tensors)
+    if tile.language == tiles.GLUON and (reason := select.why_not_in_gluon(tensors)):
+        raise ValueError(f"the Gluon attention kernels cannot run: {reason}")
+    return tile.language
 
 
 def _launches(jobs: Sequence[Job] | None, language: str) -> Sequence[Sequence[Job] | None]:
@@ -176,13 +171,14 @@ def _launch(
             MAPPED=jobs is not None, FIXED=fixed, HAS_BIAS=value_bias is not None,
             EVEN_K=len_k % n == 0, SPLIT=tail.num_slots > 0, TMA=tma,
             BLOCK_M=m, BLOCK_N=n, D=head_dim, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
     if tail.num_slots:
         triton_fwd.merge_kernel[(tail.num_slots // tail.num_parts, 2 if counts[tiles.PAIR] else 1)](
             *results, *packed, counts[tiles.PAIR],
             len_q, num_heads, tail.num_whole, tail.num_parts, tail.num_slots,
             MAPPED=jobs is not None, HAS_BIAS=value_bias is not None,
-            BLOCK_M=tile.block_m, D=head_dim, num_warps=tile.num_warps,
+            BLOCK_M=tile.block_m, D=head_dim, num_warps=tile.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -217,7 +213,7 @@ def _run_gluon(
         tail.num_whole, tail.num_parts, num_items,
         KIND=FORMS[form], MAPPED=mapped, FIXED=fixed, HAS_BIAS=has_bias,
         EVEN_K=k.shape[1] % tile.block_n == 0, NUM_SLOTS=tile.num_stages, BLOCK_N=tile.block_n, D=head_dim,
-        num_warps=4, maxnreg=gluon_fwd.MAX_REGISTERS,
+        num_warps=4, maxnreg=gluon_fwd.MAX_REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -251,15 +247,9 @@ def describe(
     tensors: Sequence[Tensor], blocks: Sequence[int], tile: Tile
 ) -> tuple[bool, Sequence[Tensor | TensorDescriptor]]:
     """What `triton_fwd.load_tile` reads: descriptors if the tile asks for them and every tensor allows it."""
-    if tile.tma and all(_describable(x) for x in tensors):
+    if tile.tma and all(map(select.is_describable, tensors)):
         return True, [descriptor_of(x, block) for x, block in zip(tensors, blocks, strict=True)]
     return False, tensors
-
-
-def _describable(x: Tensor) -> bool:
-    """Whether a tensor descriptor can express x: addresses in multiples of 16 bytes, no repeated rows."""
-    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    return x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
 
 
 def descriptor_of(x: Tensor, block: int) -> TensorDescriptor:

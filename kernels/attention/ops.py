@@ -6,7 +6,6 @@ take it as one opaque node. Importing this module imports triton.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import launch, tiles, triton_bwd, triton_fwd
-from .launch import Job
+from . import launch, select, triton_bwd
+from .launch import grounded_jobs, target_jobs
 
-HEAD_DIMS = (64, 128)
 MAX_LOG2_SCORE = {torch.bfloat16: 96.0, torch.float16: 14.0}
 """How large |q . k| * log2(e) / sqrt(D) may get without a running maximum: see `is_bounded`."""
 
@@ -31,7 +29,7 @@ def attention(
     last dim is not contiguous); value_bias [B, H, D]. logit_bound: what |q . k| / sqrt(D) never exceeds,
     known for instance from QK-norm weights; if small enough (see `is_bounded`) the softmax runs without a
     running maximum, unless gradients are needed. A bound that is not true can give infinities.
-    Returns [B, Lq, H, D]. Raises ValueError where `why_not` names a reason.
+    Returns [B, Lq, H, D]. Raises ValueError where `select.why_not_triton` names a reason.
     """
     fused, added, fixed = _bias_and_offset(value_bias, logit_bound, q, k, v)
     return _add(_attention(q, k, v, fused, fixed)[0], added)
@@ -77,22 +75,6 @@ def is_bounded(logit_bound: float | None, dtype: torch.dtype) -> bool:
     return logit_bound is not None and 0 <= logit_bound * math.log2(math.e) <= MAX_LOG2_SCORE.get(dtype, -1.0)
 
 
-def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """The reason why these kernels cannot take such tensors, or None."""
-    if device.type == "cuda":
-        if torch.version.cuda is None or torch.cuda.get_device_properties(device).major < 8:
-            return "they need an NVIDIA GPU of compute capability 8.0 or higher"
-    elif device.type != "cpu" or not triton_fwd.INTERPRETED:
-        return f"they need a CUDA device (a CPU only with TRITON_INTERPRET=1), not {device.type}"
-    elif dtype != torch.float16:
-        return f"Triton's interpreter multiplies no {dtype} matrices; use float16 on a CPU"
-    if dtype not in MAX_LOG2_SCORE:
-        return f"they take bfloat16 and float16, not {dtype}"
-    if head_dim not in HEAD_DIMS:
-        return f"they are made for head dims {HEAD_DIMS}, not {head_dim}"
-    return None
-
-
 def _bias_and_offset(
     value_bias: Tensor | None, logit_bound: float | None, *inputs: Tensor
 ) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -112,29 +94,11 @@ def _add(out: Tensor, value_bias: Tensor | None) -> Tensor:
 
 
 def _check(q: Tensor, *others: Tensor) -> None:
-    reason = why_not(q.device, q.dtype, q.shape[-1])
+    reason = select.why_not_triton(q.device, q.dtype, q.shape[-1])
     if reason is None and any((x.dtype, x.device) != (q.dtype, q.device) for x in others):
         reason = f"all of q, k, v must be {q.dtype} on {q.device}"
     if reason is not None:
         raise ValueError(f"the Triton attention kernels cannot run: {reason}")
-
-
-@functools.lru_cache(maxsize=256)
-def _target_jobs(pivot_index: tuple[int, ...]) -> tuple[Job, ...]:
-    return tuple(Job(form=tiles.TARGET, q_row=p, pivot_row=p, row=i) for i, p in enumerate(pivot_index))
-
-
-@functools.lru_cache(maxsize=256)
-def _grounded_jobs(pivot_of: tuple[int, ...]) -> tuple[Job, ...]:
-    """A pair for the first target of every pivot, targets for the others, plain rows for pivots alone."""
-    jobs = []
-    for slot, pivot in enumerate(sorted(set(pivot_of))):
-        targets = [row for row, p in enumerate(pivot_of) if p == pivot and row != pivot]
-        first, *others = targets or [pivot]
-        forms = [tiles.PAIR if targets else tiles.PLAIN, *[tiles.TARGET] * len(others)]
-        for form, row in zip(forms, (first, *others), strict=True):
-            jobs.append(Job(form=form, q_row=slot, pivot_row=pivot, row=row))
-    return tuple(jobs)
 
 
 # Each operator gives beside its values the log-sum-exps of its scores, [B, H, Lq] float32, from which the
@@ -171,7 +135,7 @@ def _target_attention(
 ) -> tuple[Tensor, Tensor]:
     _check(q, k_pivot, k, v)
     with torch.cuda.device_of(q):
-        return launch.forward(q, k, k_pivot, v, value_bias, _target_jobs(tuple(pivot_index)), fixed=fixed)
+        return launch.forward(q, k, k_pivot, v, value_bias, target_jobs(tuple(pivot_index)), fixed=fixed)
 
 
 @torch.library.custom_op(
@@ -185,7 +149,7 @@ def _grounded_attention(
 ) -> tuple[Tensor, Tensor]:
     _check(q, k, v)
     with torch.cuda.device_of(q):
-        return launch.forward(q, k, None, v, value_bias, _grounded_jobs(tuple(pivot_of)), fixed=fixed)
+        return launch.forward(q, k, None, v, value_bias, grounded_jobs(tuple(pivot_of)), fixed=fixed)
 
 
 def _like_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,7 +205,7 @@ def _attention_backward(
     """Gradients of q, k, v and, where there is one, k_pivot. pivots: the list of the forward call."""
     jobs = None
     if pivots is not None:
-        jobs = (_grounded_jobs if k_pivot is None else _target_jobs)(tuple(pivots))
+        jobs = (grounded_jobs if k_pivot is None else target_jobs)(tuple(pivots))
     with torch.cuda.device_of(q):
         dq, dk, dk_pivot, dv = triton_bwd.backward(grad, q, k, k_pivot, v, out, lse, jobs)
     return [dq, dk, dv] if dk_pivot is None else [dq, dk, dv, dk_pivot]

@@ -254,8 +254,9 @@ def _delta(grad: Tensor, out: Tensor) -> Tensor:
     num_rows, len_q, num_heads, head_dim = out.shape
     delta = torch.empty(num_rows, num_heads, len_q, dtype=torch.float32, device=out.device)
     _delta_kernel[(triton.cdiv(len_q, DELTA_BLOCK), num_heads, num_rows)](
-        grad, out.contiguous(), delta, *grad.stride()[:3], len_q, num_heads, BLOCK=DELTA_BLOCK, D=head_dim
-    )
+        grad, out.contiguous(), delta, *grad.stride()[:3], len_q, num_heads, BLOCK=DELTA_BLOCK, D=head_dim,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return delta
 
 
@@ -287,4 +288,5 @@ def _launch(
             *loaded, *others, *results, *strides, *scalars,
             GROUNDED=grounded, MAPPED=jobs is not None, TMA=tma,
             BLOCK_M=m, BLOCK_N=n, D=head_dim, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            enable_fp_fusion=True,
         )  # fmt: skip

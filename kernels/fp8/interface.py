@@ -6,7 +6,6 @@ exact and slow: it is there to try things).
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import dispatch
 from . import reference
 
 MULTIPLE = 16
@@ -88,8 +88,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) < (8, 9):
             return f"it needs compute capability 8.9 or higher (Ada, Hopper), {device} has {major}.{minor}"
-        if importlib.util.find_spec("triton") is None:
-            return "it needs the package triton"
+        if reason := dispatch.why_not(device):
+            return reason
     elif device.type != "cpu":
         return f"{device.type} has no fp8"
     ones = torch.ones(128, device=device)

@@ -122,6 +122,7 @@ def quantize_rows(
             gate.stride(0), *(vector.stride(0) for vector in others),
             GATED=gated is not None, MODULATED=modulation is not None,
             BLOCK=triton.next_power_of_2(width), num_warps=_num_warps(width),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return values, scales, added
 
@@ -138,6 +139,7 @@ def quantize_gelu_rows(hidden: Tensor, beside: Tensor | None = None) -> tuple[Te
             rows.stride(0), rows.stride(1), others.stride(0), others.stride(1),
             BESIDE=beside is not None, BLOCK=triton.next_power_of_2(width),
             BLOCK_BESIDE=triton.next_power_of_2(max(width_beside, 1)), num_warps=_num_warps(width),
+            enable_fp_fusion=True,
         )  # fmt: skip
     return values, scales
 

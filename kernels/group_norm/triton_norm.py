@@ -229,7 +229,7 @@ def _plan(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, int, int]
 
 def _blocks(x: Tensor) -> dict[str, int]:
     block_c = triton.next_power_of_2(x.shape[1])
-    return {"BLOCK_P": max(1, ELEMENTS // block_c), "BLOCK_C": block_c}
+    return {"BLOCK_P": max(1, ELEMENTS // block_c), "BLOCK_C": block_c, "enable_fp_fusion": True}
 
 
 def _shapes(x: Tensor, groups: int) -> dict[str, int]:

@@ -86,6 +86,7 @@ def _residual_norm(
             x if x_out is None else x_out, x if norm_out is None else norm_out, length, width, EPS,
             *_strides(x), *_strides(y), *(_strides(vector)[0] for vector in (gate, scale, shift)),
             GATED=gated, NORMED=normed, ROWS=rows, BLOCK_E=block, num_warps=NORM_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def _joint_heads(
                 len(stream[0]), first, joint_length, num_heads, EPS,
                 *_strides(stream[0]), *_strides(stream[1]), *_strides(stream[2]),
                 COPY_V=len(outs) > 2, BLOCK_H=triton.next_power_of_2(num_heads), D=dim,
-                num_warps=HEADS_WARPS,
+                num_warps=HEADS_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
         first += length
     return outs
@@ -154,7 +155,7 @@ def concat_gelu(joint: Tensor, hidden: Tensor) -> Tensor:
     with torch.cuda.device_of(joint):
         triton_forms.concat_gelu[(length, triton.cdiv(width, GELU_BLOCK), batch)](
             joint, hidden, out, joint.shape[2], hidden.shape[2], length, *_strides(joint), *_strides(hidden),
-            BLOCK=GELU_BLOCK, num_warps=GELU_WARPS,
+            BLOCK=GELU_BLOCK, num_warps=GELU_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

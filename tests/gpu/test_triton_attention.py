@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from bokehflux.kernels.attention import launch, ops, reference, tiles, triton_bwd
+from bokehflux.kernels.attention import launch, ops, reference, select, tiles, triton_bwd
 from bokehflux.kernels.attention.tiles import Row
 from tests.helpers import assert_within_2x, max_error
 
@@ -82,8 +82,7 @@ def skip_unless_it_runs_here(row: Row) -> None:
 
 
 def skip_without(language: str) -> None:
-    family = tiles.device(torch.device("cuda")).family
-    if language == tiles.GLUON and (reason := launch.why_no_gluon(family)):
+    if language == tiles.GLUON and (reason := select.why_not_gluon(torch.device("cuda"))):
         pytest.skip(f"no Gluon kernels: {reason}")
 
 
@@ -95,8 +94,8 @@ def inputs_for(row: Row, length: int, dim: int, dtype: torch.dtype) -> tuple[lis
     index = {tiles.PLAIN: (0, 1), tiles.TARGET: (0, 1, 1), tiles.PAIR: (0, 0, 0, 3)}[row.kernel]
     q, k, v = make(len(index), length, dim, dtype)
     if row.kernel == tiles.TARGET:
-        return [q[:2], k, make(2, length, dim, dtype)[1], v, None, ops._target_jobs(index)], index
-    return [q[sorted(set(index))], k, None, v, None, ops._grounded_jobs(index)], index
+        return [q[:2], k, make(2, length, dim, dtype)[1], v, None, launch.target_jobs(index)], index
+    return [q[sorted(set(index))], k, None, v, None, launch.grounded_jobs(index)], index
 
 
 @pytest.mark.parametrize(
@@ -106,7 +105,7 @@ def inputs_for(row: Row, length: int, dim: int, dtype: torch.dtype) -> tuple[lis
 )
 def test_forward_tiles(row: Row, fixed: bool, dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
     skip_unless_it_runs_here(row)
-    for dim in ops.HEAD_DIMS if row.head_dim is None else (row.head_dim,):
+    for dim in select.HEAD_DIMS if row.head_dim is None else (row.head_dim,):
         for length in lengths:
             args, index = inputs_for(row, length, dim, dtype)
             q, k, k_pivot, v = args[:4]
@@ -129,12 +128,12 @@ def test_backward_tiles(row: Row, dtype: torch.dtype) -> None:
     skip_unless_it_runs_here(row)
     pivot_of = (1, 1, 2, 1)
     chosen = {f"{row.kernel}_tile": row.tile}
-    for dim in ops.HEAD_DIMS:
+    for dim in select.HEAD_DIMS:
         for length in (1000,):
             q, k, v = make(4, length, dim, dtype)
             q = q[[1, 2]].contiguous()
             grad = torch.randn(4, length, 3, dim, device="cuda").to(dtype)
-            jobs = ops._grounded_jobs(pivot_of)
+            jobs = launch.grounded_jobs(pivot_of)
             out, lse = launch.forward(q, k, None, v, None, jobs, fixed=False)
             dq, dk, _, dv = triton_bwd.backward(grad, q, k, None, v, out, lse, jobs, **chosen)
             theirs = gradients(lambda q, k, v: grounded(q, k, v, pivot_of), [q, k, v], grad)
@@ -195,7 +194,7 @@ def test_targets_on_stored_pivots() -> None:
 def test_the_table_is_followed() -> None:
     skip_without(tiles.GLUON)
     q, k, v = make(1, 100, 128, torch.bfloat16)
-    assert launch.pick_language((q, k, k, v)) == tiles.GLUON
+    assert select.language((q, k, k, v)) == tiles.GLUON
 
 
 @each_language
@@ -206,7 +205,7 @@ def test_split_and_whole_tiles_agree(length: int, language: str) -> None:
     device = tiles.device(torch.device("cuda"))
     for pivot_of in ((0,), (0, 0), (0, 0, 0)):
         q, k, v = make(len(pivot_of), length, 128, torch.bfloat16, heads=24)
-        jobs = ops._grounded_jobs(pivot_of)
+        jobs = launch.grounded_jobs(pivot_of)
         tile = tiles.forward_tile(device, [job.form for job in jobs], 128, True, language)
         unsplit = dataclasses.replace(tile, max_parts=1)
         args = q[:1], k, None, v, None, jobs
@@ -228,10 +227,10 @@ def test_addresses_beyond_32_bits(far: str) -> None:
     view = store.as_strided(q.shape, (stride, *q.stride()[1:]))
     view.copy_(inputs[far])
     moved = {**inputs, far: view}
-    jobs = ops._grounded_jobs((0, 1))
+    jobs = launch.grounded_jobs((0, 1))
     for row in FORWARD:
         if row.head_dim in (None, 64) and row.family == tiles.device(q.device).family:
-            if row.tile.language == tiles.GLUON and launch.why_no_gluon(row.family):
+            if row.tile.language == tiles.GLUON and select.why_not_gluon(q.device):
                 continue
             here = launch.forward(q, k, None, v, None, jobs, fixed=False, tile=row.tile)
             there = launch.forward(

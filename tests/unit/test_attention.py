@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
@@ -16,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bokehflux.attention import Grounded, OnStored, PivotQuery, Plain, Recorded
-from bokehflux.kernels.attention import eager, interface, reference
+from bokehflux.kernels.attention import eager, interface, reference, select, tiles
+from bokehflux.kernels.attention.select import FOR_GRADIENTS, Choice
 from bokehflux.sampling.pivot_cache import PivotCache
 from tests.helpers import assert_within_2x, max_error
 
@@ -285,7 +284,7 @@ def test_a_backend_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((args[3:], options))
         return args[0]  # type: ignore[return-value]
 
-    monkeypatch.setitem(interface.BACKENDS, "mine", SimpleNamespace(attention=mine, grounded_attention=mine))
+    monkeypatch.setitem(select.BACKENDS, "mine", SimpleNamespace(attention=mine, grounded_attention=mine))
     q, k, v = qkv(2, 4)
     bias = torch.ones(2, 2, 16)
     assert Plain(backend="mine")(q, k, v) is q
@@ -295,22 +294,17 @@ def test_a_backend_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    # A second copy of the module: whether the first one has logged depends on the tests before.
-    name = "bokehflux.kernels.attention.interface_copy"
-    spec = importlib.util.spec_from_file_location(name, interface.__file__)
-    assert spec is not None and spec.loader is not None
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
+    select._log_choice.cache_clear()  # tests before may have logged
     q, k, v = qkv(1, 4)
-    with caplog.at_level(logging.INFO, logger=name):
-        copy.attention(q, k, v, backend="sdpa")
+    with caplog.at_level(logging.INFO, logger=select.__name__):
+        interface.attention(q, k, v, backend="sdpa")
         assert not caplog.records
         for _ in range(3):
-            copy.attention(q, k, v)
-            grounded(copy, q, k, v, (0,))
-    assert [r.levelname for r in caplog.records] == ["INFO"]
-    choice = copy.automatic(torch.device("cpu"))
-    assert choice.backend == "sdpa" and choice.reason in caplog.text and "cpu" in caplog.text
+            interface.attention(q, k, v)
+            grounded(interface, q, k, v, (0,))
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "attention backend for cpu: sdpa (there are no kernels of our own for cpu)")
+    ]
 
 
 def test_specifications() -> None:
@@ -376,7 +370,7 @@ def test_stored_pivot() -> None:
     """What `Recorded` stores, `OnStored` reads: targets come out as in one batch with the pivot."""
     store = PivotCache()
     q, k, v = qkv(4, 9)
-    spec = Recorded(grounded=Grounded(pivot_of=(0, 0)), store=store, step=3).for_block(7, None)
+    spec = Recorded(pivot_of=(0, 0), store=store, step=3).for_block(7, None)
     assert spec.query_rows() == (0,)
     first = spec(q[:1], k[:2], v[:2])
     rest = OnStored(store=store, step=3).for_block(7, None)(q[:0], k[2:], v[2:])
@@ -386,35 +380,80 @@ def test_stored_pivot() -> None:
         OnStored(store=store, step=3).for_block(8, None)(q[:0], k[2:], v[2:])
 
 
-def test_auto_on_a_gpu_without_triton_is_pytorchs_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    package = sys.modules[interface.__package__]
-    monkeypatch.delattr(package, "launch", raising=False)
-    monkeypatch.setitem(sys.modules, f"{interface.__package__}.launch", None)
-    monkeypatch.setattr(interface, "_why_no_gluon", interface._why_no_gluon.__wrapped__)
-    choice = interface.choose(torch.device("cuda", 0), torch.bfloat16, 128)
-    assert choice.backend == "sdpa" and "Triton's modules cannot be imported" in choice.reason
+HOPPER, AMPERE = tiles.HOPPER, tiles.PORTABLE
+BF16 = torch.bfloat16
 
 
-def test_what_auto_does_where_its_choice_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("family", "triton", "dtype", "head_dim", "plain", "on_pivot", "reason", "off"),
+    [
+        (HOPPER, (3, 6), BF16, 128, "triton", "triton", "fastest of those measured", None),
+        (HOPPER, (3, 9), BF16, 64, "triton", "triton", "fastest of those measured", None),
+        (
+            HOPPER,
+            (3, 10),
+            BF16,
+            128,
+            "sdpa",
+            "triton",
+            "plain Triton",
+            "for Triton 3.6 to 3.9, not 3.10",
+        ),
+        (HOPPER, (3, 5), BF16, 128, "sdpa", "triton", "plain Triton", "for Triton 3.6 to 3.9, not 3.5"),
+        (HOPPER, (3, 10), BF16, 64, "sdpa", "sdpa", "not known to be faster", "not 3.10"),
+        (HOPPER, (3, 3), BF16, 128, "sdpa", "sdpa", "3.4 or newer, not 3.3", "3.4 or newer, not 3.3"),
+        (HOPPER, None, BF16, 128, "sdpa", "sdpa", "triton is not installed", "triton is not installed"),
+        (HOPPER, (3, 7), torch.float32, 128, "sdpa", "sdpa", "not torch.float32", None),
+        (HOPPER, (3, 7), BF16, 16, "sdpa", "sdpa", "head dims (64, 128), not 16", None),
+        (AMPERE, (3, 7), BF16, 128, "sdpa", "sdpa", "made for sm_90, not sm_80", None),
+    ],
+)
+def test_what_auto_takes(
+    family: str,
+    triton: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    plain: str,
+    on_pivot: str,
+    reason: str,
+    off: str | None,
+    pretend_gpu: Callable[..., torch.device],
 ) -> None:
-    """It falls back and says why, or raises where that is forbidden."""
+    """By GPU, version of Triton, type and head dim: without a pivot, and with one."""
+    device = pretend_gpu(family, triton)
+    alone = select.choose(device, dtype, head_dim, grounded=False)
+    grounded = select.choose(device, dtype, head_dim, grounded=True)
+    assert (alone.backend, grounded.backend) == (plain, on_pivot)
+    assert reason in grounded.reason and alone.off == grounded.off
+    assert alone.off is None if off is None else off in str(alone.off)
+    for pivot in (False, True):
+        ours = select.choose(device, dtype, head_dim, grounded=pivot)
+        trained = select.choose(device, dtype, head_dim, grounded=pivot, gradients=True)
+        assert trained == (FOR_GRADIENTS if ours.backend == "triton" else ours)
+
+
+def test_a_faster_path_that_is_off_is_said_loudly_once(
+    pretend_gpu: Callable[..., torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    device = pretend_gpu(tiles.HOPPER, (3, 10))
+    choices = [select.choose(device, torch.bfloat16, 128, grounded=grounded) for grounded in (False, True)]
+    monkeypatch.setattr(select, "choose", lambda *_, grounded, gradients: choices[grounded])
+    monkeypatch.setitem(select.BACKENDS, "triton", eager)
+    monkeypatch.setattr(select, "BOUNDED", frozenset())
     q, k, v = qkv(2, 4)
-    with pytest.raises(ValueError, match="no kernels of our own for cpu"):
-        interface.attention(q, k, v, backend="auto-strict")
-    monkeypatch.setattr(interface, "automatic", lambda device: interface.Choice("triton", "the fastest"))
-    monkeypatch.setattr(
-        interface, "_why_not_triton", lambda *_: "they are made for head dims (64, 128), not 16"
-    )
-    with caplog.at_level("INFO"):
-        fallen = interface.attention(q, k, v)
-        interface.attention(q, k, v)
-    assert torch.equal(fallen, interface.attention(q, k, v, backend="sdpa"))
-    assert [r.getMessage() for r in caplog.records] == [
-        "attention backend for cpu: sdpa (they are made for head dims (64, 128), not 16)"
+    with caplog.at_level(logging.INFO, logger=select.__name__):
+        for _ in range(2):
+            interface.attention(q, k, v)
+            grounded(interface, q, k, v, (0, 0))
+            assert select.language((q.half(), k.half(), k.half(), v.half())) == tiles.TRITON
+    loud = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert loud == [
+        "attention is slower than this GPU allows: our kernels for it are off: "
+        "they are made for Triton 3.6 to 3.9, not 3.10"
     ]
-    with pytest.raises(ValueError, match=r"may not fall back.*head dims \(64, 128\), not 16"):
-        interface.attention(q, k, v, backend="auto-strict")
+    assert len(caplog.records) == 3
 
 
 @pytest.fixture
@@ -424,10 +463,12 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> None:
     def zeros(q: Tensor, *others: object, **options: object) -> Tensor:
         return torch.zeros_like(q)
 
+    def choose(*_: object, grounded: bool, gradients: bool) -> Choice:
+        return FOR_GRADIENTS if gradients else Choice("triton", "the fastest")
+
     module = SimpleNamespace(attention=zeros, grounded_attention=zeros, target_attention=zeros)
-    monkeypatch.setitem(interface.BACKENDS, "triton", module)
-    monkeypatch.setattr(interface, "automatic", lambda device: interface.Choice("triton", "the fastest"))
-    monkeypatch.setattr(interface, "_why_not_triton", lambda *_: None)
+    monkeypatch.setitem(select.BACKENDS, "triton", module)
+    monkeypatch.setattr(select, "choose", choose)
 
 
 FORMS = [
@@ -445,7 +486,7 @@ FORMS = [
 def test_auto_is_pytorchs_where_gradients_are_needed(
     form: Callable[..., Tensor], names: tuple[str, ...], options: dict, wanted: str, ours: None
 ) -> None:
-    """Gradients of any input; not where they are off, or where ours are asked for by name or alone."""
+    """Gradients of any input; not where they are off, or where ours are asked for by name."""
     q, k, v = qkv(1, 4)
     every = {"q": q, "k_pivot": k.clone(), "k": k, "v": v, "value_bias": torch.ones(1, 2, 16)}
     inputs = {name: every[name] for name in names}
@@ -456,7 +497,7 @@ def test_auto_is_pytorchs_where_gradients_are_needed(
     assert is_ours("auto") and not is_ours("sdpa")
     inputs[wanted].requires_grad_()
     assert not is_ours("auto")
-    assert is_ours("auto-strict") and is_ours("triton")
+    assert is_ours("triton")
     with torch.no_grad():
         assert is_ours("auto")
 
@@ -464,9 +505,9 @@ def test_auto_is_pytorchs_where_gradients_are_needed(
 def test_the_choice_for_gradients_is_logged_once_and_names_the_other(
     ours: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    interface._log_choice.cache_clear()
+    select._log_choice.cache_clear()
     q, k, v = qkv(1, 4)
-    with caplog.at_level(logging.INFO, logger=interface.__name__):
+    with caplog.at_level(logging.INFO, logger=select.__name__):
         for _ in range(2):
             interface.attention(q, k, v)
             interface.attention(q.clone().requires_grad_(), k, v)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from bokehflux.app import cli, doctor
-from bokehflux.kernels.attention import interface
+from bokehflux.kernels.attention import tiles
 from tests.unit.test_load import write_snapshot
 
 
@@ -51,23 +52,64 @@ def test_models_are_looked_for_where_people_keep_them(tmp_path: Path) -> None:
     assert any(str(snapshot) in line for line in doctor.report({"HF_HUB_CACHE": str(tmp_path / "hub")}))
 
 
-def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_described(
+    monkeypatch: pytest.MonkeyPatch, pretend_gpu: Callable[..., torch.device]
+) -> None:
+    pretend_gpu(tiles.PORTABLE, (3, 9))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    monkeypatch.setattr(interface, "_why_no_gluon", lambda _: "they are made for sm_90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card 2000")
     lines = list(doctor.report({}))
     assert "  fp8 compute: it needs compute capability 8.9 or higher (Ada, Hopper), cuda:0 has 7.5" in lines
     (line,) = [line for line in lines if line.startswith("device cuda:0")]
     assert line == "device cuda:0: Card 2000, compute capability 7.5, 3.0 of 8.0 GiB free"
-    path = doctor.attention_path(torch.device("cuda", 0))
-    assert path.startswith("sdpa with PyTorch's kernels (") and "flash," not in path, "flash needs 8.0"
-    assert path.endswith("they are made for sm_90; the others are asked for by name")
-    monkeypatch.setattr(interface, "_why_no_gluon", lambda _: None)
-    monkeypatch.setattr(interface, "_why_not_triton", lambda *_: None)
-    assert doctor.attention_path(torch.device("cuda", 0)).startswith("triton (fastest of those measured")
+    assert "  fused kernels: OFF, they need an NVIDIA GPU of compute capability 8.0 or higher" in lines
+    (path,) = [line for line in lines if line.startswith("  attention: sdpa with PyTorch's kernels (")]
+    assert "flash," not in path, "flash needs 8.0"
+    assert path.endswith("they need an NVIDIA GPU of compute capability 8.0 or higher")
+    assert not any("SLOWER" in line for line in lines), "no kernels were made for this GPU"
+
+
+@pytest.mark.parametrize(
+    ("triton", "wanted"),
+    [
+        ((3, 7), ["  attention: triton (fastest of those measured", "  fused kernels: yes"]),
+        (
+            (3, 10),
+            [
+                "  attention: sdpa with PyTorch's kernels (",
+                "  attention on a pivot: triton (plain Triton, faster",
+                "  SLOWER THAN IT COULD BE: the attention kernels for this GPU are off, they are made for "
+                "Triton 3.6 to 3.9, not 3.10",
+            ],
+        ),
+        (
+            None,
+            [
+                "  SLOWER THAN IT COULD BE: the attention kernels for this GPU are off, the package triton",
+                "  fused kernels: OFF, the package triton is not installed",
+            ],
+        ),
+    ],
+)
+def test_a_faster_path_that_is_off_is_said_loudly(
+    triton: tuple[int, int] | None,
+    wanted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    pretend_gpu: Callable[..., torch.device],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card 9000")
+    monkeypatch.setattr(doctor, "why_not", lambda *_: None)
+    pretend_gpu(tiles.HOPPER, triton)
+    lines = list(doctor.report({}))
+    for start in wanted:
+        assert any(line.startswith(start) for line in lines), (start, lines)
+    assert any("SLOWER" in line for line in lines) == (triton != (3, 7))
 
 
 def test_what_metal_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

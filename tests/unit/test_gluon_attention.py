@@ -11,7 +11,7 @@ from torch import Tensor
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from bokehflux.kernels import attention as package  # noqa: E402
-from bokehflux.kernels.attention import launch, ops, reference, tiles, triton_fwd  # noqa: E402
+from bokehflux.kernels.attention import launch, reference, select, tiles, triton_fwd  # noqa: E402
 from bokehflux.kernels.attention.tiles import Tile  # noqa: E402
 from tests.gluon_emulator import load_emulated  # noqa: E402
 from tests.helpers import assert_within_2x  # noqa: E402
@@ -26,7 +26,7 @@ each_softmax = pytest.mark.parametrize("fixed", [False, True], ids=["running-max
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     load_emulated(package.__name__, monkeypatch)
-    monkeypatch.setattr(launch, "why_no_gluon", lambda family: None)
+    monkeypatch.setattr(select, "why_not_gluon", lambda device: None)
 
 
 def tile(block_n: int = 16, slots: int = 3, parts: int = 8) -> Tile:
@@ -65,7 +65,7 @@ def test_grounded(pivot_of: tuple[int, ...], length: int, fixed: bool) -> None:
     """Pairs, targets, plain rows; more jobs than a launch takes; odd lengths; tiles split along the keys."""
     q, k, v = qkv(len(set(pivot_of)), len(pivot_of), length)
     bias = bias_of(len(pivot_of))
-    jobs = ops._grounded_jobs(pivot_of)
+    jobs = launch.grounded_jobs(pivot_of)
     out, lse = launch.forward(q, k, None, v, bias, jobs, fixed=fixed, tile=tile())
     exact = reference.grounded_attention(*wide(q, k, v), pivot_of, value_bias=bias)
     assert_within_2x(out, grounded(q, k, v, pivot_of, bias), exact)
@@ -79,7 +79,7 @@ def test_targets(fixed: bool) -> None:
     q, k_pivot, k, v = qkv(2, 3, 70, n=4)
     k_pivot = k_pivot[:2]
     index = (1, 0, 1)
-    args = q, k, k_pivot, v, None, ops._target_jobs(index)
+    args = q, k, k_pivot, v, None, launch.target_jobs(index)
     out, _ = launch.forward(*args, fixed=fixed, tile=tile(block_n=32, slots=4))
     exact = reference.target_attention(*wide(q, k_pivot, k, v), index)
     assert_within_2x(out, published(q, k_pivot, k, v, index, None), exact)
@@ -88,7 +88,7 @@ def test_targets(fixed: bool) -> None:
 def test_split_tiles() -> None:
     """The imitated device has three multiprocessors: this grid has a tail, whose parts are merged."""
     q, k, v = qkv(1, 2, 200, 2)
-    jobs = ops._grounded_jobs((0, 0))
+    jobs = launch.grounded_jobs((0, 0))
     split = launch.forward(q, k, None, v, None, jobs, fixed=True, tile=tile())
     whole = launch.forward(q, k, None, v, None, jobs, fixed=True, tile=tile(parts=1))
     for a, b in zip(split, whole, strict=True):
@@ -102,5 +102,5 @@ def test_what_a_tensor_descriptor_cannot_express() -> None:
     odd.copy_(k)
     with pytest.raises(ValueError, match="16 bytes"):
         launch.forward(q, odd, None, v, None, None, fixed=False, tile=tile())
-    assert launch.pick_language((q, odd, odd, v)) == tiles.TRITON
-    assert launch.pick_language((q, k, k, v)) == tiles.GLUON
+    assert select.language((q, odd, odd, v)) == tiles.TRITON
+    assert select.language((q, k, k, v)) == tiles.GLUON

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from bokehflux.attention import Grounded, Plain  # noqa: E402
-from bokehflux.kernels import dispatch  # noqa: E402
+from bokehflux.kernels.attention import tiles  # noqa: E402
 from bokehflux.kernels.pointwise import (  # noqa: E402
     eager,
     interface,  # noqa: E402
@@ -302,12 +302,14 @@ def test_who_takes_epilogues(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes_epilogues(x, layer)
 
 
-def test_a_cpu_and_gradients_take_the_eager_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_and_gradients_take_the_eager_forms(
+    monkeypatch: pytest.MonkeyPatch, pretend_gpu: Callable[..., torch.device]
+) -> None:
     assert not interface.takes(torch.zeros(1, dtype=torch.float16))
     monkeypatch.setattr(Tensor, "is_cuda", True)
     half, wide_one = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
     learned = torch.zeros(1, dtype=torch.float16, requires_grad=True)
-    monkeypatch.setattr(dispatch, "runs_triton", lambda device: True)
+    pretend_gpu(tiles.PORTABLE, (3, 9))
     assert interface.takes(half, half, weights=[wide_one])
     assert not interface.takes(half, wide_one)
     assert not interface.takes(wide_one)
@@ -317,3 +319,19 @@ def test_a_cpu_and_gradients_take_the_eager_forms(monkeypatch: pytest.MonkeyPatc
         assert interface.takes(half, learned, weights=[learned])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not interface.takes(half)
+
+
+@pytest.mark.parametrize(("triton", "reason"), [(None, "not installed"), ((3, 3), "3.4 or newer, not 3.3")])
+def test_without_triton_a_gpu_takes_the_eager_forms_and_says_so_once(
+    triton: tuple[int, int] | None,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    pretend_gpu: Callable[..., torch.device],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    pretend_gpu(tiles.PORTABLE, triton)
+    for _ in range(2):
+        assert not interface.takes(torch.zeros(1, dtype=torch.float16))
+    (said,) = caplog.records
+    assert said.levelname == "WARNING" and reason in said.getMessage()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bokehflux.attention import Grounded, OnStored, PivotQuery, Plain
-from bokehflux.kernels.attention import interface
+from bokehflux.kernels.attention import select
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.mmdit import MMDiT, Rows
 from bokehflux.sampling import cuda_graph
@@ -102,7 +102,7 @@ def test_the_interface_tells_only_who_asks(monkeypatch: pytest.MonkeyPatch) -> N
 
     module = SimpleNamespace(attention=mine, grounded_attention=mine, target_attention=mine)
     for name in ("triton", "other"):
-        monkeypatch.setitem(interface.BACKENDS, name, module)
+        monkeypatch.setitem(select.BACKENDS, name, module)
     q = torch.zeros(1, 4, 2, 16)
     store = PivotCache()
     store.put(0, 0, q, q)

@@ -22,7 +22,15 @@ if not ON_GPU:
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from bokehflux.kernels.attention import launch, ops, reference, tiles, triton_bwd, triton_fwd  # noqa: E402
+from bokehflux.kernels.attention import (  # noqa: E402
+    launch,
+    ops,
+    reference,
+    select,
+    tiles,
+    triton_bwd,
+    triton_fwd,
+)
 from bokehflux.kernels.attention.tiles import Tail, Tile  # noqa: E402
 from tests.helpers import assert_within_2x, max_error  # noqa: E402
 
@@ -133,7 +141,7 @@ def test_tiles_and_loads(block_m: int, block_n: int, tma: bool, bound: float | N
     tile = Tile(block_m=block_m, block_n=block_n, num_warps=4, num_stages=2, tma=tma)
     pivot_of = (0, 0, 0, 3)
     q, k, v = qkv(2, 4, 63, 1)
-    jobs = ops._grounded_jobs(pivot_of)
+    jobs = launch.grounded_jobs(pivot_of)
     ours, lse = launch.forward(q, k, None, v, None, jobs, fixed=bound is not None, tile=tile)
     exact = reference.grounded_attention(*wide(q, k, v), pivot_of)
     assert_within_2x(ours, grounded(q, k, v, pivot_of, None), exact)
@@ -172,7 +180,7 @@ def test_any_strides(tma: bool) -> None:
     ):
         q, k, v = make(2), make(3), make(3)
         assert not v.is_contiguous()
-        jobs = ops._grounded_jobs(pivot_of)
+        jobs = launch.grounded_jobs(pivot_of)
         ours, _ = launch.forward(q, k, None, v, None, jobs, fixed=False, tile=tile)
         exact = reference.grounded_attention(*wide(q, k, v), pivot_of)
         assert_within_2x(ours, grounded(q, k, v, pivot_of, None), exact)
@@ -227,7 +235,7 @@ def test_fixed_offset_at_its_limit(
     q = (length * direction).to(dtype).expand(1, 40, 1, 64).contiguous()
     k = torch.stack([sign * length * direction for sign in signs]).to(dtype)
     k = k[:, None, None] * torch.linspace(0.97, 1, 40, device=DEVICE).to(dtype)[:, None, None]
-    jobs = ops._grounded_jobs((0, 0))
+    jobs = launch.grounded_jobs((0, 0))
     ours, lse = launch.forward(q, k, None, v, None, jobs, fixed=True)
     assert lse.isfinite().all()
     exact = reference.grounded_attention(*wide(q, k, v), (0, 0))
@@ -324,7 +332,7 @@ def test_target_backward(index: tuple[int, ...]) -> None:
 def test_backward_tiles(block_m: int, block_n: int, tma: bool) -> None:
     tile = Tile(block_m=block_m, block_n=block_n, num_warps=4, num_stages=1, tma=tma)
     q, k, v = qkv(1, 3, 40, 1)
-    jobs = ops._grounded_jobs((0, 0, 0))
+    jobs = launch.grounded_jobs((0, 0, 0))
     out, lse = launch.forward(q, k, None, v, None, jobs, fixed=False)
     # [B, H, L, D] storage, as a transposed consumer would hand it back.
     grad = torch.randn(3, 1, 40, 64, device=DEVICE).half().transpose(1, 2)
@@ -433,8 +441,8 @@ def test_what_cannot_run_says_so() -> None:
         ops.attention(*[q.float()] * 3)
     with pytest.raises(ValueError, match=r"all of q, k, v must be torch.float16"):
         ops.attention(q, q, q.float())
-    assert ops.why_not(torch.device("meta"), torch.float16, 64) is not None
-    assert ops.why_not(torch.device(DEVICE), torch.float16, 64) is None
+    assert select.why_not_triton(torch.device("meta"), torch.float16, 64) is not None
+    assert select.why_not_triton(torch.device(DEVICE), torch.float16, 64) is None
 
 
 # Tiles and schedule: no kernel runs.
@@ -443,7 +451,7 @@ def test_what_cannot_run_says_so() -> None:
 @pytest.mark.parametrize("family", [tiles.HOPPER, tiles.PORTABLE, tiles.INTERPRETER])
 def test_the_table_covers_every_case(family: str) -> None:
     device = tiles.Device(family=family, num_sms=132)
-    for head_dim in ops.HEAD_DIMS:
+    for head_dim in select.HEAD_DIMS:
         for fixed in (False, True):
             for form in tiles.LONGEST_FIRST:
                 assert tiles.forward_tile(device, [form], head_dim, fixed).block_m >= 16
@@ -484,7 +492,7 @@ def test_split_tiles(pivot_of: tuple[int, ...], bound: float | None, monkeypatch
     tile = Tile(block_m=16, block_n=16, num_warps=4, num_stages=1)
     q, k, v = qkv(len(set(pivot_of)), len(pivot_of), 70, 1)
     bias = bias_of(len(pivot_of), 1)
-    args = q, k, None, v, bias, ops._grounded_jobs(pivot_of)
+    args = q, k, None, v, bias, launch.grounded_jobs(pivot_of)
     whole = launch.forward(*args, fixed=bound is not None, tile=tile)
     total = 5 * (2 if len(pivot_of) == 3 else len(set(pivot_of)))
     plan = Tail(num_whole=1, num_parts=3, num_slots=3 * (total - 1))
@@ -497,7 +505,7 @@ def test_split_tiles(pivot_of: tuple[int, ...], bound: float | None, monkeypatch
 
 
 def test_jobs_survive_packing() -> None:
-    jobs = ops._grounded_jobs((3, 3, 2, 3, 5, 5))
+    jobs = launch.grounded_jobs((3, 3, 2, 3, 5, 5))
     assert [(job.form, job.q_row, job.pivot_row, job.row) for job in jobs] == [
         (tiles.PLAIN, 0, 2, 2),
         (tiles.PAIR, 1, 3, 0),

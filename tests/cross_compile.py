@@ -1,0 +1,130 @@
+"""Compiles our kernels for a GPU that need not be there, through the code that launches them.
+
+    python -m tests.cross_compile 90
+
+For every kernel a line of JSON: what it is, and what the compilers say of it. Nothing runs: a launch ends
+when its kernel is compiled. Not with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from bokehflux.kernels import dispatch
+from bokehflux.kernels.attention import launch, tiles, triton_bwd
+from bokehflux.kernels.fp8 import ops as fp8
+from bokehflux.kernels.group_norm import triton_norm
+from bokehflux.kernels.pointwise import ops as pointwise
+from bokehflux.kernels.pointwise.eager import Projected
+
+BF16 = torch.bfloat16
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Driver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def attention(family: str) -> None:
+    """A pair, target and plain row (one kernel in Triton, three in Gluon), a pair alone, their gradients."""
+    # More multiprocessors than tiles: keys are split, and merged.
+    device = tiles.Device(family=family, num_sms=1000)
+    with mock.patch.object(tiles, "device", lambda of: device):
+        for dim, fixed, pivot_of in ((128, False, (0, 0, 0, 3)), (64, True, (0, 0))):
+            k = torch.zeros(len(pivot_of), 500, 24, dim, dtype=BF16)  # 500 is not a multiple of any tile
+            q, bias = k[: len(set(pivot_of))], torch.zeros(len(pivot_of), 24, dim, dtype=BF16)
+            jobs = launch.grounded_jobs(pivot_of)
+            tile = tiles.forward_tile(device, tiles.LONGEST_FIRST, dim, fixed)
+            _, lse = launch.forward(q, k, None, k, bias, jobs, fixed=fixed, tile=tile)
+            if family == tiles.HOPPER:
+                launch.forward(q, k, None, k, bias, jobs, fixed=fixed)
+            triton_bwd.backward(k, q, k, None, k, k, lse, jobs)
+
+
+def passes() -> None:
+    x, vector, weight = (torch.zeros(2, n, 3072, dtype=BF16) for n in (40, 1, 1))
+    wide, weight = torch.zeros(2, 40, 4 * 3072, dtype=BF16), torch.zeros(128, dtype=BF16)
+    pointwise.modulate(x, vector, vector)
+    pointwise.add_gated(x, x, vector)
+    pointwise.add_gated_modulate(x, x, vector, vector, vector)
+    pointwise.concat_gelu(x, wide)
+    stream, angles = Projected(x, x, x, weight, weight), torch.zeros(80, 64)
+    pointwise.joint_heads([stream, stream], angles, angles)
+    image = torch.zeros(1, 128, 32, 32, dtype=BF16).to(memory_format=torch.channels_last).requires_grad_()
+    triton_norm.group_norm_silu(image, weight, weight, 32, 1e-6).sum().backward()
+
+
+def quantisation() -> None:
+    x, vector = torch.zeros(2, 40, 3072, dtype=BF16), torch.zeros(2, 1, 3072, dtype=BF16)
+    fp8.quantize(x)
+    fp8.quantize_modulated(x, vector, vector)
+    fp8.add_gated_quantize_modulated(x, x, vector, vector, vector)
+    fp8.quantize_gelu(torch.zeros(2, 40, 4 * 3072, dtype=BF16), x)
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of spills, from the disassembler that Triton brings; empty without it."""
+    tool = TOOLS / "cuobjdump"
+    if not tool.is_file():
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", said)
+    if found is None:
+        return {}
+    registers, stack, local = map(int, found.groups())
+    return {"registers": registers, "spills": stack + local}
+
+
+def main(capability: int) -> None:
+    driver.set_active(Driver(capability))
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, warmup=True, **options)
+        line = {
+            "kernel": f"{self.fn.__module__.removeprefix('bokehflux.kernels.')}.{self.fn.__name__}",
+            "shared": kernel.metadata.shared,
+            "fused": kernel.metadata.enable_fp_fusion,
+            **usage(kernel.asm["cubin"]),
+        }
+        print(json.dumps(line), flush=True)
+
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(dispatch, "why_not", lambda device: None),
+    ):
+        attention(tiles.HOPPER if capability == 90 else tiles.PORTABLE)
+        passes()
+        if capability >= 89:  # e4m3 is younger than sm_80
+            quantisation()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
