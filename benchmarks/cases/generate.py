@@ -201,7 +201,12 @@ def measure(session: Session) -> Iterator[list[Row]]:
         arms.sort(key=lambda arm: arm.is_ours)
         num_steps = 3 if session.tiny else 30
         for side in session.until_spent(batches):
-            job = Job(side_px=side, num_steps=num_steps, num_grounded=round(0.8 * num_steps), backend=backend)
+            job = Job(
+                side_px=side,
+                num_steps=num_steps,
+                num_grounded=round(0.8 * num_steps),
+                backend=session.backend,
+            )
             clock = OneByOne(pipeline=pipeline, job=job, arms=arms, session=session)
             yield measure_side(clock, batches[side], exact[side])
 
