@@ -21,10 +21,10 @@ from torch import Tensor
 
 from bokehflux.models.linear import NARROW, Dequantize
 
-from .checkpoint import Checkpoint, CheckpointError, fold
-from .gguf import GgufError, check_decoder, widened
+from .files.checkpoint import Checkpoint, CheckpointError, fold
+from .files.gguf import GgufError, check_decoder, widened
+from .files.unpack import FORMATS, Packed, unpack
 from .mapping import Entry
-from .unpack import FORMATS, Packed, unpack
 
 MARK = "scaled_fp8"
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
@@ -192,7 +192,8 @@ def _scale(name: str, checkpoint: Checkpoint, scales: Mapping[str, str]) -> Tens
     rows = checkpoint.tensors[name].shape[0]
     if name not in scales:
         return torch.ones(rows, 1)
-    scale = checkpoint.read(scales[name]).float().reshape(-1, 1)
+    # Copied, since a layer may keep it.
+    scale = checkpoint.read(scales[name]).to(torch.float32, copy=True).reshape(-1, 1)
     if not bool(scale.isfinite().all()):
         raise CheckpointError(checkpoint.path, f"{scales[name]} is not finite")
     return scale.expand(rows, 1)
