@@ -33,7 +33,7 @@ from bokehflux.sampling.denoise import denoiser
 from bokehflux.sampling.latents import LatentGrid, noise, pack, unpack
 from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.schedule import sigmas
-from bokehflux.weights.write import replacing, write_json
+from bokehflux.weights.files.write import replacing, write_json
 
 CURVE = tuple(torch.linspace(0, 30, 8).tolist())
 """Levels of a sharpness curve."""

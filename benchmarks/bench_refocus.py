@@ -29,7 +29,7 @@ from bokehflux.nano.captions import held_out
 from bokehflux.nano.scenes import build_scenes, render
 from bokehflux.pictures.sheet import Tile, contact_sheet
 from bokehflux.pipeline.refocus import refocus
-from bokehflux.weights.write import replacing, write_json
+from bokehflux.weights.files.write import replacing, write_json
 
 LEVELS = (0.0, 8.0, 15.0, 28.0)
 SEED = 5

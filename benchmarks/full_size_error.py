@@ -26,7 +26,7 @@ from benchmarks.bench_step import LEVELS
 from benchmarks.networks import FULL, TINY, Batch, Setting
 from benchmarks.report import RESULTS, Row, chosen_device, table
 from benchmarks.timing import environment
-from bokehflux.weights.write import write_json
+from bokehflux.weights.files.write import write_json
 
 SIGMAS = (0.9, 0.3)
 """Exact in bfloat16, times 1000 too: the arms get what the reference gets."""

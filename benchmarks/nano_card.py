@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks import summary
 from benchmarks.report import INKS, RESULTS
 from bokehflux.nano.recipe import NANO, RESUMED
-from bokehflux.weights.write import replacing
+from bokehflux.weights.files.write import replacing
 
 FOLDER = Path(__file__).resolve().parents[1] / "weights" / "nano"
 TRAINING = ("<!-- training: written by benchmarks.nano_card -->", "<!-- end of training -->")

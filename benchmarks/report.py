@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.timing import Timing
-from bokehflux.weights.write import replacing, write_json
+from bokehflux.weights.files.write import replacing, write_json
 
 RESULTS = Path("benchmarks/results")
 INKS = ("#1f6fb4", "#7fb2dd", "#d62728", "#2a9d3a", "#888888", "#b8860b", "#6a3d9a", "#c77cbf")

@@ -24,7 +24,7 @@ from benchmarks.report import RESULTS, Budget, Row, chosen_device, first_line, p
 from benchmarks.shapes import ATTENTION, TOYS, AttentionShape
 from benchmarks.timing import environment, interleaved, num_sets
 from bokehflux.kernels.attention import tiles
-from bokehflux.weights.write import write_json
+from bokehflux.weights.files.write import write_json
 
 
 def sweep(shape: AttentionShape, device: torch.device, dtype: torch.dtype, repeats: int) -> list[Row]:

@@ -24,7 +24,7 @@ ALLOWED_IN = {
     "bokehflux.pictures.sheet": {"PIL"},
     "bokehflux.models": {"torch", "einops"},
     "bokehflux.sampling": {"torch", "einops", "numpy"},
-    "bokehflux.weights.gguf": {"torch", "numpy", "gguf"},
+    "bokehflux.weights.files.gguf": {"torch", "numpy", "gguf"},
 }
 OWN_IN = {
     "bokehflux.configs": set(),

@@ -7,7 +7,6 @@ Layouts are recognised by tensor names, never by file names.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from bokehflux.models.vae import AutoencoderKL
 from bokehflux.text.encode import TextEncoders
 
 from .files.checkpoint import CheckpointError
-from .find.resolve import Env, ModelFiles, resolve_adapter, resolve_lora, resolve_model
+from .find.resolve import Env, ModelFiles, resolve_model
 from .find.snapshot import Snapshot
 from .lora.apply import attach
 from .lora.read import read_lora
@@ -110,12 +109,7 @@ def load_components(
     `on_progress`: hears of every parameter of the networks and the adapter.
     Raises CheckpointError or TokenizerError before the transformer, the largest part, is read.
     """
-    snapshot = resolve_model(model, env)
-    snapshot = dataclasses.replace(
-        snapshot,
-        adapter=snapshot.adapter if adapter is None else resolve_adapter(adapter, env),
-        loras=tuple((resolve_lora(path, env), strength) for path, strength in loras),
-    )
+    snapshot = resolve_model(model, env, adapter=adapter, loras=loras)
     extra = None if snapshot.adapter is None else open_part(snapshot.adapter, adapter_for(snapshot.config))
     parts = [part for part in snapshot.parts.values() if part.network is not TRANSFORMER]
     base = snapshot.parts[TRANSFORMER.name]

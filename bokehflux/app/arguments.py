@@ -16,7 +16,7 @@ from bokehflux.record import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED, Request
 from bokehflux.version import __version__
 
 if TYPE_CHECKING:
-    from bokehflux.weights.resolve import ModelFiles
+    from bokehflux.weights.find.resolve import ModelFiles
 
 ABOUT = " Flags may be written with hyphens or underscores, and shortened as long as they stay unambiguous."
 
@@ -106,10 +106,10 @@ def model_from(args: argparse.Namespace) -> str | ModelFiles:
     parts = {name: getattr(args, name) for name in ("vae", "clip", "t5", "tokenizers")}
     if not any(parts.values()):
         return args.model
-    from bokehflux.weights.resolve import ModelFiles
+    from bokehflux.weights.find.resolve import ModelFiles
 
-    paths = {name: None if path is None else Path(path) for name, path in parts.items()}
-    return ModelFiles(transformer=args.model, **paths)
+    paths = {name: Path(path) for name, path in parts.items() if path is not None}
+    return ModelFiles({"transformer": args.model, **paths})
 
 
 def loras_from(args: argparse.Namespace) -> list[tuple[str, float]]:

@@ -242,7 +242,7 @@ def _check_picture_flags(args: argparse.Namespace) -> None:
 
         check_preview(args.preview, args.preview_every, args.preview_vae)
     if args.preview_vae is not None:
-        from bokehflux.weights.tiny_decoder import load_tiny_decoder
+        from bokehflux.weights.load import load_tiny_decoder
 
         load_tiny_decoder(args.preview_vae)
     typed = args.config_from is None and args.negative_prompt != DEFAULT_NEGATIVE_PROMPT

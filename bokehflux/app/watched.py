@@ -15,7 +15,7 @@ from bokehflux.app.progress import Progress
 from bokehflux.pipeline.generate import Pipeline, Result, Stopped
 from bokehflux.record import Request
 from bokehflux.sampling.samplers import StepInfo
-from bokehflux.weights.tiny_decoder import load_tiny_decoder
+from bokehflux.weights.load import load_tiny_decoder
 
 logger = logging.getLogger(__name__)
 

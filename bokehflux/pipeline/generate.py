@@ -45,7 +45,8 @@ from bokehflux.text.encode import TextEncoders
 from bokehflux.version import __version__
 
 if TYPE_CHECKING:
-    from bokehflux.weights.resolve import ModelFiles
+    from bokehflux.weights.find.resolve import ModelFiles
+    from bokehflux.weights.find.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class Pipeline:
     """As given to `load`; None where there was none, or the model brought its own."""
     loras: tuple[tuple[str, float], ...] = ()
     """File and strength of each, as given to `load`."""
+    snapshot: Snapshot | None = None
+    """The files it came from; None where it was not loaded from files."""
 
     @property
     def device(self) -> torch.device:
@@ -290,7 +293,7 @@ def load(
 
     model: the name of a bundled model ("nano", which brings its adapter); a folder or file in any layout; a
         repository in the Hugging Face cache, such as "black-forest-labs/FLUX.1-dev"; or `ModelFiles`
-        (`weights/resolve.py`), part by part. The pipeline's `name` is this as text.
+        (`weights/find/resolve.py`), part by part. The pipeline's `name` is this as text.
     adapter: an adapter's folder, file or repository; None takes the model's own, if it has one.
     loras: (file, strength) of each, in any of the known key families; their effects add up.
     device: None takes CUDA, then MPS, then the CPU. dtype: "bfloat16", "float32" or "float16"; None takes
@@ -334,7 +337,7 @@ def load(
         )
     placement = Placement()
     if where.type == "cuda":
-        networks = (parts.mmdit, parts.text.networks, parts.vae)
+        networks = (parts.transformer, parts.text.networks, parts.vae)
         mode: MemoryMode = "resident"
         if not resident:
             mode = choose(footprint(*networks), free_memory(where)) if memory == "auto" else memory
@@ -342,15 +345,16 @@ def load(
         with advised(mode, where, footprint(*networks)):
             placement = place(*networks, mode, where)
     return Pipeline(
-        mmdit=parts.mmdit,
+        mmdit=parts.transformer,
         text=parts.text,
         vae=parts.vae,
-        schedule=parts.schedule,
-        defaults=parts.defaults,
+        schedule=parts.snapshot.schedule,
+        defaults=parts.snapshot.defaults,
         name=str(model),
         memory=placement,
         adapter=None if adapter is None else str(adapter),
         loras=tuple((str(path), float(strength)) for path, strength in loras),
+        snapshot=parts.snapshot,
     )
 
 

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import torch
 
     from bokehflux.pipeline.generate import Pipeline
-    from bokehflux.weights.resolve import ModelFiles
+    from bokehflux.weights.find.resolve import ModelFiles
+    from bokehflux.weights.find.snapshot import Snapshot
 
 WHOLE = 64 << 20
 EDGE, BLOCK, NUM_BLOCKS = 1 << 20, 4 << 10, 256
 SUFFIXES = (".safetensors", ".sft", ".bin", ".gguf", ".json", ".txt", ".model")
 """Endings of files that decide what a model folder computes: weights, configs, tokenizers."""
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json")
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
@@ -46,29 +46,20 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 
 def model_facts(
-    model: str | Path | ModelFiles, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]] = ()
+    snapshot: Snapshot | None, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]] = ()
 ) -> dict[str, Any]:
-    """`model_hash`, `adapter_hash`, `lora_hashes` and the paths, for the arguments of `bokehflux.load`.
+    """`model_hash`, `adapter_hash`, `lora_hashes` and the paths, the latter as given to `bokehflux.load`.
 
-    Raises CheckpointError when there is no such model, OSError when a file cannot be read.
+    Empty for a pipeline that was not loaded from files. Raises OSError when a file cannot be read.
     """
-    from bokehflux.weights.load import find_model
-    from bokehflux.weights.resolve import resolve_adapter, resolve_lora
-
-    parts = find_model(model)
-    chosen = parts.adapter if adapter is None else resolve_adapter(adapter)
-    # A tokenizer may lie in one folder with everything else.
-    words = [
-        folder / name for folder in (parts.clip_tokenizer, parts.t5_tokenizer) for name in TOKENIZER_FILES
-    ]
-    scheduler = parts.root / "scheduler"
-    files = [parts.transformer, parts.vae, parts.clip, parts.t5, *words, scheduler]
+    if snapshot is None:
+        return {}
     return {
-        "model_hash": fingerprint(path for path in files if path.exists()),
+        "model_hash": fingerprint(snapshot.files),
         "adapter": None if adapter is None else str(adapter),
-        "adapter_hash": None if chosen is None else fingerprint([chosen]),
+        "adapter_hash": None if snapshot.adapter is None else fingerprint([snapshot.adapter]),
         "loras": [[str(path), strength] for path, strength in loras],
-        "lora_hashes": [[fingerprint([resolve_lora(path)]), strength] for path, strength in loras],
+        "lora_hashes": [[fingerprint([path]), strength] for path, strength in snapshot.loras],
     }
 
 
@@ -85,15 +76,15 @@ def facts(
     """
     import torch
 
-    from bokehflux.weights.resolve import ModelFiles
+    from bokehflux.weights.find.resolve import ModelFiles
 
     named: dict[str, str] = {"model": pipe.name}
     if isinstance(model, ModelFiles):
-        given = {name: str(path) for name, path in vars(model).items() if path is not None}
+        given = {name: str(path) for name, path in model.files.items()}
         named = {"model": given.pop("transformer"), **given}
     return {
         **named,
-        **model_facts(model, adapter, loras),
+        **model_facts(pipe.snapshot, adapter, loras),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "compute": pipe.compute,
         "version": __version__,

@@ -18,8 +18,8 @@ from bokehflux.models.fp8 import quantize_mmdit
 from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.generate import Pipeline
-from bokehflux.weights.resolve import ModelFiles
-from bokehflux.weights.write import save as write
+from bokehflux.weights.files.write import save as write
+from bokehflux.weights.find.resolve import ModelFiles
 from tests.tiny import tiny_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -327,7 +327,9 @@ def test_parts_that_were_given_are_replayed(world: dict[str, Any]) -> None:
     argv = ["generate", "--prompt", "a boat", "--model", "flux.sft", "--output", "first"]
     assert cli.main([*argv, *(word for part, path in parts.items() for word in (f"--{part}", path))]) == 0
     given = world["model"]
-    assert given == ModelFiles(transformer="flux.sft", **{part: Path(path) for part, path in parts.items()})
+    assert given == ModelFiles(
+        {"transformer": "flux.sft", **{part: Path(path) for part, path in parts.items()}}
+    )
     recipe = read_recipe("first/plain.png")
     assert {name: recipe[name] for name in ("model", *parts)} == {"model": "flux.sft", **parts}
     world.clear()

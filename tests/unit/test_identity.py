@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bokehflux.pipeline import provenance as identity
 from bokehflux.pipeline.provenance import device_name, facts, fingerprint, model_facts
-from bokehflux.weights.resolve import ModelFiles
+from bokehflux.weights.find.resolve import ModelFiles, resolve_model
 from tests.tiny import tiny_pipeline
 from tests.unit.test_load import write_snapshot
 
@@ -65,28 +67,32 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         fingerprint([tmp_path / "absent"])
 
 
+def facts_of(model: Path, adapter: Path | None, loras: Sequence[tuple[Path, float]] = ()) -> dict[str, Any]:
+    return model_facts(resolve_model(model, adapter=adapter, loras=loras), adapter, loras)
+
+
 def test_every_part_of_a_model_counts(tmp_path: Path) -> None:
     write_snapshot(tmp_path)
     lora = tmp_path / "lora.safetensors"
     lora.write_bytes(b"lora")
-    before = model_facts(tmp_path, None, [(lora, 0.5)])
+    before = facts_of(tmp_path, None, [(lora, 0.5)])
     assert before["adapter"] is None and before["adapter_hash"] == fingerprint([tmp_path / "adapter"])
     assert before["loras"] == [[str(lora), 0.5]]
     assert before["lora_hashes"] == [[fingerprint([lora]), 0.5]]
-    assert model_facts(tmp_path, tmp_path / "adapter")["adapter_hash"] == before["adapter_hash"]
+    assert facts_of(tmp_path, tmp_path / "adapter")["adapter_hash"] == before["adapter_hash"]
     (tmp_path / "README.md").write_text("says nothing")
-    assert model_facts(tmp_path, None, [(lora, 0.5)]) == before
+    assert facts_of(tmp_path, None, [(lora, 0.5)]) == before
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
         config = next(path for path in sorted((tmp_path / part).glob("*.json")))
         config.write_text(config.read_text() + " ")
-        now = model_facts(tmp_path, None)["model_hash"]
+        now = facts_of(tmp_path, None)["model_hash"]
         assert now != before["model_hash"], part
         before["model_hash"] = now
 
 
 def test_facts_name_every_part_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(identity, "model_facts", lambda *_: {})
-    found = facts(tiny_pipeline(), ModelFiles(transformer="flux-dev", t5=Path("t5.sft")), None)
+    found = facts(tiny_pipeline(), ModelFiles({"transformer": "flux-dev", "t5": Path("t5.sft")}), None)
     assert (found["model"], found["t5"]) == ("flux-dev", "t5.sft") and "vae" not in found
 
 

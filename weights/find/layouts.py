@@ -111,7 +111,7 @@ def candidates(file: Path, shelf: Shelf) -> dict[str, Candidate]:
 
 
 def fits(candidate: Candidate, network: Network[Any, Any], transformer: MMDiTConfig | None = None) -> bool:
-    """Whether a file is the network, not a relative, and as wide as the transformer asks: CLIP-L, not CLIP-G."""
+    """Whether a file is the network, not a relative (UMT5), and as wide as the transformer (not CLIP-G)."""
     if candidate.prefix is None:
         return True
     shapes = candidate.shapes(network)

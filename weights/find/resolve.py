@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,18 +76,31 @@ class ModelFiles:
         return " + ".join(str(path) for path in self.files.values())
 
 
-def resolve_model(model: str | Path | ModelFiles, env: Env | None = None) -> Snapshot:
-    """Every part of a model, opened.
+def resolve_model(
+    model: str | Path | ModelFiles,
+    env: Env | None = None,
+    *,
+    adapter: str | Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
+) -> Snapshot:
+    """Every part of a model, opened, with the paths of its adapter and LoRAs, found by the functions below.
 
     model: the name of a bundled one, a path, a repository id such as "black-forest-labs/FLUX.1-dev", its
-    short name, or `ModelFiles`. env: stands in for the environment.
+    short name, or `ModelFiles`. env: stands in for the environment. adapter: None takes the one that the
+    model's card names, if any. loras: name and strength of each.
     Raises NotFoundError that names every place that was searched.
     """
-    if isinstance(model, str) and model in BUNDLED:
-        return open_snapshot(BUNDLED[model])
     env = os.environ if env is None else env
-    failure = f"no complete model {model} found; bundled with bokehflux: {', '.join(BUNDLED)}"
-    return complete(_Search(env).places(model), failure, _ADVICE)
+    if isinstance(model, str) and model in BUNDLED:
+        snapshot = open_snapshot(BUNDLED[model])
+    else:
+        failure = f"no complete model {model} found; bundled with bokehflux: {', '.join(BUNDLED)}"
+        snapshot = complete(_Search(env).places(model), failure, _ADVICE)
+    return replace(
+        snapshot,
+        adapter=snapshot.adapter if adapter is None else resolve_adapter(adapter, env),
+        loras=tuple((resolve_lora(path, env), strength) for path, strength in loras),
+    )
 
 
 def resolve_adapter(adapter: str | Path, env: Env | None = None) -> Path:

@@ -226,7 +226,7 @@ def default_card(guidance_embed: bool) -> Defaults:
 
 
 def card(guidance_embed: bool) -> Codec[Defaults]:
-    """`bokehflux.json`: any of num_inference_steps, height, width and txt_length, and the adapter's folder."""
+    """`bokehflux.json`: any of num_inference_steps, height, width, txt_length, and the adapter's folder."""
     keys = {"num_inference_steps": "num_inference_steps", "height_px": "height", "width_px": "width",
             "txt_length": "txt_length"}  # fmt: skip
     known = sorted({*keys.values(), "adapter"})
