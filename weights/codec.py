@@ -130,10 +130,12 @@ class Codec(Generic[Config]):
             told = self._told(shapes)
         stated, problems = self._stated(config)
         for row in self.fields:
-            mine, its = stated.get(row.name), told.get(row.name)
-            if row.name in stated and row.name in told and mine != its:
+            if row.name not in stated or row.name not in told:
+                continue
+            mine, its = stated[row.name], told[row.name]
+            if mine != its:
                 if isinstance(its, tuple):
-                    mine, its = sorted({*mine} - {*its}), sorted({*its} - {*mine})
+                    mine, its = sorted(set(mine) - set(its)), sorted(set(its) - set(mine))
                 problems.append(f"config.json says {row.key} = {mine}, the tensors say {its}")
         if problems:
             raise CheckpointError(shapes.where, *problems)

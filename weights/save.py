@@ -63,8 +63,9 @@ def save_schedule(folder: str | Path, config: ScheduleConfig) -> None:
 def save_index(root: str | Path, defaults: Defaults, adapter: str | None = None) -> None:
     """`model_index.json`, by which diffusers finds the components, and our card."""
     Path(root).mkdir(parents=True, exist_ok=True)
-    components = {row.folder: list(row.official) for row in (*NETWORKS, *TOKENIZERS)}
-    components["scheduler"] = ["diffusers", scheduler.CONFIG.fixed["_class_name"]]
+    components = {"scheduler": ("diffusers", scheduler.CONFIG.fixed["_class_name"])}
+    components |= {row.folder: row.official for row in NETWORKS}
+    components |= {row.folder: row.official for row in TOKENIZERS}
     write_json(Path(root) / "model_index.json", {"_class_name": "FluxPipeline", **components})
     settings = card(guidance_embed=True).to_json(defaults)
     write_json(Path(root) / CARD, settings if adapter is None else {**settings, "adapter": adapter})

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from bokehflux.pipeline.generate import Pipeline
     from bokehflux.weights.find.resolve import ModelFiles
-    from bokehflux.weights.find.snapshot import Snapshot
 
 WHOLE = 64 << 20
 EDGE, BLOCK, NUM_BLOCKS = 1 << 20, 4 << 10, 256
@@ -46,12 +45,13 @@ def fingerprint(paths: Iterable[Path]) -> str:
 
 
 def model_facts(
-    snapshot: Snapshot | None, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]] = ()
+    pipe: Pipeline, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]] = ()
 ) -> dict[str, Any]:
     """`model_hash`, `adapter_hash`, `lora_hashes` and the paths, the latter as given to `bokehflux.load`.
 
     Empty for a pipeline that was not loaded from files. Raises OSError when a file cannot be read.
     """
+    snapshot = pipe.snapshot
     if snapshot is None:
         return {}
     return {
@@ -84,7 +84,7 @@ def facts(
         named = {"model": given.pop("transformer"), **given}
     return {
         **named,
-        **model_facts(pipe.snapshot, adapter, loras),
+        **model_facts(pipe, adapter, loras),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "compute": pipe.compute,
         "version": __version__,

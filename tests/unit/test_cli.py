@@ -70,8 +70,8 @@ class FakePipeline:
         )
 
 
-def model_facts(model: str, adapter: str | None, loras: list[tuple[str, float]]) -> dict[str, Any]:
-    return {"model_hash": f"hash of {model}", "adapter": adapter, "adapter_hash": None, "lora_hashes": []}
+def model_facts(pipe: Any, adapter: str | None, loras: list[tuple[str, float]]) -> dict[str, Any]:
+    return {"model_hash": f"hash of {pipe.name}", "adapter": adapter, "adapter_hash": None, "lora_hashes": []}
 
 
 @pytest.fixture

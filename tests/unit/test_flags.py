@@ -94,9 +94,9 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         loaded.update(compute=compute)
         return dataclasses.replace(TINY[compute if compute == "fp8" else dtype or "float32"], name=str(model))
 
-    def model_facts(model: str | ModelFiles, adapter: str | None, loras: Any) -> dict[str, Any]:
+    def model_facts(pipe: Pipeline, adapter: str | None, loras: Any) -> dict[str, Any]:
         loras = [list(lora) for lora in loras]
-        hashes = {"model_hash": str(model), "adapter_hash": adapter, "lora_hashes": loras}
+        hashes = {"model_hash": pipe.name, "adapter_hash": adapter, "lora_hashes": loras}
         return {**hashes, "adapter": adapter, "loras": loras}
 
     monkeypatch.setattr("bokehflux.pipeline.generate.load", load)
@@ -327,14 +327,12 @@ def test_parts_that_were_given_are_replayed(world: dict[str, Any]) -> None:
     argv = ["generate", "--prompt", "a boat", "--model", "flux.sft", "--output", "first"]
     assert cli.main([*argv, *(word for part, path in parts.items() for word in (f"--{part}", path))]) == 0
     given = world["model"]
-    assert given == ModelFiles(
-        {"transformer": "flux.sft", **{part: Path(path) for part, path in parts.items()}}
-    )
+    assert given.files == {"transformer": "flux.sft", **{part: Path(path) for part, path in parts.items()}}
     recipe = read_recipe("first/plain.png")
     assert {name: recipe[name] for name in ("model", *parts)} == {"model": "flux.sft", **parts}
     world.clear()
     assert cli.main(["generate", "--config-from", "first/plain.png", "--t5", "other", "--output", "two"]) == 0
-    assert world["model"] == dataclasses.replace(given, t5=Path("other"))
+    assert world["model"] == ModelFiles({**given.files, "t5": Path("other")})
 
 
 def test_a_sweep_replays_too(world: dict[str, Any]) -> None:

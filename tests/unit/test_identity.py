@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +69,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def facts_of(model: Path, adapter: Path | None, loras: Sequence[tuple[Path, float]] = ()) -> dict[str, Any]:
-    return model_facts(resolve_model(model, adapter=adapter, loras=loras), adapter, loras)
+    found = SimpleNamespace(snapshot=resolve_model(model, adapter=adapter, loras=loras))
+    return model_facts(found, adapter, loras)  # type: ignore[arg-type]
 
 
 def test_every_part_of_a_model_counts(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+from bokehflux.app import cli
 from bokehflux.configs import (
     CLIP_L,
     FLUX_BOKEH,
@@ -34,7 +36,7 @@ from bokehflux.models.vae import AutoencoderKL
 from bokehflux.weights import load, manifests, networks
 from bokehflux.weights import save as export
 from bokehflux.weights.codec import Shapes
-from bokehflux.weights.files import write
+from bokehflux.weights.files import checkpoint, write
 from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from bokehflux.weights.find import resolve
 from bokehflux.weights.find.snapshot import CARD, default_card, open_snapshot
@@ -527,6 +529,61 @@ def test_components_of_different_models_are_refused(tmp_path):
     export.save_network(networks.CLIP, tmp_path / "text_encoder", CLIP, random_state(CLIPTextEncoder(CLIP)))
     message = problems(load.load_components, tmp_path)
     assert "CLIP vectors have 4 channels, the transformer expects 32" in message
+
+
+@pytest.fixture
+def headers(monkeypatch):
+    """How often the header of each file was read."""
+    count: Counter[Path] = Counter()
+    read = checkpoint.read_header
+
+    def counted(path):
+        count[path.resolve()] += 1
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read_header", counted)
+    return count
+
+
+def test_one_command_reads_each_header_once(tmp_path, headers):
+    """Progress, loading and the hashes in the recipe all use what was opened to find the model."""
+    down, up = torch.zeros(2, 64), torch.zeros(256, 2)
+    pair = {"transformer.x_embedder.lora_A.weight": down, "transformer.x_embedder.lora_B.weight": up}
+    write.save(tmp_path / "lora.safetensors", pair)
+    size = ["--height", "32", "--width", "32", "--num-inference-steps", "1"]
+    argv = ["generate", "--prompt", "a red mug", "--lora", str(tmp_path / "lora.safetensors"), *size]
+    assert cli.main([*argv, "--output", str(tmp_path / "out")]) == 0
+    files_of_nano = resolve.BUNDLED["nano"].rglob("*.safetensors")
+    expected = {path.resolve() for path in (*files_of_nano, tmp_path / "lora.safetensors")}
+    assert headers == dict.fromkeys(expected, 1)
+
+
+@pytest.mark.parametrize(
+    "model", ["all.safetensors", "flat", "flat/flux1-dev.safetensors", "official/transformer"]
+)
+def test_whichever_way_a_model_is_found_each_header_is_read_once(tmp_path, monkeypatch, headers, model):
+    states = files.states()
+    files.write_flat(tmp_path / "flat", states)
+    files.write_official(tmp_path / "official", states)
+    write.save(tmp_path / "all.safetensors", files.all_in_one(states))
+    for folder in ("", "flat", "official"):
+        files.write_tokenizers(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    load.load_components(model, on_progress=lambda *_: None, env={"HOME": str(tmp_path)}, **F32)
+    assert headers and set(headers.values()) == {1}
+
+
+def test_no_file_stays_mapped_after_loading(tmp_path):
+    files.write_official(tmp_path, files.states())
+    files.write_tokenizers(tmp_path)
+    parts = load.load_components(tmp_path, **F32)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(tmp_path) not in maps.read_text()
+    # What was opened can be read again.
+    part = parts.snapshot.parts["clip"]
+    name = next(iter(part.checkpoint.tensors))
+    assert torch.equal(part.checkpoint.read(name), files.states()["clip"][name])
 
 
 def test_an_absent_bundle_is_an_ordinary_error(tmp_path, monkeypatch):

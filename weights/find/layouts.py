@@ -26,7 +26,7 @@ from ..parts import prefixes, shapes_of
 COMFYUI = ("unet", "diffusion_models", "checkpoints", "vae", "clip", "text_encoders")
 """Folders of a ComfyUI tree that hold parts of a model."""
 TOKENIZERS = tuple(network.tokenizer for network in NETWORKS if network.tokenizer is not None)
-PARTS = {row.name: row.files for row in (*NETWORKS, *TOKENIZERS)}
+PARTS = {row.name: row.files for row in NETWORKS} | {row.name: row.files for row in TOKENIZERS}
 """Every part of a model -> how errors name its files."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
