@@ -35,7 +35,8 @@ OWN_IN = {
     "bokehflux.models": {"models", "attention", "kernels", "configs", "types"},
     "bokehflux.sampling": {"sampling", "models", "attention", "configs", "types"},
     "bokehflux.text": {"text", "models", "configs", "types"},
-    "bokehflux.weights.tables": {"weights.tables", "weights.mapping"},
+    "bokehflux.weights.files": {"weights.files"},
+    "bokehflux.weights.tables": {"weights.tables", "weights.mapping", "weights.codec", "configs"},
     "bokehflux.weights": {"weights", "text", "models", "configs", "types"},
 }
 """Which of our own modules (below bokehflux) each part may import; parts not named may import any."""

@@ -22,24 +22,16 @@ REQUIRED: Any = object()
 UNSET: Any = object()
 
 
-class Shapes(Mapping[str, Shape]):
+class Shapes(dict[str, Shape]):
     """The shapes of a file, by our names."""
 
     def __init__(self, shapes: Mapping[str, Shape], what: str, where: object) -> None:
-        self._shapes, self.what, self.where = shapes, what, where
-
-    def __getitem__(self, name: str) -> Shape:
-        return self._shapes[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
+        super().__init__(shapes)
+        self.what, self.where = what, where
 
     def size(self, name: str, axis: int = 0) -> int:
         """The length of a tensor along an axis, at least 1. Raises CheckpointError where it has none."""
-        shape = self._shapes.get(name)
+        shape = self.get(name)
         if shape is None or axis >= len(shape) or not shape[axis]:
             problem = f"{name!r} " + ("is missing" if shape is None else f"has the shape {list(shape)}")
             raise CheckpointError(self.where, f"not a complete {self.what}: {problem}")

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from bokehflux.configs import MMDiTConfig
 from bokehflux.models.adapter import BokehAdapter
+from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.fp8 import fp8_layers, fp8_weight
 from bokehflux.models.linear import NARROW, Linear
 from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.text.encode import TextEncoders
@@ -32,6 +34,7 @@ from .lora.apply import attach
 from .lora.read import read_lora
 from .mapping import Entry, Shape
 from .networks import (
+    ADAPTER,
     ADAPTER_PREFIX,
     CLIP,
     NETWORKS,
@@ -69,24 +72,21 @@ class Components:
 
     @property
     def transformer(self) -> MMDiT:
-        return self._the(TRANSFORMER)
+        return cast(MMDiT, self.networks[TRANSFORMER.name])
 
     @property
     def vae(self) -> AutoencoderKL:
-        return self._the(VAE)
+        return cast(AutoencoderKL, self.networks[VAE.name])
 
     @property
     def text(self) -> TextEncoders:
         return TextEncoders(
-            t5=self._the(T5),
-            clip=self._the(CLIP),
+            t5=cast(T5Encoder, self.networks[T5.name]),
+            clip=cast(CLIPTextEncoder, self.networks[CLIP.name]),
             t5_tokenizer=self.tokenizers[T5.name],
             clip_tokenizer=self.tokenizers[CLIP.name],
             txt_length=self.snapshot.defaults.txt_length,
         )
-
-    def _the(self, network: Network[Any, N]) -> N:
-        return cast(N, self.networks[network.name])
 
 
 def load_components(
@@ -110,30 +110,31 @@ def load_components(
     Raises CheckpointError or TokenizerError before the transformer, the largest part, is read.
     """
     snapshot = resolve_model(model, env, adapter=adapter, loras=loras)
-    extra = None if snapshot.adapter is None else open_part(snapshot.adapter, adapter_for(snapshot.config))
-    parts = [part for part in snapshot.parts.values() if part.network is not TRANSFORMER]
-    base = snapshot.parts[TRANSFORMER.name]
+    parts = snapshot.parts
     tokenizers = {
         network.name: network.tokenizer.read(snapshot.paths[network.tokenizer.name])
         for network in NETWORKS
         if network.tokenizer is not None
     }
-    on_read = None
-    if on_progress is not None:
-        opened = [*parts, base, *([] if extra is None else [extra])]
-        on_read = _counter(on_progress, sum(part.num_bytes for part in opened))
+    total = sum(part.num_bytes for part in parts.values())
+    on_read = None if on_progress is None else _counter(on_progress, total)
+    configs = {network.name: parts[network.name].config() for network in NETWORKS}
     networks: dict[str, nn.Module] = {}
-    configs = {TRANSFORMER.name: snapshot.config}
     try:
-        for part in parts:
-            name = part.network.name
-            configs[name] = part.config()
-            networks[name] = load_network(
-                part.network, part, configs[name], device=device, dtype=dtype, on_read=on_read
+        for network in NETWORKS[1:]:
+            part, config = parts[network.name], configs[network.name]
+            networks[network.name] = load_network(
+                network, part, config, device=device, dtype=dtype, on_read=on_read
             )
         added = [(read_lora(path, configs), strength) for path, strength in snapshot.loras]
         networks[TRANSFORMER.name] = load_transformer(
-            base, snapshot.config, extra, device=device, dtype=dtype, fp8_on=fp8_on, on_read=on_read
+            parts[TRANSFORMER.name],
+            snapshot.config,
+            parts.get(ADAPTER),
+            device=device,
+            dtype=dtype,
+            fp8_on=fp8_on,
+            on_read=on_read,
         )
     finally:
         snapshot.close()

@@ -28,11 +28,11 @@ Value = TypeVar("Value")
 
 
 class Transform(NamedTuple):
-    """How several of their tensors make one of ours, and back."""
+    """How tensors of theirs make one of ours, and back."""
 
     join: Callable[[Sequence[Tensor]], Tensor]
     split: Callable[[Tensor], list[Tensor]]
-    """The exact inverse; on a meta tensor of our shape it also tells the shapes expected of theirs."""
+    """The exact inverse. A meta tensor of our shape gives the expected shapes of theirs."""
 
 
 SAME = Transform(join=lambda theirs: theirs[0], split=lambda ours: [ours])

@@ -24,6 +24,7 @@ from .codec import Codec, Shapes
 from .mapping import Table
 from .tables import adapter, clip, flux, lora, t5, tiny_decoder, vae
 
+ADAPTER = "adapter"
 ADAPTER_PREFIX = "bokeh."
 """Where MMDiT keeps its adapter."""
 C = TypeVar("C")
@@ -45,13 +46,13 @@ class Tokenizer(NamedTuple):
     name: str
     """Its key in `Snapshot` and in errors."""
     folder: str
-    """In a snapshot."""
+    """Its folder in a snapshot."""
     official: tuple[str, str]
     """Library and class that `model_index.json` names."""
     files: str
-    """How errors name them."""
+    """How errors name its files."""
     read: Callable[[Any], Any]
-    """From a folder. Raises TokenizerError."""
+    """Builds it from its folder. Raises TokenizerError."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,30 +60,30 @@ class Network(Generic[C, N]):
     """One kind of network, and how files hold it."""
 
     name: str
-    """Its key everywhere: in `Snapshot`, in LoRAs, in errors."""
+    """Its key everywhere: in `Snapshot`, `Components`, LoRAs, `ModelFiles` and errors."""
     build: Callable[[C], N]
     codec: Codec[C]
     tables: tuple[Table, ...]
-    """Layouts of its files. The first whose marker is there counts; the first of all is the one we write."""
+    """Layouts of its files, tried in this order; the first one is what we write."""
     folder: str = ""
-    """In a snapshot."""
+    """Its folder in a snapshot."""
     official: tuple[str, str] = ("transformers", "")
     """Library and class that `model_index.json` names."""
     files: str = ""
-    """How errors name them."""
+    """How errors name its files."""
     prefixes: tuple[str, ...] = ()
-    """Of its names in files that hold more than this network: ComfyUI's and Forge's."""
+    """What its names start with in files that hold more than this network: ComfyUI's and Forge's."""
     presets: Mapping[str, C] = field(default_factory=dict)
     """Published models and their configs."""
     is_ours: Callable[[Shapes], bool] = lambda shapes: True
-    """Tells it from relatives of other models that share its marker."""
+    """Whether a file with its marker is this network, and not a relative from another model."""
     seam: Seam | None = None
     tokenizer: Tokenizer | None = None
     lora: tuple[Table, ...] = ()
     """Names under which LoRA files change its layers; empty where no LoRA does."""
     lora_prefixes: tuple[str, ...] = ()
     pickled: bool = False
-    """Whether files of `torch.save` are read, too (`files/pickled.py`)."""
+    """Whether its files may be pickles of `torch.save` (`files/pickled.py`)."""
 
 
 TRANSFORMER = Network(
@@ -180,7 +181,7 @@ TINY_DECODER: Network[int, TinyDecoder] = Network(
 def adapter_for(transformer: MMDiTConfig) -> Network[BokehConfig, BokehAdapter]:
     """The bokeh adapter of transformers of one config."""
     return Network(
-        name="adapter",
+        name=ADAPTER,
         build=lambda config: BokehAdapter(config, transformer),
         codec=adapter.codec(transformer),
         tables=adapter.TABLES,

@@ -155,7 +155,7 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The tensor as a CPU view of the mapped file: copy it to outlive the file.
 
-        Raises CheckpointError when the file is no longer the one that was opened.
+        Raises CheckpointError when the file has changed since it was opened.
         """
         info = self.tensors[name] if name in self.tensors else self._aside[name]
         if info.file not in self._files:
@@ -192,7 +192,7 @@ def open_pickle(path: Path) -> Checkpoint:
 
 
 def located(path: str | Path) -> Path:
-    """The file or index that a path means: its own, or the only one of a folder. Raises CheckpointError."""
+    """The file or index that a path means: itself, or the only one in a folder. Raises CheckpointError."""
     path = Path(path)
     if path.is_dir():
         path = _inside(path)
@@ -203,7 +203,7 @@ def located(path: str | Path) -> Path:
 
 
 class Shelf:
-    """Checkpoints that were opened: whoever asks for one again gets the same, and no header is read twice."""
+    """Opened checkpoints: asking for one again gives the same object, so no header is read twice."""
 
     def __init__(self) -> None:
         self._opened: dict[Path, Checkpoint] = {}

@@ -38,7 +38,7 @@ class Candidate:
     path: Path
     shelf: Shelf
     prefix: str | None = None
-    """Of the network's names in a file that was looked into. None: only its place speaks for it."""
+    """What the network's names start with in the file. None: not looked into, its place says what it is."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -46,7 +46,7 @@ class Candidate:
         return self.shelf.open(self.path)
 
     def shapes(self, network: Network[Any, Any]) -> Shapes:
-        """Of the network in it, by our names."""
+        """The shapes of the network in it, by our names."""
         return shapes_of(self.checkpoint.under(self.prefix or ""), network)
 
 

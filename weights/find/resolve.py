@@ -68,10 +68,6 @@ class ModelFiles:
         if TRANSFORMER.name not in self.files:
             raise ValueError(f"files of a model need a {TRANSFORMER.name}, got {', '.join(self.files)}")
 
-    @property
-    def transformer(self) -> str | Path:
-        return self.files[TRANSFORMER.name]
-
     def __str__(self) -> str:
         return " + ".join(str(path) for path in self.files.values())
 
@@ -96,11 +92,9 @@ def resolve_model(
     else:
         failure = f"no complete model {model} found; bundled with bokehflux: {', '.join(BUNDLED)}"
         snapshot = complete(_Search(env).places(model), failure, _ADVICE)
-    return replace(
-        snapshot,
-        adapter=snapshot.adapter if adapter is None else resolve_adapter(adapter, env),
-        loras=tuple((resolve_lora(path, env), strength) for path, strength in loras),
-    )
+    if adapter is not None:
+        snapshot = snapshot.with_adapter(resolve_adapter(adapter, env))
+    return replace(snapshot, loras=tuple((resolve_lora(path, env), strength) for path, strength in loras))
 
 
 def resolve_adapter(adapter: str | Path, env: Env | None = None) -> Path:
@@ -204,7 +198,8 @@ class _Search:
         env, repo = self._env, None
         if isinstance(model, ModelFiles):
             yield self._explicit(model)
-            yield from self.places(BUNDLED.get(str(model.transformer), model.transformer))
+            base = model.files[TRANSFORMER.name]
+            yield from self.places(BUNDLED.get(str(base), base))
             return
         path = _given(model)
         if path.is_file() or _is_transformer(path):

@@ -18,8 +18,8 @@ from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, Defaults, MMDiTCo
 
 from ..codec import UNSET, Codec, Field, Json
 from ..files.checkpoint import CheckpointError, NotFoundError, Shelf, holds_checkpoint, read_json
-from ..networks import NETWORKS, TRANSFORMER
-from ..parts import Part, part_of, shapes_of
+from ..networks import NETWORKS, TRANSFORMER, adapter_for
+from ..parts import Part, open_part, part_of, shapes_of
 from ..tables import scheduler
 from .layouts import PARTS, TOKENIZERS, Candidate, Findings, fits, scan
 
@@ -31,20 +31,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All that a model is made of. What was opened to find it stays open for the loader."""
+    """Every part of a model. Checkpoints that were opened to find it are kept for the loader."""
 
     root: Path
     """Folder of the transformer, where the card and the schedule are looked for."""
     paths: Mapping[str, Path]
     """File or folder of every part; keys: those of `PARTS`."""
     parts: Mapping[str, Part[Any, Any]]
-    """Every network, opened."""
+    """Every network, and the adapter if there is one, opened."""
     config: MMDiTConfig
     """The transformer's."""
     schedule: ScheduleConfig
     defaults: Defaults
     adapter: Path | None = None
-    """The adapter that was given or, without one, the folder that the card names."""
+    """File or folder of the adapter: the one that was given or, without it, the one that the card names."""
     loras: tuple[tuple[Path, float], ...] = ()
     """File and strength of each LoRA that was given."""
 
@@ -58,6 +58,11 @@ class Snapshot:
         # A tokenizer may lie in one folder with everything else.
         words = [self.paths[row.name] / file for row in TOKENIZERS for file in TOKENIZER_FILES]
         return [path for path in (*networks, *words, self.root / "scheduler") if path.exists()]
+
+    def with_adapter(self, path: Path) -> Snapshot:
+        """The same model with another adapter. Raises CheckpointError when there is none at `path`."""
+        part = open_part(path, adapter_for(self.config))
+        return dataclasses.replace(self, adapter=path, parts={**self.parts, part.network.name: part})
 
     def close(self) -> None:
         """Let go of the mapped files; what was read from headers stays."""
@@ -76,7 +81,7 @@ class Place:
     has_model: bool = True
     """Whether the transformer may come from here; the other parts always may."""
     guided: bool | None = None
-    """Of several transformers, take only those with (dev) or without (schnell) guidance embedding."""
+    """Take only transformers with (True: dev) or without (False: schnell) guidance embedding."""
 
 
 def open_snapshot(path: str | Path) -> Snapshot:
@@ -197,15 +202,10 @@ def _snapshot(root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) 
     parts = {network.name: part_of(chosen[network.name].checkpoint, network) for network in NETWORKS}
     if mismatches := _mismatches(parts, config):
         raise CheckpointError(f"{root}: components of different models", *mismatches)
-    return Snapshot(
-        root=root,
-        paths=paths,
-        parts=parts,
-        config=config,
-        schedule=schedule,
-        defaults=defaults,
-        adapter=adapter,
+    snapshot = Snapshot(
+        root=root, paths=paths, parts=parts, config=config, schedule=schedule, defaults=defaults
     )
+    return snapshot if adapter is None else snapshot.with_adapter(adapter)
 
 
 def _mismatches(parts: Mapping[str, Part[Any, Any]], config: MMDiTConfig) -> list[str]:
