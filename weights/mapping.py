@@ -112,7 +112,7 @@ def recognise(
 ) -> Table:
     """The first table whose marker is among the names.
 
-    Raises CheckpointError: that this is not a `what`, which markers were expected, and what was found.
+    Raises CheckpointError that names the markers of a `what`, and what was found.
     """
     for table in tables:
         if table.marks(names):
@@ -123,7 +123,8 @@ def recognise(
     prefix = next((n[: -len(t.marker)] for n in names for t in tables if n.endswith("." + t.marker)), "")
     hint = f". Every name carries the prefix {prefix!r}: save it without" if prefix else ""
     found = f"found {len(names)} tensors such as {some}{hint}"
-    raise CheckpointError(where, f"not a {what}: layout not recognised: expected {wanted}, {found}")
+    problem = f"layout not recognised: a {what} has {re.sub('{.}', '*', wanted)}; {found}"
+    raise CheckpointError(where, problem)
 
 
 def plan(

@@ -445,13 +445,10 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> None:
     rest = tiny_pipeline()
 
     def load_components(model: Any, *, loras: Any, on_progress: Any, adapter: Any, **how: Any) -> Any:
-        mmdit = loader.load_transformer(
-            GOLDEN / "snapshot" / "transformer", adapter=GOLDEN / "adapter", **how
-        )
-        parts = SimpleNamespace(
-            **{name: getattr(rest, name) for name in ("text", "vae", "schedule", "defaults")}
-        )
-        return SimpleNamespace(mmdit=mmdit, **vars(parts))
+        folder = GOLDEN / "snapshot" / "transformer"
+        transformer = loader.load_transformer(folder, adapter=GOLDEN / "adapter", **how)
+        snapshot = SimpleNamespace(schedule=rest.schedule, defaults=rest.defaults)
+        return SimpleNamespace(transformer=transformer, text=rest.text, vae=rest.vae, snapshot=snapshot)
 
     monkeypatch.setattr(loader, "load_components", load_components)
 

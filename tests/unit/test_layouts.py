@@ -19,7 +19,8 @@ from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError
 from bokehflux.weights.find import resolve
 from bokehflux.weights.find.resolve import ModelFiles, resolve_model
 from bokehflux.weights.find.snapshot import open_snapshot
-from bokehflux.weights.tables import clip, t5
+from bokehflux.weights.mapping import to_official
+from bokehflux.weights.tables import clip, t5, vae
 from tests import model_files as files
 
 STATES = files.states()
@@ -170,6 +171,7 @@ def test_files_of_other_models_are_passed_over(home, env):
     files.write_tokenizers(home)
     sdxl_vae = dict(STATES["vae"]) | {"decoder.conv_in.weight": torch.ones(32, 4, 3, 3)}
     write.save(home / "vae" / "sdxl_vae.safetensors", sdxl_vae)
+    write.save(home / "vae" / "sdxl_vae_diffusers.safetensors", to_official(vae.DIFFUSERS, sdxl_vae))
     wide = dataclasses.replace(files.CLIP, width=128)
     write.save(home / "clip" / "clip_g.safetensors", files.random_state(CLIPTextEncoder(wide)))
     bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"

@@ -357,7 +357,8 @@ def test_wrong_files_are_refused_before_anything_is_read(tmp_path, monkeypatch):
         assert "layout not recognised" in problems(loader, tmp_path / "text_encoder")
     assert "(T5 encoder)" in problems(files.load_t5, tmp_path / "text_encoder")
     assert "layout not recognised" in problems(files.load_t5, tmp_path / "text_encoder", T5)
-    assert "not a bokeh adapter" in problems(load.load_network, networks.adapter_for(MMDIT), tmp_path / "vae")
+    message = problems(load.load_network, networks.adapter_for(MMDIT), tmp_path / "vae")
+    assert "a bokeh adapter has 'adapter_modules.*.to_v_bokeh.down.weight'" in message
 
 
 def test_a_faulty_adapter_is_refused_before_the_transformer_is_read(tmp_path, monkeypatch):
