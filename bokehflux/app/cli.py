@@ -83,7 +83,7 @@ def generate(args: argparse.Namespace) -> int:
     from bokehflux.app.watched import Interrupted
     from bokehflux.pipeline.generate import plan_generate
 
-    pipe, watched = _open(args, options, preview)
+    pipe, watched = _open(args, [settings], options, preview)
     scene, paths, stop = _make(args, watched, plan_generate(pipe, settings))
     if stop is not None:
         raise Interrupted(_kept(settings, scene, paths, args.output)) from stop
@@ -115,7 +115,7 @@ def sweep(args: argparse.Namespace) -> int:
 
     output, num_done = Path(args.output), 0
     try:
-        pipe, watched = _open(args, options, preview)
+        pipe, watched = _open(args, asked, options, preview)
         watched.progress.batch(1, len(asked))
         scenes = sweeps.Sweep.of(
             pipe,
@@ -157,7 +157,7 @@ def refocus(args: argparse.Namespace) -> int:
 
     photo = read_photo(Path(args.photo))
     settings = dataclasses.replace(settings, photo=photo.name, photo_hash=photo.fingerprint)
-    pipe, watched = _open(args, options)
+    pipe, watched = _open(args, [settings], options)
     scene, _, stop = _make(args, watched, plan_refocus(pipe, photo.image, settings))
     if stop is not None:
         kept = f"{len(scene.targets)} of {len(levels)} pictures are finished and kept in {args.output}"
@@ -244,7 +244,7 @@ def _preview(args: argparse.Namespace) -> PreviewFile | None:
         return None
     from bokehflux.app.preview import check_preview
     from bokehflux.app.watched import PreviewFile
-    from bokehflux.weights.tiny_decoder import load_tiny_decoder
+    from bokehflux.weights.load import load_tiny_decoder
 
     check_preview(args.preview, args.preview_every, args.preview_vae)
     if args.preview_vae is not None:
@@ -253,12 +253,15 @@ def _preview(args: argparse.Namespace) -> PreviewFile | None:
 
 
 def _open(
-    args: argparse.Namespace, options: Options, preview: PreviewFile | None = None
+    args: argparse.Namespace, asked: Sequence[Settings], options: Options, preview: PreviewFile | None = None
 ) -> tuple[Pipeline, Watched]:
-    """The model that the flags ask for, and its runs as people see them."""
+    """The model that the flags ask for, and its runs as people see them.
+
+    asked: what it will make; what the model cannot serve is refused before its weights are read.
+    """
     from bokehflux.app.replay import use_threads_of, warn_of_differences
     from bokehflux.app.watched import Watched
-    from bokehflux.pipeline.load import load
+    from bokehflux.pipeline.load import check_all, load
     from bokehflux.pipeline.progress import Progress
     from bokehflux.pipeline.provenance import provenance_of
 
@@ -275,6 +278,7 @@ def _open(
             dtype=args.dtype,
             compute=args.compute,
             memory=args.memory,
+            on_found=lambda found: check_all(found, asked),
             on_progress=progress.loading,
         )
     finally:

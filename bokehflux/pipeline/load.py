@@ -23,9 +23,12 @@ from bokehflux.pipeline.memory import (
 )
 from bokehflux.pipeline.model import Compute
 from bokehflux.pipeline.pipeline import Pipeline
-from bokehflux.pipeline.provenance import source_of
+from bokehflux.pipeline.provenance import Source
+from bokehflux.pipeline.run import check_levels
+from bokehflux.record import Settings
+from bokehflux.weights.find.resolve import ModelFiles
+from bokehflux.weights.find.snapshot import Snapshot
 from bokehflux.weights.load import load_components
-from bokehflux.weights.resolve import ModelFiles
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     compute: Compute = "dtype",
     memory: MemoryMode | Literal["auto"] = "auto",
+    on_found: Callable[[Snapshot], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Pipeline:
     """Load a model with its text encoders, autoencoder and, if given, a bokeh adapter and LoRAs.
@@ -55,6 +59,8 @@ def load(
         it out). "dtype": exactly in dtype.
     memory: "resident", "offload" or "stream" (`memory.py`); "auto" takes the first that fits in the GPU's
         free memory, and "resident" on other devices.
+    on_found: called with the model's files when all are found and no weight is read yet; what it raises ends
+        the loading.
     on_progress: called with the bytes read so far and those of the whole model, first with 0.
     Raises ValueError (`CheckpointError` for files) with everything that is wrong in one message, and
     MemoryError with what would fit.
@@ -82,11 +88,12 @@ def load(
             device=home,
             dtype=kind,
             fp8_on=where if compute == "fp8" else None,
+            on_found=on_found,
             on_progress=on_progress,
         )
     placement = Placement()
     if where.type == "cuda":
-        networks = (parts.mmdit, parts.text.networks, parts.vae)
+        networks = (parts.transformer, parts.text.networks, parts.vae)
         mode: MemoryMode = "resident"
         if not resident:
             mode = choose(footprint(*networks), free_memory(where)) if memory == "auto" else memory
@@ -94,14 +101,21 @@ def load(
         with advised(mode, where, footprint(*networks)):
             placement = place(*networks, mode, where)
     return Pipeline(
-        mmdit=parts.mmdit,
+        mmdit=parts.transformer,
         text=parts.text,
         vae=parts.vae,
-        schedule=parts.schedule,
-        defaults=parts.defaults,
-        source=source_of(model, adapter, loras),
+        schedule=parts.snapshot.schedule,
+        defaults=parts.snapshot.defaults,
+        source=Source.of(model, adapter, loras, parts.snapshot),
         memory=placement,
     )
+
+
+def check_all(found: Snapshot, asked: Sequence[Settings]) -> None:
+    """Raise ValueError for settings that a model cannot serve, by its files alone."""
+    for settings in asked:
+        check_levels(settings, has_adapter=found.adapter is not None)
+        settings.completed(found.defaults)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -16,18 +16,17 @@ from bokehflux.fingerprint import fingerprint
 from bokehflux.kernels.attention import select
 from bokehflux.record import Provenance
 from bokehflux.version import __version__
-from bokehflux.weights.load import find_model
-from bokehflux.weights.resolve import ModelFiles, resolve_adapter, resolve_lora
+from bokehflux.weights.find.resolve import ModelFiles
+from bokehflux.weights.find.snapshot import Snapshot
+from bokehflux.weights.networks import TRANSFORMER
 
 if TYPE_CHECKING:
     from bokehflux.pipeline.model import Model
 
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a model came from: the names it was asked for by, and the files that decide what it computes."""
+    """Where a model came from: the names it was asked for by, and the files that were found."""
 
     model: str
     parts: Mapping[str, str] = field(default_factory=dict)
@@ -36,57 +35,40 @@ class Source:
     """As given; None where there was none, or the model brought its own."""
     loras: tuple[tuple[str, float], ...] = ()
     """File and strength of each, as given."""
-    files: tuple[Path, ...] = ()
-    adapter_file: Path | None = None
-    lora_files: tuple[Path, ...] = ()
+    snapshot: Snapshot | None = None
+    """None for a model that was not loaded from files."""
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path | ModelFiles,
+        adapter: str | Path | None,
+        loras: Sequence[tuple[str | Path, float]],
+        snapshot: Snapshot,
+    ) -> Source:
+        """What `bokehflux.load` was given, and what it found."""
+        given = model.files if isinstance(model, ModelFiles) else {TRANSFORMER.name: model}
+        parts = {name: str(path) for name, path in given.items()}
+        return cls(
+            model=parts.pop(TRANSFORMER.name),
+            parts=parts,
+            adapter=None if adapter is None else str(adapter),
+            loras=tuple((str(path), float(strength)) for path, strength in loras),
+            snapshot=snapshot,
+        )
 
     @cached_property
     def hashes(self) -> tuple[str | None, str | None, tuple[tuple[str, float], ...]]:
         """Fingerprints of the model, the adapter and each LoRA (with its strength), read once when they are
-        first asked for; None for what has no files. Raises OSError for a file that is gone."""
-        strengths = [strength for _, strength in self.loras]
-        loras = [fingerprint([file]) for file in self.lora_files]
+        first asked for. Raises OSError for a file that is gone."""
+        found = self.snapshot
+        if found is None:
+            return None, None, ()
         return (
-            fingerprint(self.files) if self.files else None,
-            None if self.adapter_file is None else fingerprint([self.adapter_file]),
-            tuple(zip(loras, strengths, strict=True)),
+            fingerprint(found.files),
+            None if found.adapter is None else fingerprint([found.adapter]),
+            tuple((fingerprint([path]), strength) for path, strength in found.loras),
         )
-
-
-def source_of(
-    model: str | Path | ModelFiles, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]]
-) -> Source:
-    """The source of a model that is loaded with these arguments of `bokehflux.load`.
-
-    Raises CheckpointError when there is no such model.
-    """
-    snapshot = find_model(model)
-    # A tokenizer may lie in one folder with everything else.
-    words = [
-        folder / name
-        for folder in (snapshot.clip_tokenizer, snapshot.t5_tokenizer)
-        for name in TOKENIZER_FILES
-    ]
-    files = [
-        snapshot.transformer,
-        snapshot.vae,
-        snapshot.clip,
-        snapshot.t5,
-        *words,
-        snapshot.root / "scheduler",
-    ]
-    parts = {}
-    if isinstance(model, ModelFiles):
-        parts = {name: str(path) for name, path in vars(model).items() if path is not None}
-    return Source(
-        model=parts.pop("transformer", str(model)),
-        parts=parts,
-        adapter=None if adapter is None else str(adapter),
-        loras=tuple((str(path), float(strength)) for path, strength in loras),
-        files=tuple(path for path in files if path.exists()),
-        adapter_file=snapshot.adapter if adapter is None else resolve_adapter(adapter),
-        lora_files=tuple(resolve_lora(path) for path, _ in loras),
-    )
 
 
 def provenance_of(model: Model, backend: str = "auto") -> Provenance:

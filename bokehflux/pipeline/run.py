@@ -233,9 +233,9 @@ def check_finite(model: Model, x: Tensor, velocity: Velocity, start: Tensor, sch
         raise explain_nonfinite(model.mmdit, velocity, start, schedule)
 
 
-def check_levels(model: Model, settings: Settings) -> None:
-    """Raise ValueError for levels that the model has no adapter for."""
-    if settings.bokeh_targets is not None and model.mmdit.bokeh is None:
+def check_levels(settings: Settings, has_adapter: bool) -> None:
+    """Raise ValueError for levels where the model has no adapter."""
+    if settings.bokeh_targets is not None and not has_adapter:
         raise ValueError(
             "bokeh_targets need an adapter: load the model with adapter='path/to/BokehDiffusion'"
         )

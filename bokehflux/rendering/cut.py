@@ -43,9 +43,10 @@ def cut(light: Tensor, radius_px: Tensor, matte: Tensor | None = None) -> list[L
     behind = fill(both, (subject < SURE).to(light))
     # What a pixel shows is subject and background in the matte's proportion: solved for the subject where it is most.
     alone = (light - (1 - subject) * behind[:, :3]) / subject.clamp(min=0.5)
-    front = torch.cat([
-        fill(alone.clamp(min=0), (subject >= 0.5).to(light)), fill(radius, (subject > 1 - SURE).to(light))
-    ], 1)
+    front = torch.cat(
+        [fill(alone.clamp(min=0), (subject >= 0.5).to(light)), fill(radius, (subject > 1 - SURE).to(light))],
+        1,
+    )
     farthest, *planes = _planes(behind[:, :3], behind[:, 3:], None)
     planes += _planes(front[:, :3], front[:, 3:], subject)
     return [layer for _, layer in (farthest, *sorted(planes, key=lambda plane: plane[0]))]
@@ -75,7 +76,9 @@ def plane_radii(radius: Tensor) -> list[float]:
     while marks[-1] < limit:
         marks.append(marks[-1] + max(STEP_PX, STEP_SHARE * marks[-1]))
     marks = [-mark for mark in reversed(marks[1:])] + marks
-    between = torch.tensor([(a + b) / 2 for a, b in zip(marks, marks[1:], strict=False)], device=radius.device)
+    between = torch.tensor(
+        [(a + b) / 2 for a, b in zip(marks, marks[1:], strict=False)], device=radius.device
+    )
     which = torch.bucketize(radius.contiguous(), between)
     found: list[float] = []
     for i, mark in enumerate(marks):
@@ -107,7 +110,9 @@ def _planes(light: Tensor, radius: Tensor, matte: Tensor | None) -> list[tuple[f
             cover = cover * matte
         if planes or matte is not None:
             colors = torch.cat([colors * cover, cover], 1)
-        planes.append((plane, Layer(light=colors, radius_px=None if plane == 0 else radius.new_full((1,), plane))))
+        planes.append(
+            (plane, Layer(light=colors, radius_px=None if plane == 0 else radius.new_full((1,), plane)))
+        )
     return planes
 
 

@@ -114,7 +114,10 @@ def radius_map(disparity: Tensor, focus: Focus, level: Tensor | float) -> Tensor
     levels = torch.as_tensor(level, dtype=disparity.dtype, device=disparity.device)
     check_level(float(levels.min()))
     check_level(float(levels.max()))
-    far, near = (torch.as_tensor(end, dtype=disparity.dtype, device=disparity.device) for end in (focus.far, focus.near))
+    far, near = (
+        torch.as_tensor(end, dtype=disparity.dtype, device=disparity.device)
+        for end in (focus.far, focus.near)
+    )
     beyond = disparity - disparity.clamp(far, near)
     return levels * beyond * (min(disparity.shape) / LEVEL_SIDE_PX)
 

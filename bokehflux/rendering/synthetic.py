@@ -57,4 +57,3 @@ def add_bokeh(
     if networks is None:
         return classical(image[None], defocus, GAMMA)[0].clamp(0, 1)
     return render(image[None], defocus, GAMMA, networks).result[0]
-

@@ -32,7 +32,9 @@ def described(name: str) -> dict:
 def recorded(name: str) -> dict[str, Tensor]:
     """Tensors of one case, pictures in 0 ... 1."""
     tensors = load_file(shared(f"{FOLDER}/{name}.safetensors"))
-    return {key: t.float() / 255 if key == "image" and t.dtype == torch.uint8 else t for key, t in tensors.items()}
+    return {
+        key: t.float() / 255 if key == "image" and t.dtype == torch.uint8 else t for key, t in tensors.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,9 @@ def test_scatter(name: str) -> None:
 
 @pytest.mark.parametrize("case", range(3))
 def test_networks(case: int, networks: Networks) -> None:
-    t = {key[2:]: tensor[None] for key, tensor in recorded("nets_small").items() if key.startswith(f"{case}.")}
+    t = {
+        key[2:]: tensor[None] for key, tensor in recorded("nets_small").items() if key.startswith(f"{case}.")
+    }
     gamma, defocus = float(t["gamma"]), t["defocus"][:, None]
     bokeh, error = networks.arnet(t["image"], defocus, gamma)
     assert (bokeh - t["arnet_bokeh"]).abs().max() <= 1e-4

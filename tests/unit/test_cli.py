@@ -25,6 +25,7 @@ from PIL import Image
 
 import bokehflux
 from bokehflux.app import cli
+from bokehflux.configs import Defaults
 from bokehflux.pictures.metadata import encode, read_recipe
 from bokehflux.pipeline.load import load
 from bokehflux.pipeline.memory import Placement
@@ -34,6 +35,7 @@ from bokehflux.pipeline.run import Options, Plan, Result
 from bokehflux.record import GenerateSettings, Record, Settings
 from bokehflux.sampling.samplers import StepInfo
 from tests.tiny import FakeText, NamedSource, tiny_pipeline
+from tests.unit.test_load import write_snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = ["generate", "--prompt", "a dog", "--bokeh-targets", "0", "4.2", "4.4", "--bokeh-pivot", "15"]
@@ -128,7 +130,7 @@ def test_published_defaults(fake: Fake) -> None:
     )  # fmt: skip
     assert fake.asked == published.completed(fake.pipe.defaults)
     assert (fake.options.max_rows, fake.options.vae_tiling) == (None, None)
-    assert callable(fake.loaded.pop("on_progress"))
+    assert callable(fake.loaded.pop("on_progress")) and callable(fake.loaded.pop("on_found"))
     assert fake.loaded == {
         "model": "nano", "adapter": None, "loras": [], "device": None, "dtype": None, "memory": "auto",
         "compute": "dtype",
@@ -161,7 +163,7 @@ def test_model_flags_reach_load(fake: Fake) -> None:
     argv = ["--model", "m_1", "--adapter", "a", "--device", "cpu", "--dtype", "float32", "--memory", "stream"]
     argv += ["--compute", "fp8"]
     assert cli.main([*SWEEP, *argv, "--lora", "x_1", "--lora", "y", "0.5"]) == 0
-    assert callable(fake.loaded.pop("on_progress"))
+    assert callable(fake.loaded.pop("on_progress")) and callable(fake.loaded.pop("on_found"))
     assert fake.loaded == {
         "model": "m_1", "adapter": "a", "loras": [("x_1", 1.0), ("y", 0.5)], "device": "cpu",
         "dtype": "float32", "compute": "fp8", "memory": "stream",
@@ -256,6 +258,32 @@ def test_an_unwritable_output_is_found_before_the_model_is_loaded(
     assert fake.loaded == {}
 
 
+@pytest.mark.parametrize(("argv", "says"), [
+    (["--levels", "3"], "bokeh_targets need an adapter"),
+    (["--levels", "3", "--pivot", "9", "--grounding-steps", "9"], "num_grounding_steps must be at most the"),
+])  # fmt: skip
+def test_what_the_model_cannot_serve_is_refused_before_its_weights_are_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    says: str,
+) -> None:
+    with_adapter = "adapter" not in says
+    write_snapshot(
+        tmp_path / "model", card=Defaults(num_inference_steps=5, height_px=32, width_px=32, txt_length=8)
+    )
+    if not with_adapter:
+        shutil.rmtree(tmp_path / "model" / "adapter")
+        path = tmp_path / "model" / "bokehflux.json"
+        kept = {name: value for name, value in json.loads(path.read_text()).items() if name != "adapter"}
+        path.write_text(json.dumps(kept))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bokehflux.weights.files.checkpoint.Checkpoint.read", lambda *_: pytest.fail("read"))
+    assert cli.main(["generate", "--prompt", "p", "--model", "model", *argv]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_what_the_pipeline_refuses_is_one_line(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse() -> None:
         raise ValueError("first line\n  second line")
@@ -289,7 +317,7 @@ def test_a_model_that_is_not_there_is_one_line_and_one_for_each_place(
     assert any(line.startswith(f"  - looked in {model}") for line in listed)
     assert any(line == "  - looked in hub, the Hugging Face cache, for some/no: nothing there"
                for line in listed) == (model == "some/no")  # fmt: skip
-    assert any("looked in vain for" in line for line in listed) == lacks, "where nothing is, all lacks"
+    assert any("not found:" in line for line in listed) == lacks, "where nothing is, all lacks"
 
 
 def test_a_list_cannot_hide_what_rules_a_terminal(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
@@ -566,7 +594,7 @@ def test_the_memory_mode_that_was_chosen_is_said(
     placement = Placement(mode="offload", device=torch.device("cuda"))
     fake.pipe = dataclasses.replace(fake.pipe, memory=placement)
     monkeypatch.setattr("bokehflux.pipeline.provenance.device_name", lambda _: "a GPU")
-    monkeypatch.setattr("bokehflux.pipeline.provenance.attention_choice", lambda *_: ("triton", "it is fast"))
+    monkeypatch.setattr("bokehflux.pipeline.provenance.attention", lambda *_: "triton")
     assert cli.main([*SWEEP, "--memory", memory]) == 0
     assert capsys.readouterr().err == says
 

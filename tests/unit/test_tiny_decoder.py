@@ -12,10 +12,10 @@ from bokehflux.app import cli
 from bokehflux.app.preview import Preview
 from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.sampling.latents import LatentGrid
-from bokehflux.weights.checkpoint import CheckpointError
+from bokehflux.weights.files.checkpoint import CheckpointError
+from bokehflux.weights.files.write import save
+from bokehflux.weights.load import load_tiny_decoder
 from bokehflux.weights.tables.tiny_decoder import DIFFUSERS
-from bokehflux.weights.tiny_decoder import load_tiny_decoder
-from bokehflux.weights.write import save
 from tests.tiny import tiny_pipeline
 
 
