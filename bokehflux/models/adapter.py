@@ -1,8 +1,8 @@
 """The bokeh adapter: a level becomes one value vector per block, and queries and keys get low-rank updates.
 
 Parameter names are those of the published adapter file. The published cross-attention has a single key, so
-its softmax is one and its output is the value vector itself, whatever the query: `to_k_bokeh` is loaded,
-kept for the file's sake, and never computed.
+its softmax is one and its output is the value vector itself, whatever the query is. `to_k_bokeh` is loaded
+because the file holds it, and never computed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BokehCondition:
 
     @classmethod
     def of(cls, levels: Sequence[float | None]) -> BokehCondition:
-        """From plain numbers, None for the null level. Raises ValueError outside 0-30."""
+        """A condition from plain numbers; None is the null level. Raises ValueError outside 0-30."""
         for level in levels:
             if level is not None:
                 check_level(level)
@@ -48,7 +48,7 @@ class BokehCondition:
         return scaled.to(dtype).to(device)
 
     def rows(self, rows: slice) -> BokehCondition:
-        """That of some rows of the batch."""
+        """The condition of some rows of the batch."""
         return dataclasses.replace(self, levels=self.levels[rows])
 
     def null(self) -> BokehCondition:
@@ -57,7 +57,7 @@ class BokehCondition:
 
 
 class LowRank(nn.Module):
-    """x -> scale * up(down(x)); starts as zero."""
+    """x [..., in] -> scale * up(down(x)) [..., out]. `init_adapter` makes it start as zero."""
 
     def __init__(self, in_dim: int, out_dim: int, rank: int, scale: float = 1.0) -> None:
         super().__init__()
@@ -82,19 +82,18 @@ class BlockAdapter(nn.Module):
         self.to_k_adp = LowRank(hidden_size, hidden_size, config.rank, scale) if config.adapt_k else None
 
     def update_q(self, q: Tensor, scale: float) -> Tensor:
-        """Projected queries [B, L, E], before their norm -> q + scale * lowrank(q). Without gradients the
-        result takes the place of q."""
+        """Projected queries [Q, L, E], before their norm -> q + scale * lowrank(q), in place if it can."""
         return q if self.to_q_adp is None else _updated(q, self.to_q_adp, scale)
 
     def update_k(self, k: Tensor, scale: float) -> Tensor:
-        """Projected keys [B, L, E], before their norm -> k + scale * lowrank(k), in the same way."""
+        """Projected keys [B, L, E], before their norm -> k + scale * lowrank(k), as `update_q`."""
         return k if self.to_k_adp is None else _updated(k, self.to_k_adp, scale)
 
 
 def _updated(x: Tensor, update: LowRank, scale: float) -> Tensor:
     if torch.is_grad_enabled():
         return x + scale * update(x)
-    return x.add_(update(x).mul_(scale))  # the same two roundings
+    return x.add_(update(x).mul_(scale))  # no second x is held; the same two roundings
 
 
 class BokehAdapter(nn.Module):
@@ -109,7 +108,7 @@ class BokehAdapter(nn.Module):
         self.config = config
         self.num_heads = mmdit.num_heads
         self.folded_at: float | None = None
-        """Strength at which queries' and keys' updates live in the base's weights (`models.fold`)."""
+        """Strength at which the query and key updates are in the base's weights (`fold`), or None."""
         self.embedding_layer = nn.Sequential(
             nn.Linear(1, config.hidden_dim), nn.ReLU(), nn.Linear(config.hidden_dim, config.context_dim)
         )
@@ -123,8 +122,8 @@ class BokehAdapter(nn.Module):
 
     def values(self, model_input: Tensor, scale: float) -> dict[int, Tensor]:
         """[B] (level / 30 or -1) -> the value vector of each adapted block, [B, H, D]."""
-        context = self.embedding_layer(model_input.to(self.dtype)[:, None])
-        return {
+        context = self.embedding_layer(model_input.to(self.dtype)[:, None])  # [B, 1] -> [B, C]
+        return {  # [B, E] -> [B, H, D]
             i: scale * self.block(i).to_v_bokeh(context).unflatten(-1, (self.num_heads, -1))
             for i in self.config.blocks
         }

@@ -69,10 +69,8 @@ class BlockSpec:
         """Heads with the adapter's updates: they act on projected queries and keys, before their norms."""
         if self.adapter is None:
             return heads
-        q, k = (
-            self.adapter.update_q(heads.q, self.lora_scale),
-            self.adapter.update_k(heads.k, self.lora_scale),
-        )
+        q = self.adapter.update_q(heads.q, self.lora_scale)
+        k = self.adapter.update_k(heads.k, self.lora_scale)
         return heads._replace(q=q, k=k)
 
 
@@ -155,7 +153,7 @@ class DoubleStreamBlock(nn.Module):
         return img.leaving(), txt.leaving()
 
     def modulation_of(self, vec: Tensor) -> DoubleModulation:
-        """[B, E] -> the vectors of this block; they depend on prompt, guidance and noise level only."""
+        """[B, E] -> this block's vectors, which depend on prompt, guidance and noise level only."""
         return DoubleModulation(*self.img_mod(vec), *self.txt_mod(vec))
 
     @property
@@ -192,7 +190,7 @@ class SingleStreamBlock(nn.Module):
         return Residual(x, fused.single_out(*layers, normed, joint, hidden), mod.gate).leaving()
 
     def modulation_of(self, vec: Tensor) -> ModulationOut:
-        """[B, E] -> the vectors of this block; they depend on prompt, guidance and noise level only."""
+        """[B, E] -> this block's vectors, which depend on prompt, guidance and noise level only."""
         return self.modulation(vec)[0]
 
     @property
@@ -219,6 +217,6 @@ class FinalLayer(nn.Module):
         return self.linear(fused.modulate(stream, mod.shift, mod.scale, self.linear)[1])
 
     def modulation_of(self, vec: Tensor) -> ModulationOut:
-        """[B, E] -> shift and scale; there is no residual to gate, the gate is one."""
+        """[B, E] -> shift and scale. The gate is one, since no residual follows."""
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)  # [B, 1, E] each
         return ModulationOut(shift, scale, torch.ones_like(scale))

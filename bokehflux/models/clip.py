@@ -18,7 +18,7 @@ from bokehflux.models.linear import Linear
 from bokehflux.models.units import Network
 
 _LARGEST_ID = 2
-"""`eos_token_id` of the first CLIP configs, wrong but in wide use: stands for the largest id of the row."""
+"""`eos_token_id` of the first CLIP configs: wrong but widely used; it means the largest id of the row."""
 
 
 class CLIPTextEncoder(Network):
@@ -50,7 +50,7 @@ class CLIPTextEncoder(Network):
 
         Each row is the state at its first `config.eos_token_id`, or at its largest id when that is 2.
         """
-        # argmax gives the first of equal values, so padding with the end-of-text token is harmless.
+        # argmax returns the first of equal values, so padding with the end-of-text token is harmless.
         if self.config.eos_token_id == _LARGEST_ID:
             end_B = ids.argmax(dim=-1)
         else:
@@ -87,7 +87,7 @@ class CLIPEmbeddings(nn.Module):
         num_tokens, max_length = ids.shape[1], self.position_embedding.num_embeddings
         if num_tokens > max_length:
             raise ValueError(
-                f"CLIP takes at most {max_length} tokens per prompt, got {num_tokens}; truncate them"
+                f"CLIP reads at most {max_length} tokens per prompt, got {num_tokens}; truncate the prompt"
             )
         return self.token_embedding(ids) + self.position_embedding.weight[:num_tokens]
 

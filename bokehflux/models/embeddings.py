@@ -17,11 +17,10 @@ SINUSOID_DIM = 256
 def sinusoid(value: Tensor, dim: int = SINUSOID_DIM) -> Tensor:
     """[B] -> [B, dim] float32: cosines then sines of 1000 x value, at periods from 2 pi to 20,000 pi.
 
-    The factor 1000 is applied in the dtype of value, as the published code does (in bfloat16 the rounding
-    shows).
+    value is multiplied by 1000 in its own dtype, as in the published code (in bfloat16 the rounding shows).
     """
     freqs = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=value.device) / (dim // 2))
-    angles = (value * 1000).float()[:, None] * freqs
+    angles = (value * 1000).float()[:, None] * freqs  # [B, dim / 2]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -47,14 +46,14 @@ class RopeTable(NamedTuple):
 def rope_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> RopeTable:
     """Position ids [L, axes] -> rotations; axis a rotates axes_dim[a] channels. Angles in float64.
 
-    float64 matters: at bfloat16 or even float32 the angles of far positions are wrong enough to see. Devices
-    without float64 (MPS) get the table computed on the CPU.
+    float64 matters: in bfloat16, or even float32, the angles of far positions are wrong enough to see. For
+    devices without float64 (MPS) the CPU computes the table.
     """
     device = ids.device
     ids = ids.double() if device.type != "mps" else ids.cpu().double()
     angles = []
     for axis, dim in enumerate(axes_dim):
         freqs = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
-        angles.append(ids[:, axis, None] * freqs)
-    angle = torch.cat(angles, dim=-1)
+        angles.append(ids[:, axis, None] * freqs)  # [L, dim / 2]
+    angle = torch.cat(angles, dim=-1)  # [L, head_dim / 2]
     return RopeTable(angle.cos().float().to(device), angle.sin().float().to(device))

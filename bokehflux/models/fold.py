@@ -1,8 +1,8 @@
-"""The adapter's query and key updates folded into the projections: no cost per step, and exactly undone.
+"""The adapter's query and key updates folded into the projections: they cost nothing per step; undo is exact.
 
 q + s U D q with q = W x + b is (W + s U D W) x + (b + s U D b), the same for k: one matrix product at load
-instead of two thin ones per block and step. Folded weights are rounded once, in float32 arithmetic; the
-unfolded form is the one that reproduces the published rounding, and the default.
+instead of two thin ones per block and step. Folded weights are computed in float32 and rounded once. The
+default is unfolded, which reproduces the published rounding.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Folded:
 def fold_adapter(mmdit: MMDiT, lora_scale: float | None = None) -> Folded:
     """Fold the adapter at one strength (None: its own). Levels stay free; the value branch is not touched.
 
-    A folded network makes no picture without levels and none at another strength: both raise ValueError
-    until `undo`. Raises ValueError without an adapter, when already folded, and for projections whose
-    weights are stored narrow or carry LoRA terms (fold first, attach later is not the same sum).
+    A folded network cannot run without levels or at another strength: both raise ValueError until `undo`.
+    Raises ValueError without an adapter, if it is folded already, and for projections whose weights are
+    stored narrow or have LoRA terms (folding first and attaching later is another sum).
     """
     adapter = mmdit.bokeh
     if adapter is None or adapter.folded_at is not None:
@@ -69,7 +69,7 @@ def fold_adapter(mmdit: MMDiT, lora_scale: float | None = None) -> Folded:
 
 
 def _projections(mmdit: MMDiT) -> Iterator[tuple[Linear, BlockAdapter]]:
-    """Every adapted block's fused projection, whose first rows are queries, then keys."""
+    """Every adapted block's projection, and the updates for it."""
     assert mmdit.bokeh is not None
     blocks = mmdit.blocks
     for i in mmdit.bokeh.config.blocks:

@@ -1,8 +1,8 @@
 """The transformer in fp8: which layers, how their weights become e4m3, and what a device must have for it.
 
-The projections of all blocks, both streams, multiply in e4m3: one scale a token, one an output channel.
-Modulation, embedders, final layer and adapter stay as they are: next to none of the work, and an error there
-reaches every token.
+The projections of all blocks, of both streams, multiply in e4m3 with one scale a token and one an output
+channel. Modulation, embedders, final layer and adapter stay as they are: they are next to none of the work,
+and an error there reaches every token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def fp8_layers(mmdit: MMDiT) -> Mapping[str, Linear]:
-    """The layers that multiply in fp8 when asked to, by name. Raises ValueError for sizes that cannot."""
+    """The layers that would multiply in fp8, by name. Raises ValueError if their sizes do not allow it."""
     layers = mmdit.units().projections
     odd = [
         n for n, x in layers.items() if x.in_features % kernels.MULTIPLE or x.out_features % kernels.MULTIPLE
@@ -48,11 +48,11 @@ def is_fp8(mmdit: MMDiT) -> bool:
 
 @torch.no_grad()
 def quantize_mmdit(mmdit: MMDiT, device: torch.device | None = None) -> None:
-    """Turn the blocks' projections to fp8 in place, one after the other: no second copy of the model.
+    """Turn the blocks' projections to fp8 in place, one after the other: there is never a second copy.
 
-    device: where weights are quantised (None: where they lie); they go back to where they were. Whatever
-    changes weights (`fold_adapter`, merged LoRAs) comes before; LoRAs that are attached may come at any time.
-    Raises ValueError, and changes nothing, for a network that is in fp8 already or has unfit sizes.
+    device: where weights are quantised (None: where they lie); afterwards they go back. Do first whatever
+    changes weights (`fold_adapter`, merging LoRAs); attaching LoRAs may come at any time. Raises ValueError,
+    and changes nothing, if the network is in fp8 already or its sizes do not allow it.
     """
     layers = fp8_layers(mmdit)
     if is_fp8(mmdit):
@@ -66,7 +66,7 @@ def quantize_mmdit(mmdit: MMDiT, device: torch.device | None = None) -> None:
 def fp8_weight(weight: Tensor, dequantize: Dequantize | None) -> tuple[Tensor, Tensor]:
     """A weight [out, in] in any storage form -> (values [out, in] float8_e4m3fn, scale [out] float32).
 
-    Stored e4m3 is taken as it is, with the scale that its file gave it: nothing is rounded a second time.
+    Weights stored in e4m3 are taken as they are, with their file's scale: nothing is rounded a second time.
     """
     if weight.dtype != torch.float8_e4m3fn:
         dense = weight if dequantize is None else dequantize(weight, torch.float32)
@@ -74,6 +74,6 @@ def fp8_weight(weight: Tensor, dequantize: Dequantize | None) -> tuple[Tensor, T
         return values, scale[:, 0].contiguous()
     if dequantize is None:
         return weight, torch.ones(len(weight), device=weight.device)
-    # All that scales e4m3 weights scales rows: what it makes of ones is the scale.
+    # Everything that scales e4m3 weights scales rows: what it makes of ones is the scale.
     ones = torch.ones(len(weight), 1, device=weight.device).to(weight.dtype)
     return weight, dequantize(ones, torch.float32)[:, 0].contiguous()

@@ -1,4 +1,4 @@
-"""The linear layer of every network: weights stored narrower than they compute, LoRA terms beside them."""
+"""The linear layer of every network: the weight may be stored narrow, and LoRA terms may be added."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bokehflux.kernels.fp8 import interface as fp8
 from bokehflux.kernels.fp8.interface import Quantized
 
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Storage types that no ordinary matrix product takes as they are."""
+"""Storage types that ordinary matrix products do not take."""
 Dequantize = Callable[[Tensor, torch.dtype], Tensor]
 """(weight as stored, compute dtype) -> dense weight [out, in]."""
 
@@ -32,11 +32,11 @@ class LowRankTerm:
     """Where in the layer's output it acts: fused projections hold several of a LoRA's targets."""
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> LowRankTerm:
-        """With both factors passed through `move`."""
+        """The term with both factors passed through `move`."""
         return dataclasses.replace(self, down=move(self.down), up=move(self.up))
 
     def add_to(self, out: Tensor, x: Tensor, start: int = 0) -> Tensor:
-        """`out` (the layer's columns from `start` on) plus what of the term falls on them."""
+        """`out`, the layer's columns from `start` on, plus the part of the term that falls on them."""
         skip = max(0, start - self.first)
         at = max(0, self.first - start)
         width = min(len(self.up) - skip, out.shape[-1] - at)
@@ -50,12 +50,12 @@ class LowRankTerm:
 class Linear(nn.Linear):
     """`nn.Linear` that casts a narrow weight at use, or multiplies in fp8, and adds low-rank terms.
 
-    A dense weight and no terms is `nn.Linear` exactly. `dequantize` and `terms` are set by the loaders of
-    `weights`, before the first call; the fp8 form by `set_fp8`.
+    With a dense weight and no terms it is exactly `nn.Linear`. The loaders of `weights` set `dequantize` and
+    `terms` before the first call; `set_fp8` sets the fp8 form.
     """
 
     scale: nn.Parameter | None
-    """[out] float32, of each row of a weight in e4m3: with it the product itself is in fp8."""
+    """[out] float32, one for each row of a weight in e4m3. With it the product itself is in fp8."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
@@ -64,7 +64,7 @@ class Linear(nn.Linear):
         self.terms: tuple[LowRankTerm, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        # What `to`, `cuda` and `half` call: terms go where the weight goes.
+        # `to`, `cuda` and `half` call this: terms go where the weight goes.
         super()._apply(fn, recurse)
         self.terms = tuple(term.moved(fn) for term in self.terms)
         return self
@@ -89,13 +89,13 @@ class Linear(nn.Linear):
         return self.scale is not None and not self.terms
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] as it is multiplied."""
+        """The weight [out, in] that is multiplied."""
         if self.scale is not None:
             return (self.weight.float() * self.scale[:, None]).to(dtype)
         return self.weight.to(dtype) if self.dequantize is None else self.dequantize(self.weight, dtype)
 
     def dense_part(self, dtype: torch.dtype, rows: slice, columns: slice = slice(None)) -> Tensor:
-        """Rows and columns of `dense`; of a weight that is only cast, no more than those are cast."""
+        """Rows and columns of `dense`. If the weight is only cast, no more than those are cast."""
         if self.dequantize is None and self.scale is None:
             return self.weight[rows, columns].to(dtype)
         return self.dense(dtype)[rows, columns]
@@ -104,9 +104,9 @@ class Linear(nn.Linear):
         return self.columns(x, 0, self.out_features)
 
     def columns(self, x: Tensor | Quantized, start: int, stop: int) -> Tensor:
-        """Output columns start ... stop alone, at their share of the cost: parts of a fused projection.
+        """Output columns start ... stop alone, at their share of the cost: part of a fused projection.
 
-        x [..., in]; quantised only where `takes_quantized`.
+        x [..., in] may be quantised only where `takes_quantized`.
         """
         bias: Tensor | None = self.bias if self.bias is None else self.bias[start:stop]
         if self.scale is not None:
@@ -117,8 +117,8 @@ class Linear(nn.Linear):
             # Dense weights as they are: under autocast it is the product that casts.
             rows = slice(start, stop)
             weight = self.weight[rows] if self.is_dense else self.dense_part(x.dtype, rows)
-            # A strided x (one stream of several rows) would be multiplied row by row, its bias added in
-            # another pass, with another rounding. The copy costs no more.
+            # PyTorch would multiply a strided x (one stream of several rows) row by row and add the bias in a
+            # second pass, with another rounding. The copy costs no more.
             out = F.linear(x.contiguous(), weight, bias)
         for term in self.terms:
             assert isinstance(x, Tensor)

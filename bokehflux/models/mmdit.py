@@ -36,11 +36,11 @@ class Modulations:
     final: ModulationOut
 
     def row(self, i: int) -> Modulations:
-        """Those of one row, shapes kept."""
+        """The modulations of one row, as [1, 1, E]."""
         return self.map(lambda t: t[i : i + 1])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Modulations:
-        """With every vector passed through a function."""
+        """The modulations with every vector passed through a function."""
 
         def each(mod: ModulationOut) -> ModulationOut:
             return ModulationOut(*map(function, mod))
@@ -52,22 +52,22 @@ class Modulations:
         )
 
     def tensors(self) -> list[Tensor]:
-        """All of them, in one order."""
+        """All vectors, always in the same order."""
         mods = [*(mod for block in self.double for mod in block), *self.single, self.final]
         return [t for mod in mods for t in mod]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunConstants:
-    """What a run's levels and the weights alone decide, computed once: see `MMDiT.constants`."""
+    """What depends on a run's levels and the weights alone, computed once: see `MMDiT.constants`."""
 
     values: dict[int, Tensor]
     """Value vector of each adapted block, [B, H, D]; empty without levels."""
     logit_bounds: tuple[float, ...]
-    """By block, what no scaled attention score exceeds."""
+    """By block, a bound that no scaled attention score exceeds."""
 
     def rows(self, rows: slice) -> RunConstants:
-        """Those of some rows."""
+        """The constants of some rows of the batch."""
         return dataclasses.replace(self, values={i: value[rows] for i, value in self.values.items()})
 
 
@@ -80,7 +80,7 @@ class Rows:
     attention: AttentionSpec | None = None
     bokeh: BokehCondition | None = None
     constants: RunConstants | None = None
-    """What a run has computed for these levels; None: computed now, and logits count as unbounded."""
+    """Computed by the run for these levels; None: value vectors are computed now, and no score is bounded."""
 
 
 class MMDiT(Network):
@@ -175,8 +175,10 @@ class MMDiT(Network):
         ]
 
     def constants(self, bokeh: BokehCondition | None) -> RunConstants:
-        """What every evaluation with these levels and these weights shares. For inference: it waits for the
-        device once, and says nothing about weights that change afterwards."""
+        """What all evaluations with these levels and weights share.
+
+        For inference: it waits for the device once, and does not follow weights that change afterwards.
+        """
         values = {} if bokeh is None else self._values(bokeh)
         return RunConstants(values=values, logit_bounds=self._logit_bounds())
 
@@ -187,11 +189,12 @@ class MMDiT(Network):
         return self.bokeh.values(bokeh.model_input(self.device, self.dtype), scale)
 
     def _logit_bounds(self) -> tuple[float, ...]:
-        """By block. A normalised query's length is at most sqrt(D) times its norm's largest weight, so is a
-        key's, and rotations keep lengths: |q . k| / sqrt(D) <= sqrt(D) max|w_q| max|w_k|.
+        """By block: |q . k| / sqrt(D) <= sqrt(D) max|w_q| max|w_k|.
 
-        2 % more covers six roundings of q and k to bfloat16. Then up to a power of two: compiled blocks are
-        compiled for each value.
+        A normalised query is at most sqrt(D) times its norm's largest weight long, and so is a key; rotations
+        keep lengths.
+        2 % more covers six roundings of q and k to bfloat16. The bound is rounded up to a power of two, since
+        compiled blocks are compiled for each value.
         """
         double = [
             torch.maximum(block.img_attn.norm.largest(), block.txt_attn.norm.largest())
@@ -240,7 +243,7 @@ class MMDiT(Network):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in; weights may be stored narrower."""
+        """The dtype it computes in; weights may be stored narrower."""
         return self.img_in.bias.dtype
 
     @property

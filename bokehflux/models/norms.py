@@ -1,4 +1,4 @@
-"""Weights of the RMS norms of queries and keys; `kernels.pointwise` applies them, rotations included."""
+"""Weights of the RMS norms of queries and keys; `kernels.pointwise` applies them, with the rotations."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """T5 v1.1 text encoder: token ids to a sequence of states. Encoder only, inference and training from scratch.
 
-Parameter names are those of the published files (`text_encoder_2/`); `encoder.embed_tokens.weight`, a second
-copy of `shared.weight` in those files, is not a parameter here. The published models pad every prompt to a
-fixed length and let all tokens attend to the padding, so there is no mask. Run it in bfloat16 or float32: the
-residual stream of the XXL model overflows float16.
+Parameter names are those of the published files (`text_encoder_2/`), without `encoder.embed_tokens.weight`, a
+second copy of `shared.weight`. The published models pad every prompt to a fixed length and let all tokens
+attend to the padding, so there is no mask. Run it in bfloat16 or float32: the residual stream of the XXL
+model overflows float16.
 
 Shapes: B batch, T tokens, H heads, D head dim, W width.
 """
@@ -132,7 +132,7 @@ class T5Attention(nn.Module):
             nn.init.normal_(self.relative_attention_bias.weight, std=width**-0.5)
 
     def position_bias(self, num_tokens: int) -> Tensor:
-        """What is added to the logits of each head, `[H, T, T]` (query, key); first block only."""
+        """The bias of each head's scores, `[H, T, T]` (query, key). Only the first block has one."""
         assert self.relative_attention_bias is not None
         position = torch.arange(num_tokens, device=self.relative_attention_bias.weight.device)
         bucket_TT = relative_position_bucket(
@@ -145,7 +145,7 @@ class T5Attention(nn.Module):
             rearrange(linear(x_BTW), "b t (h d) -> b h t d", h=self.config.num_heads)
             for linear in (self.q, self.k, self.v)
         )
-        # Written out: the fused CPU kernel's exponential is only good to 1e-6, which 24 layers add up.
+        # Written out: the fused CPU kernel's exponential is only good to 1e-6, which adds up in 24 layers.
         scores_BHTT = q @ k.mT + bias_HTT
         out_BHTD = scores_BHTT.float().softmax(dim=-1).to(v.dtype) @ v
         return self.o(rearrange(out_BHTD, "b h t d -> b t (h d)"))
@@ -169,7 +169,7 @@ class T5GatedMLP(nn.Module):
 
 
 class T5RMSNorm(nn.Module):
-    """x / rms(x) * weight: neither mean nor bias, statistics in float32."""
+    """x / rms(x) * weight, without mean and bias; statistics in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -195,9 +195,9 @@ def relative_position_bucket(relative: Tensor, num_buckets: int, max_distance: i
     per_side = num_buckets // 2
     num_exact = per_side // 2
     distance = relative.abs()
-    # Float32 on the device of the model, like the published code: at a border the rounding decides.
+    # float32 on the model's device, as in the published code: at a border the rounding decides.
     log_ratio = torch.log(distance.float() / num_exact) / math.log(max_distance / num_exact)
-    # Small distances (log of 0 included) are replaced below; the clamp keeps their cast to integers defined.
+    # Small distances (even the log of 0) are replaced below; the clamp keeps their cast to integers defined.
     far = num_exact + (log_ratio.clamp(min=0) * (per_side - num_exact)).long()
     bucket = torch.where(distance < num_exact, distance, far.clamp(max=per_side - 1))
     return bucket + (relative > 0).long() * per_side

@@ -1,7 +1,7 @@
-"""TAEF1's decoder ("tiny autoencoder for FLUX.1"): latents to pictures at little cost, for previews.
+"""TAEF1's decoder ("tiny autoencoder for FLUX.1"): cheap pictures of latents, for previews.
 
-About 1.2 million parameters: plain convolutions of one width with ReLU between, no normalisation and no
-attention. It takes the latents that the transformer sees, without the autoencoder's scale and shift.
+About 1.2 million parameters: plain convolutions of one width with ReLU between them, without normalisation
+and attention. It takes the latents that the transformer sees, without the autoencoder's scale and shift.
 Parameter names are those of the published `taef1_decoder.safetensors`: positions in one sequence.
 """
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 WIDTH = 64
 BLOCKS = (3, 3, 3, 1)
-"""Residual blocks at each resolution, coarsest first; the resolution doubles in between."""
+"""Residual blocks at each resolution, coarsest first; the resolution doubles between them."""
 
 
 class Clamp(nn.Module):
-    """Latents far out are drawn in, softly, to (-3, 3)."""
+    """Draw outlying latents softly into (-3, 3)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x / 3) * 3

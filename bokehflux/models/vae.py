@@ -2,7 +2,7 @@
 
 Parameter names are those of Black Forest Labs' `ae.safetensors`. A "stage" is the work at one resolution;
 stage 0 is the finest in the encoder and in the decoder. Shapes: B images, C channels, H x W the side lengths,
-z the latent channels; latents are written 8x smaller, as with the four stages of FLUX.
+z the latent channels. Docstrings write latents as 8x smaller, as the four stages of FLUX make them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _LOGVAR_RANGE = (-30.0, 20.0)
 class GroupNorm(nn.GroupNorm):
     """Group normalisation that keeps the input's dtype.
 
-    Autocast would copy every activation to float32 first. The kernels accumulate their statistics in float32
-    whatever the input is, so that copy costs memory and buys nothing.
+    Autocast would first copy every activation to float32. That costs memory and gains nothing: the kernels
+    accumulate their statistics in float32 whatever the input is.
     """
 
     def __init__(self, channels: int, groups: int) -> None:
@@ -36,7 +36,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class GroupNormSiLU(GroupNorm):
-    """Group normalisation and SiLU, which always follow each other in front of a convolution."""
+    """Group normalisation, then SiLU: the pair stands before every convolution of a block."""
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
@@ -74,7 +74,7 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
+        h = F.scaled_dot_product_attention(q, k, v)  # [B, 1, H W, C]
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
 
 
@@ -86,7 +86,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One zero on the right and bottom only: symmetric padding would shift the image by half a pixel.
+        # One zero at the right and at the bottom: symmetric padding would shift the image by half a pixel.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -212,13 +212,13 @@ class AutoencoderKL(Network):
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Model latents [B,z,H/8,W/8] of images [B,3,H,W] in [-1, 1].
 
-        A random draw when there is a generator (on any device), the mean of the distribution otherwise.
-        Raises ValueError as `moments` does.
+        With a generator (on any device) a random draw, otherwise the distribution's mean. Raises ValueError
+        as `moments` does.
         """
         return self.draw(*self.moments(x), generator)
 
     def draw(self, mean: Tensor, logvar: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Model latents from what `moments` gave, as `encode` says."""
+        """Model latents from the result of `moments`, as `encode` draws them."""
         z = mean
         if generator is not None:
             noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=z.dtype)
@@ -226,18 +226,18 @@ class AutoencoderKL(Network):
         return (z - self.config.shift) * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B,3,H,W], about [-1, 1] but not clamped, of model latents [B,z,H/8,W/8].
+        """Model latents [B,z,H/8,W/8] -> images [B,3,H,W], about [-1, 1] but not clamped.
 
         Raises ValueError when `latents` has another shape.
         """
         z = self.unscaled(latents)
         if z.device.type == "cpu" and z.dtype == torch.bfloat16:
-            # As the CPU's convolutions want it, and hand it on. In float32 it would move last bits.
+            # The CPU's convolutions are faster in this order, and keep it. In float32 last bits would change.
             z = z.contiguous(memory_format=torch.channels_last)
         return self.decoder(z)
 
     def unscaled(self, latents: Tensor) -> Tensor:
-        """What the decoder takes, of model latents [B,z,H/8,W/8]. Raises ValueError for another shape."""
+        """Model latents [B,z,H/8,W/8] -> the decoder's input. Raises ValueError for another shape."""
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"latents must be [B,{self.config.latent_channels},h,w], got {tuple(latents.shape)}; "
@@ -246,12 +246,12 @@ class AutoencoderKL(Network):
         return latents / self.config.scale + self.config.shift
 
     def check_images(self, x: Tensor) -> None:
-        """Raise ValueError, as `moments` says, for what the encoder cannot take."""
+        """Raise ValueError for images that the encoder cannot take: see `moments`."""
         multiple = self.config.downscale
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % multiple or x.shape[3] % multiple:
             raise ValueError(
                 f"images must be [B,3,H,W] with H and W multiples of {multiple}, got {tuple(x.shape)}; "
-                "resize or crop them first"
+                "resize or crop them"
             )
 
 
@@ -263,7 +263,7 @@ def split_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def to_uint8(x: Tensor) -> Tensor:
     """Images [B,3,H,W] in [-1, 1] (values outside are clamped) -> 8-bit [B,H,W,3], rounded half to even."""
-    # The affine map stays in the input's dtype, as in diffusers: in bf16 its rounding is part of the picture.
+    # The affine map is computed in the input's dtype, as in diffusers: in bf16 its rounding is seen.
     x = (x / 2 + 0.5).clamp(0, 1)
     return rearrange(x.float() * 255, "b c h w -> b h w c").round().to(torch.uint8)
 

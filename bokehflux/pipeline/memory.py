@@ -1,10 +1,10 @@
 """Where a model's weights live while it runs: all on the device, or only what is at work.
 
-resident: everything on the device. offload: each network visits it for its phase (text, denoising, decoding),
-layers that a run needs once before its steps (modulation, 27 % of FLUX, and the adapter's values) only for
-that. stream: T5's and the transformer's blocks visit it one by one, the next one's copy hidden behind the
-current one's work. Latents are the same bits in every mode, and so are pictures that are decoded alike
-(`decode.py`).
+resident: everything on the device. offload: each network visits it for its phase (text, denoising, decoding);
+layers that a run needs once, before its steps (modulation, 27 % of FLUX, and the adapter's values), visit it
+just for that. stream: T5's and the transformer's blocks visit it one by one, and the next one's copy hides
+behind the current one's work. Latents are the same bits in every mode, and so are pictures if they are
+decoded in the same way (`decode.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.models.linear import Linear
-from bokehflux.models.units import Network
+from bokehflux.models.units import Network, Units
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,13 @@ class Placement:
     visitors: Mapping[Phase, tuple[Piece, ...]] = field(default_factory=dict)
     """Parameters that are on the device only during a phase."""
     streams: Mapping[Phase, tuple[Stream, ...]] = field(default_factory=dict)
-    """Those that come and go within it."""
+    """Modules whose parameters come and go within a phase."""
     needs: Footprint | None = None
-    """Of the networks, where it is known: tells which leaner mode would fit."""
+    """Memory that the networks need, if known; used to suggest a smaller mode."""
 
     @contextlib.contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """Inside, the phase's networks are on the device; afterwards where they were.
+        """Keep the phase's networks on the device; afterwards they go back.
 
         Running out of memory becomes a MemoryError that names what would fit.
         """
@@ -69,22 +69,22 @@ class Placement:
             for stream in streams:
                 stream.release()
             if self.device is not None and self.device.type == "cuda" and (visitors or streams):
-                # The next phase's pieces are of other sizes: what is kept for them in parts would lie idle.
+                # The next phase's pieces have other sizes: what the allocator keeps would lie idle.
                 torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def advised(mode: MemoryMode, device: torch.device | None, needs: Footprint | None = None) -> Iterator[None]:
-    """Inside, running out of memory becomes a MemoryError that names what would fit.
+    """Turn running out of memory into a MemoryError that names what would fit.
 
-    needs: of the networks; without it the next leaner mode is named, with it the first that fits.
+    needs: of the networks. Without it the error names the next leaner mode, with it the first that fits.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        # Tensors of the calls that failed would live on with the error, and be missing in another attempt.
+        # The error holds the frames of the failed calls, and they hold tensors that another attempt needs.
         traceback.clear_frames(error.__traceback__)
         smaller = "fewer pictures at once (max_rows) or a smaller size"
         reason = " ".join(str(error).split())[:300]
@@ -104,7 +104,7 @@ def advised(mode: MemoryMode, device: torch.device | None, needs: Footprint | No
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: every allocator of PyTorch says so in its own words."""
+    """Whether an error means that memory ran out: each of PyTorch's allocators words it differently."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     return told or isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -119,8 +119,9 @@ class Footprint(NamedTuple):
 
 
 def footprint(transformer: Network, text: Sequence[Network], vae: Network) -> Footprint:
+    """The weights of a model in each mode."""
     units, blocks = transformer.units(), _blocks(transformer)
-    once = _size(_alone(units.ahead) + _alone(units.values))
+    once = _size(_own(units, units.ahead + units.values))
     loop = _bytes(transformer) - once - sum(p.nbytes for p in units.unread)
     streamed_text = sum(_bytes(n) - _size(_blocks(n)) + 2 * _largest(_blocks(n)) for n in text)
     return Footprint(
@@ -152,16 +153,17 @@ def place(
         for network in networks:
             network.to(device)
         return Placement(mode=mode, device=device, needs=needs)
-    own = transformer.units()
-    away = {id(parameter) for parameter in own.unread}
-    for parameter in own.unread:
+    units = transformer.units()
+    away = {id(parameter) for parameter in units.unread}
+    for parameter in units.unread:
         parameter.data = parameter.data.cpu()
 
     def streamed(*runs: list[Unit], again: bool = False) -> tuple[Stream, ...]:
-        away.update(id(p) for units in runs for _, parameters in units for p in parameters)
-        return tuple(Stream(units, device, again=again) for units in runs if units)
+        away.update(id(p) for run in runs for _, parameters in run for p in parameters)
+        return tuple(Stream(run, device, again=again) for run in runs if run)
 
-    streams: dict[Phase, tuple[Stream, ...]] = {"denoise": streamed(_alone(own.ahead), _alone(own.values))}
+    once = streamed(_own(units, units.ahead), _own(units, units.values))
+    streams: dict[Phase, tuple[Stream, ...]] = {"denoise": once}
     if mode == "stream":
         streams["denoise"] += streamed(_blocks(transformer), again=True)
         streams["text"] = streamed(*map(_blocks, text))
@@ -180,13 +182,14 @@ def place(
             parameter.data = parameter.data.to(device)
     for network in networks:
         for layer in network.modules():
-            if isinstance(layer, Linear):  # LoRA terms are small and used by every step: they stay there
+            if isinstance(layer, Linear):  # LoRA terms are small and every step uses them: they stay there
                 layer.terms = tuple(term.moved(lambda t: t.to(device)) for term in layer.terms)
     return Placement(mode=mode, device=device, visitors=visitors, streams=streams, needs=needs)
 
 
 class Piece:
-    """Parameters whose home is one piece of host memory (pinned for a GPU), to be shown elsewhere."""
+    """Parameters that share one piece of host memory (pinned for a GPU): their home, from which they can be
+    copied elsewhere together."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         self.parameters = list(parameters)
@@ -205,14 +208,14 @@ class Piece:
         return len(self.host)
 
     def show(self, memory: Tensor) -> None:
-        """Let the parameters be views of `memory` [nbytes or more], laid out as their home."""
+        """Make the parameters views of `memory` [nbytes or more], which is laid out as their home is."""
         for parameter, start in zip(self.parameters, self.starts, strict=True):
             part = memory[start : start + parameter.nbytes]
             parameter.data = part.view(parameter.dtype).view(parameter.shape)
 
 
 def pieces(parameters: Sequence[nn.Parameter], device: torch.device) -> tuple[Piece, ...]:
-    """Parameters in their order, as few pieces as `PIECE_BYTES` allows (a larger parameter is one alone)."""
+    """Parameters in order, in as few pieces as `PIECE_BYTES` allows (a larger parameter has its own)."""
     groups: list[list[nn.Parameter]] = []
     size = PIECE_BYTES
     for parameter in parameters:
@@ -227,9 +230,9 @@ def pieces(parameters: Sequence[nn.Parameter], device: torch.device) -> tuple[Pi
 class Stream:
     """Modules that run one after the other, each with its parameters on the device only while it is at work.
 
-    Two pieces of device memory take turns: while one module runs, as often as it is called, the next one's
-    parameters are copied into the other on a CUDA stream of its own. again: after the last comes the first,
-    for the next step; otherwise the memory is given back after the last.
+    Two pieces of device memory take turns: while one module runs, as often as it is called, the parameters of
+    the next are copied into the other piece, on a CUDA stream of their own. again: the first module follows
+    the last, for the next step; otherwise the memory is given back after the last.
     """
 
     def __init__(self, units: Sequence[Unit], device: torch.device, *, again: bool) -> None:
@@ -248,7 +251,7 @@ class Stream:
             units[-1][0].register_forward_hook(lambda *_: self.release())
 
     def release(self) -> None:
-        """All parameters home, no memory of the device held."""
+        """Bring all parameters home and give the device memory back."""
         self._leave()
         if self.copies is not None and self.slots:  # what takes the memory next waits for copies under way
             torch.cuda.current_stream(self.device).wait_stream(self.copies)
@@ -290,11 +293,11 @@ class Stream:
 
 def _blocks(network: Network) -> list[Unit]:
     units = network.units()
-    return [(block, units.own(block)) for block in units.blocks]
+    return _own(units, units.blocks)
 
 
-def _alone(layers: Sequence[nn.Module]) -> list[Unit]:
-    return [(layer, list(layer.parameters())) for layer in layers]
+def _own(units: Units, modules: Sequence[nn.Module]) -> list[Unit]:
+    return [(module, units.own(module)) for module in modules]
 
 
 def _bytes(network: nn.Module) -> int:
