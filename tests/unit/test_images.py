@@ -140,6 +140,7 @@ def test_the_systems_fonts_have_the_rest(with_fonts: Callable[..., None], tmp_pa
     with_fonts(broken, text, tmp_path / "gone.ttf", FONTS / "cat.ttf")
     assert (drawn("猫") != box).any() and drawn("猫").max() == 255
     assert (drawn("a cat") == latin).all()
+    assert (drawn("犬") == box).all(), "a glyph that shows nothing is none"
     assert letters.length("猫", 22) == 22 and letters.length("a猫b", 22) > 22 + letters.length("a", 22)
 
 
