@@ -169,9 +169,9 @@ class Replayed:
 class Sustained:
     """A measurement is the median of calls in a row, in the second half of `TURN_SECONDS`.
 
-    For calls that read more than the cache holds, such as whole steps: nothing is rotated. Before they take
-    turns, each arm is called once for the memory that it allocates (`workspace_mb`), once for the time that
-    Python takes to launch it (`launch_ms`): a GPU that never waits for Python has launch_ms < ms.
+    For calls that read more than the cache holds, such as whole steps: nothing is rotated. On a GPU each arm
+    is called before its first turn for the memory that it allocates (`workspace_mb`), and again for the time
+    that Python takes to launch it (`launch_ms`): where that is more than `ms`, the GPU waits.
     """
 
     device: torch.device
@@ -280,7 +280,6 @@ def sustained_milliseconds(call: Callable[[], Any], device: torch.device) -> flo
 def room_and_launch(call: Callable[[], Any], device: torch.device) -> Row:
     """What a call allocates at most on a GPU beside what was there, and how long another takes to return."""
     if device.type != "cuda":
-        call()
         return {}
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
