@@ -14,7 +14,9 @@ from bokehflux.kernels.scatter.reference import Iris
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a kernel leaves unwritten is NaN."""
     empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan)
+    )
 
 
 def check(light: Tensor, radius: Tensor, iris: Iris) -> None:
@@ -26,7 +28,9 @@ def check(light: Tensor, radius: Tensor, iris: Iris) -> None:
     assert (ours[0] - exact[0]).abs().max() < 1e-5
     assert (ours[1] / exact[1] - 1).abs().max() < 1e-4
     nearest = interface.dilate(radius)
-    assert torch.equal(nearest, interface.dilate(radius)) and torch.equal(nearest, reference.dilate(radius, reach))
+    assert torch.equal(nearest, interface.dilate(radius)) and torch.equal(
+        nearest, reference.dilate(radius, reach)
+    )
 
 
 @pytest.mark.parametrize("iris", [Iris(), Iris(6), Iris(5, 0.3, 0.4)], ids=["disc", "hexagon", "donut"])

@@ -1,4 +1,4 @@
-"""BokehMe and its use in training data against recorded outputs of the published code: 1e-4, 1e-5 in linear light."""
+"""BokehMe and its use in training data against recorded outputs: 1e-4, and 1e-5 in linear light."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def described(name: str) -> dict:
 def recorded(name: str) -> dict[str, Tensor]:
     """Tensors of one case, pictures in 0 ... 1."""
     tensors = load_file(shared(f"{FOLDER}/{name}.safetensors"))
-    return {key: t.float() / 255 if key == "image" and t.dtype == torch.uint8 else t for key, t in tensors.items()}
+    return {
+        key: t.float() / 255 if key == "image" and t.dtype == torch.uint8 else t for key, t in tensors.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,9 @@ def test_scatter(name: str) -> None:
 
 @pytest.mark.parametrize("case", range(3))
 def test_networks(case: int, networks: Networks) -> None:
-    t = {key[2:]: tensor[None] for key, tensor in recorded("nets_small").items() if key.startswith(f"{case}.")}
+    t = {
+        key[2:]: tensor[None] for key, tensor in recorded("nets_small").items() if key.startswith(f"{case}.")
+    }
     gamma, defocus = float(t["gamma"]), t["defocus"][:, None]
     bokeh, error = networks.arnet(t["image"], defocus, gamma)
     assert (bokeh - t["arnet_bokeh"]).abs().max() <= 1e-4
@@ -123,7 +127,7 @@ def test_add_bokeh(name: str, networks: Networks) -> None:
 
 @pytest.mark.parametrize("name", cases("add_bokeh"))
 def test_the_published_fault(name: str, networks: Networks) -> None:
-    """A flat subject's focus, normalised by the subject's extremes, gives what was published; hence it is no other."""
+    """A flat subject's focus, normalised by the subject's own extremes, gives what was published."""
     case, t = described("add_bokeh")[name], recorded(f"add_bokeh_{name}")
     if not case["flattened"]:
         pytest.skip("the subject is deep, or there is none: nothing to go wrong")

@@ -116,7 +116,9 @@ def test_turning_the_picture_turns_the_blur(radius_px: float, seed: int) -> None
     blurred = Blur(picture, Disc()).by(radius)
     torch.testing.assert_close(Blur(picture.rot90(1, (2, 3)), Disc()).by(radius), blurred.rot90(1, (2, 3)))
     turned = Blur(picture.rot90(1, (2, 3)), Polygon(3, -90)).by(radius)
-    torch.testing.assert_close(turned, Blur(picture, Polygon(3)).by(radius).rot90(1, (2, 3)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        turned, Blur(picture, Polygon(3)).by(radius).rot90(1, (2, 3)), atol=1e-5, rtol=0
+    )
 
 
 def radius_of(spot: Tensor) -> float:
@@ -139,7 +141,9 @@ def test_cats_eyes_open_towards_the_middle() -> None:
     along = torch.arange(SIZE) - SIZE // 2
     outward, across = 0.8 * along + 0.6 * along[:, None], 0.8 * along[:, None] - 0.6 * along
     lit = corner > corner.max() / 2
-    assert outward[lit].max() == pytest.approx(6, abs=0.8) and outward[lit].min() == pytest.approx(-6, abs=0.8)
+    assert outward[lit].max() == pytest.approx(6, abs=0.8) and outward[lit].min() == pytest.approx(
+        -6, abs=0.8
+    )
     assert across[lit].max() > 9
 
 

@@ -64,7 +64,9 @@ def test_files_that_are_no_networks(networks: Networks, tmp_path: Path) -> None:
             load_networks(bad, good)
     assert not (tmp_path / "was run").exists()
     torch.save({"model": {"other": torch.zeros(1)}}, bad)
-    with pytest.raises(ValueError, match="bad.pth: expected BokehMe's ARNet, found no tensor conv0.conv.weight"):
+    with pytest.raises(
+        ValueError, match="bad.pth: expected BokehMe's ARNet, found no tensor conv0.conv.weight"
+    ):
         load_networks(bad, good)
     torch.save([torch.zeros(1)], bad)
     with pytest.raises(ValueError, match="bad.pth: expected BokehMe's ARNet, found a list"):
@@ -74,7 +76,7 @@ def test_files_that_are_no_networks(networks: Networks, tmp_path: Path) -> None:
 
 
 def knife_edge(level: float, radius_px: float) -> tuple[Tensor, np.ndarray]:
-    """Our mask at the first doubling of a level, and the rule in NumPy's float32, over radii near radius_px."""
+    """Our mask at the first doubling of a level, and the rule in NumPy's float32, at radii around one."""
     scale = float(np.float32(level / 10))
     steps = np.arange(-3, 4, dtype=np.float32)
     reach = (np.float32(radius_px) + steps) / np.float32(10)
@@ -90,7 +92,7 @@ def test_the_masks_knife_edge(level: float, radius_px: float) -> None:
 
 
 def test_the_knife_edge_is_float32s() -> None:
-    """At some level a pixel exactly on the edge is in by float32 and out by exact numbers: nothing else will do."""
+    """Pixels exactly on the edge, which all are out by exact numbers: some are in."""
     decided = []
     for radius_px in range(10, 31):
         ours, _ = knife_edge(2.0 * radius_px, radius_px)
@@ -131,7 +133,9 @@ def test_any_size(height: int, width: int, largest: float, networks: Networks) -
     out = bokehme.render(photo, defocus.clamp(-6, 6), 2.2, networks)
     for picture in out[:3]:
         assert picture.shape == photo.shape and picture.min() >= 0 and picture.max() <= 1
-    assert 0 <= out.error_map.min() and out.error_map.max() <= 1 and out.error_map.shape == (2, 1, height, width)
+    assert (
+        0 <= out.error_map.min() and out.error_map.max() <= 1 and out.error_map.shape == (2, 1, height, width)
+    )
     alone = bokehme.render(photo[1:], defocus[1:].clamp(-6, 6), 2.2, networks)
     torch.testing.assert_close(alone.result, out.result[1:], atol=1e-5, rtol=0)
 
@@ -165,7 +169,10 @@ def test_apertures() -> None:
     [
         (lambda: bokehme.classical(torch.zeros(3, 4, 4), torch.zeros(1, 4, 4), 2.2), r"got \[3, 4, 4\]"),
         (lambda: bokehme.classical(torch.zeros(1, 3, 4, 4), torch.zeros(4, 4), 2.2), r"and \[4, 4\]"),
-        (lambda: bokehme.classical(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4), 0.5), "gamma: expected 1 ... 5"),
+        (
+            lambda: bokehme.classical(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4), 0.5),
+            "gamma: expected 1 ... 5",
+        ),
         (lambda: subject_defocus(torch.ones(4, 4), torch.ones(4, 5) > 0, 3.0), "of one size"),
         (lambda: subject_defocus(torch.zeros(4, 4), torch.ones(4, 4) > 0, 3.0), "found no pixel"),
     ],
@@ -191,7 +198,9 @@ def test_a_person_and_a_wall() -> None:
 
     nearness = 1 / depth
     subject = nearness[mask]
-    published_focus = (1 / torch.quantile(depth[mask], 0.96) - subject.min()) / (subject.max() - subject.min())
+    published_focus = (1 / torch.quantile(depth[mask], 0.96) - subject.min()) / (
+        subject.max() - subject.min()
+    )
     wall = (nearness[~mask] - nearness.min()) / (nearness.max() - nearness.min())
     assert (20 * (wall - published_focus)).abs().mean() < 2, "the published fault"
 

@@ -107,9 +107,7 @@ def test_no_defocus_is_not_quite_the_identity() -> None:
     assert mean[0, 0, 2, 1] / mean[0, 0, 2, 2] == pytest.approx(6.7e-4, rel=0.01)
 
 
-@given(
-    height=st.integers(1, 12), width=st.integers(1, 12), largest=st.floats(0, 6), seed=st.integers(0, 99)
-)
+@given(height=st.integers(1, 12), width=st.integers(1, 12), largest=st.floats(0, 6), seed=st.integers(0, 99))
 def test_properties(height: int, width: int, largest: float, seed: int) -> None:
     """Even light stays even, results lie within what is given, a turned picture gives a turned result."""
     torch.manual_seed(seed)
@@ -139,7 +137,9 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_scatter, "ROWS", 4)
         monkeypatch.setattr(triton_scatter, "COLS", 16)
     empty = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan)
+    )
 
 
 def compare(light: Tensor, radius: Tensor, iris: Iris) -> None:
