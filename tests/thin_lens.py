@@ -1,4 +1,4 @@
-"""The truth for layered renderers: rays through many points of the lens, each meeting the surfaces in turn."""
+"""The truth for layered renderers: rays through many points of the lens, meeting surfaces in turn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Surface = tuple[Tensor, Tensor | float]
-"""Light [3 or 4, H, W], linear, the latter multiplied by its coverage; and its blur radius, a number or [H, W]."""
+"""Light [3 or 4, H, W], linear, times its coverage, the fourth; and its blur radius, a number or [H, W]."""
 
 
 def round_lens(samples: int = 1024) -> list[tuple[float, float]]:
@@ -22,8 +22,8 @@ def round_lens(samples: int = 1024) -> list[tuple[float, float]]:
 def ray_cast(surfaces: Sequence[Surface], lens: Sequence[tuple[float, float]]) -> Tensor:
     """Light [3, H, W] of surfaces, the farthest first, through points of a lens; borders repeat.
 
-    Through the point u of the lens, what lies at p on a surface of radius r is seen at p - r u: r is above 0 in front
-    of the focus, and x and y of u are as in the picture.
+    Through the point u of the lens, what lies at p on a surface of radius r is seen at p - r u: r is above 0
+    in front of the focus, and x and y of u are as in the picture.
     """
     height, width = surfaces[0][0].shape[-2:]
     row, column = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")

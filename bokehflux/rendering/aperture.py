@@ -20,8 +20,10 @@ CENTRE: Field = (0.0, 0.0)
 
 
 class Aperture(Protocol):
-    zones: int
-    """1 for a shape that is the same all over the picture, else into how many zones a side it is split."""
+    @property
+    def zones(self) -> int:
+        """1 for a shape that is the same all over the picture, else how many zones a side it is split
+        into."""
 
     def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
         """How much of pixel (x, y), in pixels from the light, a shape of `radius_px` covers: 0 ... 1.
@@ -43,6 +45,9 @@ class Disc:
 
     def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
         return _soft(radius_px - (x**2 + y**2).sqrt(), edge_px)
+
+
+DISC = Disc()
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class Quarter:
     """1 or -1."""
 
     @property
-    def zones(self) -> int:  # type: ignore[override]
+    def zones(self) -> int:
         return self.whole.zones
 
     def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:

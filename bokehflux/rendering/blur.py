@@ -16,8 +16,8 @@ def aperture_spectrum(
     """Transfer function [B, height, width // 2 + 1] of a shape of unit sum and radius |radius_px|, [B].
 
     Radius 0 is the identity and the blur grows continuously from there: the shape's rim lies at
-    sqrt(r^2 + 1/4), the disc that a pixel grows into. The rim is 1 + softness * r pixels wide. Above 0 lies what
-    is nearer than the focus, and there the shape is turned by half a turn.
+    sqrt(r^2 + 1/4), the disc that a pixel grows into. The rim is 1 + softness * r pixels wide. Above 0 lies
+    what is nearer than the focus, and there the shape is turned by half a turn.
     """
     r = radius_px.view(-1, 1, 1)
     upright = torch.where(r > 0, -1.0, 1.0)
@@ -31,8 +31,8 @@ def aperture_spectrum(
 class Blur:
     """Light [B, C, H, W] in front of one aperture, ready to be blurred by any radius.
 
-    An aperture whose shape changes over the picture splits it into zones that overlap: light between the centres
-    of two zones takes both their shapes, in proportion.
+    An aperture whose shape changes over the picture splits it into zones that overlap: light between the
+    centres of two zones takes both their shapes, in proportion.
     """
 
     def __init__(
@@ -42,8 +42,10 @@ class Blur:
         softness: float = 0.0,
         picture_px: tuple[int, int] | None = None,
     ) -> None:
-        """softness: see `aperture_spectrum`. picture_px: height and width of the picture in the middle of H x W,
-        to which zones refer; None: all of it."""
+        """softness: of the rim, see `aperture_spectrum`.
+
+        picture_px: height and width of the picture in the middle, to which zones refer; None: H x W.
+        """
         self.aperture, self.softness = aperture, softness
         self.height, self.width = light.shape[-2:]
         if aperture.zones == 1:
@@ -59,17 +61,16 @@ class Blur:
 
     def by(self, radius_px: Tensor) -> Tensor:
         """The light blurred by radius_px [B], above 0 for what is nearer than the focus."""
-        total: Tensor | None = None
-        for spectrum, at in self.parts:
-            transfer = aperture_spectrum(
-                self.aperture, radius_px, self.height, self.width, self.softness, at
-            )[:, None]
-            total = spectrum * transfer if total is None else total + spectrum * transfer
+        blurred = [spectrum * self._transfer(radius_px, at)[:, None] for spectrum, at in self.parts]
+        total = blurred[0] if len(blurred) == 1 else torch.stack(blurred).sum(0)
         return torch.fft.irfft2(total, s=(self.height, self.width))
+
+    def _transfer(self, radius_px: Tensor, at: Field) -> Tensor:
+        return aperture_spectrum(self.aperture, radius_px, self.height, self.width, self.softness, at)
 
 
 def _zones(count: int, size: int, picture: int, like: Tensor) -> list[tuple[float, Tensor]]:
-    """Centres of zones, -1 ... 1 over the picture, and their shares [size]: hats whose sum is 1 everywhere."""
+    """Centres of zones, -1 ... 1 over the picture, and their shares [size], whose sum is 1 everywhere."""
     place = (torch.arange(size, device=like.device, dtype=like.dtype) + 0.5 - size / 2) * 2 / picture
     place, width = place.clamp(-1, 1), 2 / (count - 1)
     centres = [width * i - 1 for i in range(count)]

@@ -1,8 +1,8 @@
-"""BokehMe (Peng et al., CVPR 2022), exactly: a scatter, two networks, and a map that says where to trust which.
+"""BokehMe (Peng et al., CVPR 2022), exactly: a scatter, two networks, a map of where to trust which.
 
-What it makes are the synthetic pictures of the published model's training data. Pictures are display-referred,
-0 ... 1; a defocus map is signed, in units of 10 px, above 0 for what is nearer than the focus. The scatter works
-on picture^gamma; the networks see the picture as it is, and gamma beside it.
+What it makes are the synthetic pictures of the published model's training data. Pictures are
+display-referred, 0 ... 1; a defocus map is signed, in units of 10 px, above 0 for what is nearer than the
+focus. The scatter works on picture^gamma; the networks see the picture as it is, and gamma beside it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bokehflux.kernels.scatter.interface import dilate, scatter
-from bokehflux.kernels.scatter.reference import Iris
+from bokehflux.kernels.scatter.reference import DISC, Iris
 
 from .aperture import Aperture, Disc, Polygon
 from .bokehme_networks import Networks, resize
@@ -43,18 +43,15 @@ def iris_of(aperture: Aperture) -> Iris:
     """The scatter's form of an aperture. Raises ValueError for shapes that BokehMe lacks."""
     match aperture:
         case Disc():
-            return Iris()
+            return DISC
         case Polygon():
             return Iris(aperture.blades, math.pi / 2 - math.radians(aperture.rotation_deg))
         case _:
             raise ValueError(f"aperture: BokehMe knows Disc and Polygon, got {type(aperture).__name__}")
 
 
-def classical(image: Tensor, defocus: Tensor, gamma: float, iris: Iris = Iris()) -> Tensor:
-    """The scatter alone: [B, 3, H, W], from image [B, 3, H, W] and defocus [B, H, W]. ValueError for other input.
-
-    The radius of its discs, fitted, is 0.96 of the nominal one and a pixel more.
-    """
+def classical(image: Tensor, defocus: Tensor, gamma: float, iris: Iris = DISC) -> Tensor:
+    """The scatter alone, of image [B, 3, H, W] and defocus [B, H, W]. ValueError for other input."""
     _check(image, defocus, gamma)
     return scatter(image**gamma, _finite(defocus) * PX_PER_UNIT, iris)[0] ** (1 / gamma)
 
@@ -65,21 +62,19 @@ def render(
     defocus: Tensor,
     gamma: float,
     networks: Networks,
-    iris: Iris = Iris(),
+    iris: Iris = DISC,
     rounding: Callable[[float], int] = round,
 ) -> Rendered:
     """The whole of BokehMe: as `classical`, corrected at depth edges by `networks`, on the same device.
 
-    rounding: of the first network's picture size. `round` is that of BokehDepth, whose port made training data;
-    the original has `math.floor`, which gives other pictures.
+    rounding: of the first network's picture size. `round` is that of BokehDepth, whose port made training
+    data; the original has `math.floor`, which gives other pictures.
     """
     blurred = classical(image, defocus, gamma, iris)
     defocus = _finite(defocus)
     reach = dilate(defocus * PX_PER_UNIT).trunc() / PX_PER_UNIT
-    pictures = [
-        _neural(*(t[i : i + 1] for t in (image, defocus[:, None], reach[:, None])), gamma, networks, rounding)
-        for i in range(len(image))
-    ]
+    each = zip(image.split(1), defocus[:, None].split(1), reach[:, None].split(1), strict=True)
+    pictures = [_neural(*picture, gamma, networks, rounding) for picture in each]
     neural, error_map = (torch.cat(parts) for parts in zip(*pictures, strict=True))
     result = blurred * (1 - error_map) + neural * error_map
     return Rendered(result.clamp(0, 1), blurred.clamp(0, 1), neural.clamp(0, 1), error_map)
@@ -113,9 +108,9 @@ def _neural(
 
 
 def sharp_share(reach: Tensor) -> Tensor:
-    """Where the finer picture counts, 0 ... 1: within 10 px of blur, softly. reach [B, 1, h, w] in units of defocus.
+    """Where the finer picture counts, 0 ... 1, softly: within one unit of blur, by reach [B, 1, h, w].
 
-    Pixels at exactly 1 are in or out by float32's rounding of ratio * reach / 10, in this order.
+    Pixels at exactly 1 are in or out by the float32 rounding of ratio * reach, in this order.
     """
     share = ((reach > -1) & (reach < 1)).to(reach.dtype)
     radius = round(0.005 * sum(reach.shape[-2:]))

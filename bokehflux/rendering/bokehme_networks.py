@@ -1,15 +1,15 @@
-"""BokehMe's two networks, by the published names: one renders a small picture, one refines it at twice the size.
+"""BokehMe's two networks, by the published names: one renders small pictures, one doubles their size.
 
-ARNet (adaptive rendering) sees a picture so small that no blur is wider than a few of its pixels, and says besides
-where the scatter is not to be trusted. IUNet (iterative upsampling) doubles its picture. Both fold 2 x 2 pixels
-into channels first. B pictures, H x W pixels; float32.
+ARNet (adaptive rendering) sees a picture so small that no blur is wider than a few of its pixels, and says
+besides where the scatter is not to be trusted. IUNet (iterative upsampling) doubles its picture. Both fold 2
+x 2 pixels into channels first. B pictures, H x W pixels; float32.
 """
 
 from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,9 @@ class IUNet(_Network):
         return resize(self.through(x), image.shape[-2:])
 
 
+Kind = TypeVar("Kind", ARNet, IUNet)
+
+
 class Networks(NamedTuple):
     arnet: ARNet
     iunet: IUNet
@@ -116,7 +119,7 @@ def load_networks(arnet: Path, iunet: Path) -> Networks:
     return Networks(_loaded(ARNet, arnet), _loaded(IUNet, iunet))
 
 
-def _loaded(kind: type, path: Path) -> nn.Module:
+def _loaded(kind: type[Kind], path: Path) -> Kind:
     tensors = _tensors(path)
     if not isinstance(tensors, dict):
         raise ValueError(f"{path}: expected BokehMe's {kind.__name__}, found a {type(tensors).__name__}")

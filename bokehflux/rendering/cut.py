@@ -1,8 +1,9 @@
 """A flat picture and its blur radii, cut into layers: what each surface shows, and what its rim hides.
 
-Planes of constant blur lie through the scene, where its surfaces lie. A surface that runs across planes is shared
-between neighbours, so that its blur changes without a step. Under what is nearer, a plane goes on as far as blur can
-reach, in colours that its own visible parts suggest; a plane of which nothing is to be seen nearby does not.
+Planes of constant blur lie through the scene, where its surfaces lie. A surface that runs across planes is
+shared between neighbours, so that its blur changes without a step. Under what is nearer, a plane goes on as
+far as blur can reach, in colours that its own visible parts suggest; a plane of which nothing is to be seen
+nearby does not.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ SURE = 0.02
 
 
 def cut(light: Tensor, radius_px: Tensor, matte: Tensor | None = None) -> list[Layer]:
-    """Layers, the farthest first, of one picture: light [1, 3, H, W], linear, and radius_px [1, H, W] of its blur.
+    """Layers, the farthest first, of one picture: light [1, 3, H, W], linear, blurred by radius_px [1, H, W].
 
-    matte [1, H, W], 0 ... 1: how much of a pixel the subject covers; it parts subject and background even where one
-    pixel shows both. None: surfaces part where radii jump. Raises ValueError for other shapes and numbers.
+    matte [1, H, W], 0 ... 1: how much of a pixel the subject covers; it parts subject and background even
+    where one pixel shows both. None: surfaces part where radii jump. Raises ValueError for other shapes and
+    numbers.
     """
     if light.dim() != 4 or light.shape[:2] != (1, 3) or radius_px.shape != (1, *light.shape[2:]):
         raise ValueError(
-            f"expected light [1, 3, H, W] and radius_px [1, H, W], got {list(light.shape)} and {list(radius_px.shape)}"
+            "expected light [1, 3, H, W] and radius_px [1, H, W], "
+            f"got {list(light.shape)} and {list(radius_px.shape)}"
         )
     if not (light.isfinite().all() and radius_px.isfinite().all()):
         raise ValueError("light and radius_px: expected finite numbers, found nan or infinity")
@@ -41,7 +44,7 @@ def cut(light: Tensor, radius_px: Tensor, matte: Tensor | None = None) -> list[L
     subject = matte[:, None]
     both = torch.cat([light, radius], 1)
     behind = fill(both, (subject < SURE).to(light))
-    # What a pixel shows is subject and background in the matte's proportion: solved for the subject where it is most.
+    # A pixel shows both in the matte's proportion: solved for the subject where it is the larger part.
     alone = (light - (1 - subject) * behind[:, :3]) / subject.clamp(min=0.5)
     front = torch.cat(
         [fill(alone.clamp(min=0), (subject >= 0.5).to(light)), fill(radius, (subject > 1 - SURE).to(light))],
@@ -83,9 +86,11 @@ def plane_radii(radius: Tensor) -> list[float]:
     found: list[float] = []
     for i, mark in enumerate(marks):
         here = radius[which == i]
-        middle = float(here.median()) if mark and len(here) else 0.0
-        flat = mark and len(here) and ((here - middle).abs() < FLAT_PX).float().mean() > 0.5
-        plane = middle if flat else mark
+        plane = mark
+        if mark and len(here):
+            middle = here.median()
+            flat = (here - middle).abs() < FLAT_PX
+            plane = float(middle) if flat.float().mean() > 0.5 else mark
         if found and plane - found[-1] < STEP_PX / 2:
             found.pop()
         found.append(plane)
@@ -93,19 +98,19 @@ def plane_radii(radius: Tensor) -> list[float]:
 
 
 def _planes(light: Tensor, radius: Tensor, matte: Tensor | None) -> list[tuple[float, Layer]]:
-    """The layers of one surface or many, with their radii. matte None: the farthest covers the whole picture."""
+    """Layers and their radii, of what covers as much as the matte says; None: the farthest covers it all."""
     radii = plane_radii(radius)
-    reach = int(2 * max(-radii[0], radii[-1])) + 2
     planes: list[tuple[float, Layer]] = []
     for below, plane, above in zip([-torch.inf, *radii], radii, [*radii[1:], torch.inf], strict=False):
         visible = (radius > below) & (radius < above)
         if not visible.any():
             continue
+        # Its own blur brings light from so far, and what is nearer uncovers so much.
+        reach = int(abs(plane) + max(abs(other) for other in radii if other >= plane)) + 2
         colors = fill(light, visible.to(light))
         cover = torch.ones_like(radius)
         if planes:
-            # From a quarter of the way between two planes to the last, in shares; noise near a plane makes none.
-            cover = ((radius - below) / (plane - below) * 1.4 - 0.2).clamp(0, 1) * _near(visible, reach)
+            cover = ((radius - below) / (plane - below)).clamp(0, 1) * _near(visible, reach)
         if matte is not None:
             cover = cover * matte
         if planes or matte is not None:
@@ -117,6 +122,8 @@ def _planes(light: Tensor, radius: Tensor, matte: Tensor | None) -> list[tuple[f
 
 
 def _near(there: Tensor, reach_px: int) -> Tensor:
-    """1 within a square of reach_px around what is there, else 0: [B, 1, H, W]."""
-    wide = F.max_pool2d(there.float(), (1, 2 * reach_px + 1), 1, (0, reach_px))
-    return F.max_pool2d(wide, (2 * reach_px + 1, 1), 1, (reach_px, 0))
+    """1 within reach_px of what is there, and a little farther: by squares of that side. [B, 1, H, W]."""
+    height, width = there.shape[-2:]
+    squares = F.max_pool2d(there.float(), reach_px, ceil_mode=True)
+    squares = F.max_pool2d(squares, 3, 1, 1)
+    return squares.repeat_interleave(reach_px, 2).repeat_interleave(reach_px, 3)[..., :height, :width]

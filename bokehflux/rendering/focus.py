@@ -1,8 +1,8 @@
 """Where the focus lies, and how far every pixel is from it: from depth to a signed map of blur radii.
 
-What is in focus is a range of disparity (one over distance), here and there or all over the picture: a plane has no
-range, a slab has one, a tilted plane has another at every pixel. Disparity may be metric, in 1/m, or normalised over
-the picture; a level means another blur in each (docs/levels.md).
+What is in focus is a range of disparity (one over distance), here and there or all over the picture: a plane
+has no range, a slab has one, a tilted plane has another at every pixel. Disparity may be metric, in 1/m, or
+normalised over the picture; a level means another blur in each (docs/levels.md).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Focus:
 
 
 def known_depth(depth_m: Tensor) -> Tensor:
-    """bool [H, W]. Raises ValueError where nothing is known."""
+    """bool [H, W]: depth is finite and positive. Raises ValueError where it nowhere is."""
     if depth_m.dim() != 2:
         raise ValueError(f"depth_m: expected [H, W], got {list(depth_m.shape)}")
     known = depth_m.isfinite() & (depth_m > NEAREST_M)
@@ -46,7 +46,7 @@ def known_depth(depth_m: Tensor) -> Tensor:
 
 
 def disparity_of(depth_m: Tensor) -> Tensor:
-    """1 / depth, [H, W]; the median where depth is not finite or not positive. ValueError if it nowhere is."""
+    """1 / depth [H, W], the median where depth is unknown. Raises ValueError where all of it is."""
     known = known_depth(depth_m)
     disparity = 1 / torch.where(known, depth_m, 1.0)
     return torch.where(known, disparity, quantile(disparity[known], 0.5))
@@ -69,7 +69,7 @@ def at_point(disparity: Tensor, x: int, y: int) -> Focus:
 
 
 def on_mask(disparity: Tensor, mask: Tensor, share: float = 0.0) -> Focus:
-    """On what mask, bool [H, W], covers: its median, or the range of this middle share of it (1: all of it)."""
+    """On what a mask, bool [H, W], covers: its median, or the middle share of its range (1: all of it)."""
     if mask.shape != disparity.shape or mask.dtype != torch.bool or not mask.any():
         raise ValueError(
             f"focus mask: expected bool {list(disparity.shape)} with a pixel set, "
@@ -94,7 +94,10 @@ def between(near_m: float, far_m: float) -> Focus:
 
 
 def tilted(disparity: Tensor, points: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]) -> Focus:
-    """On the plane through what three pixels (x, y) show. A plane in space is one in disparity over the picture."""
+    """On the plane through what three pixels (x, y) show.
+
+    A plane in space is a plane of disparity over the picture. Raises ValueError for pixels in a line.
+    """
     corners = torch.tensor([[1.0, x, y] for x, y in points], dtype=torch.float64)
     if corners.det().abs() < 0.5:
         raise ValueError(f"tilted focus: expected three pixels that are not in a line, got {points}")
@@ -108,7 +111,10 @@ def tilted(disparity: Tensor, points: tuple[tuple[int, int], tuple[int, int], tu
 
 
 def radius_map(disparity: Tensor, focus: Focus, level: Tensor | float) -> Tensor:
-    """Blur radius [H, W] in pixels, above 0 for what is nearer than the focus; level 0 ... 30, or a map of them."""
+    """Blur radii [H, W] in pixels, above 0 for what is nearer than the focus, at a level or a map of levels.
+
+    Raises ValueError for levels outside 0 ... 30 and for disparity that is not finite.
+    """
     if disparity.dim() != 2 or not disparity.isfinite().all():
         raise ValueError(f"disparity: expected finite numbers [H, W], got {list(disparity.shape)}")
     levels = torch.as_tensor(level, dtype=disparity.dtype, device=disparity.device)

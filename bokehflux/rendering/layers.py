@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aperture import Aperture, Disc, quarters
+from .aperture import DISC, Aperture, quarters
 from .blur import Blur
 
 STOPS = (0.25, 0.5, 1.0)
@@ -24,41 +25,39 @@ class Layer:
     """One surface of B pictures."""
 
     light: Tensor
-    """[B, 3, H, W] of a layer that covers everything, or [B, 4, H, W]: multiplied by its coverage, the fourth."""
+    """[B, 3, H, W] of what covers everything, or [B, 4, H, W]: multiplied by its coverage, the fourth."""
     radius_px: Tensor | None = None
     """[B] of its blur, above 0 if it is nearer than the focus; None: it is in focus."""
     share: Tensor | None = None
-    """[B, H, W], or what broadcasts to it: of a slanted layer, the share of `radius_px` at each place, 0 ... 1."""
+    """Of a slanted layer, [B, H, W] or what broadcasts: the share of `radius_px` at each place, 0 ... 1."""
 
 
 def composite(
-    layers: Sequence[Layer], aperture: Aperture = Disc(), softness: float = 0.0, margin_px: int = 0
+    layers: Sequence[Layer], aperture: Aperture = DISC, softness: float = 0.0, margin_px: int = 0
 ) -> Tensor:
     """Light [B, 3, H, W] of layers from the farthest, which covers everything, to the nearest.
 
-    Exact but for what shows through a defocused rim and is defocused itself: from there the lens sees less of the one
-    where it sees more of the other, and their blurs do not multiply.
-    softness: of discs' rims, see `aperture_spectrum`. margin_px: layers go on mirrored for so many pixels beyond
-    their edges; with 0 their blur wraps around. Raises ValueError for a farthest layer that does not cover.
+    Exact but for what shows through a defocused rim and is defocused itself: from there the lens sees less of
+    the one where it sees more of the other, and their blurs do not multiply. softness: of discs' rims, see
+    `aperture_spectrum`. margin_px: layers go on mirrored for so many pixels beyond their edges; with 0 their
+    blur wraps around. Raises ValueError for a farthest layer that does not cover.
     """
     if not layers or layers[0].light.shape[1] != 3:
         raise ValueError("layers: expected the farthest to have 3 channels, as it covers everything")
-    out = None
-    for layer in layers:
+    farthest, *nearer = layers
+    out = _defocused(farthest, aperture, softness, margin_px)
+    for layer in nearer:
         light = _defocused(layer, aperture, softness, margin_px)
-        out = light if out is None else light[:, :3] + out * (1 - light[:, 3:])
+        out = light[:, :3] + out * (1 - light[:, 3:])
     return out
 
 
 def composite_by_quarters(
-    layers: Sequence[Layer], aperture: Aperture = Disc(), softness: float = 0.0, margin_px: int = 0
+    layers: Sequence[Layer], aperture: Aperture = DISC, softness: float = 0.0, margin_px: int = 0
 ) -> Tensor:
     """`composite`, for each quarter of the aperture by itself: what is not exact shrinks to a third."""
-    total: Tensor | None = None
-    for share, quarter in quarters(aperture):
-        part = share * composite(layers, quarter, softness, margin_px)
-        total = part if total is None else total + part
-    return total
+    parts = [share * composite(layers, part, softness, margin_px) for share, part in quarters(aperture)]
+    return torch.stack(parts).sum(0)
 
 
 def _defocused(layer: Layer, aperture: Aperture, softness: float, margin_px: int) -> Tensor:

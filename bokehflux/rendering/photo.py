@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .aperture import Aperture, Disc
+from .aperture import DISC, Aperture
 from .cut import cut
 from .layers import composite_by_quarters
 
@@ -17,14 +17,15 @@ CLIPPED = 0.9
 def blur_photo(
     image: Tensor,
     radius_px: Tensor,
-    aperture: Aperture = Disc(),
+    aperture: Aperture = DISC,
     matte: Tensor | None = None,
     highlights: float = 1.0,
 ) -> Tensor:
-    """image [3, H, W], 0 ... 1, blurred by radius_px [H, W], above 0 for what is nearer than the focus: [3, H, W].
+    """image [3, H, W], 0 ... 1, blurred by radius_px [H, W], above 0 for what is nearer than the focus.
 
     matte [H, W]: see `cut`. highlights: how bright a clipped light really was, 1 as the picture has it; see
-    `raised`. Where nothing is blurred the picture stays as it is. Raises ValueError for other shapes and numbers.
+    `raised`. Where nothing is blurred the picture stays as it is. Raises ValueError for other shapes and
+    numbers.
     """
     light = raised(image[None] ** GAMMA, highlights)
     layers = cut(light, radius_px[None], None if matte is None else matte[None])
@@ -35,8 +36,8 @@ def blur_photo(
 def raised(light: Tensor, highlights: float) -> Tensor:
     """light [B, 3, H, W], 0 ... 1, made brighter where a channel comes near 1: up to `highlights` times at 1.
 
-    A sensor cannot tell a lamp from white paper. Blurred as it is, a clipped lamp becomes a dim disc. Colours keep
-    their hue. Raises ValueError below 1.
+    A sensor cannot tell a lamp from white paper. Blurred as it is, a clipped lamp becomes a dim disc. Colours
+    keep their hue. Raises ValueError below 1.
     """
     if not highlights >= 1:
         raise ValueError(f"highlights: expected at least 1, got {highlights:g}")

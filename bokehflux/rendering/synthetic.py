@@ -1,9 +1,9 @@
 """The blur of synthetic training pictures: a photograph, its depth and its subject's mask, through BokehMe.
 
-The rule is that of `add_bokeh` in BokehDepth, a later relative of Bokeh Diffusion by the same group, with one fault
-mended: it normalises the disparity of a flat subject by the subject's own extremes, and the background's by the
-picture's, so that a background of 17 px is blurred by 1.6 px. A level here is the radius that the whole range of the
-picture's disparity would cause.
+The rule is that of `add_bokeh` in BokehDepth, a later relative of Bokeh Diffusion by the same group, with one
+fault mended: it normalises the disparity of a flat subject by the subject's own extremes, and the
+background's by the picture's, so that a background of 17 px is blurred by 1.6 px. A level here is the radius
+that the whole range of the picture's disparity would cause.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ INLIERS = 0.96
 
 
 def subject_defocus(depth_m: Tensor, mask: Tensor, level: float) -> Tensor:
-    """Signed defocus [H, W] in BokehMe's units, focus on the subject; with an empty mask at the median disparity.
+    """Signed defocus [H, W] in BokehMe's units, focus on the subject, or without one on the median.
 
-    depth_m [H, W], unknown where it is not finite or not positive: the median is taken there. mask [H, W] bool.
-    Raises ValueError for other shapes, and where no pixel's depth is known.
+    depth_m [H, W], unknown where it is not finite or not positive: the median is taken there. mask [H, W]
+    bool. Raises ValueError for other shapes, and where no pixel's depth is known.
     """
     if depth_m.shape != mask.shape:
         raise ValueError(
@@ -52,7 +52,7 @@ def subject_defocus(depth_m: Tensor, mask: Tensor, level: float) -> Tensor:
 def add_bokeh(
     image: Tensor, depth_m: Tensor, mask: Tensor, level: float, networks: Networks | None
 ) -> Tensor:
-    """image [3, H, W], 0 ... 1, blurred behind (and before) its subject: [3, H, W]. networks None: scatter only."""
+    """image [3, H, W], 0 ... 1, blurred around its subject; without networks by the scatter alone."""
     defocus = subject_defocus(depth_m, mask, level)[None]
     if networks is None:
         return classical(image[None], defocus, GAMMA)[0].clamp(0, 1)

@@ -1,7 +1,8 @@
 """Scatter in plain PyTorch: the definition, and what runs without a GPU. Arguments as in `interface`.
 
-The mathematics is that of BokehMe's classical renderer (Peng et al., CVPR 2022). A pixel p of radius r gives light
-to every pixel q within |q - p|_inf <= floor(r) + 1, with `edge` <= r where the iris ends in the direction of q:
+The mathematics is that of BokehMe's classical renderer (Peng et al., CVPR 2022). A pixel p of radius r gives
+light to every pixel q within |q - p|_inf <= floor(r) + 1, with `edge` <= r where the iris ends in the
+direction of q:
 
     w(p -> q) = (1/2 + 1/2 tanh(4 (edge - |q - p|))) / (r^2 + 0.2)
     mean(q)   = sum_p w(p -> q) light(p) / sum_p w(p -> q)
@@ -33,6 +34,9 @@ class Iris(NamedTuple):
     """Radians from the x axis back to a corner, y down: pi / 2 has a corner at the top."""
     donut: float = 0.0
     """How much the middle is darkened: 0 not at all, 0.5 to black; beyond that its weights turn negative."""
+
+
+DISC = Iris()
 
 
 def offset_table(reach: int, iris: Iris) -> Tensor:
@@ -71,7 +75,7 @@ def scatter(light: Tensor, radius_px: Tensor, iris: Iris, reach: int) -> tuple[T
 
 
 def dilate(radius_px: Tensor, reach: int) -> Tensor:
-    nearest, offsets = _Padded(radius_px[:, None], reach, -math.inf), _alike(reach, Iris())
+    nearest, offsets = _Padded(radius_px[:, None], reach, -math.inf), _alike(reach, DISC)
     for row, top in _bands(radius_px):
         signed = radius_px[row, None, top : top + ROWS]
         radius = signed.abs()

@@ -1,4 +1,4 @@
-"""BokehMe and its use in training data against recorded outputs of the published code: 1e-4, 1e-5 in linear light."""
+"""BokehMe and its use in training data against recorded outputs: 1e-4, and 1e-5 in linear light."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_add_bokeh(name: str, networks: Networks) -> None:
 
 @pytest.mark.parametrize("name", cases("add_bokeh"))
 def test_the_published_fault(name: str, networks: Networks) -> None:
-    """A flat subject's focus, normalised by the subject's extremes, gives what was published; hence it is no other."""
+    """A flat subject's focus, normalised by the subject's own extremes, gives what was published."""
     case, t = described("add_bokeh")[name], recorded(f"add_bokeh_{name}")
     if not case["flattened"]:
         pytest.skip("the subject is deep, or there is none: nothing to go wrong")

@@ -76,7 +76,7 @@ def test_files_that_are_no_networks(networks: Networks, tmp_path: Path) -> None:
 
 
 def knife_edge(level: float, radius_px: float) -> tuple[Tensor, np.ndarray]:
-    """Our mask at the first doubling of a level, and the rule in NumPy's float32, over radii near radius_px."""
+    """Our mask at the first doubling of a level, and the rule in NumPy's float32, at radii around one."""
     scale = float(np.float32(level / 10))
     steps = np.arange(-3, 4, dtype=np.float32)
     reach = (np.float32(radius_px) + steps) / np.float32(10)
@@ -92,7 +92,7 @@ def test_the_masks_knife_edge(level: float, radius_px: float) -> None:
 
 
 def test_the_knife_edge_is_float32s() -> None:
-    """At some level a pixel exactly on the edge is in by float32 and out by exact numbers: nothing else will do."""
+    """Pixels exactly on the edge, which all are out by exact numbers: some are in."""
     decided = []
     for radius_px in range(10, 31):
         ours, _ = knife_edge(2.0 * radius_px, radius_px)
