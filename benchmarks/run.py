@@ -31,7 +31,7 @@ from benchmarks.registry import Benchmark, Session
 from benchmarks.timing import Budget, Row
 from bokehflux.evaluation.report import commit
 from bokehflux.pictures import plot
-from bokehflux.weights.write import replacing, write_json
+from bokehflux.weights.files.write import replacing, write_json
 
 RESULTS = Path("benchmarks/results")
 FORMATS = {

@@ -35,17 +35,9 @@ from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 from bokehflux.training.adapter import stratified_levels, train_adapter
 from bokehflux.training.data import Tokenize, latent_pool, rendered
 from bokehflux.training.log import Log
-from bokehflux.weights.load import ADAPTER_PREFIX, load_clip, load_mmdit, load_t5, load_vae
-from bokehflux.weights.save import (
-    save_adapter,
-    save_clip,
-    save_index,
-    save_mmdit,
-    save_schedule,
-    save_t5,
-    save_vae,
-    split_adapter,
-)
+from bokehflux.weights.load import load_network
+from bokehflux.weights.networks import ADAPTER_PREFIX, CLIP, T5, TRANSFORMER, VAE, adapter_for
+from bokehflux.weights.save import save_index, save_network, save_schedule, split_adapter
 
 CAPTIONS_FOR_TOKENIZERS = 20_000
 SHARD_BYTES = 15 * 10**6
@@ -116,7 +108,7 @@ def vae_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> None
             figures.append(psnr((vae.decode(vae.encode(images * 2 - 1)) / 2 + 0.5).clamp(0, 1), images))
         log.note(f"PSNR of 128 unseen renders, {label} [dB]", round(float(torch.cat(figures).mean()), 2))
     log.note("latent scale and shift", (vae.config.scale, vae.config.shift))
-    save_vae(out / "vae", vae.config, half(vae))
+    save_network(VAE, out / "vae", vae.config, half(vae))
 
 
 def base_stage(recipe: Recipe, out: Path, device: torch.device, log: Log, resume: bool) -> None:
@@ -131,7 +123,7 @@ def base_stage(recipe: Recipe, out: Path, device: torch.device, log: Log, resume
         recipe.clip, vocab_size=clip_tokenizer.vocab_size, eos_token_id=clip_tokenizer.eos_id
     )
     tokenize = tokenizer_of(recipe, out)
-    vae = channels_last(load_vae(out / "vae", device=device, dtype=torch.float32))
+    vae = channels_last(load_network(VAE, out / "vae", device=device, dtype=torch.float32))
     generator = torch.Generator(device).manual_seed(stage.seed)
 
     def draw(n: int, _: int) -> torch.Tensor:
@@ -145,9 +137,9 @@ def base_stage(recipe: Recipe, out: Path, device: torch.device, log: Log, resume
     mmdit, t5, clip = MMDiT(recipe.mmdit), T5Encoder(t5_config), CLIPTextEncoder(clip_config)
     init_mmdit(mmdit)
     if resume:
-        mmdit.load_state_dict(load_mmdit(out / "transformer", dtype=torch.float32).state_dict())
-        t5.load_state_dict(load_t5(out / "text_encoder_2", dtype=torch.float32).state_dict())
-        clip.load_state_dict(load_clip(out / "text_encoder", dtype=torch.float32).state_dict())
+        for row, network in ((TRANSFORMER, mmdit), (T5, t5), (CLIP, clip)):
+            saved = load_network(row, out / row.folder, dtype=torch.float32)
+            network.load_state_dict(saved.state_dict())
     model = TextToVelocity(mmdit.to(device), t5.to(device), clip.to(device))
     log.note("parameters", sum(p.numel() for p in model.parameters()))
     if device.type == "cuda":
@@ -157,9 +149,9 @@ def base_stage(recipe: Recipe, out: Path, device: torch.device, log: Log, resume
     rope = nano_rope(recipe, device)
     train_base(model, rope, sampler, stage, log)
     distill_guidance(model, rope, sampler, stage, log)
-    save_mmdit(out / "transformer", recipe.mmdit, half(mmdit), max_shard_bytes=SHARD_BYTES)
-    save_t5(out / "text_encoder_2", t5_config, half(model.t5))
-    save_clip(out / "text_encoder", clip_config, half(model.clip))
+    save_network(TRANSFORMER, out / "transformer", recipe.mmdit, half(mmdit), max_shard_bytes=SHARD_BYTES)
+    save_network(T5, out / "text_encoder_2", t5_config, half(model.t5))
+    save_network(CLIP, out / "text_encoder", clip_config, half(model.clip))
     save_schedule(out / "scheduler", recipe.schedule)
     save_index(out, recipe.defaults, adapter="adapter")
 
@@ -169,8 +161,8 @@ def adapter_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> 
     torch.manual_seed(stage.seed)
     kind = {"device": device, "dtype": torch.float32}
     tokenize = tokenizer_of(recipe, out)
-    vae = channels_last(load_vae(out / "vae", **kind))
-    t5, clip = load_t5(out / "text_encoder_2", **kind), load_clip(out / "text_encoder", **kind)
+    vae = channels_last(load_network(VAE, out / "vae", **kind))
+    t5, clip = (load_network(row, out / row.folder, **kind) for row in (T5, CLIP))
     generator = torch.Generator(device).manual_seed(stage.seed)
     draw = stratified_levels(generator, stage.levels_per_scene)
     pool = latent_pool(vae, tokenize, stage.scenes, stage.levels_per_scene, draw, generator, SIZE_PX)
@@ -184,7 +176,7 @@ def adapter_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> 
             encoder(ids.to(device)) for encoder, ids in zip((t5, clip), tokenize([""]), strict=True)
         )
     mmdit = MMDiT(recipe.mmdit, recipe.bokeh).to(device)
-    base = load_mmdit(out / "transformer", **kind)
+    base = load_network(TRANSFORMER, out / "transformer", **kind)
     mmdit.load_state_dict(base.state_dict() | adapter_state(mmdit))
     if device.type == "cuda":
         mmdit.compile_blocks()
@@ -192,7 +184,7 @@ def adapter_stage(recipe: Recipe, out: Path, device: torch.device, log: Log) -> 
     log.note("parameters", sum(p.numel() for p in adapter.trainable()))
     _, tensors = split_adapter(half(mmdit))
     saved = dataclasses.replace(recipe.bokeh, bokeh_scale=stage.saved_scale)
-    save_adapter(out / "adapter", saved, recipe.mmdit, tensors)
+    save_network(adapter_for(recipe.mmdit), out / "adapter", saved, tensors)
 
 
 def channels_last(vae: AutoencoderKL) -> AutoencoderKL:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +20,12 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.nano.tokenizers import train_tokenizers
+from bokehflux.weights import networks
 from bokehflux.weights import save as export
-from bokehflux.weights import write
-from bokehflux.weights.snapshot import default_card
+from bokehflux.weights.codec import Codec, Shapes
+from bokehflux.weights.files import write
+from bokehflux.weights.find.snapshot import default_card
+from bokehflux.weights.load import load_network, load_transformer
 
 MMDIT = MMDiTConfig(
     in_channels=64, txt_dim=32, pooled_dim=64, hidden_size=128, num_heads=1, num_double=1, num_single=1,
@@ -41,6 +46,15 @@ PREFIXES = {
     "t5": "text_encoders.t5xxl.transformer.",
 }  # fmt: skip
 States = Mapping[str, Mapping[str, Tensor]]
+load_vae, load_clip, load_t5 = (
+    functools.partial(load_network, row) for row in (networks.VAE, networks.CLIP, networks.T5)
+)
+LOADERS = {"transformer": load_transformer, "vae": load_vae, "clip": load_clip, "t5": load_t5}
+
+
+def told(codec: Codec[Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """The config that the shapes of a file tell."""
+    return codec.from_shapes(Shapes(shapes, codec.what, "file"))
 
 
 def random_state(network: nn.Module) -> dict[str, Tensor]:
@@ -68,10 +82,10 @@ def write_flat(folder: Path, parts: States, suffix: str = ".safetensors") -> dic
 
 def write_official(folder: Path, parts: States) -> None:
     """The snapshot layout, without tokenizers."""
-    export.save_mmdit(folder / "transformer", MMDIT, parts["transformer"])
-    export.save_vae(folder / "vae", VAE, parts["vae"])
-    export.save_clip(folder / "text_encoder", CLIP, parts["clip"])
-    export.save_t5(folder / "text_encoder_2", T5, parts["t5"])
+    export.save_network(networks.TRANSFORMER, folder / "transformer", MMDIT, parts["transformer"])
+    export.save_network(networks.VAE, folder / "vae", VAE, parts["vae"])
+    export.save_network(networks.CLIP, folder / "text_encoder", CLIP, parts["clip"])
+    export.save_network(networks.T5, folder / "text_encoder_2", T5, parts["t5"])
     export.save_schedule(folder / "scheduler", FLUX_SCHEDULE)
     export.save_index(folder, default_card(True))
 

@@ -1,6 +1,6 @@
-"""Say what a file or folder is, from headers alone: networks, storage, what lacks, what we do with it.
+"""Say what a file or folder is: its networks, how they are stored, what is missing, and how we load it.
 
-A 24 GB file takes as long as a small one: no weights are read.
+Only headers are read, so a 24 GB file takes as long as a small one.
 """
 
 from __future__ import annotations
@@ -8,32 +8,24 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import nn
 
-from bokehflux.configs import CLIP_L, FLUX_DEV, FLUX_SCHNELL, FLUX_VAE, T5_XXL
-from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.configs import FLUX_DEV, FLUX_VAE, BokehConfig
 from bokehflux.models.linear import NARROW, Linear
-from bokehflux.models.mmdit import MMDiT
-from bokehflux.models.t5 import T5Encoder
-from bokehflux.models.vae import AutoencoderKL
 
-from .adapter import adapter_part, open_any, pickle_in
-from .bokeh_config import read_bokeh_config
-from .checkpoint import Checkpoint, CheckpointError, TensorInfo, holds_checkpoint, open_checkpoint
-from .layouts import Findings, is_flux, scan
-from .lora import match_layers
-from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
-from .parts import KINDS, LEFT_OVER, Part, part_of, plan_part, prefixes, strangers
-from .snapshot import PARTS
-from .tables import bokeh, tiny_decoder
+from .files.checkpoint import Checkpoint, CheckpointError, Shelf, TensorInfo, holds_checkpoint
+from .files.pickled import pickle_in
+from .files.unpack import FORMATS
+from .find.layouts import PARTS, Candidate, Findings, fits, scan
+from .lora.read import PREFIXES, match_layers
+from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, Network, adapter_for
+from .parts import LEFT_OVER, open_any, part_of, prefixes, strangers
+from .tables import adapter
 from .tables import lora as lora_names
-from .tiny_decoder import plan_tiny
-from .unpack import FORMATS
 
 _SHOWN = 12
 _DTYPES = {
@@ -42,35 +34,16 @@ _DTYPES = {
 }  # fmt: skip
 
 
-class _Network(NamedTuple):
-    """How a kind of part is described."""
-
-    title: str
-    read_config: Callable[[Part], Any]
-    build: Callable[[Any], nn.Module]
-    known: tuple[tuple[Any, str], ...]
-
-
-_NETWORKS = {
-    "transformer": _Network(
-        "transformer", read_mmdit_config, MMDiT, ((FLUX_DEV, "FLUX.1-dev"), (FLUX_SCHNELL, "FLUX.1-schnell"))
-    ),
-    "vae": _Network("autoencoder", read_vae_config, AutoencoderKL, ((FLUX_VAE, "FLUX.1"),)),
-    "clip": _Network("CLIP text encoder", read_clip_config, CLIPTextEncoder, ((CLIP_L, "CLIP-L"),)),
-    "t5": _Network("T5 text encoder", read_t5_config, T5Encoder, ((T5_XXL, "T5-XXL"),)),
-}
-
-
 def describe(path: str | Path) -> str:
     """Several lines about a checkpoint file, a shard index, or a folder in any layout.
 
-    Raises CheckpointError for what cannot be read at all: missing, damaged, a pickle that is
-    no bokeh adapter, GGUF without `gguf`.
+    Raises CheckpointError for what cannot be read at all: missing or damaged files, pickles other than bokeh
+    adapters, GGUF without `gguf`.
     """
     path = Path(path)
     if path.is_dir():
-        findings = scan(path)
-        networks = [kind.name for kind in KINDS if findings.parts.get(kind.name)]
+        findings = scan(path, Shelf())
+        networks = [network for network in NETWORKS if findings.parts.get(network.name)]
         if networks or not (holds_checkpoint(path) or pickle_in(path)):
             return "\n".join([str(path), *_folder(findings)])
     checkpoint = open_any(path)
@@ -83,65 +56,63 @@ def _checkpoint(checkpoint: Checkpoint) -> list[str]:
     found = prefixes(checkpoint)
     if found:
         return _networks(checkpoint, found, facts)
-    if bokeh.ADAPTER.marker in checkpoint.tensors:
-        return [f"bokeh adapter, {facts}", *_adapter(checkpoint)]
-    if any(table.marker in checkpoint.tensors for table in tiny_decoder.TABLES):
-        return [f"TAEF1, a tiny decoder for previews, {facts}", *_tiny(checkpoint)]
+    if adapter.LEVEL in checkpoint.tensors:
+        lines = _network(checkpoint, adapter_for(FLUX_DEV), fault="not for FLUX.1-dev")
+        return [f"bokeh adapter, {facts}", *lines, "use: --adapter"]
+    if any(table.marks(checkpoint.tensors) for table in TINY_DECODER.tables):
+        lines = _network(checkpoint, TINY_DECODER, FLUX_VAE.latent_channels)
+        wrong = any(line.startswith("problem: ") for line in lines)
+        use = "none, it does not decode FLUX.1's latents" if wrong else "--preview-vae"
+        return [f"{TINY_DECODER.codec.what}, {facts}", *lines, f"use: {use}"]
     if lora := _lora(checkpoint):
         return [f"{lora[0]}, {facts}", *lora[1:]]
     some = ", ".join(sorted(checkpoint.tensors)[:3]) or "nothing"
     return [
-        f"not known: {facts} such as {some}",
+        f"unknown: {facts} such as {some}",
         f"precision: {_precision(checkpoint.tensors.values(), False)}",
         "use: none; a FLUX.1 transformer, autoencoder, CLIP-L, T5, adapter, LoRA or TAEF1 was looked for",
     ]
 
 
 def _networks(checkpoint: Checkpoint, found: dict[str, str], facts: str) -> list[str]:
-    if len(found) == 1 and not any(found.values()):
-        (name,) = found
-        lines = _part(checkpoint, name)
-        return [f"{_NETWORKS[name].title}, {facts}", *lines, _use(name)]
+    held = [network for network in NETWORKS if network.name in found]
+    if len(held) == 1 and not any(found.values()):
+        return [f"{held[0].codec.what}, {facts}", *_network(checkpoint, held[0]), _use(held[0])]
     lines = [f"all-in-one checkpoint, {facts}"]
-    for name, prefix in found.items():
-        lines += [f"{_NETWORKS[name].title}, under {prefix!r}", *_indented(_part(checkpoint, name))]
+    for network in held:
+        lines.append(f"{network.codec.what}, under {found[network.name]!r}")
+        # Alone: strangers are reported once, not as the fault of every network.
+        lines += _indented(_network(checkpoint.under(found[network.name]), network))
     lines += [f"unexpected: {name}" for name in strangers(checkpoint, found)[:_SHOWN]]
     left = [name for name in checkpoint.tensors if name in LEFT_OVER]
     lines += [f"ignored: {', '.join(left)}"] if left else []
-    lacking = [_NETWORKS[kind.name].title for kind in KINDS if kind.name not in found]
+    lacking = [network.codec.what for network in NETWORKS if network not in held]
     if lacking:
         lines.append(f"not in this file: {', '.join(lacking)}")
-    return [*lines, _use("transformer" if "transformer" in found else next(iter(found)))]
+    return [*lines, _use(held[0])]
 
 
-def _part(checkpoint: Checkpoint, name: str) -> list[str]:
-    """Layout, model, precision, memory and faults of one network."""
-    network = _NETWORKS[name]
-    kind = next(kind for kind in KINDS if kind.name == name)
-    prefix = prefixes(checkpoint)[name]
-    # Strangers of an all-in-one are reported once, not as the fault of every network in it.
-    part_only = checkpoint.under(prefix)
+def _network(
+    checkpoint: Checkpoint, network: Network[Any, Any], config: Any = None, fault: str = "problem"
+) -> list[str]:
+    """Layout, model, precision, memory and faults of one network, which the whole checkpoint is."""
+    lines: list[str] = []
     try:
-        part = part_of(part_only, kind)
-    except CheckpointError as error:
-        return [f"problem: {problem}" for problem in error.problems[:_SHOWN]]
-    infos = part.checkpoint.tensors.values()
-    lines = [
-        f"layout: {part.table.name}",
-        f"parameters: {_count(sum(math.prod(info.shape) for info in infos))}",
-        f"precision: {_precision(infos, bool(part.scales))}",
-    ]
-    try:
-        config = network.read_config(part)
+        part = part_of(checkpoint, network)
+        infos = [i for name, i in part.checkpoint.tensors.items() if name not in part.table.ignored]
+        lines = [
+            f"layout: {part.table.name}",
+            f"parameters: {_count(sum(math.prod(info.shape) for info in infos))}",
+            f"precision: {_precision(infos, bool(part.scales))}",
+        ]
+        config = part.config() if config is None else config
         with torch.device("meta"):
             module = network.build(config)
-        shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
-        entries = plan_part(part, shapes)
+        entries = part.plan({n: tuple(t.shape) for n, t in module.state_dict().items()})
     except CheckpointError as error:
-        return [*lines, *(f"problem: {problem}" for problem in error.problems[:_SHOWN])]
+        return [*lines, *(f"{fault}: {problem}" for problem in error.problems[:_SHOWN])]
     except ValueError as error:
-        return [*lines, f"problem: {error}"]
-    model = next((label for known, label in network.known if known == config), str(config))
+        return [*lines, f"{fault}: {error}"]
     linear = {f"{n}.weight" for n, m in module.named_modules() if isinstance(m, Linear)}
     kept = [
         info
@@ -150,18 +121,28 @@ def _part(checkpoint: Checkpoint, name: str) -> list[str]:
         for info in (part.checkpoint.tensors[name] for name in entry.src)
         if info.dtype in NARROW or info.packing in FORMATS
     ]
-    lines += [f"model: {model}", "complete: nothing missing, nothing unexpected"]
+    lines += [f"model: {_model(network, config)}", "complete: nothing missing, nothing unexpected"]
     how = "linear weights stay as stored and are cast at use" if kept else "cast to the compute dtype"
     return [*lines, f"loading: {how}; about {_bytes(_memory(infos, kept))} when that is bf16"]
 
 
-def _memory(infos: Any, kept: list[TensorInfo]) -> int:
+def _model(network: Network[Any, Any], config: Any) -> str:
+    if isinstance(config, BokehConfig):
+        kinds = " and ".join(n for n, on in (("queries", config.adapt_q), ("keys", config.adapt_k)) if on)
+        return (
+            f"for FLUX.1-dev, {len(config.blocks)} of {FLUX_DEV.num_blocks} blocks, "
+            f"rank {config.rank}, updates {kinds or 'neither queries nor keys'}"
+        )
+    return next((label for label, known in network.presets.items() if known == config), str(config))
+
+
+def _memory(infos: Iterable[TensorInfo], kept: list[TensorInfo]) -> int:
     narrow = sum(info.num_bytes for info in kept)
     places = {(info.file, info.key) for info in kept}
     return narrow + sum(2 * math.prod(i.shape) for i in infos if (i.file, i.key) not in places)
 
 
-def _precision(infos: Any, scaled: bool) -> str:
+def _precision(infos: Iterable[TensorInfo], scaled: bool) -> str:
     """The types of the tensors, by their share of the numbers."""
     counts: Counter[str] = Counter()
     for info in infos:
@@ -177,44 +158,8 @@ def _precision(infos: Any, scaled: bool) -> str:
     )
 
 
-def _adapter(checkpoint: Checkpoint) -> list[str]:
-    infos = checkpoint.tensors.values()
-    lines = [
-        f"parameters: {_count(sum(math.prod(info.shape) for info in infos))}",
-        f"precision: {_precision(infos, False)}",
-    ]
-    try:
-        part = adapter_part(checkpoint)
-        config = read_bokeh_config(part, FLUX_DEV)
-    except CheckpointError as error:
-        lines += [f"not for FLUX.1-dev: {problem}" for problem in error.problems[:_SHOWN]]
-    else:
-        lines.insert(0, f"layout: {part.table.name}")
-        kinds = " and ".join(n for n, on in (("queries", config.adapt_q), ("keys", config.adapt_k)) if on)
-        lines.append(
-            f"model: for FLUX.1-dev, {len(config.blocks)} of {FLUX_DEV.num_blocks} blocks, "
-            f"rank {config.rank}, updates {kinds or 'neither queries nor keys'}"
-        )
-    return [*lines, "use: --adapter"]
-
-
-def _tiny(checkpoint: Checkpoint) -> list[str]:
-    try:
-        table, entries = plan_tiny(checkpoint)
-    except CheckpointError as error:
-        problems = [f"problem: {problem}" for problem in error.problems[:_SHOWN]]
-        return [*problems, "use: none, it is not the decoder of FLUX.1's latents"]
-    infos = [checkpoint.tensors[name] for entry in entries for name in entry.src]
-    return [
-        f"layout: {table.name}",
-        f"parameters: {_count(sum(math.prod(info.shape) for info in infos))}",
-        f"precision: {_precision(infos, False)}",
-        "use: --preview-vae",
-    ]
-
-
 def _lora(checkpoint: Checkpoint) -> list[str] | None:
-    """Title and lines, when the names are those of a LoRA or one of its relatives."""
+    """Title and lines, if the names are those of a LoRA or one of its relatives."""
     relatives = [
         kind
         for pattern, kind in lora_names.OTHER_KINDS
@@ -231,14 +176,14 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
     ranks = sorted({shape[0] for n in downs if (shape := checkpoint.tensors[n].shape)})
     parts: Counter[str] = Counter()
     for name in downs:
-        parts[next(part for prefix, part in lora_names.PREFIXES if name.startswith(prefix))] += 1
-    where = ", ".join(f"{count} layers of {part}" for part, count in parts.items())
+        parts[next(part for prefix, part in PREFIXES if name.startswith(prefix))] += 1
+    where = ", ".join(f"{count} layer{'s'[: count > 1]} of {part}" for part, count in parts.items())
     rank = (
         f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no rank"
     )
     lines = ["LoRA", f"changes: {where or 'nothing'}, {rank}", precision]
     try:
-        problems = match_layers(checkpoint, FLUX_DEV).problems
+        problems = match_layers(checkpoint, {}).problems
     except CheckpointError as error:
         problems = list(error.problems)
     if not problems:
@@ -250,40 +195,41 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
 
 def _folder(findings: Findings) -> list[str]:
     lines = []
+    networks = {network.name: network for network in NETWORKS}
     for part, what in PARTS.items():
-        found = findings.parts.get(part, ())
-        if part == "transformer":
-            found = tuple(candidate for candidate in found if is_flux(candidate))
+        found, network = findings.parts.get(part, ()), networks.get(part)
+        if network is TRANSFORMER:
+            found = tuple(candidate for candidate in found if fits(candidate, network))
         if not found:
             lines.append(f"{part}: missing; looked for {what}")
         for candidate in found:
             shown = candidate.path.relative_to(findings.root)
             lines.append(f"{part}: {shown}{' (one of several)' if len(found) > 1 else ''}")
-            if part in _NETWORKS:
-                lines += _indented(_component(candidate.path, part))
+            if network is not None:
+                lines += _indented(_component(candidate, network))
     lines += [f"unreadable: {problem}" for problem in findings.unreadable]
     missing = [part for part in PARTS if not findings.parts.get(part)]
     if not missing:
         lines.append("use: --model with this folder")
-    elif "transformer" in missing:
+    elif TRANSFORMER.name in missing:
         lines.append("use: none as a model, it has no transformer")
     else:
         lines.append(f"use: --model with this folder; {', '.join(missing)} must lie in another known place")
     return _indented(lines)
 
 
-def _component(path: Path, name: str) -> list[str]:
+def _component(candidate: Candidate, network: Network[Any, Any]) -> list[str]:
     try:
-        checkpoint = open_checkpoint(path)
-        if name not in prefixes(checkpoint):
-            return [f"problem: holds no {_NETWORKS[name].title}"]
-        return _part(checkpoint, name)
+        checkpoint = candidate.checkpoint
+        if network.name not in prefixes(checkpoint):
+            return [f"problem: not a {network.codec.what}"]
     except CheckpointError as error:
         return [f"problem: {problem}" for problem in error.problems[:_SHOWN]]
+    return _network(checkpoint.under(prefixes(checkpoint)[network.name]), network)
 
 
-def _use(name: str) -> str:
-    if name == "transformer":
+def _use(network: Network[Any, Any]) -> str:
+    if network is TRANSFORMER:
         return "use: --model; parts that are not in it are looked for beside it and in the known places"
     return "use: beside a transformer, in one folder or a ComfyUI tree, or named as a part of the model"
 

@@ -1,54 +1,61 @@
 """Networks from checkpoints: built on the meta device, planned against the file, filled tensor by tensor.
 
-Every loader proves exact cover before it reads a tensor, so a wrong file costs nothing. A component is never
-held twice: each tensor goes from the mapped file to its device and dtype and becomes the parameter.
+Every network proves exact cover before a tensor of it is read, so a wrong file costs nothing. A component is
+never held twice: each tensor goes from the mapped file to its device and dtype and becomes the parameter.
 Layouts are recognised by tensor names, never by file names.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from bokehflux.configs import CLIPConfig, Defaults, MMDiTConfig, ScheduleConfig, T5Config, VAEConfig
+from bokehflux.configs import MMDiTConfig
 from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.fp8 import fp8_layers, fp8_weight
 from bokehflux.models.linear import NARROW, Linear
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
+from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.text.encode import TextEncoders
-from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 
-from .adapter import open_adapter
-from .bokeh_config import read_bokeh_config
-from .checkpoint import CheckpointError
-from .lora import read_lora
-from .lora_apply import attach
+from .files.checkpoint import CheckpointError
+from .find.resolve import Env, ModelFiles, resolve_model
+from .find.snapshot import Snapshot
+from .lora.apply import attach
+from .lora.read import read_lora
 from .mapping import Entry, Shape
-from .official import read_clip_config, read_mmdit_config, read_t5_config, read_vae_config
-from .parts import CLIP, T5, TRANSFORMER, VAE, Part, open_part, plan_part
+from .networks import (
+    ADAPTER,
+    ADAPTER_PREFIX,
+    CLIP,
+    NETWORKS,
+    T5,
+    TINY_DECODER,
+    TRANSFORMER,
+    VAE,
+    C,
+    N,
+    Network,
+    adapter_for,
+)
+from .parts import Part, open_part
 from .precision import Stored, store
-from .resolve import BUNDLED, Env, ModelFiles, resolve_adapter, resolve_lora, resolve_model
-from .snapshot import Snapshot, open_snapshot
 
-ADAPTER_PREFIX = "bokeh."
-"""Where MMDiT keeps its adapter."""
 LoraChoice = tuple[str | Path, float]
 """A LoRA file (or a folder with one) and its strength."""
 OnProgress = Callable[[int, int], None]
-"""Called with the bytes that are read and the bytes of the whole model, also before the first."""
+"""Called with (bytes read so far, total bytes), the first time with 0."""
 OnRead = Callable[[int], None]
 """Called with the bytes of each parameter in its file, when it is on its device."""
-Network = TypeVar("Network", bound=nn.Module)
 log = logging.getLogger(__name__)
 
 
@@ -56,11 +63,30 @@ log = logging.getLogger(__name__)
 class Components:
     """A whole model, loaded."""
 
-    mmdit: MMDiT
-    text: TextEncoders
-    vae: AutoencoderKL
-    schedule: ScheduleConfig
-    defaults: Defaults
+    networks: Mapping[str, nn.Module]
+    """By their names in the registry."""
+    tokenizers: Mapping[str, Any]
+    """Those of the text encoders, by the encoders' names."""
+    snapshot: Snapshot
+    """Where it came from, with schedule and defaults."""
+
+    @property
+    def transformer(self) -> MMDiT:
+        return cast(MMDiT, self.networks[TRANSFORMER.name])
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return cast(AutoencoderKL, self.networks[VAE.name])
+
+    @property
+    def text(self) -> TextEncoders:
+        return TextEncoders(
+            t5=cast(T5Encoder, self.networks[T5.name]),
+            clip=cast(CLIPTextEncoder, self.networks[CLIP.name]),
+            t5_tokenizer=self.tokenizers[T5.name],
+            clip_tokenizer=self.tokenizers[CLIP.name],
+            txt_length=self.snapshot.defaults.txt_length,
+        )
 
 
 def load_components(
@@ -74,82 +100,47 @@ def load_components(
     env: Env | None = None,
     on_progress: OnProgress | None = None,
 ) -> Components:
-    """Every part of a model (a folder or file in any layout, a repository id, `ModelFiles`: `resolve.py`), or
-    of a bundled one, by its name.
+    """Every part of a model (`find/resolve.py` says what names one).
 
     `adapter`: folder, file or repository id; None takes the one that the model's card names, if any.
     `loras`: attached beside the weights of the transformer and the text encoders, where they add up.
-    `fp8_on`: as in `load_mmdit`.
+    `fp8_on`: as in `load_transformer`.
     `env`: stands in for the environment. Weights that are stored narrow stay so; `dtype` is computed in.
     `on_progress`: hears of every parameter of the networks and the adapter.
     Raises CheckpointError or TokenizerError before the transformer, the largest part, is read.
     """
-    snapshot = find_model(model, env)
-    lora_paths = [(resolve_lora(path, env), strength) for path, strength in loras]
-    chosen = snapshot.adapter if adapter is None else resolve_adapter(adapter, env)
-    clip_tokenizer = CLIPTokenizer.from_folder(snapshot.clip_tokenizer)
-    t5_tokenizer = T5Tokenizer.from_folder(snapshot.t5_tokenizer)
-    on_read = None if on_progress is None else _counter(on_progress, _num_bytes(snapshot, chosen))
-    autoencoder = load_vae(snapshot.vae, device=device, dtype=dtype, on_read=on_read)
-    clip = load_clip(snapshot.clip, device=device, dtype=dtype, on_read=on_read)
-    t5 = load_t5(snapshot.t5, device=device, dtype=dtype, on_read=on_read)
-    facts = (
-        (
-            "the autoencoder's packed latents have",
-            4 * autoencoder.config.latent_channels,
-            snapshot.mmdit.in_channels,
-        ),
-        ("T5 states have", t5.config.width, snapshot.mmdit.txt_dim),
-        ("CLIP vectors have", clip.config.width, snapshot.mmdit.pooled_dim),
-    )
-    problems = [
-        f"{what} {ours} channels, the transformer expects {its}" for what, ours, its in facts if ours != its
-    ]
-    if problems:
-        raise CheckpointError(f"{snapshot.root}: components of different models", *problems)
-    text_encoders = TextEncoders(
-        t5=t5,
-        clip=clip,
-        t5_tokenizer=t5_tokenizer,
-        clip_tokenizer=clip_tokenizer,
-        txt_length=snapshot.defaults.txt_length,
-    )
-    added = [
-        (read_lora(path, snapshot.mmdit, clip.config, t5.config), strength) for path, strength in lora_paths
-    ]
-    mmdit = load_mmdit(
-        snapshot.transformer,
-        snapshot.mmdit,
-        chosen,
-        device=device,
-        dtype=dtype,
-        fp8_on=fp8_on,
-        on_read=on_read,
-    )
+    snapshot = resolve_model(model, env, adapter=adapter, loras=loras)
+    parts = snapshot.parts
+    tokenizers = {
+        network.name: network.tokenizer.read(snapshot.paths[network.tokenizer.name])
+        for network in NETWORKS
+        if network.tokenizer is not None
+    }
+    total = sum(part.num_bytes for part in parts.values())
+    on_read = None if on_progress is None else _counter(on_progress, total)
+    configs = {network.name: parts[network.name].config() for network in NETWORKS}
+    networks: dict[str, nn.Module] = {}
+    try:
+        for network in NETWORKS[1:]:
+            part, config = parts[network.name], configs[network.name]
+            networks[network.name] = load_network(
+                network, part, config, device=device, dtype=dtype, on_read=on_read
+            )
+        added = [(read_lora(path, configs), strength) for path, strength in snapshot.loras]
+        networks[TRANSFORMER.name] = load_transformer(
+            parts[TRANSFORMER.name],
+            snapshot.config,
+            parts.get(ADAPTER),
+            device=device,
+            dtype=dtype,
+            fp8_on=fp8_on,
+            on_read=on_read,
+        )
+    finally:
+        snapshot.close()
     for lora, strength in added:
-        attach({"mmdit": mmdit, "clip": clip, "t5": t5}, lora, strength)
-    return Components(
-        mmdit=mmdit,
-        text=text_encoders,
-        vae=autoencoder,
-        schedule=snapshot.schedule,
-        defaults=snapshot.defaults,
-    )
-
-
-def _num_bytes(snapshot: Snapshot, adapter: Path | None) -> int:
-    """Of all that `on_read` will be told, by the headers alone."""
-    places = (
-        (snapshot.vae, VAE), (snapshot.clip, CLIP), (snapshot.t5, T5), (snapshot.transformer, TRANSFORMER),
-    )  # fmt: skip
-    parts = [open_part(path, kind) for path, kind in places]
-    parts += [] if adapter is None else [open_adapter(adapter)]
-    return sum(
-        info.num_bytes
-        for part in parts
-        for name, info in part.checkpoint.tensors.items()
-        if name not in part.table.ignored
-    )
+        attach(networks, lora, strength)
+    return Components(networks=networks, tokenizers=tokenizers, snapshot=snapshot)
 
 
 def _counter(on_progress: OnProgress, total: int) -> OnRead:
@@ -164,130 +155,80 @@ def _counter(on_progress: OnProgress, total: int) -> OnRead:
     return on_read
 
 
-def find_model(model: str | Path | ModelFiles, env: Env | None = None) -> Snapshot:
-    """Where the parts of a model lie; a bundled model by its name, others as in `resolve_model`."""
-    if isinstance(model, ModelFiles) and model.transformer in BUNDLED:
-        model = dataclasses.replace(model, transformer=Path(__file__).parent / model.transformer)
-    if isinstance(model, str) and model in BUNDLED:
-        return open_snapshot(Path(__file__).parent / model)
-    return resolve_model(model, env)
+def load_network(
+    network: Network[C, N],
+    source: str | Path | Part[C, N],
+    config: C | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    on_read: OnRead | None = None,
+) -> N:
+    """One network of the registry from a folder, file or index in any of its layouts, or from an opened part.
+
+    Without `config`, the `config.json` beside the file is used, or, for a bare file, what its shapes tell.
+    Returns it in eval mode without gradients. Raises CheckpointError with everything that does not fit.
+    """
+    part = source if isinstance(source, Part) else open_part(source, network)
+    with torch.device("meta"):
+        made = network.build(part.config() if config is None else config)
+    return _filled(made, _stored(made, part.plan(_shapes(made)), part, device, dtype, on_read))
 
 
-def load_mmdit(
-    path: str | Path,
+def load_transformer(
+    source: str | Path | Part[MMDiTConfig, MMDiT],
     config: MMDiTConfig | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Part[Any, BokehAdapter] | None = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     fp8_on: torch.device | None = None,
     on_read: OnRead | None = None,
 ) -> MMDiT:
-    """The transformer, with the bokeh adapter of the folder or file `adapter` built in when it is given.
+    """As `load_network`, with the bokeh adapter built in when one is given.
 
-    `path`: a diffusers folder, a BFL single file, or any checkpoint file in either layout. Without `config`,
-    the `config.json` beside the file is used, or, for a BFL file, what its shapes tell.
-    `fp8_on`: the blocks' projections shall multiply in fp8 (`models/fp8.py`); each is quantised on this
-    device when it is read, so that no memory ever holds them all wider. None: kept as they are.
-    Returns it in eval mode without gradients. Raises CheckpointError with everything that does not fit,
-    ValueError for sizes that fp8 cannot multiply.
+    `fp8_on`: the blocks' projections will multiply in fp8 (`models/fp8.py`); each is quantised on this device
+    when it is read, so that no memory ever holds them all wider. None: kept as they are.
+    Raises ValueError, too, for sizes that fp8 cannot multiply.
     """
-    base = open_part(path, TRANSFORMER)
-    config = config or read_mmdit_config(base)
-    extra = open_adapter(adapter) if adapter is not None else None
-    adapter_config = read_bokeh_config(extra, config) if extra is not None else None
+    base = source if isinstance(source, Part) else open_part(source, TRANSFORMER)
+    config = config or base.config()
+    extra = (
+        adapter if isinstance(adapter, Part) or adapter is None else open_part(adapter, adapter_for(config))
+    )
     with torch.device("meta"):
-        network = MMDiT(config, adapter_config)
+        network = MMDiT(config, None if extra is None else extra.config())
     shapes = _shapes(network)
-    base_shapes = {name: shape for name, shape in shapes.items() if not name.startswith(ADAPTER_PREFIX)}
-    base_plan = plan_part(base, base_shapes)
+    plan = base.plan({name: shape for name, shape in shapes.items() if not name.startswith(ADAPTER_PREFIX)})
     fp8 = {} if fp8_on is None else {f"{name}.weight": fp8_on for name in fp8_layers(network)}
     if extra is None or network.bokeh is None:
-        return _filled(network, _stored(network, base_plan, base, device, dtype, on_read, fp8))
-    adapter_plan = plan_part(extra, _shapes(network.bokeh))
-    stored = _stored(network, base_plan, base, device, dtype, on_read, fp8)
-    for name, tensor in _stored(network.bokeh, adapter_plan, extra, device, dtype, on_read).items():
+        return _filled(network, _stored(network, plan, base, device, dtype, on_read, fp8))
+    extra_plan = extra.plan(_shapes(network.bokeh))
+    stored = _stored(network, plan, base, device, dtype, on_read, fp8)
+    for name, tensor in _stored(network.bokeh, extra_plan, extra, device, dtype, on_read).items():
         stored[ADAPTER_PREFIX + name] = tensor
     return _filled(network, stored)
 
 
-def load_adapter(
+def load_tiny_decoder(
     path: str | Path,
-    mmdit: MMDiTConfig,
+    latent_channels: int = 16,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> BokehAdapter:
-    """The adapter alone, for a transformer of config `mmdit`; its `config` holds what was read."""
-    part = open_adapter(path)
-    with torch.device("meta"):
-        network = BokehAdapter(read_bokeh_config(part, mmdit), mmdit)
-    return _load(network, part, device, dtype)
-
-
-def load_vae(
-    path: str | Path,
-    config: VAEConfig | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    on_read: OnRead | None = None,
-) -> AutoencoderKL:
-    """The autoencoder from a diffusers folder or a BFL `ae.safetensors`. As `load_mmdit`."""
-    part = open_part(path, VAE)
-    with torch.device("meta"):
-        network = AutoencoderKL(config or read_vae_config(part))
-    return _load(network, part, device, dtype, on_read)
-
-
-def load_t5(
-    path: str | Path,
-    config: T5Config | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    on_read: OnRead | None = None,
-) -> T5Encoder:
-    """The T5 encoder from a transformers folder (`text_encoder_2/`), or from a file and its config."""
-    part = open_part(path, T5)
-    with torch.device("meta"):
-        network = T5Encoder(config or read_t5_config(part))
-    return _load(network, part, device, dtype, on_read)
-
-
-def load_clip(
-    path: str | Path,
-    config: CLIPConfig | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-    on_read: OnRead | None = None,
-) -> CLIPTextEncoder:
-    """The CLIP text encoder from a transformers folder (`text_encoder/`), or from a file and its config."""
-    part = open_part(path, CLIP)
-    with torch.device("meta"):
-        network = CLIPTextEncoder(config or read_clip_config(part))
-    return _load(network, part, device, dtype, on_read)
+) -> TinyDecoder:
+    """TAEF1's decoder, as `load_network`; refused when it is another model's, with other latent channels."""
+    return load_network(TINY_DECODER, path, latent_channels, device=device, dtype=dtype)
 
 
 def _shapes(network: nn.Module) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _load(
-    network: Network,
-    part: Part,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    on_read: OnRead | None = None,
-) -> Network:
-    return _filled(network, _stored(network, plan_part(part, _shapes(network)), part, device, dtype, on_read))
-
-
 def _stored(
     network: nn.Module,
     entries: Sequence[Entry],
-    part: Part,
+    part: Part[Any, Any],
     device: torch.device | str,
     dtype: torch.dtype,
     on_read: OnRead | None,
@@ -325,7 +266,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return same and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _filled(network: Network, stored: Mapping[str, Stored]) -> Network:
+def _filled(network: N, stored: Mapping[str, Stored]) -> N:
     tensors = {name: tensor for name, (tensor, _, _) in stored.items()}
     for name, (tensor, dequantize, scale) in stored.items():
         if dequantize is None and scale is None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,18 +21,18 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, fold
+from .files.checkpoint import CheckpointError, fold
 
 Shape = tuple[int, ...]
 Value = TypeVar("Value")
 
 
 class Transform(NamedTuple):
-    """How several of their tensors make one of ours, and back."""
+    """How tensors of theirs make one of ours, and back."""
 
     join: Callable[[Sequence[Tensor]], Tensor]
     split: Callable[[Tensor], list[Tensor]]
-    """The exact inverse; on a meta tensor of our shape it also tells the shapes expected of theirs."""
+    """The exact inverse. A meta tensor of our shape gives the expected shapes of theirs."""
 
 
 SAME = Transform(join=lambda theirs: theirs[0], split=lambda ours: [ours])
@@ -73,7 +73,7 @@ class Rule:
     src: str | tuple[str, ...]
     transform: Transform = SAME
     tied: tuple[str, ...] = ()
-    """Other names of a single `src`: any of them may stand in for it, and copies must be equal to it."""
+    """Other names of a single `src`: each may replace it, and copies must equal it."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,21 @@ class Table:
     """A checkpoint layout."""
 
     name: str
-    """How errors call it."""
+    """Its name in errors."""
     marker: str
-    """A tensor that every file of this layout has and no other layout does."""
+    """A tensor by which the layout is recognised; may have placeholders."""
     rules: tuple[Rule, ...] = ()
     ignored: frozenset[str] = frozenset()
-    """Tensors that a file may hold and that we do not want."""
+    """Tensors that a file may hold and that we do not need."""
+    needs_config: bool = False
+    """Whether its files are nothing without a `config.json`; the shapes of others tell all of it."""
+
+    def marks(self, names: Collection[str], prefix: str = "") -> bool:
+        """Whether a file with these tensors, all below `prefix`, has this layout."""
+        if "{" not in self.marker:
+            return prefix + self.marker in names
+        pattern = _pattern(prefix + self.marker)
+        return any(pattern.fullmatch(name) for name in names)
 
 
 class Entry(NamedTuple):
@@ -98,16 +107,23 @@ class Entry(NamedTuple):
     tied: tuple[str, ...] = ()
 
 
-def recognise(tables: Sequence[Table], names: Mapping[str, object], where: str | Path) -> Table:
-    """The table whose marker is among the names. Raises CheckpointError that says what was looked for."""
-    found = [table for table in tables if table.marker in names]
-    if len(found) == 1:
-        return found[0]
-    wanted = " or ".join(f"{table.marker!r} ({table.name})" for table in tables)
+def recognise(
+    tables: Sequence[Table], names: Mapping[str, object], where: str | Path, what: str = "checkpoint"
+) -> Table:
+    """The first table whose marker is among the names.
+
+    Raises CheckpointError that names the markers of a `what`, and what was found.
+    """
+    for table in tables:
+        if table.marks(names):
+            return table
+    markers = {table.name: table.marker for table in reversed(tables)}
+    wanted = " or ".join(f"{marker!r} ({name})" for name, marker in reversed(markers.items()))
     some = ", ".join(sorted(names)[:3]) or "nothing"
     prefix = next((n[: -len(t.marker)] for n in names for t in tables if n.endswith("." + t.marker)), "")
     hint = f". Every name carries the prefix {prefix!r}: save it without" if prefix else ""
-    problem = f"layout not recognised: expected {wanted}, found {len(names)} tensors such as {some}{hint}"
+    found = f"found {len(names)} tensors such as {some}{hint}"
+    problem = f"layout not recognised: a {what} has {re.sub('{.}', '*', wanted)}; {found}"
     raise CheckpointError(where, problem)
 
 
@@ -179,12 +195,15 @@ def resolve(table: Table, ours: Mapping[str, Shape]) -> list[Entry]:
 
 
 def renamed(table: Table, names: Mapping[str, Value]) -> dict[str, Value]:
-    """A file's names in ours, where one tensor makes one: enough to read a config from shapes."""
-    rules = [(_pattern(rule.src), rule.dst) for rule in table.rules if isinstance(rule.src, str)]
+    """A file's tensors by our names, where one of theirs makes one of ours: enough to tell a config."""
+    # Numbers that are counted from the end have no meaning before all names are known.
+    sources = ((rule.src, rule.dst) for rule in table.rules if isinstance(rule.src, str))
+    rules = [(_pattern(src), dst) for src, dst in sources if "{ri}" not in src]
+    tied = {name: rule.dst for rule in table.rules for name in rule.tied}
     result = {}
     for name, value in names.items():
         hits = [(match, dst) for pattern, dst in rules if (match := pattern.fullmatch(name))]
-        result[hits[0][1].format(**hits[0][0].groupdict()) if hits else name] = value
+        result[hits[0][1].format(**hits[0][0].groupdict()) if hits else tied.get(name, name)] = value
     return result
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: which networks, under which prefixes, with or without quantisation.
+"""The networks in an opened checkpoint: which there are, under which prefixes, with or without quantisation.
 
 A file may be one network (names as its table says) or all of a model in one ("all-in-one": every network
 under its prefix). Networks are recognised by their tables' markers, never by file names.
@@ -9,54 +9,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic
 
-from .checkpoint import Checkpoint, CheckpointError, fold, open_checkpoint
-from .mapping import Entry, Shape, Table, plan, recognise
+from .codec import Shapes
+from .files.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    fold,
+    holds_checkpoint,
+    open_checkpoint,
+    open_pickle,
+)
+from .files.pickled import pickle_in
+from .mapping import Entry, Shape, Table, plan, recognise, renamed
+from .networks import NETWORKS, C, N, Network
 from .precision import separate
-from .tables import flux, text, vae
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """A network of a model, and how files hold it."""
-
-    name: str
-    """As in the names of `Snapshot`'s fields."""
-    tables: tuple[Table, ...]
-    prefixes: tuple[str, ...]
-    """What its names start with in files that hold more than this network; ComfyUI's and Forge's."""
-
-
-TRANSFORMER = Kind(
-    name="transformer", tables=flux.TABLES, prefixes=("model.diffusion_model.", "diffusion_model.")
-)
-VAE = Kind(name="vae", tables=vae.TABLES, prefixes=("first_stage_model.", "vae."))
-CLIP = Kind(
-    name="clip",
-    tables=text.CLIP_TABLES,
-    prefixes=("text_encoders.clip_l.transformer.", "text_encoders.clip_l."),
-)
-T5 = Kind(
-    name="t5",
-    tables=text.T5_TABLES,
-    prefixes=("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl."),
-)
-KINDS = (TRANSFORMER, VAE, CLIP, T5)
-"""What a model is made of."""
+from .tables import adapter
 
 LEFT_OVER = frozenset(
-    f"text_encoders.{encoder}.{name}"
-    for encoder in ("clip_l", "t5xxl")
+    network.prefixes[-1] + name
+    for network in NETWORKS
+    if network.tokenizer is not None
     for name in ("logit_scale", "text_projection", "text_projection.weight")
 )
-"""What all-in-one files hold beside the networks; nothing of it takes part in making a picture."""
+"""Tensors that all-in-one files hold beside the networks, and that no picture needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Part(Generic[C, N]):
     """One network in an opened checkpoint."""
 
-    kind: Kind
+    network: Network[C, N]
     table: Table
     prefix: str
     checkpoint: Checkpoint
@@ -64,54 +47,97 @@ class Part:
     scales: Mapping[str, str]
     """Weight -> name of its scale, which `checkpoint.read` finds."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that loading it reads."""
+        tensors = self.checkpoint.tensors.items()
+        return sum(info.num_bytes for name, info in tensors if name not in self.table.ignored)
+
+    def config(self) -> C:
+        """From its `config.json` or, without one, from its shapes. Raises CheckpointError."""
+        codec, checkpoint = self.network.codec, self.checkpoint
+        stated = checkpoint.config()
+        if stated is not None and not codec.owns(stated):
+            stated = None
+        if codec.tensors_rule:
+            return codec.from_both(stated or {}, shapes_of(checkpoint, self.network))
+        if stated is not None:
+            return codec.from_json(stated, checkpoint.config_path)
+        if self.table.needs_config:
+            problem = "no config.json beside it: add the official one, or pass a config"
+            raise CheckpointError(checkpoint.path, problem)
+        return codec.from_shapes(shapes_of(checkpoint, self.network))
+
+    def plan(self, ours: Mapping[str, Shape]) -> list[Entry]:
+        """How it makes the parameters `ours`, exactly, as `mapping.plan`; all must be stored as numbers."""
+        checkpoint = self.checkpoint
+        entries = plan(self.table, ours, checkpoint.shapes, checkpoint.path)
+        used = {name: checkpoint.tensors[name] for entry in entries for name in entry.src}
+        odd = [
+            (name, f"is stored as {str(info.dtype).removeprefix('torch.')}, whose meaning is unknown")
+            for name, info in used.items()
+            if info.packing is None and not info.dtype.is_floating_point
+        ]
+        if odd:
+            raise CheckpointError(f"{checkpoint.path} ({self.table.name})", *fold(odd))
+        return entries
+
 
 def prefixes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Name of each network that the checkpoint holds -> the prefix of its names."""
+    """Name of each network of a model that the checkpoint holds -> the prefix of its names."""
     found = {}
-    for kind in KINDS:
-        for prefix in ("", *kind.prefixes):
-            if any(prefix + table.marker in checkpoint.tensors for table in kind.tables):
-                found[kind.name] = prefix
+    for network in NETWORKS:
+        for prefix in ("", *network.prefixes):
+            if any(table.marks(checkpoint.tensors, prefix) for table in network.tables):
+                found[network.name] = prefix
                 break
     return found
 
 
 def strangers(checkpoint: Checkpoint, found: Mapping[str, str]) -> list[str]:
-    """Names in an all-in-one file that belong to no network of it."""
+    """Names in an all-in-one file that belong to none of its networks."""
     starts = tuple(found.values())
     return [n for n in checkpoint.tensors if not n.startswith(starts) and n not in LEFT_OVER]
 
 
-def open_part(path: str | Path, kind: Kind) -> Part:
-    """The network `kind` of a file, index or folder.
+def shapes_of(checkpoint: Checkpoint, network: Network[Any, Any]) -> Shapes:
+    """The shapes of a checkpoint with the network's marker, by our names."""
+    table = next(table for table in network.tables if table.marks(checkpoint.tensors))
+    return Shapes(renamed(table, checkpoint.shapes), network.codec.what, checkpoint.path)
 
-    Raises CheckpointError when the checkpoint does not hold it, or holds tensors that belong to nothing.
+
+def open_any(path: str | Path) -> Checkpoint:
+    """As `open_checkpoint`, but bokeh adapters may be pickles: BokehDepth's are (`.bin`).
+
+    Raises CheckpointError for every other pickle.
     """
-    return part_of(open_checkpoint(path), kind)
+    path = Path(path)
+    pickle = None if holds_checkpoint(path) else pickle_in(path)
+    if pickle is None:
+        return open_checkpoint(path)
+    checkpoint = open_pickle(pickle)
+    if adapter.LEVEL not in checkpoint.tensors:
+        some = ", ".join(sorted(checkpoint.tensors)[:3])
+        problem = f"a PyTorch pickle, but not a bokeh adapter (it holds {some}): convert it to .safetensors"
+        raise CheckpointError(pickle, problem)
+    return checkpoint
 
 
-def plan_part(part: Part, ours: Mapping[str, Shape]) -> list[Entry]:
-    """How the part makes the parameters `ours`, exactly, as `mapping.plan`; all must be numbers."""
-    checkpoint = part.checkpoint
-    entries = plan(part.table, ours, checkpoint.shapes, checkpoint.path)
-    used = {name: checkpoint.tensors[name] for entry in entries for name in entry.src}
-    odd = [
-        (name, f"is stored as {str(info.dtype).removeprefix('torch.')}, whose meaning nothing tells")
-        for name, info in used.items()
-        if info.packing is None and not info.dtype.is_floating_point
-    ]
-    if odd:
-        raise CheckpointError(f"{checkpoint.path} ({part.table.name})", *fold(odd))
-    return entries
+def open_part(path: str | Path, network: Network[C, N]) -> Part[C, N]:
+    """The network of a file, index or folder.
+
+    Raises CheckpointError when it is not there, or when the file holds tensors that belong to nothing.
+    """
+    return part_of(open_any(path) if network.pickled else open_checkpoint(path), network)
 
 
-def part_of(checkpoint: Checkpoint, kind: Kind) -> Part:
+def part_of(checkpoint: Checkpoint, network: Network[C, N]) -> Part[C, N]:
     """As `open_part`, of an opened checkpoint."""
     found = prefixes(checkpoint)
-    prefix = found.get(kind.name, "")
+    prefix = found.get(network.name, "")
     if prefix and (odd := strangers(checkpoint, found)):
         lines = fold((name, str(list(checkpoint.tensors[name].shape))) for name in odd)
         raise CheckpointError(checkpoint.path, *(f"unexpected: {line}" for line in lines))
     bare, scales = separate(checkpoint.under(prefix))
-    table = recognise(kind.tables, bare.tensors, bare.path)
-    return Part(kind=kind, table=table, prefix=prefix, checkpoint=bare, scales=scales)
+    table = recognise(network.tables, bare.tensors, bare.path, network.codec.what)
+    return Part(network=network, table=table, prefix=prefix, checkpoint=bare, scales=scales)

@@ -2,8 +2,8 @@
 
 Scaled fp8 stores W / s beside s. Two spellings are in use: `.scale_weight` with a tensor `scaled_fp8` as the
 mark of the file, and `.weight_scale` with a `.comfy_quant` beside each layer or `_quantization_metadata` in
-the header. The scales of activations that both may carry (`.scale_input`, `.input_scale`) serve products in
-fp8; a cast at use needs none.
+the header. Both may carry scales of activations (`.scale_input`, `.input_scale`), which are for products in
+fp8: a cast at use does not need them.
 
 Only the weights of linear layers stay narrow: norms, biases, embeddings and convolutions are cast at load.
 """
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from bokehflux.models.linear import NARROW, Dequantize
 
-from .checkpoint import Checkpoint, CheckpointError, fold
-from .gguf import GgufError, check_decoder, widened
+from .files.checkpoint import Checkpoint, CheckpointError, fold
+from .files.gguf import GgufError, check_decoder, widened
+from .files.unpack import FORMATS, Packed, unpack
 from .mapping import Entry
-from .unpack import FORMATS, Packed, unpack
 
 MARK = "scaled_fp8"
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
@@ -33,7 +33,7 @@ FORMAT = ".comfy_quant"
 METADATA = "_quantization_metadata"
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 BITSANDBYTES = ".absmax"
-"""Ends a name that every file of this library has."""
+"""How a tensor's name ends in every file of that library."""
 _MAX_FORMAT_BYTES = 4096
 
 
@@ -45,7 +45,7 @@ class TensorScaled:
 
     def __call__(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """[out, in] as stored -> [out, in]: the float32 product, rounded once."""
-        # A Python number takes part in float32 whatever the dtype is; fp8 fits into all of them exactly.
+        # A product with a Python number is computed in float32; fp8 values are exact in every dtype.
         return weight.to(dtype, copy=True).mul_(self.scale)
 
 
@@ -67,7 +67,7 @@ class Stored(NamedTuple):
     tensor: Tensor
     dequantize: Dequantize | None = None
     scale: Tensor | None = None
-    """[out] float32: of a weight that multiplies in fp8."""
+    """[out] float32, of a weight that multiplies in fp8."""
 
 
 def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
@@ -112,7 +112,7 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
 
 
 def _strange_formats(checkpoint: Checkpoint, markers: Sequence[str]) -> list[str]:
-    """What the new style declares and we cannot compute."""
+    """One line for each format that the newer spelling declares and we cannot compute."""
     declared: dict[str, str] = {}
     for name in markers:
         info = checkpoint.tensors[name]
@@ -144,7 +144,7 @@ def _json(text: str | bytes) -> Any:
 
 def _format_of(entry: Any) -> str:
     kind = entry.get("format") if isinstance(entry, dict) else entry
-    # Rotated weights need rotated activations: the name of the format alone does not say it.
+    # Rotated weights need rotated activations, which the name of the format does not say.
     extra = entry.get("convrot") if isinstance(entry, dict) else None
     return f"{kind!s:.40}{' (rotated)' if extra else ''}"
 
@@ -158,7 +158,7 @@ def store(
     *,
     keep: bool,
 ) -> Stored:
-    """Make one parameter: in storage precision when `keep` and the file's is narrow, else in `dtype`."""
+    """Make one parameter: as stored if `keep` and the file's type is narrow, else in `dtype`."""
     infos = [checkpoint.tensors[name] for name in entry.src]
     lone = len(entry.src) == 1
     alike = len({(info.dtype, info.packing) for info in infos}) == 1
@@ -168,7 +168,7 @@ def store(
         if packing is not None:
             return Stored(narrow, Packed(packing=packing))
         return Stored(narrow, _scaling(entry, checkpoint, scales, device))
-    # A lone source is copied, so that no parameter aliases the mapped file; joining copies anyway.
+    # A lone source is copied, so that no parameter is a view of the mapped file; joining copies anyway.
     wide = [_wide(name, checkpoint, scales, device, dtype, copy=lone) for name in entry.src]
     return Stored(entry.transform.join(wide))
 
@@ -176,7 +176,7 @@ def store(
 def _scaling(
     entry: Entry, checkpoint: Checkpoint, scales: Mapping[str, str], device: torch.device
 ) -> Dequantize | None:
-    """Rows are rearranged with their scales, by the same rule."""
+    """The scales of a parameter: rows are rearranged together with them, by the same rule."""
     if not any(name in scales for name in entry.src):
         return None
     columns = [_scale(name, checkpoint, scales) for name in entry.src]
@@ -188,11 +188,12 @@ def _scaling(
 
 
 def _scale(name: str, checkpoint: Checkpoint, scales: Mapping[str, str]) -> Tensor:
-    """The scale of every row, [rows, 1] float32; one for a weight without."""
+    """The scale of every row, [rows, 1] float32; ones for a weight without scales."""
     rows = checkpoint.tensors[name].shape[0]
     if name not in scales:
         return torch.ones(rows, 1)
-    scale = checkpoint.read(scales[name]).float().reshape(-1, 1)
+    # Copied, since a layer may keep it.
+    scale = checkpoint.read(scales[name]).to(torch.float32, copy=True).reshape(-1, 1)
     if not bool(scale.isfinite().all()):
         raise CheckpointError(checkpoint.path, f"{scales[name]} is not finite")
     return scale.expand(rows, 1)

@@ -20,7 +20,7 @@ from bokehflux.version import __version__
 
 if TYPE_CHECKING:
     from bokehflux.pipeline.run import Options
-    from bokehflux.weights.resolve import ModelFiles
+    from bokehflux.weights.find.resolve import ModelFiles
 
 Asked = TypeVar("Asked", bound=Settings)
 TILING = {"auto": None, "on": True, "off": False}
@@ -150,10 +150,10 @@ def model_from(args: argparse.Namespace) -> str | ModelFiles:
     parts = {name: getattr(args, name) for name in ("vae", "clip", "t5", "tokenizers")}
     if not any(parts.values()):
         return args.model
-    from bokehflux.weights.resolve import ModelFiles
+    from bokehflux.weights.find.resolve import ModelFiles
 
-    paths = {name: None if path is None else Path(path) for name, path in parts.items()}
-    return ModelFiles(transformer=args.model, **paths)
+    paths = {name: Path(path) for name, path in parts.items() if path is not None}
+    return ModelFiles({"transformer": args.model, **paths})
 
 
 def loras_from(args: argparse.Namespace) -> list[tuple[str, float]]:

@@ -244,7 +244,7 @@ def _preview(args: argparse.Namespace) -> PreviewFile | None:
         return None
     from bokehflux.app.preview import check_preview
     from bokehflux.app.watched import PreviewFile
-    from bokehflux.weights.tiny_decoder import load_tiny_decoder
+    from bokehflux.weights.load import load_tiny_decoder
 
     check_preview(args.preview, args.preview_every, args.preview_vae)
     if args.preview_vae is not None:

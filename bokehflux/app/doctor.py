@@ -20,9 +20,16 @@ from bokehflux.kernels.fp8.interface import why_not
 from bokehflux.models.precision import default_dtype
 from bokehflux.pipeline.provenance import device_name
 from bokehflux.version import __version__
-from bokehflux.weights.checkpoint import NotFoundError
-from bokehflux.weights.load import find_model
-from bokehflux.weights.resolve import ADAPTER_REPO, BUNDLED, DEV, SCHNELL, hub_cache, resolve_adapter
+from bokehflux.weights.files.checkpoint import NotFoundError
+from bokehflux.weights.find.resolve import (
+    ADAPTER_REPO,
+    BUNDLED,
+    DEV,
+    SCHNELL,
+    hub_cache,
+    resolve_adapter,
+    resolve_model,
+)
 
 REQUIRED = ("torch", "einops", "safetensors", "sentencepiece", "tokenizers", "numpy", "pillow")
 OPTIONAL = {
@@ -132,12 +139,12 @@ def _models(environment: Mapping[str, str]) -> Iterator[str]:
 
 def _state(model: str | Path, environment: Mapping[str, str]) -> str:
     try:
-        parts = find_model(model, environment)
+        parts = resolve_model(model, environment)
     except (ValueError, OSError) as error:
         # What is wrong with it fits on a line; where it was looked for does not. The line names it already.
         said = "; ".join(error.problems) if isinstance(error, NotFoundError) else " ".join(str(error).split())
         return "not usable: " + said[:200]
-    config, adapter = parts.mmdit, "with" if parts.adapter else "without"
+    config, adapter = parts.config, "with" if parts.adapter else "without"
     shape = f"{config.num_double} + {config.num_single} blocks of width {config.hidden_size}"
     return f"complete, {shape}, {adapter} its own adapter"
 

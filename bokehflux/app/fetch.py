@@ -1,8 +1,8 @@
 """Download models through `huggingface_hub`: the only module of the library with a network.
 
-Files land in the Hugging Face cache, where the resolver (`weights/resolve.py`) and other programs find them;
-an interrupted download goes on where it stopped. Each repository is asked for what this library reads and no
-more: FLUX.1-dev holds its transformer twice, 24 GB each.
+Files land in the Hugging Face cache, where the resolver (`weights/find/resolve.py`) and other programs find
+them; an interrupted download goes on where it stopped. Each repository is asked for what this library reads
+and no more: FLUX.1-dev holds its transformer twice, 24 GB each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bokehflux.weights.resolve import ADAPTER_REPO, DEV, NAMES, SCHNELL
+from bokehflux.weights.find.resolve import ADAPTER_REPO, DEV, NAMES, SCHNELL
 
 _SHARED = ("text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*", "scheduler/*")
 PATTERNS: dict[str, tuple[str, ...]] = {

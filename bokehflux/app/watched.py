@@ -16,7 +16,7 @@ from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.progress import Progress
 from bokehflux.pipeline.run import Options, Plan, Result, Stopped, execute, with_fewer_rows
 from bokehflux.sampling.samplers import StepInfo
-from bokehflux.weights.tiny_decoder import load_tiny_decoder
+from bokehflux.weights.load import load_tiny_decoder
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from bokehflux.evaluation.figures import CURVE
 from bokehflux.evaluation.report import commit, replace_between
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import device_name
-from bokehflux.weights.write import replacing, write_json
+from bokehflux.weights.files.write import replacing, write_json
 
 RESULTS = Path("benchmarks/results")
 CARD = Path("weights/nano")

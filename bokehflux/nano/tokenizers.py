@@ -21,7 +21,7 @@ from tokenizers.models import Unigram
 
 from bokehflux.text.clip_words import BYTE_ALPHABET, END, START, words
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
-from bokehflux.weights.write import replacing, write_json
+from bokehflux.weights.files.write import replacing, write_json
 
 CLIP_FOLDER, T5_FOLDER = "tokenizer", "tokenizer_2"
 _PAD, _EOS, _UNK = "<pad>", "</s>", "<unk>"

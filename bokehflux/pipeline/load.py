@@ -24,8 +24,8 @@ from bokehflux.pipeline.memory import (
 from bokehflux.pipeline.model import Compute
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import source_of
+from bokehflux.weights.find.resolve import ModelFiles
 from bokehflux.weights.load import load_components
-from bokehflux.weights.resolve import ModelFiles
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def load(
 
     model: the name of a bundled model ("nano", which brings its adapter); a folder or file in any layout; a
         repository in the Hugging Face cache, such as "black-forest-labs/FLUX.1-dev"; or `ModelFiles`
-        (`weights/resolve.py`), part by part. The pipeline's `name` is this as text.
+        (`weights/find/resolve.py`), part by part. The pipeline's `name` is this as text.
     adapter: an adapter's folder, file or repository; None takes the model's own, if it has one.
     loras: (file, strength) of each, in any of the known key families; their effects add up.
     device: None takes CUDA, then MPS, then the CPU. dtype: "bfloat16", "float32" or "float16"; None takes
@@ -86,7 +86,7 @@ def load(
         )
     placement = Placement()
     if where.type == "cuda":
-        networks = (parts.mmdit, parts.text.networks, parts.vae)
+        networks = (parts.transformer, parts.text.networks, parts.vae)
         mode: MemoryMode = "resident"
         if not resident:
             mode = choose(footprint(*networks), free_memory(where)) if memory == "auto" else memory
@@ -94,12 +94,12 @@ def load(
         with advised(mode, where, footprint(*networks)):
             placement = place(*networks, mode, where)
     return Pipeline(
-        mmdit=parts.mmdit,
+        mmdit=parts.transformer,
         text=parts.text,
         vae=parts.vae,
-        schedule=parts.schedule,
-        defaults=parts.defaults,
-        source=source_of(model, adapter, loras),
+        schedule=parts.snapshot.schedule,
+        defaults=parts.snapshot.defaults,
+        source=source_of(parts.snapshot, model, adapter, loras),
         memory=placement,
     )
 

@@ -16,13 +16,11 @@ from bokehflux.fingerprint import fingerprint
 from bokehflux.kernels.attention import select
 from bokehflux.record import Provenance
 from bokehflux.version import __version__
-from bokehflux.weights.load import find_model
-from bokehflux.weights.resolve import ModelFiles, resolve_adapter, resolve_lora
+from bokehflux.weights.find.resolve import ModelFiles
+from bokehflux.weights.find.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from bokehflux.pipeline.model import Model
-
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,38 +52,23 @@ class Source:
 
 
 def source_of(
-    model: str | Path | ModelFiles, adapter: str | Path | None, loras: Sequence[tuple[str | Path, float]]
+    snapshot: Snapshot,
+    model: str | Path | ModelFiles,
+    adapter: str | Path | None,
+    loras: Sequence[tuple[str | Path, float]],
 ) -> Source:
-    """The source of a model that is loaded with these arguments of `bokehflux.load`.
-
-    Raises CheckpointError when there is no such model.
-    """
-    snapshot = find_model(model)
-    # A tokenizer may lie in one folder with everything else.
-    words = [
-        folder / name
-        for folder in (snapshot.clip_tokenizer, snapshot.t5_tokenizer)
-        for name in TOKENIZER_FILES
-    ]
-    files = [
-        snapshot.transformer,
-        snapshot.vae,
-        snapshot.clip,
-        snapshot.t5,
-        *words,
-        snapshot.root / "scheduler",
-    ]
+    """The source of a model that was found as `snapshot` for these arguments of `bokehflux.load`."""
     parts = {}
     if isinstance(model, ModelFiles):
-        parts = {name: str(path) for name, path in vars(model).items() if path is not None}
+        parts = {name: str(path) for name, path in model.files.items()}
     return Source(
         model=parts.pop("transformer", str(model)),
         parts=parts,
         adapter=None if adapter is None else str(adapter),
         loras=tuple((str(path), float(strength)) for path, strength in loras),
-        files=tuple(path for path in files if path.exists()),
-        adapter_file=snapshot.adapter if adapter is None else resolve_adapter(adapter),
-        lora_files=tuple(resolve_lora(path) for path, _ in loras),
+        files=tuple(snapshot.files),
+        adapter_file=snapshot.adapter,
+        lora_files=tuple(path for path, _ in snapshot.loras),
     )
 
 

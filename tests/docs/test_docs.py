@@ -33,10 +33,10 @@ from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.nano.tokenizers import train_tokenizers
-from bokehflux.weights import load, save
-from bokehflux.weights.resolve import ADAPTER_REPO, DEV
-from bokehflux.weights.snapshot import open_snapshot
-from bokehflux.weights.write import save as write
+from bokehflux.weights import networks, save
+from bokehflux.weights.files.write import save as write
+from bokehflux.weights.find import resolve
+from bokehflux.weights.find.resolve import ADAPTER_REPO, DEV
 from tests import model_files
 from tests.tiny import BOKEH, MMDIT, VAE, tiny_mmdit
 
@@ -103,18 +103,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     base, adapter = save.split_adapter(tiny_mmdit().state_dict())
-    save.save_adapter(home / "BokehDiffusion", BOKEH, MMDIT, adapter)
+    save.save_network(networks.adapter_for(MMDIT), home / "BokehDiffusion", BOKEH, adapter)
     for name in ("FLUX.1-dev", "nano"):
         folder = home / name
-        save.save_mmdit(folder / "transformer", MMDIT, base)
-        save.save_vae(folder / "vae", VAE, AutoencoderKL(VAE).state_dict())
-        save.save_clip(folder / "text_encoder", CLIP, random_state(CLIPTextEncoder(CLIP)))
-        save.save_t5(folder / "text_encoder_2", T5, random_state(T5Encoder(T5)))
+        save.save_network(networks.TRANSFORMER, folder / "transformer", MMDIT, base)
+        save.save_network(networks.VAE, folder / "vae", VAE, AutoencoderKL(VAE).state_dict())
+        save.save_network(networks.CLIP, folder / "text_encoder", CLIP, random_state(CLIPTextEncoder(CLIP)))
+        save.save_network(networks.T5, folder / "text_encoder_2", T5, random_state(T5Encoder(T5)))
         train_tokenizers(["a red mug on a table", "a blue vase"] * 3, folder, length=TEXT_LENGTH)
         save.save_schedule(folder / "scheduler", FLUX_SCHEDULE)
         defaults = Defaults(num_inference_steps=4, height_px=32, width_px=48, txt_length=TEXT_LENGTH)
         save.save_index(folder, defaults, adapter="adapter" if name == "nano" else None)
-    save.save_adapter(home / "nano" / "adapter", BOKEH, MMDIT, adapter)
+    save.save_network(networks.adapter_for(MMDIT), home / "nano" / "adapter", BOKEH, adapter)
 
     for name in ("style", "detail"):
         width = MMDIT.in_channels
@@ -162,13 +162,7 @@ def workplace(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             return str(models / repo_id.split("/")[1])
 
     monkeypatch.setattr(fetch, "_hub", lambda: Hub)
-    find = load.find_model
-
-    def find_tiny(model: Any, env: Any = None) -> Any:
-        return open_snapshot(models / "nano") if model == "nano" else find(model, env)
-
-    monkeypatch.setattr(load, "find_model", find_tiny)
-    monkeypatch.setattr("bokehflux.app.doctor.find_model", find_tiny)
+    monkeypatch.setitem(resolve.BUNDLED, "nano", models / "nano")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
-from bokehflux.weights.load import load_clip
-from bokehflux.weights.save import save_clip
-from bokehflux.weights.write import save, save_sharded
+from bokehflux.weights.files.checkpoint import CheckpointError, open_checkpoint
+from bokehflux.weights.files.write import save, save_sharded
+from bokehflux.weights.networks import CLIP
+from bokehflux.weights.save import save_network
 from tests import model_files
 from tests.faults.child import forked, needs_linux
 
@@ -63,16 +63,16 @@ def test_a_file_that_is_cut_while_it_is_mapped(tmp_path):
 def test_a_model_with_a_truncated_shard_is_refused_before_it_is_read(tmp_path, monkeypatch, cut):
     torch.manual_seed(0)
     state = model_files.random_state(model_files.CLIPTextEncoder(model_files.CLIP))
-    save_clip(tmp_path, model_files.CLIP, state)
+    save_network(CLIP, tmp_path, model_files.CLIP, state)
     (tmp_path / "model.safetensors").unlink()
     save_sharded(tmp_path, state, "model", max_shard_bytes=200_000)
-    load_clip(tmp_path)
+    model_files.load_clip(tmp_path)
     shards = sorted(tmp_path.glob("*-of-*"))
     assert len(shards) > 1
     os.truncate(shards[-1], cut % shards[-1].stat().st_size)
-    monkeypatch.setattr("bokehflux.weights.checkpoint.Checkpoint.read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("bokehflux.weights.files.checkpoint.Checkpoint.read", lambda *_: pytest.fail("read"))
     with pytest.raises(CheckpointError, match=rf"shard {shards[-1].name}: (truncated|not a)") as caught:
-        load_clip(tmp_path)
+        model_files.load_clip(tmp_path)
     assert len(caught.value.problems) == 1
 
 
@@ -80,10 +80,10 @@ def test_a_model_with_a_truncated_shard_is_refused_before_it_is_read(tmp_path, m
 def test_memory_that_a_network_took_does_not_follow_its_file(tmp_path):
     """Once loaded, nothing can reach it: the file may be cut, overwritten or removed."""
     state = model_files.random_state(model_files.CLIPTextEncoder(model_files.CLIP))
-    save_clip(tmp_path, model_files.CLIP, state)
+    save_network(CLIP, tmp_path, model_files.CLIP, state)
 
     def load_and_cut() -> int:
-        network = load_clip(tmp_path, dtype=torch.float32)
+        network = model_files.load_clip(tmp_path, dtype=torch.float32)
         os.truncate(tmp_path / "model.safetensors", 0)
         return sum(int(t.equal(state[name])) for name, t in network.state_dict().items()) - len(state)
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.weights.checkpoint import open_checkpoint
-from bokehflux.weights.write import save, save_sharded
+from bokehflux.weights.files.checkpoint import open_checkpoint
+from bokehflux.weights.files.write import save, save_sharded
 from tests.faults.child import forked, needs_linux
 from tests.faults.runs import generate, sweep
 

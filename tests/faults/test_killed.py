@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
-from bokehflux.weights.write import save, save_sharded, write_json
+from bokehflux.weights.files.checkpoint import CheckpointError, open_checkpoint
+from bokehflux.weights.files.write import save, save_sharded, write_json
 from tests.faults.child import finish, forked, needs_linux, start
 from tests.faults.runs import sweep
 

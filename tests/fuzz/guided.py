@@ -37,8 +37,8 @@ def file_of(data: bytes, suffix: str) -> Iterator[Path]:
 
 
 def checkpoint(data: bytes, suffix: str) -> None:
-    from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
     from bokehflux.weights.describe import describe
+    from bokehflux.weights.files.checkpoint import CheckpointError, open_checkpoint
 
     with file_of(data, suffix) as path:
         try:
@@ -61,9 +61,9 @@ def lora(data: bytes, _: str) -> None:
     """A line is the name of a tensor; its last character, if that is a digit, the size of both sides."""
     import torch
 
-    from bokehflux.weights.checkpoint import CheckpointError
-    from bokehflux.weights.lora import read_lora
-    from bokehflux.weights.write import save
+    from bokehflux.weights.files.checkpoint import CheckpointError
+    from bokehflux.weights.files.write import save
+    from bokehflux.weights.lora.read import read_lora
     from tests.tiny import MMDIT
 
     names = data.decode("utf-8", "replace").splitlines()[:20]
@@ -71,17 +71,18 @@ def lora(data: bytes, _: str) -> None:
     with file_of(b"", ".safetensors") as path:
         save(path, {name: torch.ones(size, size) for name, size in sizes.items() if name != "__metadata__"})
         with contextlib.suppress(CheckpointError):
-            read_lora(path, MMDIT)
+            read_lora(path, {"transformer": MMDIT})
 
 
 def config(data: bytes, _: str) -> None:
     """All readers of a JSON file, one after the other."""
-    from bokehflux.weights import official, snapshot
-    from bokehflux.weights.checkpoint import read_json
+    from bokehflux.weights.files.checkpoint import read_json
+    from bokehflux.weights.find import snapshot
+    from bokehflux.weights.tables import clip, flux, scheduler, t5, vae
 
     readers: tuple[Callable[[Any], object], ...] = (
-        official.mmdit_config, official.vae_config, official.t5_config, official.clip_config,
-        official.schedule_config, lambda value: snapshot.card(value, True),
+        flux.CONFIG.from_json, vae.CONFIG.from_json, t5.CONFIG.from_json, clip.CONFIG.from_json,
+        scheduler.CONFIG.from_json, snapshot.card(True).from_json,
     )  # fmt: skip
     with file_of(data, ".json") as path:
         try:
@@ -117,8 +118,8 @@ def examples(target: str) -> list[bytes]:
 
     from bokehflux.pictures import metadata
     from bokehflux.record import GenerateSettings
-    from bokehflux.weights import official
-    from bokehflux.weights.write import save
+    from bokehflux.weights.files.write import save
+    from bokehflux.weights.tables import flux, vae
     from tests.tiny import MMDIT, VAE
 
     if target == "safetensors":
@@ -142,9 +143,7 @@ def examples(target: str) -> list[bytes]:
             b"lora_unet_img_in.lora_down.weight\nlora_te1_x.alpha",
         ]
     if target == "config":
-        return [
-            json.dumps(d).encode() for d in (official.mmdit_config_dict(MMDIT), official.vae_config_dict(VAE))
-        ]
+        return [json.dumps(d).encode() for d in (flux.CONFIG.to_json(MMDIT), vae.CONFIG.to_json(VAE))]
     return [
         b"--prompt\na cup\n--bokeh-targets\n0\n9\n--bokeh_pivot\n4",
         b"--lora\nx\n0.5\n--prompt=p",
@@ -169,7 +168,7 @@ def main(argv: list[str]) -> None:
     with atheris.instrument_imports(include=["bokehflux"]):
         import bokehflux.app.replay
         import bokehflux.weights.describe
-        import bokehflux.weights.lora  # noqa: F401
+        import bokehflux.weights.lora.read  # noqa: F401
     read, suffix = TARGETS[args.target]
     with tempfile.TemporaryDirectory() as corpus:
         for number, data in enumerate(examples(args.target)):

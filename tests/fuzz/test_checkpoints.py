@@ -14,11 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
 from bokehflux.weights.describe import describe
-from bokehflux.weights.gguf import GgufFile
-from bokehflux.weights.load import load_clip, load_t5, load_vae
-from bokehflux.weights.write import save, save_sharded
+from bokehflux.weights.files.checkpoint import CheckpointError, open_checkpoint
+from bokehflux.weights.files.gguf import GgufFile
+from bokehflux.weights.files.write import save, save_sharded
 from tests import model_files
 from tests.faults.child import forked
 from tests.fuzz.hostile import HUGE, JSON, raw
@@ -219,7 +218,7 @@ def test_shards_of_the_hugging_face_cache_are_links_and_are_read(tmp_path):
     assert open_checkpoint(snapshot).read("b").tolist() == [1] * 4
 
 
-PARTS = {"vae": load_vae, "clip": load_clip, "t5": load_t5}
+PARTS = {name: load for name, load in model_files.LOADERS.items() if name != "transformer"}
 STATES = model_files.states()
 
 

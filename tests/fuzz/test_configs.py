@@ -15,21 +15,23 @@ from hypothesis import strategies as st
 from bokehflux.configs import MAX_LAYERS, BokehConfig, Defaults, MMDiTConfig, T5Config
 from bokehflux.models.adapter import BokehAdapter
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError
+from bokehflux.weights import networks
 from bokehflux.weights import save as export
-from bokehflux.weights.checkpoint import CheckpointError
-from bokehflux.weights.load import load_adapter, load_clip, load_mmdit, load_t5, load_vae
-from bokehflux.weights.lora import read_lora
-from bokehflux.weights.snapshot import open_snapshot
-from bokehflux.weights.write import save
+from bokehflux.weights.files.checkpoint import CheckpointError
+from bokehflux.weights.files.write import save
+from bokehflux.weights.find.snapshot import open_snapshot
+from bokehflux.weights.load import load_network, load_transformer
+from bokehflux.weights.lora.read import read_lora
 from tests import model_files
 from tests.fuzz.hostile import HUGE, JSON, TEXTS, changed
 
+ADAPTER = networks.adapter_for(model_files.MMDIT)
 LOADERS: dict[str, Callable[[Path], object]] = {
-    "transformer/config.json": load_mmdit,
-    "vae/config.json": load_vae,
-    "text_encoder/config.json": load_clip,
-    "text_encoder_2/config.json": load_t5,
-    "adapter/config.json": lambda folder: load_adapter(folder, model_files.MMDIT),
+    "transformer/config.json": load_transformer,
+    "vae/config.json": model_files.load_vae,
+    "text_encoder/config.json": model_files.load_clip,
+    "text_encoder_2/config.json": model_files.load_t5,
+    "adapter/config.json": lambda folder: load_network(ADAPTER, folder),
     "scheduler/scheduler_config.json": lambda folder: open_snapshot(folder.parent),
     "bokehflux.json": open_snapshot,
     "tokenizer/tokenizer_config.json": CLIPTokenizer.from_folder,
@@ -67,7 +69,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_files.write_tokenizers(root)
     config = BokehConfig(blocks=(0, 1), rank=4)
     adapter = BokehAdapter(config, model_files.MMDIT).state_dict()
-    export.save_adapter(root / "adapter", config, model_files.MMDIT, adapter)
+    export.save_network(networks.adapter_for(model_files.MMDIT), root / "adapter", config, adapter)
     for name, load in LOADERS.items():
         load((root / name).parent)
     return root
@@ -168,7 +170,7 @@ def test_ids_without_end_are_not_counted_out(model, tmp_path, name):
 def test_no_network_of_a_billion_blocks_is_built(model, key, count):
     path = model / "transformer" / "config.json"
     with changed(path, {**json.loads(path.read_text()), key: count}):
-        assert "whole number" in outcome(load_mmdit, path)
+        assert "whole number" in outcome(load_transformer, path)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,7 @@ def adapter_file(folder: Path, name: str, shape: list[int]) -> Path:
 @pytest.mark.parametrize("name", ["embedding_layer.0.weight", "adapter_modules.0.to_q_adp.down.weight"])
 def test_adapters_with_tensors_that_are_no_matrices(tmp_path, name):
     with pytest.raises(CheckpointError):
-        load_adapter(adapter_file(tmp_path, name, []), model_files.MMDIT)
+        load_network(ADAPTER, adapter_file(tmp_path, name, []))
 
 
 def test_a_card_that_names_an_adapter_no_file_can_be_called(model):
@@ -234,6 +236,7 @@ def test_a_card_that_names_an_adapter_no_file_can_be_called(model):
 
 
 STEM = "transformer.transformer_blocks.0.attn.to_q"
+LORA = {"transformer": model_files.MMDIT}
 
 
 def lora_tensors() -> dict[str, torch.Tensor]:
@@ -256,7 +259,7 @@ def test_any_settings_of_peft(tmp_path_factory, settings_):
     save(folder / "adapter_model.safetensors", lora_tensors())
     (folder / "adapter_config.json").write_text(json.dumps(settings_))
     try:
-        (terms,) = read_lora(folder, model_files.MMDIT).terms["mmdit"].values()
+        (terms,) = read_lora(folder, LORA).terms["transformer"].values()
     except CheckpointError as error:
         assert error.problems
     else:
@@ -287,6 +290,6 @@ def test_names_and_shapes_near_those_of_a_lora(tmp_path_factory, shapes, dtype):
     path = tmp_path_factory.mktemp("lora") / "a.safetensors"
     save(path, tensors)
     try:
-        read_lora(path, model_files.MMDIT)
+        read_lora(path, LORA)
     except CheckpointError as error:
         assert error.problems

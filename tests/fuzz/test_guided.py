@@ -11,8 +11,8 @@ import pytest
 
 from bokehflux.app.arguments import parse
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.weights.checkpoint import open_checkpoint
-from bokehflux.weights.lora import read_lora
+from bokehflux.weights.files.checkpoint import open_checkpoint
+from bokehflux.weights.lora.read import read_lora
 from tests.fuzz import guided
 from tests.tiny import MMDIT
 
@@ -46,7 +46,7 @@ def test_examples_are_valid(target: str) -> None:
     with guided.file_of(example, suffix) as path:
         if target == "lora":
             with guided.file_of(b"", ".safetensors") as tensors:
-                pytest.raises(ValueError, read_lora, tensors, MMDIT)
+                pytest.raises(ValueError, read_lora, tensors, {"transformer": MMDIT})
         elif suffix in (".safetensors", ".gguf"):
             opened = open_checkpoint(path)
             assert "a" in opened.tensors and opened.read("a").numel() == 6

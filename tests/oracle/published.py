@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from bokehflux.configs import BokehConfig
 from bokehflux.models.mmdit import MMDiT
-from bokehflux.weights.load import ADAPTER_PREFIX
 from bokehflux.weights.mapping import to_official
-from bokehflux.weights.official import mmdit_config_dict
-from bokehflux.weights.tables import bokeh, flux
+from bokehflux.weights.networks import ADAPTER_PREFIX
+from bokehflux.weights.tables import flux
+from bokehflux.weights.tables.adapter import PUBLISHED
 
 AttentionOutput = Tensor | tuple[Tensor, Tensor]
 
@@ -161,7 +161,7 @@ def build_diffusers(mmdit: MMDiT) -> FluxTransformer2DModel:
     One tensor is a copy: diffusers stores the halves of the final modulation the other way round.
     Raises ValueError for a config that diffusers cannot express.
     """
-    config = {key: value for key, value in mmdit_config_dict(mmdit.config).items() if key != "_class_name"}
+    config = {key: value for key, value in flux.CONFIG.to_json(mmdit.config).items() if key != "_class_name"}
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(**config)
     base = {n: t for n, t in mmdit.state_dict().items() if not n.startswith(ADAPTER_PREFIX)}
@@ -179,7 +179,7 @@ def build_published(
     if mmdit.bokeh is None:
         raise ValueError("the published formulation needs an adapter, and this model has none")
     config = mmdit.bokeh.config
-    adapter = to_official(bokeh.ADAPTER, mmdit.bokeh.state_dict())
+    adapter = to_official(PUBLISHED, mmdit.bokeh.state_dict())
     transformer = build_diffusers(mmdit)
     processors: dict[str, PublishedAttention | UnadaptedAttention] = {}
     # diffusers lists its attentions in the order in which the adapter numbers blocks: double, then single.

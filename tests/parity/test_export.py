@@ -9,13 +9,9 @@ from diffusers import FluxTransformer2DModel
 from transformers import CLIPTextModel, T5EncoderModel
 
 from bokehflux.configs import CLIPConfig, MMDiTConfig, T5Config, VAEConfig
-from bokehflux.models.clip import CLIPTextEncoder
-from bokehflux.models.mmdit import MMDiT
-from bokehflux.models.t5 import T5Encoder
-from bokehflux.models.vae import AutoencoderKL
-from bokehflux.weights import save
+from bokehflux.weights import networks
 from bokehflux.weights.mapping import to_official
-from bokehflux.weights.tables import flux, text, vae
+from bokehflux.weights.save import save_network
 
 MMDIT = MMDiTConfig(
     in_channels=8, txt_dim=8, pooled_dim=4, hidden_size=12, num_heads=2, num_double=2, num_single=3,
@@ -27,22 +23,22 @@ VAE = VAEConfig(
 T5 = T5Config(vocab_size=11, width=8, head_dim=4, mlp_size=6, num_layers=2, num_heads=2)
 CLIP = CLIPConfig(vocab_size=11, width=4, mlp_size=6, num_layers=2, num_heads=2, eos_token_id=9)
 CASES = {
-    "transformer": (save.save_mmdit, MMDIT, MMDiT, flux.DIFFUSERS, FluxTransformer2DModel),
-    "vae": (save.save_vae, VAE, AutoencoderKL, vae.DIFFUSERS, OfficialVAE),
-    "t5": (save.save_t5, T5, T5Encoder, text.T5, T5EncoderModel),
-    "clip": (save.save_clip, CLIP, CLIPTextEncoder, text.CLIP, CLIPTextModel),
+    "transformer": (networks.TRANSFORMER, MMDIT, FluxTransformer2DModel),
+    "vae": (networks.VAE, VAE, OfficialVAE),
+    "t5": (networks.T5, T5, T5EncoderModel),
+    "clip": (networks.CLIP, CLIP, CLIPTextModel),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_official_classes_open_our_exports(tmp_path, name):
-    write, config, build, table, official_class = CASES[name]
-    state = {n: torch.randn(t.shape) for n, t in build(config).state_dict().items()}
-    write(tmp_path, config, state)
+    row, config, official_class = CASES[name]
+    state = {n: torch.randn(t.shape) for n, t in row.build(config).state_dict().items()}
+    save_network(row, tmp_path, config, state)
     network, report = official_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     loaded = network.state_dict()
     loaded.pop("encoder.embed_tokens.weight", None)  # tied to shared.weight
-    expected = to_official(table, state)
+    expected = to_official(row.tables[0], state)
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[n], t) for n, t in expected.items())

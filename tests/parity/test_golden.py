@@ -25,9 +25,10 @@ from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser, model_sigm
 from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
 from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.schedule import sigmas
-from bokehflux.weights.checkpoint import read_json
-from bokehflux.weights.load import load_clip, load_mmdit, load_t5, load_vae
-from bokehflux.weights.official import schedule_config
+from bokehflux.weights.files.checkpoint import read_json
+from bokehflux.weights.load import load_network, load_transformer
+from bokehflux.weights.networks import CLIP, T5, VAE
+from bokehflux.weights.tables import scheduler
 from tests.helpers import max_error, needs_shared, shared
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -45,11 +46,11 @@ def models():
     kind = {"device": "cpu", "dtype": torch.float32}
     snapshot = GOLDEN / "snapshot"
     return {
-        "mmdit": load_mmdit(snapshot / "transformer", adapter=GOLDEN / "adapter", **kind),
-        "vae": load_vae(snapshot / "vae", **kind),
-        "t5": load_t5(snapshot / "text_encoder_2", **kind),
-        "clip": load_clip(snapshot / "text_encoder", **kind),
-        "schedule": schedule_config(read_json(snapshot / "scheduler" / "scheduler_config.json")),
+        "mmdit": load_transformer(snapshot / "transformer", adapter=GOLDEN / "adapter", **kind),
+        "vae": load_network(VAE, snapshot / "vae", **kind),
+        "t5": load_network(T5, snapshot / "text_encoder_2", **kind),
+        "clip": load_network(CLIP, snapshot / "text_encoder", **kind),
+        "schedule": scheduler.CONFIG.from_json(read_json(snapshot / "scheduler" / "scheduler_config.json")),
     }
 
 

@@ -16,9 +16,9 @@ from bokehflux.configs import FLUX_DEV, MMDiTConfig
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.weights.lora import Lora, read_lora
-from bokehflux.weights.lora_apply import attach
-from bokehflux.weights.write import save
+from bokehflux.weights.files.write import save
+from bokehflux.weights.lora.apply import attach
+from bokehflux.weights.lora.read import Lora, read_lora
 from tests.oracle.published import build_diffusers
 
 
@@ -36,7 +36,7 @@ def assert_close(x: Tensor, y: Tensor, tolerance: float = 1e-5) -> None:
 
 def read(folder: Path, tensors: Mapping[str, Tensor], config: MMDiTConfig) -> Lora:
     save(folder / "lora.safetensors", tensors)
-    return read_lora(folder / "lora.safetensors", config)
+    return read_lora(folder / "lora.safetensors", {"transformer": config})
 
 
 def predictions(network: MMDiT, theirs: torch.nn.Module) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def test_diffusers_names_mean_diffusers_layers(network, style, tmp_path):
     ours = copy.deepcopy(network)
     before, expected = predictions(ours, theirs)
     assert (before - expected).norm() > 0.1 * expected.norm()
-    attach({"mmdit": ours}, read(tmp_path, tensors, network.config))
+    attach({"transformer": ours}, read(tmp_path, tensors, network.config))
     after, expected = predictions(ours, theirs)
     assert_close(after, expected)
 
@@ -81,7 +81,7 @@ def test_diffusers_names_mean_diffusers_layers(network, style, tmp_path):
 def effects(lora: Lora, config: MMDiTConfig) -> dict[str, Tensor]:
     """What each changed layer adds for one input per layer: compares LoRAs without their dense matrices."""
     result = {}
-    for module, terms in lora.terms["mmdit"].items():
+    for module, terms in lora.terms["transformer"].items():
         x = torch.randn(terms[0].down.shape[1], generator=torch.Generator().manual_seed(0))
         out = torch.zeros(7 * config.hidden_size)
         for t in terms:
@@ -124,7 +124,7 @@ def test_kohya_files_convert_alike(tmp_path):
     converted = oracle._convert_kohya_flux_lora_to_diffusers(dict(tensors))
     assert all(name.startswith("transformer.") for name in converted)
     ours, theirs = read(tmp_path, tensors, FLUX_DEV), read(tmp_path, converted, FLUX_DEV)
-    assert set(ours.terms["mmdit"]) == set(layers)
+    assert set(ours.terms["transformer"]) == set(layers)
     assert_same_effect(ours, theirs)
 
 
@@ -168,7 +168,7 @@ def test_bfl_files_convert_alike(tmp_path):
     converted = {n: t for n, t in converted.items() if ".attn.norm_" not in n}
     ours = read(tmp_path, {f"diffusion_model.{n}": t for n, t in tensors.items()}, FLUX_DEV)
     theirs = read(tmp_path, converted, FLUX_DEV)
-    assert set(ours.terms["mmdit"]) == set(layers)
+    assert set(ours.terms["transformer"]) == set(layers)
     assert_same_effect(ours, theirs)
 
 
@@ -188,5 +188,5 @@ def test_xlabs_files_convert_alike(tmp_path):
         tensors |= {f"{name}.down.weight": down, f"{name}.up.weight": up}
     converted = oracle._convert_xlabs_flux_lora_to_diffusers(dict(tensors))
     ours, theirs = read(tmp_path, tensors, config), read(tmp_path, converted, config)
-    assert len(ours.terms["mmdit"]) == len(layers)
+    assert len(ours.terms["transformer"]) == len(layers)
     assert_same_effect(ours, theirs, config)

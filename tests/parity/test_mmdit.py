@@ -28,7 +28,7 @@ from bokehflux.models.embeddings import rope_table
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.sampling.denoise import Grounding, denoiser, model_sigma
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.weights.load import load_mmdit
+from bokehflux.weights.load import load_transformer
 from tests.helpers import assert_within_2x
 from tests.oracle.published import Published, build_diffusers, build_published
 
@@ -188,7 +188,9 @@ def fixed_problem(**bokeh: object) -> Problem:
 @pytest.fixture(scope="module")
 def golden_network() -> MMDiT:
     snapshot = GOLDEN / "snapshot"
-    return load_mmdit(snapshot / "transformer", adapter=GOLDEN / "adapter", device="cpu", dtype=torch.float32)
+    return load_transformer(
+        snapshot / "transformer", adapter=GOLDEN / "adapter", device="cpu", dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize(

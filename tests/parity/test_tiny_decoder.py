@@ -11,7 +11,7 @@ from helpers import assert_within_2x
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bokehflux.weights.tiny_decoder import load_tiny_decoder
+from bokehflux.weights.load import load_tiny_decoder
 
 
 def oracle(latent_channels: int = 16) -> AutoencoderTiny:

@@ -17,20 +17,22 @@ from torch import Tensor, nn
 from bokehflux.configs import FLUX_BOKEH, FLUX_DEV, BokehConfig, MMDiTConfig
 from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.mmdit import MMDiT
-from bokehflux.weights import load, write
-from bokehflux.weights.adapter import open_adapter, open_any
-from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
+from bokehflux.weights import load
 from bokehflux.weights.describe import describe
-from bokehflux.weights.mapping import to_official
-from bokehflux.weights.parts import plan_part
-from bokehflux.weights.pickled import PickledFile
-from bokehflux.weights.tables import bokeh
+from bokehflux.weights.files import write
+from bokehflux.weights.files.checkpoint import CheckpointError, open_checkpoint
+from bokehflux.weights.files.pickled import PickledFile
+from bokehflux.weights.mapping import recognise, to_official
+from bokehflux.weights.networks import adapter_for
+from bokehflux.weights.parts import open_any, open_part
+from bokehflux.weights.tables import adapter
 
 MMDIT = MMDiTConfig(
     in_channels=64, txt_dim=8, pooled_dim=4, hidden_size=12, num_heads=2, num_double=2, num_single=2,
     axes_dim=(2, 2, 2), guidance_embed=True,
 )  # fmt: skip
 BOKEH = BokehConfig(blocks=(1, 3), rank=2, hidden_dim=3, context_dim=5)
+ADAPTER = adapter_for(MMDIT)
 Names = Callable[[str], str]
 SPELLINGS: dict[str, Names] = {
     "published": lambda name: name,
@@ -62,7 +64,7 @@ def put(path: Path, tensors: object) -> Path:
 
 def refusal(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        load.load_adapter(path, MMDIT)
+        load.load_network(ADAPTER, path, dtype=torch.float32)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -72,18 +74,18 @@ def refusal(path: Path) -> str:
 def test_every_name_and_file_gives_the_same_adapter(tmp_path, state, spelling, file):
     path = put(tmp_path / file, respelled(state, SPELLINGS[spelling]))
     for place in (path, tmp_path):
-        found = load.load_adapter(place, MMDIT)
+        found = load.load_network(ADAPTER, place, dtype=torch.float32)
         assert found.config == BOKEH
         assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in state.items())
     base = {name: torch.randn(t.shape) for name, t in MMDiT(MMDIT).state_dict().items()}
     write.save(tmp_path / "base" / "t.safetensors", base)
-    network = load.load_mmdit(tmp_path / "base" / "t.safetensors", MMDIT, path, dtype=torch.float32)
+    network = load.load_transformer(tmp_path / "base" / "t.safetensors", MMDIT, path, dtype=torch.float32)
     assert torch.equal(network.state_dict()["bokeh.embedding_layer.0.bias"], state["embedding_layer.0.bias"])
 
 
 def test_nothing_aliases_the_file(tmp_path, state):
     path = put(tmp_path / "a.bin", state)
-    found = load.load_adapter(path, MMDIT)
+    found = load.load_network(ADAPTER, path, dtype=torch.float32)
     path.write_bytes(bytes(path.stat().st_size))
     assert torch.equal(found.state_dict()["embedding_layer.0.weight"], state["embedding_layer.0.weight"])
 
@@ -94,7 +96,7 @@ def test_exact_cover_in_the_files_own_names(tmp_path, state, suffix):
     del tensors["1.to_v_dof.up.weight"]
     tensors |= {"3.to_v_bokeh.up.weight": torch.ones(12, 2), "adapter_modules_.x": torch.ones(1)}
     with pytest.raises(CheckpointError) as caught:
-        load.load_adapter(put(tmp_path / f"a{suffix}", tensors), MMDIT)
+        load.load_network(ADAPTER, put(tmp_path / f"a{suffix}", tensors), dtype=torch.float32)
     assert sorted(caught.value.problems) == [
         "missing: 1.to_v_dof.up.weight [12, 2]",
         "unexpected: 3.to_v_bokeh.up.weight [12, 2]",
@@ -105,15 +107,16 @@ def test_exact_cover_in_the_files_own_names(tmp_path, state, suffix):
 def test_two_spellings_of_one_tensor_are_too_many(tmp_path, state):
     path = put(tmp_path / "a.bin", state | respelled(state, SPELLINGS["bare"]))
     with pytest.raises(CheckpointError, match=r"unexpected: \{1,3\}|unexpected: 1\.to_k"):
-        load.load_adapter(path, MMDIT)
+        load.load_network(ADAPTER, path, dtype=torch.float32)
 
 
 def test_the_full_size_file_is_covered():
     with torch.device("meta"):
         ours = BokehAdapter(FLUX_BOKEH, FLUX_DEV).state_dict()
     theirs = [DEPTH(name) for name in ours]
-    assert to_official(bokeh.layout(theirs), ours).keys() == set(theirs) and len(theirs) == 460
-    assert bokeh.layout(ours) is bokeh.ADAPTER is bokeh.layout([])
+    table = recognise(adapter.TABLES, dict.fromkeys(theirs), "file")
+    assert to_official(table, ours).keys() == set(theirs) and len(theirs) == 460
+    assert recognise(adapter.TABLES, ours, "file") is adapter.PUBLISHED
 
 
 def test_inspect_recognises_it(tmp_path, state):
@@ -155,7 +158,7 @@ def test_a_payload_does_not_run(tmp_path, state, monkeypatch, legacy, forced):
     content = state | {"x": Hostile(trace)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     message = refusal(path)
-    assert ("never executed" in message or "no PyTorch file" in message) and "weights_only" not in message
+    assert ("never executed" in message or "not a PyTorch file" in message) and "weights_only" not in message
     with pytest.raises(CheckpointError):
         describe(path)
     path.write_bytes(pickle.dumps(content))
@@ -168,7 +171,7 @@ def test_a_payload_does_not_run(tmp_path, state, monkeypatch, legacy, forced):
 
 def test_other_pickles_stay_refused(tmp_path, state):
     network = put(tmp_path / "diffusion_pytorch_model.bin", {"img_in.weight": torch.ones(2, 2)})
-    assert "a PyTorch pickle, and no bokeh adapter (it holds img_in.weight)" in refusal(network)
+    assert "a PyTorch pickle, but not a bokeh adapter (it holds img_in.weight)" in refusal(network)
     for suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
         path = network.with_suffix(suffix)
         torch.save(state, path)
@@ -234,23 +237,23 @@ def test_headers_that_promise_too_much(tmp_path):
     path = put(tmp_path / "a.bin", {"a": torch.ones(4)})
     shape = b"K\x04\x85"
     larger = rewritten(path, lambda data: data.replace(shape, b"J\0\0\0\x40\x85"))
-    assert "no PyTorch file, or damaged" in refusal(larger)
-    assert "no PyTorch file, or damaged" in refusal(rewritten(path, lambda data: data[:-9]))
+    assert "not a PyTorch file, or damaged" in refusal(larger)
+    assert "not a PyTorch file, or damaged" in refusal(rewritten(path, lambda data: data[:-9]))
     packed = rewritten(path, lambda data: data, zipfile.ZIP_DEFLATED)
-    assert "compressed, as torch.save never writes" in refusal(packed)
+    assert "its archive is compressed, which torch.save never does" in refusal(packed)
 
 
 def test_a_file_that_changes_under_us(tmp_path, state):
     path = put(tmp_path / "a.bin", state)
-    part = open_adapter(path)
-    entries = plan_part(part, {name: tuple(t.shape) for name, t in state.items()})
+    part = open_part(path, ADAPTER)
+    entries = part.plan({name: tuple(t.shape) for name, t in state.items()})
     put(path, {name: t.double() for name, t in state.items()})
     with pytest.raises(CheckpointError, match="changed since it was opened"):
         part.checkpoint.read(entries[0].src[0])
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot be read any more"):
-        open_adapter(put(path, state)) and path.unlink()
-        part.checkpoint._files.clear()
+        part = open_part(put(path, state), ADAPTER)
+        path.unlink()
         part.checkpoint.read(entries[0].src[0])
 
 

@@ -16,11 +16,11 @@ from torch import nn
 
 from bokehflux.configs import CLIPConfig
 from bokehflux.models.clip import CLIPTextEncoder
-from bokehflux.weights.checkpoint import CheckpointError, fold, open_checkpoint, read_json
-from bokehflux.weights.load import load_clip
-from bokehflux.weights.save import save_clip
-from bokehflux.weights.write import replacing, save, save_sharded, write_json
-from tests.model_files import write_sparse
+from bokehflux.weights.files.checkpoint import CheckpointError, fold, open_checkpoint, read_json
+from bokehflux.weights.files.write import replacing, save, save_sharded, write_json
+from bokehflux.weights.networks import CLIP
+from bokehflux.weights.save import save_network
+from tests.model_files import load_clip, write_sparse
 
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -141,7 +141,7 @@ def test_a_new_file_has_the_rights_of_any_new_file(tmp_path):
 
 def test_a_loaded_network_does_not_depend_on_its_file(tmp_path):
     config = CLIPConfig(vocab_size=11, width=4, mlp_size=6, num_layers=2, num_heads=2, max_length=9)
-    save_clip(tmp_path, config, CLIPTextEncoder(config).state_dict())
+    save_network(CLIP, tmp_path, config, CLIPTextEncoder(config).state_dict())
     network = load_clip(tmp_path, dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     (file,) = tmp_path.glob("*.safetensors")

@@ -289,7 +289,7 @@ def test_a_model_that_is_not_there_is_one_line_and_one_for_each_place(
     assert any(line.startswith(f"  - looked in {model}") for line in listed)
     assert any(line == "  - looked in hub, the Hugging Face cache, for some/no: nothing there"
                for line in listed) == (model == "some/no")  # fmt: skip
-    assert any("looked in vain for" in line for line in listed) == lacks, "where nothing is, all lacks"
+    assert any("not found:" in line for line in listed) == lacks, "where nothing is, all lacks"
 
 
 def test_a_list_cannot_hide_what_rules_a_terminal(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def test_models_are_looked_for_where_people_keep_them(tmp_path: Path) -> None:
     for folder in (snapshot, tmp_path / "models" / "mine"):
         assert any(line.startswith(f"model {folder}: not usable: ") for line in lines)
     del environment["AE"]
-    state = f"model {tmp_path / 'models' / 'mine'}: not usable: looked in vain for transformer/"
+    state = f"model {tmp_path / 'models' / 'mine'}: not usable: not found: transformer/"
     assert any(line.startswith(state) and len(line) < len(state) + 200 for line in doctor.report(environment))
     assert not any("openai" in line for line in lines)
     assert any(str(snapshot) in line for line in doctor.report({"HF_HUB_CACHE": str(tmp_path / "hub")}))

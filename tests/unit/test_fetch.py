@@ -11,7 +11,7 @@ import pytest
 
 from bokehflux.app import fetch as module
 from bokehflux.app.fetch import FetchError, fetch
-from bokehflux.weights.resolve import ADAPTER_REPO, DEV, SCHNELL
+from bokehflux.weights.find.resolve import ADAPTER_REPO, DEV, SCHNELL
 
 
 class NotThere(OSError):

@@ -18,8 +18,8 @@ from bokehflux.models.fp8 import quantize_mmdit
 from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.pipeline import Pipeline
-from bokehflux.weights.resolve import ModelFiles
-from bokehflux.weights.write import save as write
+from bokehflux.weights.files.write import save as write
+from bokehflux.weights.find.resolve import ModelFiles
 from tests.tiny import NamedSource, tiny_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,7 +97,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         loaded.update(compute=compute)
         parts = {}
         if isinstance(model, ModelFiles):
-            parts = {name: str(path) for name, path in vars(model).items() if path is not None}
+            parts = {name: str(path) for name, path in model.files.items()}
         name = parts.pop("transformer", str(model))
         source = NamedSource(model=name, parts=parts, adapter=adapter, loras=tuple(loras))
         return dataclasses.replace(TINY[compute if compute == "fp8" else dtype or "float32"], source=source)
@@ -340,12 +340,12 @@ def test_parts_that_were_given_are_replayed(world: dict[str, Any]) -> None:
     argv = ["generate", "--prompt", "a boat", "--model", "flux.sft", "--output", "first"]
     assert cli.main([*argv, *(word for part, path in parts.items() for word in (f"--{part}", path))]) == 0
     given = world["model"]
-    assert given == ModelFiles(transformer="flux.sft", **{part: Path(path) for part, path in parts.items()})
+    assert given.files == {"transformer": "flux.sft", **{part: Path(path) for part, path in parts.items()}}
     recipe = read_recipe("first/plain.png")
     assert {name: recipe[name] for name in ("model", *parts)} == {"model": "flux.sft", **parts}
     world.clear()
     assert cli.main(["generate", "--config-from", "first/plain.png", "--t5", "other", "--output", "two"]) == 0
-    assert world["model"] == dataclasses.replace(given, t5=Path("other"))
+    assert world["model"] == ModelFiles({**given.files, "t5": Path("other")})
 
 
 def test_a_sweep_replays_too(world: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from bokehflux.models.vae import AutoencoderKL
 from bokehflux.pipeline.memory import footprint, place
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.weights import load as loader
-from bokehflux.weights import write
+from bokehflux.weights.files import write
 from bokehflux.weights.precision import RowScaled, TensorScaled
 from tests import model_files as files
 from tests.tiny import tiny_mmdit, tiny_pipeline
@@ -425,8 +425,10 @@ def transformer() -> dict[str, Tensor]:
 def test_weights_become_fp8_as_they_are_read(tmp_path, transformer: dict[str, Tensor], stored) -> None:
     state = {name: t.to(stored) for name, t in transformer.items()}
     write.save(tmp_path / "a.safetensors", state)
-    network = loader.load_mmdit(tmp_path / "a.safetensors", files.MMDIT, dtype=torch.bfloat16, fp8_on=CPU)
-    afterwards = loader.load_mmdit(tmp_path / "a.safetensors", files.MMDIT, dtype=torch.bfloat16)
+    network = loader.load_transformer(
+        tmp_path / "a.safetensors", files.MMDIT, dtype=torch.bfloat16, fp8_on=CPU
+    )
+    afterwards = loader.load_transformer(tmp_path / "a.safetensors", files.MMDIT, dtype=torch.bfloat16)
     quantize_mmdit(afterwards)
     for (name, a), (_, b) in zip(network.state_dict().items(), afterwards.state_dict().items(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a.float(), b.float()), name
@@ -443,11 +445,10 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> None:
     rest = tiny_pipeline()
 
     def load_components(model: Any, *, loras: Any, on_progress: Any, adapter: Any, **how: Any) -> Any:
-        mmdit = loader.load_mmdit(GOLDEN / "snapshot" / "transformer", adapter=GOLDEN / "adapter", **how)
-        parts = SimpleNamespace(
-            **{name: getattr(rest, name) for name in ("text", "vae", "schedule", "defaults")}
-        )
-        return SimpleNamespace(mmdit=mmdit, **vars(parts))
+        folder = GOLDEN / "snapshot" / "transformer"
+        transformer = loader.load_transformer(folder, adapter=GOLDEN / "adapter", **how)
+        snapshot = SimpleNamespace(schedule=rest.schedule, defaults=rest.defaults)
+        return SimpleNamespace(transformer=transformer, text=rest.text, vae=rest.vae, snapshot=snapshot)
 
     monkeypatch.setattr(loader, "load_components", load_components)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from bokehflux.models.linear import Linear
 from bokehflux.weights import load
-from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
-from bokehflux.weights.gguf import TYPES
-from bokehflux.weights.layouts import scan
+from bokehflux.weights.files.checkpoint import CheckpointError, Shelf, open_checkpoint
+from bokehflux.weights.files.gguf import TYPES
+from bokehflux.weights.files.unpack import FORMATS, Packed, unpack
+from bokehflux.weights.find.layouts import scan
 from bokehflux.weights.mapping import to_official
-from bokehflux.weights.tables import text
-from bokehflux.weights.unpack import FORMATS, Packed, unpack
+from bokehflux.weights.tables import t5
 from tests import model_files as files
 
 STATES = files.states()
@@ -87,7 +87,7 @@ def test_unpacking_gives_the_bits_of_ggml(packing):
 )
 def test_transformers_stay_packed(tmp_path, kind):
     meaning = write_gguf(tmp_path / "flux.gguf", STATES["transformer"], kind)
-    network = load.load_mmdit(tmp_path / "flux.gguf", dtype=torch.float32)
+    network = load.load_transformer(tmp_path / "flux.gguf", dtype=torch.float32)
     assert network.config == files.MMDIT
     for name, tensor in dense(network).items():
         assert torch.equal(tensor, meaning[name]), name
@@ -104,13 +104,13 @@ def test_transformers_stay_packed(tmp_path, kind):
 
 
 def test_t5_in_the_names_of_llama_cpp(tmp_path):
-    state = to_official(text.T5_GGUF, STATES["t5"])
+    state = to_official(t5.GGUF, STATES["t5"])
     assert "enc.blk.1.ffn_gate.weight" in state and "token_embd.weight" in state
     meaning = write_gguf(tmp_path / "t5.gguf", state, Kind.Q8_0)
-    network = load.load_t5(tmp_path / "t5.gguf", dtype=torch.float32)
+    network = files.load_t5(tmp_path / "t5.gguf", dtype=torch.float32)
     assert network.config == files.T5
     assert torch.equal(network.shared.weight, meaning["token_embd.weight"])
-    ours = to_official(text.T5_GGUF, dense(network))
+    ours = to_official(t5.GGUF, dense(network))
     assert all(torch.equal(ours[name], tensor) for name, tensor in meaning.items())
     assert network(torch.arange(5)[None]).isfinite().all()
 
@@ -170,14 +170,14 @@ def test_any_metadata_is_skipped(tmp_path):
 def test_gguf_is_found_in_folders(tmp_path):
     (tmp_path / "unet").mkdir()
     write_gguf(tmp_path / "unet" / "flux.gguf", STATES["transformer"], Kind.Q8_0)
-    assert [c.path.name for c in scan(tmp_path).parts["transformer"]] == ["flux.gguf"]
+    assert [c.path.name for c in scan(tmp_path, Shelf()).parts["transformer"]] == ["flux.gguf"]
 
 
 def test_gguf_is_covered_both_ways(tmp_path):
     state = dict(STATES["transformer"])
     del state["txt_in.bias"]
     write_gguf(tmp_path / "a.gguf", state | {"extra": torch.ones(4)}, Kind.Q8_0)
-    message = problems(load.load_mmdit, tmp_path / "a.gguf")
+    message = problems(load.load_transformer, tmp_path / "a.gguf")
     assert "missing: txt_in.bias [128]" in message and "unexpected: extra [4]" in message
 
 
@@ -188,8 +188,8 @@ def test_without_the_package_one_line_says_so(tmp_path, monkeypatch):
     state["img_in.weight"] = (np.zeros((128, 2 * 18), dtype=np.uint8), Kind.IQ4_NL)
     write_raw(tmp_path / "b.gguf", state)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    load.load_mmdit(tmp_path / "a.gguf")
-    message = problems(load.load_mmdit, tmp_path / "b.gguf")
+    load.load_transformer(tmp_path / "a.gguf")
+    message = problems(load.load_transformer, tmp_path / "b.gguf")
     assert "type IQ4_NL need the package `gguf`: pip install 'bokehflux[gguf]'" in message
 
 

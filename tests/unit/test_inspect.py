@@ -13,10 +13,12 @@ from bokehflux.configs import FLUX_DEV, BokehConfig
 from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.tiny_decoder import TinyDecoder
-from bokehflux.weights import manifests, write
-from bokehflux.weights import save as export
-from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights import manifests
 from bokehflux.weights.describe import describe
+from bokehflux.weights.files import write
+from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights.mapping import to_official
+from bokehflux.weights.tables import flux
 from bokehflux.weights.tables import tiny_decoder as tiny_table
 from tests import model_files as files
 
@@ -41,7 +43,7 @@ def test_a_24_gb_file_is_described_at_once(tmp_path, no_reading):
     start = time.process_time()
     found = lines(path)
     assert time.process_time() - start < 2
-    assert found[0] == "transformer, 23.8 GB, 780 tensors"
+    assert found[0] == "FLUX transformer, 23.8 GB, 780 tensors"
     for line in ("layout: FLUX transformer, BFL layout", "parameters: 11.90 billion", "precision: bf16",
                  "model: FLUX.1-dev", "complete: nothing missing, nothing unexpected"):  # fmt: skip
         assert line in found
@@ -51,8 +53,8 @@ def test_a_24_gb_file_is_described_at_once(tmp_path, no_reading):
 @pytest.mark.parametrize(
     ("manifest", "title", "model"),
     [
-        ("flux1-schnell.bfl", "transformer", "FLUX.1-schnell"),
-        ("ae.bfl", "autoencoder", "FLUX.1"),
+        ("flux1-schnell.bfl", "FLUX transformer", "FLUX.1-schnell"),
+        ("ae.bfl", "FLUX autoencoder", "FLUX.1"),
         ("clip_l.hf", "CLIP text encoder", "CLIP-L"),
         ("t5xxl.hf", "T5 text encoder", "T5-XXL"),
     ],
@@ -65,13 +67,13 @@ def test_official_files(tmp_path, no_reading, manifest, title, model, dtype, siz
     found = lines(tmp_path / "a.sft")
     assert found[0].startswith(f"{title}, ") and f"model: {model}" in found
     assert f"precision: {precision}" in found
-    assert any("stay as stored" in line for line in found) == (size == 1 and title != "autoencoder")
+    assert any("stay as stored" in line for line in found) == (size == 1 and title != "FLUX autoencoder")
 
 
 def test_diffusers_folders_and_indexes(tmp_path):
-    tensors = export.to_official(export.flux.DIFFUSERS, STATES["transformer"])
-    index = export.save_sharded(tmp_path, tensors, "diffusion_pytorch_model", 100_000)
-    write.write_json(tmp_path / "config.json", export.mmdit_config_dict(files.MMDIT))
+    tensors = to_official(flux.DIFFUSERS, STATES["transformer"])
+    index = write.save_sharded(tmp_path, tensors, "diffusion_pytorch_model", 100_000)
+    write.write_json(tmp_path / "config.json", flux.CONFIG.to_json(files.MMDIT))
     assert index.name.endswith("index.json")
     for path in (tmp_path, index):
         found = lines(path)
@@ -85,10 +87,10 @@ def test_all_in_one(tmp_path):
     write.save(tmp_path / "a.safetensors", tensors)
     found = lines(tmp_path / "a.safetensors")
     assert found[0].startswith("all-in-one checkpoint")
-    assert "transformer, under 'model.diffusion_model.'" in found
+    assert "FLUX transformer, under 'model.diffusion_model.'" in found
     assert "CLIP text encoder, under 'text_encoders.clip_l.transformer.'" in found
     assert "unexpected: stray.weight" in found and "ignored: text_encoders.clip_l.logit_scale" in found
-    assert "not in this file: autoencoder, T5 text encoder" in found
+    assert "not in this file: FLUX autoencoder, T5 text encoder" in found
 
 
 def test_scaled_fp8_and_mixtures(tmp_path):
@@ -111,7 +113,8 @@ def test_gguf(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     found = lines(tmp_path / "a.gguf")
-    assert found[0].startswith("transformer, ") and any(line.startswith("precision: Q8_0") for line in found)
+    assert found[0].startswith("FLUX transformer, ")
+    assert any(line.startswith("precision: Q8_0") for line in found)
     assert any("stay as stored" in line for line in found)
 
 
@@ -158,7 +161,7 @@ def test_loras(tmp_path, no_reading):
     }
     files.write_sparse(tmp_path / "a.safetensors", shapes)
     found = lines(tmp_path / "a.safetensors")
-    assert found[0].startswith("LoRA, ") and "changes: 1 layers of mmdit, rank 4" in found
+    assert found[0].startswith("LoRA, ") and "changes: 1 layer of transformer, rank 4" in found
     assert found[-2:] == ["model: for FLUX.1, every layer has its place", "use: --lora"]
     # What loading would refuse is said here.
     sdxl = "lora_unet_down_blocks_1_attentions_0_proj_in"
@@ -191,17 +194,18 @@ def test_tiny_decoders(tmp_path):
             named |= {key: torch.zeros(1) for key in tiny_table.DIFFUSERS.ignored}
         write.save(tmp_path / f"{name}.safetensors", named)
         found = lines(tmp_path / f"{name}.safetensors")
-        assert found[0].startswith("TAEF1, a tiny decoder for previews, 4.9 MB")
-        assert found[-3:] == ["parameters: 1.23 million", "precision: fp32", "use: --preview-vae"]
+        assert found[0].startswith("TAEF1 decoder for previews, 4.9 MB")
+        assert found[2:5] == ["parameters: 1.23 million", "precision: fp32", "model: FLUX.1"]
+        assert found[-1] == "use: --preview-vae"
     write.save(tmp_path / "taesd.safetensors", TinyDecoder(4).state_dict())
     found = lines(tmp_path / "taesd.safetensors")
-    assert "[64, 4, 3, 3], expected [64, 16, 3, 3]" in found[1] and found[-1].startswith("use: none")
+    assert "[64, 4, 3, 3], expected [64, 16, 3, 3]" in found[-2] and found[-1].startswith("use: none")
 
 
 def test_anything_else(tmp_path):
     write.save(tmp_path / "a.safetensors", {"something.weight": torch.ones(3)})
     found = lines(tmp_path / "a.safetensors")
-    assert found[0].startswith("not known: ") and "something.weight" in found[0]
+    assert found[0].startswith("unknown: ") and "something.weight" in found[0]
     assert found[-1].startswith("use: none")
     write.save(tmp_path / "b.safetensors", {})
     assert "nothing" in lines(tmp_path / "b.safetensors")[0]

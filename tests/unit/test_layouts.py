@@ -13,10 +13,14 @@ import torch
 from bokehflux.app import cli, fetch
 from bokehflux.configs import CLIP_L, FLUX_SCHEDULE, T5_XXL
 from bokehflux.models.clip import CLIPTextEncoder
-from bokehflux.weights import load, manifests, official, write
-from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
-from bokehflux.weights.resolve import ModelFiles, resolve_model
-from bokehflux.weights.snapshot import open_snapshot
+from bokehflux.weights import load, manifests
+from bokehflux.weights.files import write
+from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights.find import resolve
+from bokehflux.weights.find.resolve import ModelFiles, resolve_model
+from bokehflux.weights.find.snapshot import open_snapshot
+from bokehflux.weights.mapping import to_official
+from bokehflux.weights.tables import clip, t5, vae
 from tests import model_files as files
 
 STATES = files.states()
@@ -37,13 +41,13 @@ def home(tmp_path: Path) -> Path:
 
 def assert_loads(model: object, env: dict[str, str]) -> None:
     parts = load.load_components(model, dtype=torch.float32, env=env)  # type: ignore[arg-type]
-    files.assert_holds(parts.mmdit, STATES["transformer"])
+    files.assert_holds(parts.transformer, STATES["transformer"])
     files.assert_holds(parts.vae, STATES["vae"])
     files.assert_holds(parts.text.clip, STATES["clip"])
     files.assert_holds(parts.text.t5, STATES["t5"])
-    assert (parts.mmdit.config, parts.vae.config) == (files.MMDIT, files.VAE)
+    assert (parts.transformer.config, parts.vae.config) == (files.MMDIT, files.VAE)
     assert (parts.text.clip.config, parts.text.t5.config) == (files.CLIP, files.T5)
-    assert parts.schedule == FLUX_SCHEDULE
+    assert parts.snapshot.schedule == FLUX_SCHEDULE
     encoded = parts.text.encode(["a red cup"])
     assert encoded.txt.shape == (1, 512, 32) and encoded.pooled.shape == (1, 64)
 
@@ -79,14 +83,18 @@ def test_files_given_one_by_one(tmp_path, env):
         paths[part] = tmp_path / f"{part}-here" / "weights.safetensors"
         write.save(paths[part], {**state})
     files.write_tokenizers(tmp_path / "tok")
-    tokenizers = tmp_path / "tok"
-    assert_loads(ModelFiles(**paths, tokenizers=tokenizers), env)
-    absent = ModelFiles(**paths | {"t5": tmp_path / "absent.safetensors"}, tokenizers=tokenizers)
+    paths["tokenizers"] = tmp_path / "tok"
+    assert_loads(ModelFiles(paths), env)
+    absent = ModelFiles(paths | {"t5": tmp_path / "absent.safetensors"})
     assert "t5: " in problems(resolve_model, absent, env) and "absent" in problems(resolve_model, absent, env)
-    swapped = ModelFiles(**paths | {"t5": paths["clip"]}, tokenizers=tokenizers)
+    swapped = ModelFiles(paths | {"t5": paths["clip"]})
     assert "layout not recognised" in problems(load.load_components, swapped, env=env)
-    message = problems(resolve_model, ModelFiles(**paths, tokenizers=tmp_path), env)
+    message = problems(resolve_model, ModelFiles(paths | {"tokenizers": tmp_path}), env)
     assert f"clip_tokenizer: {tmp_path / 'tokenizer'} does not exist" in message
+    with pytest.raises(ValueError, match="no part 'unet': expected some of transformer, vae"):
+        ModelFiles({"transformer": paths["clip"], "unet": paths["clip"]})
+    with pytest.raises(ValueError, match="need a transformer, got vae"):
+        ModelFiles({"vae": paths["vae"]})
 
 
 def test_one_part_of_any_model_may_be_another(home, env, monkeypatch):
@@ -96,14 +104,14 @@ def test_one_part_of_any_model_may_be_another(home, env, monkeypatch):
     own = home.parent / "own.safetensors"
     write.save(own, STATES["t5"])
     for name in (home, str(home), home / "flux1-dev.safetensors", "flux-dev"):
-        snapshot = resolve_model(ModelFiles(transformer=name, t5=own), env | {"BOKEHFLUX_MODELS": str(home)})
-        assert snapshot.t5 == own and snapshot.transformer == home / "flux1-dev.safetensors"
-        assert snapshot.vae == home / "ae.safetensors"
-    monkeypatch.setattr(load, "BUNDLED", (home.name,))
-    monkeypatch.setattr(load, "__file__", str(home.parent / "load.py"))
-    assert load.find_model(ModelFiles(transformer=home.name, t5=own), env).t5 == own
-    assert str(ModelFiles(transformer="flux-dev", t5=own)) == f"flux-dev + {own}"
-    assert "no complete model" in problems(resolve_model, ModelFiles(transformer=home / "absent"), env)
+        model = ModelFiles({"transformer": name, "t5": own})
+        snapshot = resolve_model(model, env | {"BOKEHFLUX_MODELS": str(home)})
+        assert snapshot.paths["t5"] == own and snapshot.paths["transformer"] == home / "flux1-dev.safetensors"
+        assert snapshot.paths["vae"] == home / "ae.safetensors"
+    monkeypatch.setitem(resolve.BUNDLED, "own", home)
+    assert resolve_model(ModelFiles({"transformer": "own", "t5": own}), env).paths["t5"] == own
+    assert str(ModelFiles({"transformer": "flux-dev", "t5": own})) == f"flux-dev + {own}"
+    assert "no complete model" in problems(resolve_model, ModelFiles({"transformer": home / "absent"}), env)
 
 
 @pytest.mark.parametrize("below", ["", "models"])
@@ -114,7 +122,7 @@ def test_comfyui_tree(home, env, below):
     # A file of the tree finds the rest of the tree.
     assert_loads(paths["transformer"], env)
     snapshot = open_snapshot(home)
-    assert (snapshot.transformer, snapshot.t5) == (paths["transformer"], paths["t5"])
+    assert snapshot.paths.items() >= paths.items()
 
 
 @pytest.mark.parametrize(
@@ -152,7 +160,7 @@ def test_a_file_of_its_own_goes_before_an_all_in_one(home, env):
     assert_loads(paths["transformer"], env)
     # But what comes in one file belongs together.
     snapshot = resolve_model(home / "checkpoints" / "all.safetensors", env)
-    assert snapshot.vae == snapshot.t5 == snapshot.clip == snapshot.transformer
+    assert {snapshot.paths[part] for part in STATES} == {home / "checkpoints" / "all.safetensors"}
 
 
 # --- other models' files beside ours
@@ -163,6 +171,7 @@ def test_files_of_other_models_are_passed_over(home, env):
     files.write_tokenizers(home)
     sdxl_vae = dict(STATES["vae"]) | {"decoder.conv_in.weight": torch.ones(32, 4, 3, 3)}
     write.save(home / "vae" / "sdxl_vae.safetensors", sdxl_vae)
+    write.save(home / "vae" / "sdxl_vae_diffusers.safetensors", to_official(vae.DIFFUSERS, sdxl_vae))
     wide = dataclasses.replace(files.CLIP, width=128)
     write.save(home / "clip" / "clip_g.safetensors", files.random_state(CLIPTextEncoder(wide)))
     bias = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -179,7 +188,7 @@ def test_unreadable_files_are_named_when_something_lacks(home, env):
     (home / "unet").mkdir()
     (home / "unet" / "flux.safetensors").write_bytes(b"<!DOCTYPE html>")
     message = problems(resolve_model, home, env)
-    assert "looked in vain for transformer/" in message and "it is a web page" in message
+    assert "not found: transformer/" in message and "it is a web page" in message
 
 
 def test_two_files_for_one_part_are_a_question(home, env):
@@ -188,7 +197,7 @@ def test_two_files_for_one_part_are_a_question(home, env):
     write.save(home / "t5xxl_fp8.safetensors", STATES["t5"])
     message = problems(resolve_model, home, env)
     assert "several t5 files (t5xxl_fp16.safetensors, t5xxl_fp8.safetensors)" in message
-    assert_loads(ModelFiles(transformer=paths["transformer"], t5=paths["t5"]), env)
+    assert_loads(ModelFiles({"transformer": paths["transformer"], "t5": paths["t5"]}), env)
 
 
 def test_a_config_of_another_class_is_not_ours(home, env):
@@ -196,7 +205,7 @@ def test_a_config_of_another_class_is_not_ours(home, env):
     files.write_tokenizers(home)
     write.write_json(home / "config.json", {"model_type": "llama", "_class_name": "Other"})
     assert_loads(home, env)
-    write.write_json(home / "config.json", official.clip_config_dict(files.CLIP) | {"hidden_act": "gelu"})
+    write.write_json(home / "config.json", clip.CONFIG.to_json(files.CLIP) | {"hidden_act": "gelu"})
     assert "hidden_act = 'gelu'" in problems(load.load_components, home, env=env)
 
 
@@ -209,7 +218,7 @@ def test_missing_tokenizers_say_what_and_where_from(home, env):
     for part in ("tokenizer/ with vocab.json", "tokenizer_2/ with tokenizer_config.json", "bokehflux fetch",
                  "huggingface.co/black-forest-labs/FLUX.1-dev", str(home), "Hugging Face cache"):  # fmt: skip
         assert part in message, part
-    assert "looked in vain for vae" not in message
+    assert "not found: vae" not in message
     files.write_tokenizers(home.parent / "tok")
     assert_loads(home, env | {"BOKEHFLUX_MODELS": str(home.parent / "tok")})
 
@@ -229,10 +238,10 @@ def test_all_in_one_is_covered_both_ways(home, env, part, monkeypatch):
     write.save(home / "a.safetensors", lost)
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read a tensor"))
     loader = {
-        "transformer": load.load_mmdit,
-        "vae": load.load_vae,
-        "clip": load.load_clip,
-        "t5": load.load_t5,
+        "transformer": load.load_transformer,
+        "vae": files.load_vae,
+        "clip": files.load_clip,
+        "t5": files.load_t5,
     }
     message = problems(loader[part], home / "a.safetensors")
     assert "missing: " in message or "not found" in message or "not a complete" in message
@@ -243,21 +252,20 @@ def test_all_in_one_is_covered_both_ways(home, env, part, monkeypatch):
 
 
 def test_full_size_text_encoders_need_no_config():
-    clip = {n: s for n, s in manifests.shapes("clip_l.hf").items()}
-    assert official.clip_config_from_shapes(clip, "clip") == CLIP_L
-    assert official.t5_config_from_shapes(manifests.shapes("t5xxl.hf"), "t5") == T5_XXL
+    assert files.told(clip.CONFIG, manifests.shapes("clip_l.hf")) == CLIP_L
+    assert files.told(t5.CONFIG, manifests.shapes("t5xxl.hf")) == T5_XXL
 
 
 def test_clip_files_may_hold_its_loss_scale(home):
     extra = {"logit_scale": torch.tensor(4.6), "text_projection.weight": torch.ones(64, 64)}
     write.save(home / "clip_l.safetensors", {**STATES["clip"], **extra})
-    files.assert_holds(load.load_clip(home / "clip_l.safetensors", dtype=torch.float32), STATES["clip"])
+    files.assert_holds(files.load_clip(home / "clip_l.safetensors", dtype=torch.float32), STATES["clip"])
 
 
 def test_absurd_block_numbers_cost_nothing(home):
     far = {n.replace("encoder.block.1.", "encoder.block.999999999."): t for n, t in STATES["t5"].items()}
     write.save(home / "t5.safetensors", far)
-    assert "missing: encoder.block" in problems(load.load_t5, home / "t5.safetensors")
+    assert "missing: encoder.block" in problems(files.load_t5, home / "t5.safetensors")
 
 
 def test_the_document(tmp_path, monkeypatch, capsys):

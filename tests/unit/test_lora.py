@@ -27,13 +27,13 @@ from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.weights import lora_apply
-from bokehflux.weights.checkpoint import CheckpointError
+from bokehflux.weights.files.checkpoint import CheckpointError
+from bokehflux.weights.files.write import save
 from bokehflux.weights.load import load_components
-from bokehflux.weights.lora import Lora, read_lora
-from bokehflux.weights.lora_apply import attach, detach, merge
+from bokehflux.weights.lora import apply as lora_apply
+from bokehflux.weights.lora.apply import attach, detach, merge
+from bokehflux.weights.lora.read import PREFIXES, Lora, places_of, read_lora
 from bokehflux.weights.tables import lora as names
-from bokehflux.weights.write import save
 from tests.helpers import assert_within_2x, needs_shared, shared
 from tests.tiny import MMDIT, tiny_mmdit
 
@@ -219,7 +219,7 @@ def written(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str] |
 
 
 def read(path: Path) -> Lora:
-    return read_lora(path, MMDIT, CLIP, T5)
+    return read_lora(path, {"transformer": MMDIT, "clip": CLIP, "t5": T5})
 
 
 def assert_close(x: Tensor, y: Tensor, tolerance: float = 1e-5) -> None:
@@ -239,23 +239,23 @@ def test_every_family_is_the_dense_change(network, changes, family, tmp_path):
     lora = read(written(tmp_path, FAMILIES[family](changes)))
     expected = with_deltas(network, xlabs_changes(changes) if family == "xlabs" else changes, 0.7)
     ours = copy.deepcopy(network)
-    attach({"mmdit": ours}, lora, 0.7)
+    attach({"transformer": ours}, lora, 0.7)
     for grounded in (False, True):  # grounding computes columns of the fused layers apart
         assert_close(predict(ours, grounded), predict(expected, grounded))
     effect = (predict(network) - predict(expected)).norm() / predict(network).norm()
     assert effect > 0.05, "far above the tolerance, or nothing was tested"
-    detach({"mmdit": ours})
+    detach({"transformer": ours})
     assert torch.equal(predict(ours), predict(network))
-    merged = merge({"mmdit": ours}, lora, 0.7)
+    merged = merge({"transformer": ours}, lora, 0.7)
     assert_close(predict(ours), predict(expected))
     merged.unmerge()
     assert_same_bits(ours, network)
 
 
 def test_every_layer_has_its_place(network, changes, tmp_path):
-    whole = read(written(tmp_path, FAMILIES["kohya"](changes))).terms["mmdit"]
+    whole = read(written(tmp_path, FAMILIES["kohya"](changes))).terms["transformer"]
     assert set(whole) == {name for name, m in network.named_modules() if isinstance(m, Linear)}
-    parts = read(written(tmp_path, FAMILIES["diffusers"](changes))).terms["mmdit"]
+    parts = read(written(tmp_path, FAMILIES["diffusers"](changes))).terms["transformer"]
     spans = sorted((t.first, t.first + len(t.up)) for t in parts["single_blocks.2.linear1"])
     assert spans == [(0, E), (E, 2 * E), (2 * E, 3 * E), (3 * E, 7 * E)]
     assert {len(terms) for terms in whole.values()} == {1}
@@ -263,9 +263,7 @@ def test_every_layer_has_its_place(network, changes, tmp_path):
 
 @pytest.mark.parametrize("config", [MMDIT, FLUX_DEV], ids=["tiny", "dev"])
 def test_names_with_underscores_are_unambiguous(config):
-    from bokehflux.weights.lora import _places
-
-    places = _places("mmdit", MMDiT, config, names.TRANSFORMER)
+    places = places_of("transformer", config)
     dotted = [name for name in places if "." in name]
     assert len(dotted) > 100
     assert all(places[name] == places[flat(name)] for name in dotted)
@@ -300,12 +298,12 @@ def test_text_encoders(part, style, tmp_path):
     assert set(lora.terms) == {part}
     expected, ids = with_deltas(encoder, changes), torch.tensor([[3, 9, 4, 10, 0]])
     before = encoder(ids)
-    networks = {"mmdit": nn.Identity(), "clip": nn.Identity(), part: encoder}
+    networks = {"transformer": nn.Identity(), "clip": nn.Identity(), part: encoder}
     attach(networks, lora)
     assert_close(encoder(ids), expected(ids))
     assert (encoder(ids) - before).norm() > 0.05 * before.norm()
-    with pytest.raises(ValueError, match=f"changes {part}, and only mmdit were given"):
-        attach({"mmdit": nn.Identity()}, lora)
+    with pytest.raises(ValueError, match=f"changes {part}, but only transformer were given"):
+        attach({"transformer": nn.Identity()}, lora)
 
 
 def test_diffusers_name_of_the_text_encoder_matrices(tmp_path):
@@ -348,7 +346,7 @@ def declared(**settings: object) -> dict[str, str]:
     ],
 )
 def test_alpha(tensors, metadata, scale, tmp_path):
-    (term,) = read(written(tmp_path, tensors, metadata)).terms["mmdit"]["img_in"]
+    (term,) = read(written(tmp_path, tensors, metadata)).terms["transformer"]["img_in"]
     assert term.strength == scale
 
 
@@ -357,7 +355,7 @@ def test_alpha_of_a_peft_folder(tmp_path):
     save(tmp_path / "adapter_model.safetensors", pair)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 32}))
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        assert read(path).terms["mmdit"]["img_in"][0].strength == 8.0
+        assert read(path).terms["transformer"]["img_in"][0].strength == 8.0
 
 
 @pytest.mark.parametrize(
@@ -369,9 +367,12 @@ def test_alpha_of_a_peft_folder(tmp_path):
         (declared(lora_alpha="much"), "lora_alpha is 'much', a finite number was expected"),
         (declared(lora_alpha=None), "lora_alpha is None"),
         (declared(lora_alpha=10**400), "a finite number was expected"),
-        (declared(alpha_pattern=[1]), "alpha_pattern is no JSON object"),
-        (declared(alpha_pattern={"proj_out": 2}), "alpha_pattern names no layer of the file: .'proj_out'."),
-        (declared(use_dora=True, lora_alpha=4), "declared DoRA"),
+        (declared(alpha_pattern=[1]), "alpha_pattern is not a JSON object"),
+        (
+            declared(alpha_pattern={"proj_out": 2}),
+            "alpha_pattern names layers that the file does not have: .'proj_out'.",
+        ),
+        (declared(use_dora=True, lora_alpha=4), "settings declare DoRA"),
         ({"ss_network_alpha": "Dynamic"}, "ss_network_alpha is 'Dynamic'"),
     ],
 )
@@ -425,9 +426,9 @@ A, B = "transformer.x_embedder.lora_A.weight", "transformer.x_embedder.lora_B.we
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({A: PAIR[A]}, "x_embedder: has no up matrix"),
-        ({"lora_unet_img_in.alpha": torch.ones(())}, "img_in: has no down and no up matrix"),
-        (PAIR | {A: torch.ones(3, 64)}, r"down \[3, 64\] and up \[32, 4\] are no \[rank, in\]"),
+        ({A: PAIR[A]}, "x_embedder: lacks its up matrix"),
+        ({"lora_unet_img_in.alpha": torch.ones(())}, "img_in: lacks its down and up matrix"),
+        (PAIR | {A: torch.ones(3, 64)}, r"down \[3, 64\] and up \[32, 4\] are not \[rank, in\]"),
         (PAIR | {A: torch.ones(4, 65)}, r"changes a layer of \[32, 65\], the model's is \[32, 64\]"),
         (PAIR | {B: torch.ones(E + 1, 4)}, r"changes a layer of \[33, 64\]"),
         ({A: torch.ones(0, 64), B: torch.ones(E, 0)}, "are no"),
@@ -473,8 +474,8 @@ def test_several_add_up(network, changes, two):
     expected = with_deltas(with_deltas(network, changes, 0.6), xlabs_changes(changes), -0.3)
     attached, merged = copy.deepcopy(network), copy.deepcopy(network)
     for lora, strength in zip(two, (0.6, -0.3), strict=True):
-        attach({"mmdit": attached}, lora, strength)
-        merge({"mmdit": merged}, lora, strength)
+        attach({"transformer": attached}, lora, strength)
+        merge({"transformer": merged}, lora, strength)
     assert_close(predict(attached), predict(expected))
     assert_close(predict(merged), predict(expected))
 
@@ -483,9 +484,9 @@ def test_strength_zero_changes_no_bit(network, two):
     ours = copy.deepcopy(network)
     ours.img_in.weight[0, 0] = -0.0
     before = copy.deepcopy(ours)
-    attach({"mmdit": ours}, two[0], 0.0)
+    attach({"transformer": ours}, two[0], 0.0)
     assert not any(m.terms for m in ours.modules() if isinstance(m, Linear))
-    merged = merge({"mmdit": ours}, two[0], 0)
+    merged = merge({"transformer": ours}, two[0], 0)
     assert_same_bits(ours, before)
     assert merged.num_bytes == 0
     merged.unmerge()
@@ -495,7 +496,7 @@ def test_strength_zero_changes_no_bit(network, two):
 @pytest.mark.parametrize("apply", [attach, merge])
 def test_strength_is_finite(network, two, apply, strength):
     with pytest.raises(ValueError, match="must be a finite number, got"):
-        apply({"mmdit": network}, two[0], strength)
+        apply({"transformer": network}, two[0], strength)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -503,7 +504,7 @@ def test_merge_rounds_once_and_unmerge_is_exact(network, changes, two, dtype):
     original = copy.deepcopy(network).to(dtype)
     ours = copy.deepcopy(original)
     addresses = {name: p.data_ptr() for name, p in ours.named_parameters()}
-    merged = merge({"mmdit": ours}, two[0], 0.9)
+    merged = merge({"transformer": ours}, two[0], 0.9)
     assert merged.num_bytes == sum(ours.get_submodule(name).weight.nbytes for name in changes)
     wide = torch.promote_types(dtype, torch.float32)
     for name, change in changes.items():
@@ -513,7 +514,7 @@ def test_merge_rounds_once_and_unmerge_is_exact(network, changes, two, dtype):
     merged.unmerge()
     assert_same_bits(ours, original)
     assert addresses == {name: p.data_ptr() for name, p in ours.named_parameters()}
-    with pytest.raises(ValueError, match="was unmerged before"):
+    with pytest.raises(ValueError, match="was unmerged already"):
         merged.unmerge()
 
 
@@ -521,19 +522,21 @@ def test_low_precision_is_as_good_as_dense_weights(network, changes, two):
     expected = with_deltas(network, changes)
     exact, dense = predict(expected), predict(copy.deepcopy(expected).to(torch.bfloat16))
     attached, merged = (copy.deepcopy(network).to(torch.bfloat16) for _ in range(2))
-    attach({"mmdit": attached}, two[0])
-    merge({"mmdit": merged}, two[0])
+    attach({"transformer": attached}, two[0])
+    merge({"transformer": merged}, two[0])
     assert_within_2x(predict(attached), dense, exact)
     assert_within_2x(predict(merged), dense, exact)
 
 
 def test_the_last_merge_is_undone_first(network, two):
     ours = copy.deepcopy(network)
-    first = merge({"mmdit": ours}, two[0])
+    first = merge({"transformer": ours}, two[0])
     between = copy.deepcopy(ours)
-    second = merge({"mmdit": ours}, two[1])
+    second = merge({"transformer": ours}, two[1])
     both = copy.deepcopy(ours)
-    with pytest.raises(ValueError, match=r"\d+ weights such as mmdit .* changed after this LoRA was merged"):
+    with pytest.raises(
+        ValueError, match=r"\d+ weights such as transformer .* changed after this LoRA was merged"
+    ):
         first.unmerge()
     assert_same_bits(ours, both)
     second.unmerge()
@@ -544,7 +547,7 @@ def test_the_last_merge_is_undone_first(network, two):
 
 def test_unmerge_notices_another_dtype(network, two):
     ours = copy.deepcopy(network)
-    merged = merge({"mmdit": ours}, two[0])
+    merged = merge({"transformer": ours}, two[0])
     ours.to(torch.bfloat16)
     with pytest.raises(ValueError, match="another dtype"):
         merged.unmerge()
@@ -566,9 +569,9 @@ def test_quantised_weights_take_it_attached_only(network, changes, two):
     with pytest.raises(
         ValueError, match=r"32 of the 42 weights .* are stored quantised .* attach it instead"
     ):
-        merge({"mmdit": narrow}, two[0])
+        merge({"transformer": narrow}, two[0])
     assert_same_bits(narrow, before)
-    attach({"mmdit": narrow}, two[0], 0.8)
+    attach({"transformer": narrow}, two[0], 0.8)
     assert_close(predict(narrow), predict(with_deltas(dense, changes, 0.8)))
 
 
@@ -576,7 +579,7 @@ def test_an_interrupted_merge_leaves_nothing(network, two, monkeypatch):
     ours, calls = copy.deepcopy(network), []
     monkeypatch.setattr(lora_apply, "_fingerprint", lambda w: calls.append(w) if len(calls) < 9 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        merge({"mmdit": ours}, two[0])
+        merge({"transformer": ours}, two[0])
     assert len(calls) == 9
     assert_same_bits(ours, network)
 
@@ -585,8 +588,8 @@ def test_a_lora_for_another_model_changes_nothing(network, two):
     other = MMDiT(dataclasses.replace(MMDIT, num_single=1))
     before = copy.deepcopy(other)
     for apply in (attach, merge):
-        with pytest.raises(ValueError, match="read for another model: mmdit single_blocks.1"):
-            apply({"mmdit": other}, two[0])
+        with pytest.raises(ValueError, match="read for another model: transformer single_blocks.1"):
+            apply({"transformer": other}, two[0])
     assert_same_bits(other, before)
     assert not any(m.terms for m in other.modules() if isinstance(m, Linear))
 
@@ -598,10 +601,10 @@ def test_folded_weights_are_refused(network, two, apply):
     folded = fold_adapter(ours)
     before = copy.deepcopy(ours)
     with pytest.raises(ValueError, match="the bokeh adapter is folded into these weights; undo that first"):
-        apply({"mmdit": ours}, two[0])
+        apply({"transformer": ours}, two[0])
     assert_same_bits(ours, before)
     folded.undo()
-    merged = merge({"mmdit": ours}, two[0])
+    merged = merge({"transformer": ours}, two[0])
     expected = predict(ours)
     folded = fold_adapter(ours)
     assert_close(predict(ours), expected, 1e-4)
@@ -618,7 +621,7 @@ def test_the_file_may_vanish(network, two, changes, tmp_path):
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     ours = copy.deepcopy(network)
-    attach({"mmdit": ours}, lora)
+    attach({"transformer": ours}, lora)
     assert_close(predict(ours), predict(with_deltas(network, changes)))
 
 
@@ -662,16 +665,16 @@ def part_files(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Tensor], d
 def test_any_parts_ranks_and_alphas(tmp_path_factory, file):
     tensors, deltas, metadata = file
     lora = read(written(tmp_path_factory.mktemp("parts"), tensors, metadata))
-    assert set(lora.terms["mmdit"]) == set(deltas)
+    assert set(lora.terms["transformer"]) == set(deltas)
     for module, expected in deltas.items():
         ours = torch.zeros_like(expected)
-        for t in lora.terms["mmdit"][module]:
+        for t in lora.terms["transformer"][module]:
             ours[t.first : t.first + len(t.up)] += t.strength * (t.up @ t.down)
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 WORDS = [
-    *(prefix for prefix, _ in names.PREFIXES), *(end for end, _ in names.ROLES),
+    *(prefix for prefix, _ in PREFIXES), *(end for end, _ in names.ROLES),
     ".", "_", "0", "99999999999999999999", "weight", "lokr_w1", "é\u0000", "{i}",
     "double_blocks", "img_attn.qkv", "attn.to_q", "transformer_blocks_0_attn_to_q", "single_blocks.1.linear1",
     "processor.qkv_lora1", "x_embedder", "text_model.encoder.layers.0.mlp.fc1",
@@ -715,7 +718,7 @@ def golden_lora(folder: Path) -> Path:
     parts = load_components(shared("golden/snapshot"), dtype=torch.float32)
     clip, t5 = "text_model.encoder.layers.0.mlp.fc1", "encoder.block.0.layer.0.SelfAttention.q"
     layers = {
-        "transformer.proj_out": parts.mmdit.final_layer.linear,
+        "transformer.proj_out": parts.transformer.final_layer.linear,
         f"text_encoder.{clip}": parts.text.clip.get_submodule(clip),
         f"text_encoder_2.{t5}": parts.text.t5.get_submodule(t5),
     }
@@ -729,7 +732,7 @@ def golden_lora(folder: Path) -> Path:
 def test_load_attaches_to_all_networks(tmp_path):
     path = golden_lora(tmp_path)
     parts = load_components(shared("golden/snapshot"), loras=[(path, 0.5), (path, 0.25)], dtype=torch.float32)
-    for network in (parts.mmdit, parts.text.clip, parts.text.t5):
+    for network in (parts.transformer, parts.text.clip, parts.text.t5):
         terms = [m.terms for m in network.modules() if isinstance(m, Linear) and m.terms]
         assert [[t.strength for t in layer] for layer in terms] == [[0.5, 0.25]]
 
@@ -738,7 +741,7 @@ def test_load_attaches_to_all_networks(tmp_path):
 def test_a_wrong_lora_is_refused_before_the_transformer_is_read(tmp_path, monkeypatch):
     from bokehflux.weights import load
 
-    monkeypatch.setattr(load, "load_mmdit", lambda *a, **k: pytest.fail("read"))
+    monkeypatch.setattr(load, "load_transformer", lambda *a, **k: pytest.fail("read"))
     with pytest.raises(CheckpointError, match="no such layer"):
         bokehflux.load(
             shared("golden/snapshot"),

@@ -26,7 +26,7 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.weights import manifests
-from bokehflux.weights.checkpoint import CheckpointError
+from bokehflux.weights.files.checkpoint import CheckpointError
 from bokehflux.weights.mapping import (
     LINEAR_TO_CONV,
     SAME,
@@ -39,7 +39,7 @@ from bokehflux.weights.mapping import (
     resolve,
     to_official,
 )
-from bokehflux.weights.tables import bokeh, flux, text, vae
+from bokehflux.weights.tables import adapter, clip, flux, t5, vae
 from tests.helpers import needs_shared, shared
 
 SINGLE_38 = BokehConfig(blocks=tuple(range(19, 57)), rank=128)
@@ -50,10 +50,10 @@ OFFICIAL = {
     "flux1-schnell.diffusers": (flux.DIFFUSERS, lambda: MMDiT(FLUX_SCHNELL)),
     "ae.bfl": (vae.BFL, lambda: AutoencoderKL(FLUX_VAE)),
     "vae.diffusers": (vae.DIFFUSERS, lambda: AutoencoderKL(FLUX_VAE)),
-    "t5xxl.hf": (text.T5, lambda: T5Encoder(T5_XXL)),
-    "clip_l.hf": (text.CLIP, lambda: CLIPTextEncoder(CLIP_L)),
-    "bokeh_adapter.all57-qk": (bokeh.ADAPTER, lambda: BokehAdapter(FLUX_BOKEH, FLUX_DEV)),
-    "bokeh_adapter.single38-qk": (bokeh.ADAPTER, lambda: BokehAdapter(SINGLE_38, FLUX_DEV)),
+    "t5xxl.hf": (t5.HF, lambda: T5Encoder(T5_XXL)),
+    "clip_l.hf": (clip.HF, lambda: CLIPTextEncoder(CLIP_L)),
+    "bokeh_adapter.all57-qk": (adapter.PUBLISHED, lambda: BokehAdapter(FLUX_BOKEH, FLUX_DEV)),
+    "bokeh_adapter.single38-qk": (adapter.PUBLISHED, lambda: BokehAdapter(SINGLE_38, FLUX_DEV)),
 }
 every_file = pytest.mark.parametrize("name", OFFICIAL)
 
@@ -109,7 +109,7 @@ def test_every_official_file_can_be_written(name):
 @every_file
 def test_each_layout_is_recognised_and_no_other(name):
     table, _ = OFFICIAL[name]
-    tables = (*flux.TABLES, *vae.TABLES, text.T5, text.CLIP, bokeh.ADAPTER)
+    tables = (*flux.TABLES, *vae.TABLES, t5.HF, clip.HF, adapter.PUBLISHED)
     assert recognise(tables, manifests.shapes(name), name) is table
 
 
@@ -259,24 +259,24 @@ T5_OURS = {"shared.weight": (5, 2), "encoder.x": (2,)}
 
 @pytest.mark.parametrize("names", [["shared.weight"], ["encoder.embed_tokens.weight"]])
 def test_either_tied_tensor_will_do(names):
-    entries = plan(text.T5, T5_OURS, {"encoder.x": (2,)} | dict.fromkeys(names, (5, 2)), "f")
+    entries = plan(t5.HF, T5_OURS, {"encoder.x": (2,)} | dict.fromkeys(names, (5, 2)), "f")
     assert entries[0].src == tuple(names) and entries[0].tied == ()
 
 
 def test_both_tied_tensors_are_used_and_checked():
     both = {"encoder.x": (2,), "shared.weight": (5, 2), "encoder.embed_tokens.weight": (5, 2)}
-    entries = plan(text.T5, T5_OURS, both, "f")
+    entries = plan(t5.HF, T5_OURS, both, "f")
     assert entries[0].src == ("shared.weight",) and entries[0].tied == ("encoder.embed_tokens.weight",)
     wrong = both | {"encoder.embed_tokens.weight": (6, 2)}
-    assert problems_of(text.T5, T5_OURS, wrong) == [
+    assert problems_of(t5.HF, T5_OURS, wrong) == [
         "wrong shape: encoder.embed_tokens.weight is [6, 2], expected [5, 2]"
     ]
-    assert problems_of(text.T5, T5_OURS, {"encoder.x": (2,)}) == ["missing: shared.weight [5, 2]"]
+    assert problems_of(t5.HF, T5_OURS, {"encoder.x": (2,)}) == ["missing: shared.weight [5, 2]"]
 
 
 def test_position_ids_of_older_clip_files_are_ignored():
     theirs = manifests.shapes("clip_l.hf") | {"text_model.embeddings.position_ids": (1, 77)}
-    plan(text.CLIP, shapes(meta(lambda: CLIPTextEncoder(CLIP_L))), theirs, "f")
+    plan(clip.HF, shapes(meta(lambda: CLIPTextEncoder(CLIP_L))), theirs, "f")
 
 
 def test_all_problems_are_listed_in_the_files_own_names():

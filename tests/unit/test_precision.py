@@ -17,9 +17,10 @@ from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
-from bokehflux.weights import load, write
-from bokehflux.weights import save as export
-from bokehflux.weights.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights import load
+from bokehflux.weights.files import write
+from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights.mapping import to_official
 from bokehflux.weights.precision import RowScaled, TensorScaled
 from bokehflux.weights.tables import flux
 from tests import model_files as files
@@ -27,7 +28,6 @@ from tests import model_files as files
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 STATES = files.states()
 STYLES = {"old": ("scale_weight", "scale_input"), "new": ("weight_scale", "input_scale")}
-LOADERS = {"transformer": load.load_mmdit, "t5": load.load_t5, "clip": load.load_clip, "vae": load.load_vae}
 
 
 def linear_weights(network: torch.nn.Module) -> set[str]:
@@ -86,7 +86,7 @@ def test_storage_types(tmp_path, part, stored):
     """fp8 stays in linear layers alone; everything else is in the compute dtype; values are the file's."""
     state = {name: t.to(stored) for name, t in STATES[part].items()}
     write.save(tmp_path / "a.safetensors", state)
-    network = LOADERS[part](tmp_path / "a.safetensors", dtype=torch.bfloat16)
+    network = files.LOADERS[part](tmp_path / "a.safetensors", dtype=torch.bfloat16)
     narrow = linear_weights(network) if stored in (E4M3, E5M2) else set()
     assert bool(narrow) == (stored in (E4M3, E5M2) and part != "vae")
     for name, tensor in network.state_dict().items():
@@ -98,7 +98,7 @@ def test_storage_types(tmp_path, part, stored):
 
 def test_fp8_memory_is_that_of_the_file(tmp_path):
     write.save(tmp_path / "a.safetensors", {n: t.to(E4M3) for n, t in STATES["transformer"].items()})
-    network = load.load_mmdit(tmp_path / "a.safetensors", dtype=torch.bfloat16)
+    network = load.load_transformer(tmp_path / "a.safetensors", dtype=torch.bfloat16)
     for name, p in network.named_parameters():
         assert p.untyped_storage().nbytes() == p.nbytes, name
     assert sum(p.nbytes for n, p in network.named_parameters() if n in linear_weights(network)) == sum(
@@ -112,7 +112,7 @@ def test_networks_compute_with_narrow_weights(tmp_path):
     write.save(tmp_path / "a.safetensors", narrow)
     write.save(tmp_path / "b.safetensors", {n: t.to(torch.bfloat16) for n, t in narrow.items()})
     ids = torch.arange(7)[None]
-    a, b = (load.load_t5(tmp_path / f"{x}.safetensors", dtype=torch.bfloat16)(ids) for x in "ab")
+    a, b = (files.load_t5(tmp_path / f"{x}.safetensors", dtype=torch.bfloat16)(ids) for x in "ab")
     assert a.dtype == torch.bfloat16 and torch.equal(a, b)
 
 
@@ -121,17 +121,17 @@ def test_the_adapter_is_never_narrow(tmp_path):
     state = files.random_state(BokehAdapter(config, files.MMDIT))
     write.save(tmp_path / "t.safetensors", {n: t.to(E4M3) for n, t in STATES["transformer"].items()})
     write.save(tmp_path / "a.safetensors", {n: t.to(E4M3) for n, t in state.items()})
-    network = load.load_mmdit(tmp_path / "t.safetensors", adapter=tmp_path / "a.safetensors")
+    network = load.load_transformer(tmp_path / "t.safetensors", adapter=tmp_path / "a.safetensors")
     assert network.bokeh is not None
     assert {p.dtype for p in network.bokeh.parameters()} == {torch.bfloat16}
     assert network.img_in.weight.dtype == E4M3
 
 
 def test_fused_parts_of_different_types_become_dense(tmp_path):
-    tensors = export.to_official(flux.DIFFUSERS, STATES["transformer"])
+    tensors = to_official(flux.DIFFUSERS, STATES["transformer"])
     tensors = {n: t.to(E4M3) if n.endswith("to_q.weight") else t for n, t in tensors.items()}
     write.save(tmp_path / "a.safetensors", tensors)
-    network = load.load_mmdit(tmp_path / "a.safetensors", files.MMDIT, dtype=torch.float32)
+    network = load.load_transformer(tmp_path / "a.safetensors", files.MMDIT, dtype=torch.float32)
     qkv = network.double_blocks[0].img_attn.qkv
     expected = STATES["transformer"]["double_blocks.0.img_attn.qkv.weight"].clone()
     expected[:128] = expected[:128].to(E4M3).float()
@@ -147,7 +147,7 @@ def test_fused_parts_of_different_types_become_dense(tmp_path):
 def test_scaled_fp8(tmp_path, part, style, dtype):
     tensors, meaning = scaled(STATES[part], style)
     write.save(tmp_path / "a.safetensors", tensors)
-    network = LOADERS[part](tmp_path / "a.safetensors", dtype=dtype)
+    network = files.LOADERS[part](tmp_path / "a.safetensors", dtype=dtype)
     scaled_layers = 0
     for name, tensor in dense(network, dtype).items():
         assert tensor.dtype == dtype
@@ -163,7 +163,7 @@ def test_scaled_fp8(tmp_path, part, style, dtype):
 @pytest.mark.parametrize("style", STYLES)
 def test_fused_parts_with_scales_of_their_own_stay_exact(tmp_path, style):
     """q, k, v and MLP rows keep their scales; (scale, shift) of the last layer are swapped with theirs."""
-    official = export.to_official(flux.DIFFUSERS, STATES["transformer"])
+    official = to_official(flux.DIFFUSERS, STATES["transformer"])
 
     def scale_of(i: int):
         rows = official[names_of(official)[i]].shape[0]
@@ -171,13 +171,16 @@ def test_fused_parts_with_scales_of_their_own_stay_exact(tmp_path, style):
 
     tensors, meaning = scaled(official, style, scale_of)
     write.save(tmp_path / "a.safetensors", tensors)
-    network = load.load_mmdit(tmp_path / "a.safetensors", files.MMDIT, dtype=torch.bfloat16)
+    network = load.load_transformer(tmp_path / "a.safetensors", files.MMDIT, dtype=torch.bfloat16)
     write.save(tmp_path / "b.safetensors", meaning)
-    exact = load.load_mmdit(tmp_path / "b.safetensors", files.MMDIT, dtype=torch.float32)
+    exact = load.load_transformer(tmp_path / "b.safetensors", files.MMDIT, dtype=torch.float32)
     for name, tensor in dense(network, torch.bfloat16).items():
         assert torch.equal(tensor, exact.state_dict()[name].to(torch.bfloat16)), name
     assert network.double_blocks[0].img_attn.qkv.weight.dtype == E4M3
     assert isinstance(network.double_blocks[0].img_attn.qkv.dequantize, RowScaled)
+    # Scales, too, are copies: nothing keeps the file mapped.
+    if (maps := Path("/proc/self/maps")).exists():
+        assert str(tmp_path) not in maps.read_text()
     assert isinstance(network.final_layer.adaLN_modulation[1].dequantize, TensorScaled | RowScaled)
     columns = network.double_blocks[0].img_attn.qkv.columns(torch.ones(1, 1, 128).bfloat16(), 100, 200)
     expected = F.linear(
@@ -189,10 +192,10 @@ def test_fused_parts_with_scales_of_their_own_stay_exact(tmp_path, style):
 
 
 def test_equal_scales_of_fused_parts_are_one(tmp_path):
-    official = export.to_official(flux.DIFFUSERS, STATES["transformer"])
+    official = to_official(flux.DIFFUSERS, STATES["transformer"])
     tensors, _ = scaled(official, "new", lambda i: 0.02)
     write.save(tmp_path / "a.safetensors", tensors)
-    network = load.load_mmdit(tmp_path / "a.safetensors", files.MMDIT)
+    network = load.load_transformer(tmp_path / "a.safetensors", files.MMDIT)
     assert network.double_blocks[0].img_attn.qkv.dequantize == TensorScaled(scale=torch.tensor(0.02).item())
 
 
@@ -202,7 +205,7 @@ def test_scaled_fp8_below_the_prefixes_of_an_all_in_one(tmp_path):
         parts[name], meanings[name] = scaled(STATES[name], style)
     write.save(tmp_path / "a.safetensors", files.all_in_one(parts | {"vae": STATES["vae"]}))
     for name in meanings:
-        network = LOADERS[name](tmp_path / "a.safetensors", dtype=torch.float32)
+        network = files.LOADERS[name](tmp_path / "a.safetensors", dtype=torch.float32)
         for key, tensor in dense(network, torch.float32).items():
             assert torch.equal(tensor, meanings[name][key]), key
 
@@ -210,7 +213,7 @@ def test_scaled_fp8_below_the_prefixes_of_an_all_in_one(tmp_path):
 def test_a_scale_beside_a_wide_weight_is_applied(tmp_path):
     state = dict(STATES["transformer"]) | {"img_in.scale_weight": torch.tensor([0.5])}
     write.save(tmp_path / "a.safetensors", state)
-    network = load.load_mmdit(tmp_path / "a.safetensors", dtype=torch.float32)
+    network = load.load_transformer(tmp_path / "a.safetensors", dtype=torch.float32)
     assert torch.equal(network.img_in.weight, 0.5 * state["img_in.weight"]) and network.img_in.is_dense
 
 
@@ -221,13 +224,13 @@ def test_metadata_declares_formats(tmp_path):
     write.save(
         tmp_path / "a.safetensors", tensors, {"_quantization_metadata": json.dumps({"layers": layers})}
     )
-    network = load.load_t5(tmp_path / "a.safetensors", dtype=torch.float32)
+    network = files.load_t5(tmp_path / "a.safetensors", dtype=torch.float32)
     assert all(torch.equal(t, meaning[n]) for n, t in dense(network, torch.float32).items())
     layers = {n: {"format": "nvfp4"} for n in layers}
     write.save(
         tmp_path / "a.safetensors", tensors, {"_quantization_metadata": json.dumps({"layers": layers})}
     )
-    message = problems(load.load_t5, tmp_path / "a.safetensors")
+    message = problems(files.load_t5, tmp_path / "a.safetensors")
     assert f"{len(layers)} layers such as encoder" in message and "stored as nvfp4" in message
 
 
@@ -261,21 +264,21 @@ def test_metadata_declares_formats(tmp_path):
 def test_what_cannot_be_meant_is_refused(tmp_path, change, message):
     tensors, _ = scaled(STATES["transformer"], "old")
     write.save(tmp_path / "a.safetensors", tensors | change)
-    assert message in problems(load.load_mmdit, tmp_path / "a.safetensors")
+    assert message in problems(load.load_transformer, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("metadata", ["{", "[]", '{"layers": 3}', '{"layers": {"a": 1}}', "null"])
 def test_odd_metadata_is_no_crash(tmp_path, metadata):
     write.save(tmp_path / "a.safetensors", dict(STATES["t5"]), {"_quantization_metadata": metadata})
     with pytest.raises(CheckpointError):
-        load.load_t5(tmp_path / "a.safetensors")
+        files.load_t5(tmp_path / "a.safetensors")
 
 
 def test_scaled_files_are_covered_both_ways(tmp_path):
     tensors, _ = scaled(STATES["transformer"], "old")
     del tensors["txt_in.bias"]
     write.save(tmp_path / "a.safetensors", tensors | {"img_in.other": torch.ones(1)})
-    message = problems(load.load_mmdit, tmp_path / "a.safetensors")
+    message = problems(load.load_transformer, tmp_path / "a.safetensors")
     assert "missing: txt_in.bias" in message and "unexpected: img_in.other" in message
     assert "scale_weight" not in message and "2 problems" in message
 
@@ -298,7 +301,7 @@ def test_scaling_rounds_once(dtype):
 
 
 def test_loading_holds_one_parameter_beside_the_network(tmp_path, monkeypatch):
-    official = export.to_official(flux.DIFFUSERS, STATES["transformer"])
+    official = to_official(flux.DIFFUSERS, STATES["transformer"])
     write.save(tmp_path / "a.safetensors", official)
     alive: list[weakref.ref] = []
     most = 0
@@ -313,7 +316,7 @@ def test_loading_holds_one_parameter_beside_the_network(tmp_path, monkeypatch):
         return tensor
 
     monkeypatch.setattr(Checkpoint, "read", counted)
-    load.load_mmdit(tmp_path / "a.safetensors", files.MMDIT, dtype=torch.bfloat16)
+    load.load_transformer(tmp_path / "a.safetensors", files.MMDIT, dtype=torch.bfloat16)
     assert most <= 4  # the parts of a fused projection
 
 
@@ -330,7 +333,7 @@ def test_metal_gets_dense_weights(tmp_path, monkeypatch, caplog):
         return store(entry, checkpoint, scales, torch.device("cpu"), dtype, keep=keep)
 
     monkeypatch.setattr(load, "store", watched)
-    network = load.load_t5(tmp_path / "a.safetensors", device="mps", dtype=torch.float32)
+    network = files.load_t5(tmp_path / "a.safetensors", device="mps", dtype=torch.float32)
     assert kept and not any(kept)
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert [line.split(": ", 1)[1] for line in caplog.messages] == [
@@ -349,4 +352,4 @@ def test_every_matrix_of_the_networks_is_a_linear_that_can_be_narrow() -> None:
 
 def test_paths_are_accepted_as_strings(tmp_path: Path) -> None:
     write.save(tmp_path / "a.safetensors", {n: t.to(E4M3) for n, t in STATES["clip"].items()})
-    assert load.load_clip(str(tmp_path / "a.safetensors")).config == files.CLIP
+    assert files.load_clip(str(tmp_path / "a.safetensors")).config == files.CLIP

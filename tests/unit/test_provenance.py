@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bokehflux.fingerprint import fingerprint
 from bokehflux.pipeline.provenance import Source, device_name, provenance_of, source_of
 from bokehflux.record import Provenance
 from bokehflux.version import __version__
+from bokehflux.weights.find.resolve import resolve_model
 from tests.tiny import tiny_pipeline
 from tests.unit.test_load import write_snapshot
 
@@ -68,21 +70,25 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         fingerprint([tmp_path / "absent"])
 
 
+def source(model: Path, adapter: Path | None, loras: Sequence[tuple[Path, float]]) -> Source:
+    return source_of(resolve_model(model, adapter=adapter, loras=loras), model, adapter, loras)
+
+
 def test_every_part_of_a_model_counts(tmp_path: Path) -> None:
     write_snapshot(tmp_path)
     lora = tmp_path / "lora.safetensors"
     lora.write_bytes(b"lora")
-    before = source_of(tmp_path, None, [(lora, 0.5)])
+    before = source(tmp_path, None, [(lora, 0.5)])
     model_hash, adapter_hash, lora_hashes = before.hashes
     assert before.adapter is None and adapter_hash == fingerprint([tmp_path / "adapter"])
     assert before.loras == ((str(lora), 0.5),) and lora_hashes == ((fingerprint([lora]), 0.5),)
-    assert source_of(tmp_path, tmp_path / "adapter", []).hashes[1] == adapter_hash
+    assert source(tmp_path, tmp_path / "adapter", []).hashes[1] == adapter_hash
     (tmp_path / "README.md").write_text("says nothing")
-    assert source_of(tmp_path, None, [(lora, 0.5)]).hashes == before.hashes
+    assert source(tmp_path, None, [(lora, 0.5)]).hashes == before.hashes
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "scheduler"):
         config = next(path for path in sorted((tmp_path / part).glob("*.json")))
         config.write_text(config.read_text() + " ")
-        now = source_of(tmp_path, None, []).hashes[0]
+        now = source(tmp_path, None, []).hashes[0]
         assert now != model_hash, part
         model_hash = now
 

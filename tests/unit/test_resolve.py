@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bokehflux.weights import load, write
-from bokehflux.weights.checkpoint import CheckpointError
-from bokehflux.weights.resolve import (
+from bokehflux.weights import load
+from bokehflux.weights.files import write
+from bokehflux.weights.files.checkpoint import CheckpointError
+from bokehflux.weights.find.resolve import (
     ADAPTER_REPO,
     DEV,
     SCHNELL,
@@ -77,10 +78,10 @@ def test_cached_models_are_found(tmp_path, env, variable):
     snapshot = put_in_cache(hub[variable], DEV, STATES)
     env = env | {variable: str(tmp_path)}
     for name in (DEV, "FLUX.1-dev", "flux-dev"):
-        assert resolve_model(name, env).transformer == snapshot / "flux1-dev.safetensors"
+        assert resolve_model(name, env).paths["transformer"] == snapshot / "flux1-dev.safetensors"
     parts = load.load_components(DEV, dtype=torch.float32, env=env)
-    files.assert_holds(parts.mmdit, STATES["transformer"])
-    assert "looked in vain for transformer" in problems(resolve_model, SCHNELL, env)
+    files.assert_holds(parts.transformer, STATES["transformer"])
+    assert "not found: transformer" in problems(resolve_model, SCHNELL, env)
 
 
 def test_refs_say_which_snapshot(tmp_path, env):
@@ -107,7 +108,7 @@ def test_an_unfinished_download_is_not_a_model(tmp_path, env):
     (snapshot / "flux1-dev.safetensors").resolve().unlink()
     message = problems(resolve_model, DEV, env | {"HF_HUB_CACHE": str(tmp_path)})
     assert "flux1-dev.safetensors: no such file" in message
-    assert "looked in vain for transformer" in message
+    assert "not found: transformer" in message
 
 
 # --- the order
@@ -119,7 +120,7 @@ def test_each_place_yields_to_the_one_before(tmp_path, env):
     places = [cached / "flux1-dev.safetensors"]
 
     def found() -> Path:
-        return resolve_model("flux-dev", env).transformer
+        return resolve_model("flux-dev", env).paths["transformer"]
 
     assert found() == places[-1]
     for variable in ("FLUX_DEV", "FLUX_MODEL"):
@@ -138,8 +139,8 @@ def test_each_place_yields_to_the_one_before(tmp_path, env):
     write.save(explicit, STATES["transformer"])
     snapshot = resolve_model(explicit, env)
     # All the rest is shared, and comes from the only place that has it.
-    assert snapshot.transformer == explicit and snapshot.t5 == cached / "t5xxl_fp16.safetensors"
-    assert snapshot.clip_tokenizer == cached / "tokenizer"
+    shared = {"t5": cached / "t5xxl_fp16.safetensors", "clip_tokenizer": cached / "tokenizer"}
+    assert snapshot.paths.items() >= {"transformer": explicit, **shared}.items()
 
 
 @pytest.mark.parametrize(("newer", "older"), [("FLUX_MODEL", "FLUX_DEV"), ("FLUX_AE", "AE")])
@@ -151,7 +152,7 @@ def test_bfl_variables(tmp_path, env, newer, older):
         path = tmp_path / f"{variable}.sft"
         write.save(path, STATES[part])
         env[variable] = str(path)
-        assert getattr(resolve_model(DEV, env), part) == path
+        assert resolve_model(DEV, env).paths[part] == path
     env[newer] = str(tmp_path / "absent.sft")
     message = problems(resolve_model, DEV, env)
     assert f"{newer} names this file, which does not exist" in message and "absent.sft" in message
@@ -164,8 +165,8 @@ def test_schnell_has_its_own_variable(tmp_path, env):
     put_in_cache(tmp_path / "hub", DEV, STATES)
     env |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "FLUX_SCHNELL": str(tmp_path / "s.safetensors"),
             "FLUX_DEV": str(tmp_path / "d.safetensors")}  # fmt: skip
-    assert resolve_model("flux-schnell", env).mmdit == files.SCHNELL
-    assert resolve_model("flux-dev", env).mmdit == files.MMDIT
+    assert resolve_model("flux-schnell", env).config == files.SCHNELL
+    assert resolve_model("flux-dev", env).config == files.MMDIT
 
 
 def test_one_folder_of_many_models(tmp_path, env):
@@ -175,10 +176,10 @@ def test_one_folder_of_many_models(tmp_path, env):
     files.write_tokenizers(tmp_path / "comfy")
     write.save(tmp_path / "comfy" / "unet" / "another.safetensors", schnell)
     env["BOKEHFLUX_MODELS"] = os.pathsep.join(["", str(tmp_path / "comfy")])
-    assert resolve_model("flux-schnell", env).transformer.name == "another.safetensors"
-    assert resolve_model("flux-dev", env).transformer.name == "flux1-dev.safetensors"
+    assert resolve_model("flux-schnell", env).paths["transformer"].name == "another.safetensors"
+    assert resolve_model("flux-dev", env).paths["transformer"].name == "flux1-dev.safetensors"
     # Of a model that only its name tells from others, nothing there can be known to be it.
-    assert "looked in vain for transformer" in problems(resolve_model, "someone/FLUX.1-Kontext", env)
+    assert "not found: transformer" in problems(resolve_model, "someone/FLUX.1-Kontext", env)
 
 
 def test_an_explicit_model_is_never_replaced(tmp_path, env):
@@ -187,7 +188,7 @@ def test_an_explicit_model_is_never_replaced(tmp_path, env):
     env["HF_HUB_CACHE"] = str(tmp_path / "hub")
     some = tmp_path / "some"
     files.write_flat(some, {"vae": STATES["vae"]})
-    assert "looked in vain for transformer" in problems(resolve_model, some, env)
+    assert "not found: transformer" in problems(resolve_model, some, env)
     with pytest.raises(CheckpointError, match="layout not recognised"):
         load.load_components(some / "ae.safetensors", env=env)
 
@@ -210,9 +211,9 @@ def test_the_error_names_every_place(tmp_path, env):
     message = problems(resolve_model, DEV, env)
     for part in (f"{own} (BOKEHFLUX_MODELS)", "FLUX_MODEL and FLUX_AE", "FLUX_DEV and AE",
                  str(tmp_path / "hf" / "hub"), f"looked in {DEV}: nothing there", "bokehflux fetch",
-                 "looked in vain for transformer", "docs/files.md"):  # fmt: skip
+                 "not found: transformer", "docs/files.md"):  # fmt: skip
         assert part in message, part
-    assert message.startswith(f"no complete model {DEV} found; bundled with bokehflux: nano\n  - looked in")
+    assert message.startswith(f"no complete model {DEV} found; bundled with bokehflux: nano\n  - not found:")
     # What can only be a path is not looked for by name.
     assert "hugging" not in problems(resolve_model, tmp_path / "nowhere", env).split("get what")[0].lower()
 
@@ -222,11 +223,11 @@ def test_the_environment_is_read_at_the_call(tmp_path, env, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for name in ("BOKEHFLUX_MODELS", "FLUX_MODEL", "FLUX_AE", "FLUX_DEV", "AE"):
         monkeypatch.delenv(name, raising=False)
-    assert resolve_model(DEV).transformer.name == "flux1-dev.safetensors"
+    assert resolve_model(DEV).paths["transformer"].name == "flux1-dev.safetensors"
     monkeypatch.setenv("FLUX_MODEL", "/nowhere/at/all")
     assert "/nowhere/at/all" in problems(resolve_model, DEV).replace("\\", "/")
     # A given mapping stands in for all of it.
-    assert resolve_model(DEV, env | {"HF_HUB_CACHE": str(tmp_path)}).transformer.is_file()
+    assert resolve_model(DEV, env | {"HF_HUB_CACHE": str(tmp_path)}).paths["transformer"].is_file()
 
 
 # --- adapters and LoRAs
@@ -264,5 +265,5 @@ def test_model_files_need_a_transformer_only(tmp_path, env):
     env["HF_HUB_CACHE"] = str(tmp_path / "hub")
     path = tmp_path / "x" / "t.safetensors"
     write.save(path, STATES["transformer"])
-    snapshot = resolve_model(ModelFiles(transformer=path), env)
-    assert snapshot.transformer == path and snapshot.vae.name == "ae.safetensors"
+    snapshot = resolve_model(ModelFiles({"transformer": path}), env)
+    assert snapshot.paths["transformer"] == path and snapshot.paths["vae"].name == "ae.safetensors"

@@ -1,1 +1,1 @@
-"""Name tables, one module per checkpoint layout: data only."""
+"""Names and configs of networks in files, one module a network: data only."""

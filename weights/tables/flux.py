@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from bokehflux.configs import MMDiTConfig
+
+from ..codec import Codec, Field, Shapes, numbers
 from ..mapping import SWAP_HALVES, Rule, Table, concat
 
 _D, _S = "transformer_blocks.{i}.", "single_transformer_blocks.{i}."
@@ -11,6 +16,7 @@ BFL = Table("FLUX transformer, BFL layout", marker="final_layer.adaLN_modulation
 DIFFUSERS = Table(
     "FLUX transformer, diffusers layout",
     marker="norm_out.linear.weight",
+    needs_config=True,
     rules=(
         Rule("img_in.{p}", "x_embedder.{p}"),
         Rule("txt_in.{p}", "context_embedder.{p}"),
@@ -58,4 +64,45 @@ DIFFUSERS = Table(
     ),
 )
 
-TABLES = (BFL, DIFFUSERS)
+TABLES = (DIFFUSERS, BFL)
+
+
+def _head_dim(s: Shapes) -> int:
+    scale = "double_blocks.0.img_attn.norm.query_norm.scale"
+    head_dim = s.size(next((name for name in s if name.endswith("norm.query_norm.scale")), scale))
+    if head_dim != 128:
+        raise ValueError(
+            f"head dim {head_dim} does not imply rotary axes (128 does): pass a config or add config.json"
+        )
+    return head_dim
+
+
+def _mlp_ratio(s: Shapes) -> float:
+    width = s.size("img_in.weight")
+    if "double_blocks.0.img_mlp.0.weight" in s:
+        return s.size("double_blocks.0.img_mlp.0.weight") / width
+    return (s.size("single_blocks.0.linear2.weight", 1) - width) / width
+
+
+def _config(head_dim: Any, num_heads: Any, **fields: Any) -> MMDiTConfig:
+    return MMDiTConfig(hidden_size=head_dim * num_heads, num_heads=num_heads, **fields)
+
+
+CONFIG = Codec(
+    what="FLUX transformer",
+    build=_config,
+    fields=(
+        Field("in_channels", "in_channels", lambda s: s.size("img_in.weight", 1)),
+        Field("txt_dim", "joint_attention_dim", lambda s: s.size("txt_in.weight", 1)),
+        Field("pooled_dim", "pooled_projection_dim", lambda s: s.size("vector_in.in_layer.weight", 1)),
+        Field("head_dim", "attention_head_dim", _head_dim),
+        Field("num_heads", "num_attention_heads", lambda s: s.size("img_in.weight") // _head_dim(s)),
+        Field("num_double", "num_layers", lambda s: s.count("double_blocks")),
+        Field("num_single", "num_single_layers", lambda s: s.count("single_blocks")),
+        Field("axes_dim", "axes_dims_rope", lambda s: (16, 56, 56), absent=[16, 56, 56], read=numbers),
+        Field("guidance_embed", "guidance_embeds", lambda s: "guidance_in.in_layer.weight" in s),
+        Field("mlp_ratio", None, _mlp_ratio),
+    ),
+    fixed={"_class_name": "FluxTransformer2DModel", "patch_size": 1},
+    implied=lambda config: {"out_channels": (None, config.in_channels)},
+)

@@ -2,13 +2,13 @@
 
 Six families are in use: diffusers/PEFT (`transformer.`), kohya (`lora_unet_`), BFL (`diffusion_model.`),
 XLabs (no prefix, `processor.`), LyCORIS (`lycoris_`) and OneTrainer (`lora_transformer_`). Each is a prefix
-and a table; files mix them freely: every prefix takes the names of every table, with dots or underscores.
+(`networks.py`) and a table; files mix them freely: every prefix goes with the names of every table, with dots
+or underscores.
 """
 
 from __future__ import annotations
 
 from ..mapping import Rule, Table, concat
-from . import flux
 
 _QKV = (1, 1, 1)
 
@@ -46,30 +46,6 @@ XLABS = Table(
     ),
 )
 
-TRANSFORMER = (flux.BFL, flux.DIFFUSERS, PARTS, XLABS)
-
-PREFIXES: tuple[tuple[str, str], ...] = (
-    ("base_model.model.transformer.", "mmdit"),
-    ("base_model.model.", "mmdit"),
-    ("model.diffusion_model.", "mmdit"),
-    ("diffusion_model.", "mmdit"),
-    ("transformer.", "mmdit"),
-    ("lora_transformer_", "mmdit"),
-    ("lora_unet_", "mmdit"),
-    ("lycoris_", "mmdit"),
-    ("text_encoders.clip_l.transformer.", "clip"),
-    ("text_encoder.", "clip"),
-    ("lora_te1_", "clip"),
-    ("lora_te_", "clip"),
-    ("text_encoders.t5xxl.transformer.", "t5"),
-    ("text_encoder_2.", "t5"),
-    ("lora_te2_", "t5"),
-    # kohya keeps the number that T5 has in SD3.
-    ("lora_te3_", "t5"),
-    ("", "mmdit"),
-)
-"""(prefix of a name, the network that the rest belongs to), in the order in which they are tried."""
-
 ROLES: tuple[tuple[str, str], ...] = (
     (".lora_A.weight", "down"),
     (".lora_A.default.weight", "down"),
@@ -85,7 +61,7 @@ ROLES: tuple[tuple[str, str], ...] = (
     (".up.weight", "up"),
     (".alpha", "alpha"),
 )
-"""(end of a name, what the tensor is); where several fit, the longest is meant."""
+"""(end of a name, what the tensor is); the longest that fits counts."""
 
 OTHER_KINDS: tuple[tuple[str, str], ...] = (
     (r"\.lokr_(w1|w2|t2)\w*$", "LoKr"),
@@ -98,7 +74,4 @@ OTHER_KINDS: tuple[tuple[str, str], ...] = (
     (r"\.lora_[AB](\.\w+)?\.bias$", "LoRA with biases"),
     (r"\.(diff|diff_b|set_weight|w_norm|b_norm)$", "full difference"),
 )
-"""(pattern of a name, kind of adapter), for what is more than a pair of matrices."""
-
-METADATA_PARTS = {"transformer": "mmdit", "text_encoder": "clip", "text_encoder_2": "t5"}
-"""First component of the keys that diffusers writes into `lora_adapter_metadata`."""
+"""(pattern of a name, kind of adapter), for adapters that are more than a pair of matrices."""

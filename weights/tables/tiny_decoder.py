@@ -5,6 +5,7 @@ diffusers counts without the clamp that comes first here, and keeps the encoder 
 
 from __future__ import annotations
 
+from ..codec import Codec, Field
 from ..mapping import Rule, Table
 
 _CONVS, _BLOCKS, _ENCODER_BLOCKS = (
@@ -30,3 +31,9 @@ DIFFUSERS = Table(
     ),
 )
 TABLES = (OWN, DIFFUSERS)
+LATENT_CHANNELS = Codec(
+    what="TAEF1 decoder for previews",
+    build=lambda latent_channels: int(latent_channels),
+    fields=(Field("latent_channels", None, lambda s: s.size("1.weight", 1)),),
+)
+"""All that its shape depends on."""

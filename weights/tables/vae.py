@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bokehflux.configs import VAEConfig
+
+from ..codec import Codec, Field, Shapes, numbers, refused
 from ..mapping import LINEAR_TO_CONV, Rule, Table
 
 BFL = Table("FLUX autoencoder, BFL layout", marker="decoder.mid.block_1.conv1.weight")
@@ -33,6 +36,7 @@ def _both_sides(side: str) -> tuple[Rule, ...]:
 DIFFUSERS = Table(
     "FLUX autoencoder, diffusers layout",
     marker="decoder.mid_block.resnets.0.conv1.weight",
+    needs_config=True,
     rules=(
         *_both_sides("encoder"),
         *_residual("encoder.down.{i}.block.{j}", "encoder.down_blocks.{i}.resnets.{j}"),
@@ -44,4 +48,43 @@ DIFFUSERS = Table(
     ),
 )
 
-TABLES = (BFL, DIFFUSERS)
+TABLES = (DIFFUSERS, BFL)
+
+
+def _channels(s: Shapes) -> tuple[int, ...]:
+    return tuple(s.size(f"encoder.down.{i}.block.0.conv1.weight") for i in range(s.count("encoder.down")))
+
+
+def _latent_channels(s: Shapes) -> int:
+    channels = s.size("decoder.conv_in.weight", 1)
+    if channels != 16:  # which imply FLUX's groups, scale and shift
+        problem = f"{channels} latent channels do not imply a scale (16 do)"
+        raise ValueError(f"{problem}: pass a config or add config.json")
+    return channels
+
+
+_NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
+
+CONFIG = Codec(
+    what="FLUX autoencoder",
+    build=VAEConfig,
+    fields=(
+        Field("channels", "block_out_channels", _channels, read=numbers),
+        Field("layers_per_block", "layers_per_block", lambda s: s.count("encoder.down.0.block"), absent=1),
+        Field("latent_channels", "latent_channels", _latent_channels),
+        Field("norm_groups", "norm_num_groups", lambda s: 32, absent=32),
+        Field("scale", "scaling_factor", lambda s: 0.3611),
+        Field("shift", "shift_factor", lambda s: 0.1159),
+    ),
+    fixed={
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+        "mid_block_add_attention": True, "latents_mean": None, "latents_std": None,
+    },
+    implied=lambda config: {
+        "down_block_types": ["DownEncoderBlock2D"] * len(config.channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(config.channels),
+    },
+    extra=lambda config: {"force_upcast": True, **_NO_QUANT},
+    # An absent key means true: the older autoencoders have these two convolutions.
+    faults=lambda config: refused(_NO_QUANT, {**dict.fromkeys(_NO_QUANT, True), **config}),
+)  # fmt: skip

@@ -1,8 +1,8 @@
 """Read checkpoints: one .safetensors or .gguf file, shards behind an index, or a component folder.
 
-The `safetensors` library reads and checks the files; what it refuses is looked at here once more, to say what
-the file is instead. Opening reads headers only; tensors are views of the memory-mapped file, read one at a
-time. Knows names and shapes, and no network. Format: https://huggingface.co/docs/safetensors#format
+The `safetensors` library reads and checks the files; a file that it refuses is looked at once more here, to
+say what it is instead. Opening reads headers only; tensors are views of the memory-mapped file, read one at a
+time. Knows names and shapes, but no networks. Format: https://huggingface.co/docs/safetensors#format
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""What we read and write: all of the format's types but complex numbers and those packed below 8 bits."""
+"""Types that we read and write: all of the format's but complex numbers and those packed below 8 bits."""
 
-# What people hand over in place of a .safetensors file, by its first bytes.
+# Files that people pass in place of a .safetensors file, by their first bytes.
 _LOOKALIKES = (
     (b"<", "it is a web page: the download was redirected, probably because it needs a login"),
     (b"version ", "it is a Git LFS pointer: fetch the real file with `git lfs pull`"),
@@ -74,7 +74,7 @@ class CheckpointError(ValueError):
 
 
 class NotFoundError(CheckpointError):
-    """Nothing of that name, or not all of it; `where` says so, `problems` say where it was looked for."""
+    """Nothing of that name, or only some of it; `where` says so, `problems` name the places searched."""
 
     def _head(self) -> str:
         return self.where
@@ -86,17 +86,17 @@ class TensorInfo(NamedTuple):
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Of the numbers that it means; a packed tensor is stored in another one."""
+    """Shape of the numbers. Packed tensors are stored as bytes of another shape."""
     place: int
-    """Counts the tensors of the file in the order in which they lie there."""
+    """Position among the tensors of its file, in the order of their data."""
     key: str
-    """Its name in the file: a part of a larger file has shorter names (`Checkpoint.under`)."""
+    """Its name in the file. A part of a larger file is named without its prefix (`Checkpoint.under`)."""
     packing: str | None = None
     """GGUF's name of a block format such as "Q8_0"; the tensor is then read as raw bytes [rows, bytes]."""
 
     @property
     def num_bytes(self) -> int:
-        """In the file."""
+        """Bytes that it takes in the file."""
         numbers = math.prod(self.shape)
         if self.packing is None:
             return numbers * self.dtype.itemsize
@@ -115,14 +115,14 @@ class Checkpoint:
         self._files: dict[Path, SafetensorsFile | GgufFile | PickledFile] = {}
 
     def under(self, prefix: str) -> Checkpoint:
-        """The part whose names start with a prefix, named without it."""
+        """The tensors whose names start with a prefix, named without it."""
         if not prefix:
             return self
         cut = len(prefix)
         return self._part({n[cut:]: info for n, info in self.tensors.items() if n.startswith(prefix)}, {})
 
     def without(self, names: Collection[str]) -> Checkpoint:
-        """The same with some tensors out of sight; `read` still finds them."""
+        """The same without some tensors; `read` still finds them."""
         kept = {name: info for name, info in self.tensors.items() if name not in names}
         return self._part(kept, {name: self.tensors[name] for name in names})
 
@@ -131,6 +131,10 @@ class Checkpoint:
         part._aside = aside
         part._files = self._files
         return part
+
+    def close(self) -> None:
+        """Let go of the mapped files. A later `read` maps them again."""
+        self._files.clear()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -145,13 +149,13 @@ class Checkpoint:
         return read_json(self.config_path) if self.config_path.is_file() else None
 
     def position(self, name: str) -> tuple[str, int]:
-        """Sorts tensors in the order in which they lie on disk."""
+        """Sort key: the order in which tensors lie on disk."""
         return str(self.tensors[name].file), self.tensors[name].place
 
     def read(self, name: str) -> Tensor:
-        """The tensor as a CPU view of the mapped file: copy it, so that the file need not stay.
+        """The tensor as a CPU view of the mapped file: copy it to outlive the file.
 
-        Raises CheckpointError when the file is no longer the one that was opened.
+        Raises CheckpointError when the file has changed since it was opened.
         """
         info = self.tensors[name] if name in self.tensors else self._aside[name]
         if info.file not in self._files:
@@ -170,21 +174,51 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises CheckpointError with every problem of every file: missing, truncated, malformed, inconsistent.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = _inside(path)
-    if not path.is_file():
-        what = "no regular file" if path.exists() else "no such file or folder"
-        raise CheckpointError(path, f"{what}; expected a .safetensors file, its index, or a folder with one")
+    path = located(path)
     if path.suffix == ".json":
         return _open_index(path)
     tensors, metadata = read_header(path)
     return Checkpoint(path, tensors, metadata)
 
 
+def open_pickle(path: Path) -> Checkpoint:
+    """Open a file of `torch.save` without running it (`pickled.py`). Raises CheckpointError for others."""
+    try:
+        tensors = PickledFile(path).tensors.items()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(path, str(error)) from None
+    infos = {n: TensorInfo(path, t.dtype, tuple(t.shape), i, n) for i, (n, t) in enumerate(tensors)}
+    return Checkpoint(path, infos, {})
+
+
+def located(path: str | Path) -> Path:
+    """The file or index that a path means: itself, or the only one in a folder. Raises CheckpointError."""
+    path = Path(path)
+    if path.is_dir():
+        path = _inside(path)
+    if not path.is_file():
+        what = "not a regular file" if path.exists() else "no such file or folder"
+        raise CheckpointError(path, f"{what}; expected a .safetensors file, its index, or a folder with one")
+    return path
+
+
+class Shelf:
+    """Opened checkpoints: asking for one again gives the same object, so no header is read twice."""
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, Checkpoint] = {}
+
+    def open(self, path: str | Path) -> Checkpoint:
+        """As `open_checkpoint`."""
+        file = located(path)
+        if file.absolute() not in self._opened:
+            self._opened[file.absolute()] = open_checkpoint(file)
+        return self._opened[file.absolute()]
+
+
 def _opened(path: Path) -> SafetensorsFile | GgufFile | PickledFile:
     try:
-        if path.suffix == PICKLE_SUFFIX:  # `adapter.py` has looked into it
+        if path.suffix == PICKLE_SUFFIX:
             return PickledFile(path)
         return GgufFile(path) if path.suffix == GGUF_SUFFIX else SafetensorsFile(path, DTYPES)
     except (OSError, ValueError) as error:
@@ -192,7 +226,7 @@ def _opened(path: Path) -> SafetensorsFile | GgufFile | PickledFile:
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds any .safetensors file (a config-only folder does not)."""
+    """Whether a folder holds a .safetensors file."""
     return os.path.isdir(folder) and any(p.suffix in SUFFIXES for p in folder.iterdir())
 
 
@@ -232,7 +266,7 @@ def _gguf_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _diagnosis(path: Path, refusal: str) -> str:
-    """Why the library refused a file, in words that help; its own where nothing better is known."""
+    """Why the library refused a file, in words that help; the library's own where we know no better."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
@@ -350,7 +384,7 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file. Raises CheckpointError when there is none."""
+    """The JSON object in a small file. Raises CheckpointError for anything else."""
     if not path.is_file():
         raise CheckpointError(path, "no such file")
     if path.stat().st_size > MAX_HEADER_BYTES:

@@ -1,7 +1,7 @@
 """Files mapped into memory: pages come from the disk when they are touched, and may leave again.
 
-The mapping is private, so that whoever writes to a tensor changes no file. Linux counts a private mapping as
-memory that may come to be needed, and refuses one of 24 GB on a machine of 16, unless told not to.
+The mapping is private: writing to a tensor does not change the file. Linux counts a private mapping as memory
+that may be needed later, and refuses one of 24 GB on a machine of 16, unless told not to.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class MappedFile:
         count = math.prod(shape)
         if not count:
             return torch.empty(shape, dtype=dtype)
-        # Touching a page behind the end of the file would kill the process (SIGBUS).
+        # Reading a page behind the end of the file would kill the process (SIGBUS).
         if start + count * dtype.itemsize > self._map.size():
             raise ValueError(f"the file was cut to {self._map.size()} bytes")
-        if start % dtype.itemsize:  # old files; some kernels want their numbers aligned
+        if start % dtype.itemsize:  # in old files; some kernels need aligned numbers
             copied = bytearray(self._map[start : start + count * dtype.itemsize])
             return torch.frombuffer(copied, dtype=dtype).reshape(shape)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=start).reshape(shape)

@@ -1,8 +1,8 @@
 """Read LoRA files, in any of the six key families.
 
-Every name of a file is resolved to one of our linear layers and to the rows of it that the LoRA changes (the
-names: `tables/lora.py`; the rows: the same rules by which checkpoints are loaded). A LoRA says
-W + strength * alpha / rank * up @ down; `lora_apply.py` does it.
+Every name of a file is resolved to one of our linear layers and to the rows of it that the LoRA changes. The
+names: `tables/lora.py` and `networks.py`; the rows: the same rules by which checkpoints are loaded. A LoRA
+says W + strength * alpha / rank * up @ down; `apply.py` does it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bokehflux.configs import CLIP_L, T5_XXL, CLIPConfig, MMDiTConfig, T5Config
-from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.linear import Linear, LowRankTerm
-from bokehflux.models.mmdit import MMDiT
-from bokehflux.models.t5 import T5Encoder
 
-from .checkpoint import Checkpoint, CheckpointError, fold, open_checkpoint
-from .lora_alpha import Alphas
-from .mapping import SAME, Table, Transform, resolve
-from .tables import bokeh, flux, text
-from .tables import lora as names
+from ..files.checkpoint import Checkpoint, CheckpointError, fold, open_checkpoint
+from ..mapping import SAME, Transform, resolve
+from ..networks import NETWORKS, TRANSFORMER
+from ..tables import adapter
+from ..tables import lora as names
+from .alpha import Alphas
+
+Configs = Mapping[str, Any]
+"""The config of each network, by the registry's names; one that is left out is FLUX.1-dev's."""
+PREFIXES = sorted(
+    ((prefix, network.name) for network in NETWORKS for prefix in network.lora_prefixes),
+    key=lambda item: -len(item[0]),
+)
+"""(prefix of a name, the network that the rest belongs to), in the order in which they are tried."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,7 +41,7 @@ class Lora:
 
     path: Path
     terms: Mapping[str, Mapping[str, tuple[LowRankTerm, ...]]]
-    """Network ("mmdit", "clip", "t5") -> linear layer -> its terms; their strength is alpha / rank."""
+    """Network -> linear layer -> its terms; their strength is alpha / rank."""
 
 
 class _Place(NamedTuple):
@@ -48,18 +53,18 @@ class _Place(NamedTuple):
     rows: int
     columns: int
     transform: Transform
-    """For a name that stands for the whole layer: order of its rows."""
+    """Reorders the rows of a name that stands for a whole layer."""
 
 
-def read_lora(path: str | Path, mmdit: MMDiTConfig, clip: CLIPConfig = CLIP_L, t5: T5Config = T5_XXL) -> Lora:
+def read_lora(path: str | Path, configs: Configs) -> Lora:
     """A LoRA file (or a folder with one) for a model of these configs.
 
-    The scale of a module is alpha / rank: alpha from its tensor, else as `lora_alpha.py` says, else the rank.
-    Raises CheckpointError with every name that has no place in the model, every incomplete pair, every wrong
-    shape; and one that names the type for adapters that are not a pair of matrices per layer.
+    The scale of a layer is alpha / rank: alpha from its tensor, else as `alpha.py` says, else the rank.
+    Raises CheckpointError with every name that has no place in the model, every incomplete pair and every
+    wrong shape; for adapters that are not a pair of matrices per layer, one that names their kind.
     """
     checkpoint = open_checkpoint(path)
-    match = match_layers(checkpoint, mmdit, clip, t5)
+    match = match_layers(checkpoint, configs)
     problems = list(match.problems)
     alphas = Alphas(checkpoint)
     terms: dict[str, dict[str, list[LowRankTerm]]] = {}
@@ -92,15 +97,13 @@ class Match(NamedTuple):
     """One line for all that does not fit."""
 
 
-def match_layers(
-    checkpoint: Checkpoint, mmdit: MMDiTConfig, clip: CLIPConfig = CLIP_L, t5: T5Config = T5_XXL
-) -> Match:
-    """Read headers only. Raises CheckpointError when the file is no LoRA, or none of the plain kind."""
+def match_layers(checkpoint: Checkpoint, configs: Configs) -> Match:
+    """Read headers only. Raises CheckpointError unless the file is a plain LoRA."""
     layers = _layers(checkpoint)
     places = {
-        "mmdit": _places("mmdit", MMDiT, mmdit, names.TRANSFORMER),
-        "clip": _places("clip", CLIPTextEncoder, clip, (text.CLIP,)),
-        "t5": _places("t5", T5Encoder, t5, (text.T5,)),
+        network.name: places_of(network.name, configs.get(network.name, next(iter(network.presets.values()))))
+        for network in NETWORKS
+        if network.lora
     }
     found = {stem: _find(stem, places) for stem in layers}
     unmatched = [(stem, "") for stem, place in found.items() if place is None]
@@ -124,13 +127,10 @@ def match_layers(
 
 def _layers(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     """As in `Match`, with its error."""
-    hints = {
-        bokeh.ADAPTER.marker: "a bokeh adapter: pass it as the adapter",
-        **{table.marker: "a whole transformer: pass it as the model" for table in flux.TABLES},
-    }
-    for marker, what in hints.items():
-        if marker in checkpoint.tensors:
-            raise CheckpointError(checkpoint.path, f"is not a LoRA but {what}")
+    if adapter.LEVEL in checkpoint.tensors:
+        raise CheckpointError(checkpoint.path, "is not a LoRA but a bokeh adapter: pass it as the adapter")
+    if any(table.marks(checkpoint.tensors) for table in TRANSFORMER.tables):
+        raise CheckpointError(checkpoint.path, "is not a LoRA but a whole transformer: pass it as the model")
     kinds: dict[str, list[str]] = {}
     for name in checkpoint.tensors:
         for pattern, kind in names.OTHER_KINDS:
@@ -168,26 +168,26 @@ def _layers(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
 
 
 @functools.cache
-def _places(network: str, kind: Any, config: Any, tables: tuple[Table, ...]) -> Mapping[str, _Place]:
-    """Every name under which a file may change a layer, with dots and with underscores."""
+def places_of(name: str, config: Any) -> Mapping[str, _Place]:
+    """Every name under which a file may change a layer of a network, with dots and with underscores."""
+    network = next(network for network in NETWORKS if network.name == name)
     with torch.device("meta"):
-        modules = kind(config).named_modules()
+        modules = network.build(config).named_modules()
     weights = {f"{n}.weight": (m.out_features, m.in_features) for n, m in modules if isinstance(m, Linear)}
     places: dict[str, _Place] = {}
-    for table in tables:
+    for table in network.lora:
         for entry in resolve(table, weights):
             shape = weights[entry.dst]
             try:
                 parts = entry.transform.split(torch.empty(shape, device="meta"))
             except ValueError:
-                continue  # a layer that does not exist in this layout, for its MLP ratio
+                continue  # its MLP ratio has no name in this layout
             first = 0
             for source, part in zip(entry.src, parts, strict=True):
-                name = source.removesuffix(".weight")
-                whole = len(parts) == 1
-                places[name] = places[name.replace(".", "_")] = _Place(
-                    network, entry.dst.removesuffix(".weight"), first, part.shape[0], shape[1],
-                    entry.transform if whole else SAME,
+                stem = source.removesuffix(".weight")
+                places[stem] = places[stem.replace(".", "_")] = _Place(
+                    name, entry.dst.removesuffix(".weight"), first, part.shape[0], shape[1],
+                    entry.transform if len(parts) == 1 else SAME,
                 )  # fmt: skip
                 first += part.shape[0]
     return places
@@ -202,17 +202,17 @@ def _find(stem: str, places: Mapping[str, Mapping[str, _Place]]) -> _Place | Non
 
 
 def _readings(stem: str) -> Iterator[tuple[str, str]]:
-    return ((stem[len(prefix) :], part) for prefix, part in names.PREFIXES if stem.startswith(prefix))
+    return ((stem[len(prefix) :], part) for prefix, part in PREFIXES if stem.startswith(prefix))
 
 
 def _complaint(checkpoint: Checkpoint, roles: Mapping[str, str], place: _Place) -> str | None:
     """What is wrong with the tensors of one layer."""
     missing = [role for role in ("down", "up") if role not in roles]
     if missing:
-        return f"has no {' and no '.join(missing)} matrix"
+        return f"lacks its {' and '.join(missing)} matrix"
     down, up = (checkpoint.tensors[roles[role]] for role in ("down", "up"))
     if len(down.shape) != 2 or len(up.shape) != 2 or not down.shape[0] or down.shape[0] != up.shape[1]:
-        return f"down {list(down.shape)} and up {list(up.shape)} are no [rank, in] and [out, rank]"
+        return f"down {list(down.shape)} and up {list(up.shape)} are not [rank, in] and [out, rank]"
     if (up.shape[0], down.shape[1]) != (place.rows, place.columns):
         return (
             f"changes a layer of {[up.shape[0], down.shape[1]]}, the model's is {[place.rows, place.columns]}"

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.mmdit import MMDiT
 
-from .lora import Lora
+from .read import Lora
 
 Networks = Mapping[str, nn.Module]
-"""The networks of a model by name: "mmdit", "clip", "t5"."""
+"""The networks of a model by the registry's names (`weights/networks.py`)."""
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -33,12 +33,12 @@ class Merged:
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the weights back, bit by bit. Of several merges into one layer the last must be undone first.
+        """Put the weights back, bit by bit. After several merges into one layer, undo the last one first.
 
         Raises ValueError, and changes nothing, when a weight is no longer what the merge left.
         """
         if self._saved is None:
-            raise ValueError("this LoRA was unmerged before")
+            raise ValueError("this LoRA was unmerged already")
         changed = [s.name for s in self._saved if _fingerprint(s.layer.weight) != s.merged]
         if changed:
             raise ValueError(
@@ -129,18 +129,18 @@ def _fitting(
     if not math.isfinite(strength):
         raise ValueError(f"the strength of a LoRA must be a finite number, got {strength}")
     found = []
-    for part, modules in lora.terms.items():
-        if part not in networks:
-            raise ValueError(f"{lora.path} changes {part}, and only {', '.join(networks)} were given")
-        if _is_folded(networks[part]):
+    for network, modules in lora.terms.items():
+        if network not in networks:
+            raise ValueError(f"{lora.path} changes {network}, but only {', '.join(networks)} were given")
+        if _is_folded(networks[network]):
             raise ValueError(f"{lora.path}: the bokeh adapter is folded into these weights; undo that first")
-        own = dict(networks[part].named_modules())
+        own = dict(networks[network].named_modules())
         for name, terms in modules.items():
             layer = own.get(name)
             if not isinstance(layer, Linear) or not all(_fits(layer, term) for term in terms):
-                raise ValueError(f"{lora.path} was read for another model: {part} {name} does not fit it")
+                raise ValueError(f"{lora.path} was read for another model: {network} {name} does not fit it")
             scaled = tuple(dataclasses.replace(t, strength=strength * t.strength) for t in terms)
-            found.append((f"{part} {name}", layer, scaled))
+            found.append((f"{network} {name}", layer, scaled))
     return found if strength else []
 
 

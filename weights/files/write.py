@@ -49,7 +49,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 def save_sharded(
     folder: str | Path, tensors: Mapping[str, Tensor], stem: str, max_shard_bytes: int = 5 * 10**9
 ) -> Path:
-    """Write a component folder: `{stem}.safetensors`, or shards and their index when it is larger than that.
+    """Write a component folder: `{stem}.safetensors`, or shards with their index above max_shard_bytes.
 
     Files of an earlier save under the same stem are removed. One shard at a time is copied to the CPU.
     Returns the path to open.
@@ -73,7 +73,7 @@ def save_sharded(
                 "weight_map": {n: name for name, shard in zip(names, shards, strict=True) for n in shard},
             }
             temporary_index.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            # Whoever is killed between two shards must not leave an old index over some of the new ones.
+            # A save that is killed between two shards must not leave an old index over some of the new ones.
             index_path.unlink(missing_ok=True)
     ours = {*names} if single else {*names, index_path.name}
     pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -101,16 +101,16 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         if tensor.dtype not in DTYPES.values() or name == "__metadata__" or tensor.is_meta:
             raise ValueError(f"cannot save tensor {name!r} of {tensor.dtype} on {tensor.device}")
         tensor = tensor.detach().cpu().contiguous()
-        # The library refuses tensors that share memory, such as the parts of a tied or split weight.
+        # The library refuses tensors that share memory, such as parts of a tied or split weight.
         storage = tensor.untyped_storage().data_ptr()
         plain[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    # The library makes its files private to the user; ours get the rights that any new file gets here.
+    # The library's files are private to the user; ours get the rights of any new file in this place.
     path.touch()
     rights = path.stat().st_mode
     try:
         save_file(plain, path, {"format": "pt", **metadata})
-    except SafetensorError as error:  # all that is left to fail is the disk
+    except SafetensorError as error:  # only the disk can still fail
         raise OSError(f"cannot write {path}: {error}") from error
     path.chmod(rights)
     with path.open("r+b") as file:

@@ -44,7 +44,7 @@ _AGAIN = "download it again"
 
 
 class GgufError(ValueError):
-    """A GGUF file cannot be read, or there is nothing to decode it with."""
+    """A GGUF file cannot be read, or no decoder for it is installed."""
 
 
 class GgufTensor(NamedTuple):
@@ -57,7 +57,7 @@ class GgufTensor(NamedTuple):
     packing: str | None
     """Name of the block format; None for the plain types."""
     offset: int
-    """Of its first byte in the file."""
+    """Position of its first byte in the file."""
     num_bytes: int
 
 
@@ -85,13 +85,13 @@ class GgufFile:
 
 
 def check_decoder(packing: str) -> None:
-    """Raise GgufError unless the package can decode a format."""
+    """Raise GgufError unless the package `gguf` can decode a format."""
     if packing not in {kind.name for kind in _package(packing).quants._type_traits}:
         raise GgufError(f"no decoder for GGUF tensors of type {packing}")
 
 
 def widened(raw: Tensor, packing: str) -> Tensor:
-    """Packed bytes as float32 [rows, columns], by the package's own decoder: any format it knows, slowly."""
+    """Packed bytes as float32 [rows, columns], by the decoder of the package `gguf`: every format, slowly."""
     package = _package(packing)
     kind = package.GGMLQuantizationType[packing]
     return torch.from_numpy(np.array(package.quants.dequantize(raw.numpy(), kind), dtype=np.float32))
@@ -107,7 +107,7 @@ def _package(packing: str) -> Any:
 
 
 class _Header:
-    """A walk through the header; every length is checked against what is left of the file."""
+    """A walk through the header; every length is checked against the rest of the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

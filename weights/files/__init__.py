@@ -1,0 +1,1 @@
+"""Checkpoint files: opened, mapped, unpacked and written. Knows names and shapes, but no networks."""

@@ -1,0 +1,251 @@
+"""A model with all its parts found: where each lies, opened, and what it says about schedule and defaults.
+
+Parts come from an ordered list of places (`resolve.py` makes it; `layouts.py` looks into each): the first
+place that has a part provides it. `bokehflux.json` in a model folder is our optional card: default steps and
+size, and the adapter's folder. Only configs and headers are read, each header once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, Defaults, MMDiTConfig, ScheduleConfig
+
+from ..codec import UNSET, Codec, Field, Json
+from ..files.checkpoint import CheckpointError, NotFoundError, Shelf, holds_checkpoint, read_json
+from ..networks import NETWORKS, TRANSFORMER, adapter_for
+from ..parts import Part, open_part, part_of, shapes_of
+from ..tables import scheduler
+from .layouts import PARTS, TOKENIZERS, Candidate, Findings, fits, scan
+
+CARD = "bokehflux.json"
+SCHEDULER = f"scheduler/{scheduler.FILE}"
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Every part of a model. Checkpoints that were opened to find it are kept for the loader."""
+
+    root: Path
+    """Folder of the transformer, where the card and the schedule are looked for."""
+    paths: Mapping[str, Path]
+    """File or folder of every part; keys: those of `PARTS`."""
+    parts: Mapping[str, Part[Any, Any]]
+    """Every network, and the adapter if there is one, opened."""
+    config: MMDiTConfig
+    """The transformer's."""
+    schedule: ScheduleConfig
+    defaults: Defaults
+    adapter: Path | None = None
+    """File or folder of the adapter: the one that was given or, without it, the one that the card names."""
+    loras: tuple[tuple[Path, float], ...] = ()
+    """File and strength of each LoRA that was given."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The files and folders that decide what the model computes: weights, configs, tokenizers, schedule.
+
+        Adapter and LoRAs not included.
+        """
+        networks = [self.paths[network.name] for network in NETWORKS]
+        # A tokenizer may lie in one folder with everything else.
+        words = [self.paths[row.name] / file for row in TOKENIZERS for file in TOKENIZER_FILES]
+        return [path for path in (*networks, *words, self.root / "scheduler") if path.exists()]
+
+    def with_adapter(self, path: Path) -> Snapshot:
+        """The same model with another adapter. Raises CheckpointError when there is none at `path`."""
+        part = open_part(path, adapter_for(self.config))
+        return dataclasses.replace(self, adapter=path, parts={**self.parts, part.network.name: part})
+
+    def close(self) -> None:
+        """Let go of the mapped files; what was read from headers stays."""
+        for part in self.parts.values():
+            part.checkpoint.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Somewhere to look."""
+
+    label: str
+    """Its name in errors."""
+    findings: Findings | None
+    """None where there is nothing."""
+    has_model: bool = True
+    """Whether the transformer may come from here; the other parts always may."""
+    guided: bool | None = None
+    """Take only transformers with (True: dev) or without (False: schnell) guidance embedding."""
+
+
+def open_snapshot(path: str | Path) -> Snapshot:
+    """A model folder that holds all its parts, in any layout; no other place is searched.
+
+    Raises one CheckpointError that names all that was not found.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        found = "is a file" if root.exists() else "does not exist"
+        expected = "a model folder (transformer/, vae/, text_encoder/ ...) was expected"
+        raise CheckpointError(root, f"{found}; {expected}")
+    place = Place(label=str(root), findings=scan(root, Shelf()))
+    return complete([place], f"{root} is not a complete model folder")
+
+
+def complete(places: Iterable[Place], failure: str, advice: Sequence[str] = ()) -> Snapshot:
+    """Take every part from the first place that has it.
+
+    Later places are looked into only while something is missing. `failure` heads the NotFoundError that
+    names every missing part (unless nothing was found at all), every place, and `advice`.
+    """
+    seen: list[Place] = []
+    chosen: dict[str, Candidate] = {}
+    home: Place | None = None
+    for place in places:
+        seen.append(place)
+        if home is None:
+            candidate = _transformer(place)
+            if candidate is None:
+                continue
+            home, chosen[TRANSFORMER.name] = place, candidate
+            config = part_of(candidate.checkpoint, TRANSFORMER).config()
+        # The transformer decides what fits; places before its own may hold the rest.
+        for earlier in seen if place is home else [place]:
+            for part in PARTS:
+                if part not in chosen and (found := _choice(earlier, part, chosen[TRANSFORMER.name], config)):
+                    chosen[part] = found
+        if len(chosen) == len(PARTS):
+            break
+    if home is None or home.findings is None or len(chosen) < len(PARTS):
+        raise _incomplete(seen, set(chosen), failure, advice)
+    for part, candidate in chosen.items():
+        log.info("%s: %s", part, candidate.path)
+    return _snapshot(home.findings.root, chosen, config)
+
+
+def _transformer(place: Place) -> Candidate | None:
+    if place.findings is None or not place.has_model:
+        return None
+    found = [
+        candidate
+        for candidate in place.findings.parts.get(TRANSFORMER.name, ())
+        if fits(candidate, TRANSFORMER) and place.guided in (None, _is_guided(candidate, place.guided))
+    ]
+    return _one(place, TRANSFORMER.name, found)
+
+
+def _is_guided(transformer: Candidate, presumed: bool | None) -> bool | None:
+    """Whether it has a guidance embedding; as presumed where only its place speaks for it."""
+    if transformer.prefix is None:
+        return presumed
+    return "guidance_in.in_layer.weight" in transformer.shapes(TRANSFORMER)
+
+
+def _choice(place: Place, part: str, transformer: Candidate, config: MMDiTConfig) -> Candidate | None:
+    found = place.findings.parts.get(part, ()) if place.findings is not None else ()
+    for network in NETWORKS:
+        if network.name == part:
+            found = tuple(candidate for candidate in found if fits(candidate, network, config))
+    # What comes in one file belongs together; apart from that a file of its own is meant.
+    together = [c for c in found if c.path == transformer.path]
+    alone = [c for c in found if not c.prefix]
+    return _one(place, part, together or alone or list(found))
+
+
+def _one(place: Place, part: str, found: Sequence[Candidate]) -> Candidate | None:
+    if len(found) > 1:
+        names = ", ".join(sorted(c.path.name for c in found))
+        raise CheckpointError(
+            place.label, f"holds several {part} files ({names}): pass the path of the one you mean"
+        )
+    return found[0] if found else None
+
+
+def _incomplete(
+    seen: Sequence[Place], chosen: set[str], failure: str, advice: Sequence[str]
+) -> NotFoundError:
+    missing = [what for part, what in PARTS.items() if part not in chosen]
+    anything = any(place.findings is not None for place in seen)
+    problems = [f"not found: {what}" for what in missing] if anything else []
+    for place in seen:
+        if len(seen) > 1 or place.findings is None:
+            problems.append(f"looked in {place.label}{'' if place.findings else ': nothing there'}")
+        problems += place.findings.unreadable if place.findings is not None else ()
+    roots = [place.findings.root for place in seen if place.findings is not None and place.has_model]
+    if len(seen) == 1 and roots and not (roots[0] / SCHEDULER).is_file():
+        problems.append(f"not found: {SCHEDULER}")
+    return NotFoundError(failure, *problems, *advice)
+
+
+def _snapshot(root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) -> Snapshot:
+    paths = {part: candidate.path for part, candidate in chosen.items()}
+    settings = read_json(root / CARD) if (root / CARD).is_file() else {}
+    adapter = root / str(settings["adapter"]) if "adapter" in settings else None
+    has_schedule = (root / SCHEDULER).is_file()
+    problems = []
+    if paths[TRANSFORMER.name] == root / TRANSFORMER.folder and not has_schedule:
+        problems.append(f"not found: {SCHEDULER}")
+    if adapter is not None and not holds_checkpoint(adapter):
+        problems.append(f"not found: {adapter}/*.safetensors, the adapter in {CARD}")
+    if problems:
+        raise CheckpointError(f"{root} is not a complete model folder", *problems)
+    schedule = FLUX_SCHEDULE if config.guidance_embed else SCHNELL_SCHEDULE
+    if has_schedule:
+        schedule = scheduler.CONFIG.from_json(read_json(root / SCHEDULER), root / SCHEDULER)
+    defaults = card(config.guidance_embed).from_json(settings, root / CARD)
+    parts = {network.name: part_of(chosen[network.name].checkpoint, network) for network in NETWORKS}
+    if mismatches := _mismatches(parts, config):
+        raise CheckpointError(f"{root}: components of different models", *mismatches)
+    snapshot = Snapshot(
+        root=root, paths=paths, parts=parts, config=config, schedule=schedule, defaults=defaults
+    )
+    return snapshot if adapter is None else snapshot.with_adapter(adapter)
+
+
+def _mismatches(parts: Mapping[str, Part[Any, Any]], config: MMDiTConfig) -> list[str]:
+    problems = []
+    for part in parts.values():
+        if (seam := part.network.seam) is not None:
+            ours, its = seam.width(shapes_of(part.checkpoint, part.network)), seam.wanted(config)
+            if ours != its:
+                problems.append(f"{seam.what} {ours} channels, the transformer expects {its}")
+    return problems
+
+
+def default_card(guidance_embed: bool) -> Defaults:
+    """The publishers' settings: 30 steps for guidance-distilled models, 4 for schnell; both at 512x512."""
+    if guidance_embed:
+        return Defaults(num_inference_steps=30, height_px=512, width_px=512, txt_length=512)
+    return Defaults(num_inference_steps=4, height_px=512, width_px=512, txt_length=256)
+
+
+def card(guidance_embed: bool) -> Codec[Defaults]:
+    """`bokehflux.json`: any of num_inference_steps, height, width, txt_length, and the adapter's folder."""
+    keys = {"num_inference_steps": "num_inference_steps", "height_px": "height", "width_px": "width",
+            "txt_length": "txt_length"}  # fmt: skip
+    known = sorted({*keys.values(), "adapter"})
+
+    def faults(config: Json) -> list[str]:
+        problems = [f"unknown key {key!r}, expected some of {known}" for key in config if key not in known]
+        if not isinstance(config.get("adapter", ""), str):
+            problems.append(f"adapter must name a folder, got {config['adapter']!r}")
+        return problems
+
+    return Codec(
+        what="model's card",
+        build=lambda **stated: dataclasses.replace(default_card(guidance_embed), **stated),
+        fields=tuple(Field(name, key, None, UNSET, _positive) for name, key in keys.items()),
+        faults=faults,
+    )
+
+
+def _positive(value: object) -> object:
+    if type(value) is not int or value < 1:
+        raise ValueError("is not a positive whole number")
+    return value
