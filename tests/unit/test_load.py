@@ -51,7 +51,14 @@ MMDIT = MMDiTConfig(
     axes_dim=(2, 2, 2), guidance_embed=True,
 )  # fmt: skip
 BOKEH = BokehConfig(
-    blocks=(1, 3), rank=2, hidden_dim=3, context_dim=5, alpha=4.0, adapt_k=False, lora_scale=0.5
+    blocks=(1, 3),
+    rank=2,
+    hidden_dim=3,
+    context_dim=5,
+    alpha=4.0,
+    adapt_k=False,
+    lora_scale=0.5,
+    bokeh_scale=1.2,
 )
 VAE = VAEConfig(
     channels=(32, 64), layers_per_block=1, latent_channels=16, norm_groups=32, scale=0.3611, shift=0.1159
@@ -227,7 +234,7 @@ def test_adapter_config_round_trip():
     assert adapter_config(config, adapter_shapes(), MMDIT) == BOKEH
     assert config["blocks"] == ["transformer_blocks.1", "single_transformer_blocks.1"]
     alone = adapter_config(None, adapter_shapes(), MMDIT)
-    assert alone == dataclasses.replace(BOKEH, alpha=None, lora_scale=1.0)
+    assert alone == dataclasses.replace(BOKEH, alpha=None, lora_scale=1.0, bokeh_scale=1.0)
 
 
 def test_adapter_config_must_agree_with_its_tensors():

@@ -30,9 +30,9 @@ from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.weights.files.checkpoint import CheckpointError
 from bokehflux.weights.files.write import save
 from bokehflux.weights.load import load_components
+from bokehflux.weights.lora import apply as lora_apply
 from bokehflux.weights.lora.apply import attach, detach, merge
 from bokehflux.weights.lora.read import PREFIXES, Lora, places_of, read_lora
-from bokehflux.weights.lora.read import apply as lora_apply
 from bokehflux.weights.tables import lora as names
 from tests.helpers import assert_within_2x, needs_shared, shared
 from tests.tiny import MMDIT, tiny_mmdit

@@ -178,6 +178,9 @@ def test_fused_parts_with_scales_of_their_own_stay_exact(tmp_path, style):
         assert torch.equal(tensor, exact.state_dict()[name].to(torch.bfloat16)), name
     assert network.double_blocks[0].img_attn.qkv.weight.dtype == E4M3
     assert isinstance(network.double_blocks[0].img_attn.qkv.dequantize, RowScaled)
+    # Scales, too, are copies: nothing keeps the file mapped.
+    if (maps := Path("/proc/self/maps")).exists():
+        assert str(tmp_path) not in maps.read_text()
     assert isinstance(network.final_layer.adaLN_modulation[1].dequantize, TensorScaled | RowScaled)
     columns = network.double_blocks[0].img_attn.qkv.columns(torch.ones(1, 1, 128).bfloat16(), 100, 200)
     expected = F.linear(
