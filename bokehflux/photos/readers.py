@@ -323,8 +323,8 @@ def _row_of_files(
             given |= json.loads(notes())
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{key}.json is not a JSON object: {error}") from None
-    if (caption := beside(".txt")) is not None:
-        given.setdefault("captions", [caption().decode("utf-8", "replace").strip()])
+    if (caption := beside(".txt")) is not None and _first(given, FIELDS["captions"]) is None:
+        given["captions"] = [caption().decode("utf-8", "replace").strip()]
 
     def found(suffixes: Iterable[str], kind: Kind) -> Callable[[], NDArray[np.float32]] | None:
         readers = ((suffix, beside(suffix)) for suffix in suffixes)
