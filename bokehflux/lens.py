@@ -56,10 +56,6 @@ class Camera:
         diagonal_mm = FULL_FRAME_DIAGONAL_MM * self.focal_mm / self.focal_35mm
         return math.hypot(self.width_px, self.height_px) / diagonal_mm
 
-    @property
-    def focal_px(self) -> float:
-        return self.focal_mm * self.px_per_mm
-
     def k_px_m(self, focus_m: float, short_side_px: int | None = None) -> float:
         """K = f² s / (2 N (s - f)) x pixels per mm: px of radius per 1/m, focus at s metres (or infinity).
 

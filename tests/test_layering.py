@@ -35,6 +35,8 @@ ALLOWED_IN = {
     "bokehflux.pictures": {"PIL", "numpy", "torch"},
     "bokehflux.pictures.credentials": {"c2pa", "PIL"},
     "bokehflux.photos": {"PIL", "numpy"},
+    "bokehflux.photos.annotate": {"PIL", "numpy", "torch", "transformers", "onnxruntime"},
+    "bokehflux.photos.readers": {"PIL", "numpy", "pyarrow"},
     "bokehflux.pipeline": {"torch", "numpy", "PIL"},
     "bokehflux.training": {"torch", "numpy", "safetensors", "PIL"},
     "bokehflux.nano": {"torch", "numpy", "sentencepiece", "tokenizers", "PIL"},

@@ -110,7 +110,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     refocus.add_argument("photo", metavar="PHOTO", help="the photograph: PNG, JPEG, WebP or GIF")
     _settings_flags(refocus.add_argument_group("what to make"), RefocusSettings)
     _run_flags(refocus)
-    photos.add_commands(command)
+    photos.add_commands(command, _shard)
 
     info = command("info", "show how a picture was made")
     info.add_argument("image", metavar="IMAGE", help="a picture that bokehflux wrote")

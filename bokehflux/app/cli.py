@@ -206,6 +206,7 @@ def fetch(args: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": generate, "sweep": sweep, "refocus": refocus, "info": info, "doctor": doctor,
     "inspect": inspect, "fetch": fetch, "exif": photos.exif,
+    "annotate": photos.annotate,
 }  # fmt: skip
 
 

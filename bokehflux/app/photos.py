@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +17,17 @@ from typing import TYPE_CHECKING
 from bokehflux.app.terminal import plain, say, show
 from bokehflux.lens import MAX_LEVEL, TRAINING_SIDE_PX
 
+SAID_EVERY_S = 10
+"""Between two lines about the progress."""
+
 if TYPE_CHECKING:
     from bokehflux.photos.exif import PhotoLevel
 
 
-def add_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """The flags of `exif`. command: makes a parser from a name and a summary."""
+def add_commands(
+    command: Callable[[str, str], argparse.ArgumentParser], shard: Callable[[str], tuple[int, int]]
+) -> None:
+    """Both commands with their flags. command: makes a parser from name and summary. shard: reads "I/N"."""
     # fmt: off
     exif = command("exif", "show the bokeh level of a photograph, and how it follows from its EXIF data")
     exif.add_argument("photo", metavar="PHOTO", help="the photograph: JPEG, PNG or WebP")
@@ -30,6 +36,29 @@ def add_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None
     exif.add_argument("--short-side", type=int, default=TRAINING_SIDE_PX, metavar="PX",
         help="shorter side at which the level is told (default: %(default)s, the adapter's training size)")
     exif.add_argument("--json", action="store_true", help="as one JSON object")
+
+    annotate = command("annotate", "label photographs: depth, mask, where they are in focus, their level")
+    add = annotate.add_argument
+    add("place", metavar="PLACE",
+        help="a folder of photographs or of tar shards, a .jsonl manifest, or the dataset's .parquet")
+    add("--output", default="labels", metavar="FOLDER", help="where labels go (default: %(default)s)")
+    add("--depth", metavar="PATH",
+        help="folder or file of a depth network, for photographs that bring no depth")
+    add("--depth-kind", default="depth-pro", metavar="KIND",
+        help="what it is: depth-pro (a folder), moge-2 or da3metric (ONNX files), or a .json that describes "
+             "another ONNX file (default: %(default)s)")
+    add("--mask", metavar="PATH", help="folder or file of a mask network, for photographs that bring no mask")
+    add("--mask-kind", default="birefnet", metavar="KIND",
+        help="what it is: birefnet, rmbg-2.0 or isnet (ONNX files), sam (a folder), or a .json "
+             "(default: %(default)s)")
+    add("--focus-source", choices=("mask", "mask+sharpest", "sharpest"), default="mask+sharpest",
+        help="what tells the distance in focus (default: %(default)s)")
+    add("--exif", metavar="FILE", help="EXIF data by photo id, as scripts/ask_exif.py keeps it")
+    add("--long-side", type=int, default=1024, metavar="PX",
+        help="larger photographs are scaled down to it first (default: %(default)s)")
+    add("--shard", type=shard, default=(1, 1), metavar="I/N",
+        help="label only the Ith of N stretches: for N processes (default: all)")
+    add("--device", default="cpu", metavar="DEVICE", help="of networks: cpu or cuda (default: %(default)s)")
     # fmt: on
 
 
@@ -45,8 +74,49 @@ def exif(args: argparse.Namespace) -> int:
     return 0
 
 
+def annotate(args: argparse.Namespace) -> int:
+    """Labels of many photographs; prints the labels' file."""
+    from bokehflux.photos import annotate as models
+    from bokehflux.photos.labels import LABELS, Labeller, expected_bytes
+    from bokehflux.photos.readers import open_rows, read_answers
+    from bokehflux.pictures.files import check_folder
+
+    if args.long_side < 64:
+        raise ValueError(f"--long-side must be at least 64 pixels, got {args.long_side}")
+    answers = None if args.exif is None else read_answers(Path(args.exif))
+    rows, output, (part, total) = open_rows(Path(args.place), answers), Path(args.output), args.shard
+    num_bytes = expected_bytes(len(rows), args.long_side)
+    say(f"{len(rows)} photographs; depth and masks take up to {num_bytes / 1e9:.3g} GB in {output}")
+    check_folder(output, num_bytes // total)
+    labeller = Labeller(
+        output=output,
+        depth=None
+        if args.depth is None
+        else models.open_depth(Path(args.depth), args.depth_kind, args.device),
+        mask=None if args.mask is None else models.open_mask(Path(args.mask), args.mask_kind, args.device),
+        focus_source=args.focus_source,
+        long_side_px=args.long_side,
+    )
+    said = began = time.monotonic()
+
+    def on_row(done: int, count: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > SAID_EVERY_S:
+            said = time.monotonic()
+            say(f"{done} of {count} photographs, {(said - began) / done:.2g} s each")
+
+    try:
+        counts = labeller.run(rows, args.shard, on_row)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"; what is finished is kept in {output}; the same command goes on") from stop
+    for what, count in counts.most_common():
+        say(f"{what}: {count}")
+    show([str(output / LABELS.format("" if total == 1 else f"-{part}of{total}"))])
+    return 0
+
+
 def photo_level_of(path: Path) -> float:
-    """The level for `--photo-level auto`, said aloud. Raises ValueError where the file lacks what is needed."""
+    """The level for `--photo-level auto`, said aloud. Raises ValueError where the file lacks it."""
     found = level_in_file(path)
     if found.level is None:
         raise ValueError(

@@ -22,6 +22,7 @@ ASSUMED_FOCUS_M = 2.5
 changes by a few percent."""
 CLOSE_UP = 1 / 20
 """From this ratio of focal length to focus distance on, the distance decides the level, too."""
+ASSUMED_FULL_FRAME = "assumed equal to the focal length"
 SAME = 0.02
 """Focal lengths that differ by less are the same: makers round."""
 OTHER_NAMES = {
@@ -192,6 +193,14 @@ def photo_level(
     )  # fmt: skip
 
 
+def focal_px(exif: Exif, width_px: int, height_px: int) -> float | None:
+    """The focal length in pixels of a whole frame of this size, or None where it would be a guess."""
+    equivalent_mm, told_by = _equivalent(exif)
+    if equivalent_mm is None or told_by == ASSUMED_FULL_FRAME:
+        return None
+    return math.hypot(width_px, height_px) * equivalent_mm / FULL_FRAME_DIAGONAL_MM
+
+
 def _equivalent(exif: Exif) -> tuple[float | None, str]:
     """The 35 mm equivalent and where it comes from. The focal plane's resolution steps in where the tag is
     missing, or repeats the focal length."""
@@ -201,7 +210,7 @@ def _equivalent(exif: Exif) -> tuple[float | None, str]:
     if exif.focal_mm is not None and exif.sensor_diagonal_mm is not None:
         equivalent_mm = exif.focal_mm * FULL_FRAME_DIAGONAL_MM / exif.sensor_diagonal_mm
         return equivalent_mm, "computed from the resolution of the focal plane"
-    return exif.focal_mm, "assumed equal to the focal length"
+    return exif.focal_mm, ASSUMED_FULL_FRAME
 
 
 def _focus(exif: Exif, given_m: float | None) -> tuple[float, str]:

@@ -103,7 +103,8 @@ def laplacian_energy(image: Image.Image, size: tuple[int, int]) -> NDArray[np.fl
     luma = np.asarray(image.convert("L").resize(size, Image.Resampling.BOX), np.float32) / 255
     padded = np.pad(luma, 1, mode="edge")
     sides = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
-    return _window_mean((sides - 4 * luma) ** 2, max(1, round(WINDOW * min(size) / 2)))
+    energy = ((sides - 4 * luma) ** 2).astype(np.float32)
+    return _window_mean(energy, max(1, round(WINDOW * min(size) / 2)))
 
 
 def _sharpest(image: Image.Image, valid: NDArray[np.bool_]) -> NDArray[np.bool_]:

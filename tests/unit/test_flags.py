@@ -189,7 +189,7 @@ def test_flags_of_fetch_change_what_is_asked_for(monkeypatch: pytest.MonkeyPatch
     assert asked == [plain, plain | changed[flag]]
 
 
-OTHERS = ["info", "exif", "doctor", "inspect", "fetch"]
+OTHERS = ["info", "doctor", "inspect", "fetch", "exif", "annotate"]
 
 
 def test_no_command_is_left_out_here() -> None:
@@ -202,7 +202,11 @@ def test_no_command_is_left_out_here() -> None:
 @pytest.mark.parametrize("command", OTHERS)
 def test_the_other_commands_have_no_other_flags(command: str) -> None:
     flags = {word for action in parsers()[1][command]._actions for word in action.option_strings}
-    own = {"fetch": set(FETCH), "info": {"--json"}, "exif": {"--json"}}
+    own = {
+        "fetch": set(FETCH), "info": {"--json"}, "exif": {"--focus-distance", "--short-side", "--json"},
+        "annotate": {"--output", "--depth", "--depth-kind", "--mask", "--mask-kind", "--focus-source",
+                     "--exif", "--long-side", "--shard", "--device"},
+    }  # fmt: skip
     assert flags == {"-h", "--help"} | own.get(command, set())
 
 

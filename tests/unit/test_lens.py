@@ -91,3 +91,8 @@ def test_impossible_cameras_are_refused() -> None:
             Camera(**{**good, name: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="beyond the focal length"):
         Camera(**good).k_px_m(0.05)  # type: ignore[arg-type]
+
+
+def test_focus_at_infinity_is_the_limit() -> None:
+    camera = Camera(focal_mm=50, f_number=2, focal_35mm=50, width_px=1536, height_px=1024)
+    assert camera.k_px_m(math.inf) == pytest.approx(camera.k_px_m(1e9))

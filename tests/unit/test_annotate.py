@@ -1,0 +1,201 @@
+"""Networks in ONNX files, on small ones whose output numpy computes as well; and no foreign code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bokehflux.photos.annotate import IMAGENET, RECIPES, metres_of_points, open_depth, open_mask
+
+ROOT = Path(__file__).resolve().parents[2]
+MAP = [1, 1, "h", "w"]
+WEIGHTS = np.array([0.5, -0.25, 0.75], np.float32)
+
+
+def test_no_remote_code_anywhere() -> None:
+    word = "trust_" + "remote_code"
+    folders = ("bokehflux", "kernels", "weights", "scripts", "benchmarks", "docs", "tests")
+    files = [
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md")
+    ]
+    assert len(files) > 200
+    assert not [path for path in files if word in path.read_text(encoding="utf-8")]
+
+
+def photograph(width: int = 60, height: int = 40) -> Image.Image:
+    pixels = np.random.default_rng(1).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width // 4, height // 4)).resize((width, height))
+
+
+def save(path: Path, side: int | str, outputs: dict[str, tuple[str, Any]], tokens: bool = False) -> Path:
+    """An ONNX file. outputs: name -> (operator on a weighted sum of the colours, its shape)."""
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime (extra annotate)")
+    onnx = pytest.importorskip("onnx", reason="needs onnx, to make small files")
+    from onnx import TensorProto, helper, numpy_helper
+
+    tall = ("h", "w") if isinstance(side, str) else (side, side)
+    weights = numpy_helper.from_array(WEIGHTS.reshape(1, 3, 1, 1), "weights")
+    nodes = [helper.make_node("Conv", ["image", "weights"], ["sum"])]
+    for name, (operator, _) in outputs.items():
+        if operator == "Points":
+            nodes.append(helper.make_node("Transpose", ["image"], [name], perm=[0, 2, 3, 1]))
+        elif operator == "Scale":
+            nodes.append(helper.make_node("ReduceMax", ["image"], [name], keepdims=0))
+        else:
+            nodes.append(helper.make_node(operator, ["sum"], [name]))
+    inputs = [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, *tall])]
+    if tokens:
+        inputs.append(helper.make_tensor_value_info("num_tokens", TensorProto.INT64, []))
+    shapes = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, (_, shape) in outputs.items()
+    ]
+    graph = helper.make_graph(nodes, "small", inputs, shapes, [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def summed(image: Image.Image, mean: Any, std: Any) -> np.ndarray:
+    """What the weighted sum of a small file is: [H, W]."""
+    x = (np.asarray(image, np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    return (x @ WEIGHTS).astype(np.float32)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize(("kind", "operator"), [
+    ("birefnet", "Neg"), ("rmbg-2.0", "Sigmoid"), ("isnet", "Sigmoid"),
+])  # fmt: skip
+@pytest.mark.parametrize("side", [32, "any"])
+def test_masks(tmp_path: Path, kind: str, operator: str, side: int | str) -> None:
+    """Squares of a fixed size, or 1024 where the file takes any; BiRefNet's ends before the sigmoid."""
+    image = photograph()
+    shape = [1, 1, side, side] if isinstance(side, int) else MAP
+    model = open_mask(save(tmp_path / "m.onnx", side, {"mask": (operator, shape)}), kind, "cpu")
+    mean, std = (0.5, 1.0) if kind == "isnet" else IMAGENET
+    pixels = side if isinstance(side, int) else 1024
+    square = image.resize((pixels, pixels), Image.Resampling.BILINEAR)
+    total = summed(square, mean, std)
+    wanted = resized(sigmoid(-total if operator == "Neg" else total), image.size)
+    np.testing.assert_allclose(model.mask(image), wanted, atol=1e-5)
+    assert "onnxruntime" in model.ran_by and model.about["recipe"]["gives"] == RECIPES[kind].gives
+
+
+def test_canonical_metres_and_the_sky(tmp_path: Path) -> None:
+    """DA3METRIC: metres for 300 px of focal length, in pixels of what went in; sky is infinitely far."""
+    image = photograph(1008, 672)
+    outputs = {"depth": ("Exp", MAP), "sky": ("Neg", MAP)}
+    model = open_depth(save(tmp_path / "m.onnx", "any", outputs), "da3metric", "cpu")
+    small = image.resize((504, 336), Image.Resampling.BILINEAR)
+    total = summed(small, *IMAGENET)
+    depth = np.exp(total) * (900 / 2) / 300
+    inverse = np.where(-total >= 0.3, 0, 1 / depth)
+    got = model.depth_m(image, 900.0)
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(1 / got, resized(inverse, image.size), rtol=1e-4, atol=1e-6)
+    assert np.isinf(got).any() and np.isfinite(got).any()
+    with pytest.raises(ValueError, match="needs the focal length, and the EXIF does not tell it"):
+        model.depth_m(image, None)
+
+
+def test_an_onnx_file_of_another_kind(tmp_path: Path) -> None:
+    recipe = {"gives": "metres", "mean": [0, 0, 0], "std": [1, 1, 1]}
+    (tmp_path / "mine.json").write_text(json.dumps(recipe))
+    path, image = save(tmp_path / "m.onnx", 32, {"metres": ("Exp", [1, 1, 32, 32])}), photograph()
+    model = open_depth(path, str(tmp_path / "mine.json"), "cpu")
+    square = image.resize((32, 32), Image.Resampling.BILINEAR)
+    wanted = 1 / resized(np.exp(-summed(square, 0.0, 1.0)), image.size)
+    np.testing.assert_allclose(model.depth_m(image, None), wanted, rtol=1e-4)
+    with pytest.raises(ValueError, match="gives depth, not a mask"):
+        open_mask(path, str(tmp_path / "mine.json"), "cpu")
+    with pytest.raises(ValueError, match="gives a mask, not depth"):
+        open_depth(path, "birefnet", "cpu")
+
+
+def plane(focal_px: float, shift: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """A tilted plane with a step, as a network gives it: points without shift and scale; and the metres."""
+    height, width = 48, 64
+    v, u = np.mgrid[:height, :width].astype(np.float64)
+    u, v = u - (width - 1) / 2, v - (height - 1) / 2
+    metres = 3 + u / 40 + np.where(v > 5, 0, 2)
+    points = np.stack([u * metres / focal_px, v * metres / focal_px, metres], axis=-1) / scale
+    points[..., 2] -= shift
+    return points.astype(np.float32), metres
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["EXIF", "no focal length"])
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.7, 2.5), (-0.4, 0.2)])
+def test_points_become_metres(known: bool, shift: float, scale: float) -> None:
+    points, metres = plane(80.0, shift, scale)
+    mask = np.ones(metres.shape, bool)
+    mask[:4] = False
+    got = metres_of_points(points, mask, scale, 80.0 if known else None)
+    np.testing.assert_allclose(got[4:], metres[4:], rtol=2e-3)
+    assert np.isinf(got[:4]).all()
+
+
+def test_a_wrong_focal_length_changes_the_shift() -> None:
+    points, metres = plane(80.0, 0.5, 1.0)
+    got = metres_of_points(points, np.ones(metres.shape, bool), 1.0, 120.0)
+    assert np.abs(got / metres - 1).mean() > 0.1
+
+
+def test_moge(tmp_path: Path) -> None:
+    """Outputs are found by name; the number of tokens goes in where the file asks for it."""
+    outputs = {
+        "points": ("Points", [1, "h", "w", 3]),
+        "normal": ("Tanh", MAP),
+        "mask": ("Sigmoid", MAP),
+        "metric_scale": ("Scale", []),
+    }
+    model = open_depth(save(tmp_path / "m.onnx", "any", outputs, tokens=True), "moge-2", "cpu")
+    image = photograph(70, 50)
+    large = image.resize((700, 500), Image.Resampling.BILINEAR)
+    points = np.asarray(large, np.float32) / 255
+    wanted = metres_of_points(points, sigmoid(summed(large, 0.0, 1.0)) > 0.5, float(points.max()), 800.0)
+    got = model.depth_m(image, 80.0)
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(1 / got, resized(1 / wanted, image.size), rtol=1e-4, atol=1e-5)
+
+
+def test_files_and_kinds_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected one of sam, birefnet, .* or a .json file .* got 'u2net'"):
+        open_mask(tmp_path / "m.onnx", "u2net", "cpu")
+    (tmp_path / "bad.json").write_text('{"gives": "beauty"}')
+    with pytest.raises(ValueError, match="bad.json is not a recipe .*: gives must be one of metres"):
+        open_depth(tmp_path / "m.onnx", str(tmp_path / "bad.json"), "cpu")
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime (extra annotate)")
+    with pytest.raises(ValueError, match="m.onnx is not an ONNX file: it is not there"):
+        open_mask(tmp_path / "m.onnx", "isnet", "cpu")
+    (tmp_path / "m.onnx").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="m.onnx cannot be opened as an ONNX file"):
+        open_mask(tmp_path / "m.onnx", "isnet", "cpu")
+    with pytest.raises(ValueError, match="lacks CUDAExecutionProvider for --device cuda"):
+        open_mask(tmp_path / "m.onnx", "isnet", "cuda")
+
+
+@pytest.mark.parametrize(("library", "kind"), [("onnxruntime", "isnet"), ("transformers", "sam")])
+def test_a_missing_library(tmp_path: Path, library: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=rf"needs `{library}`: pip install 'bokehflux\[annotate\]'"):
+        open_mask(tmp_path, kind, "cpu")
+
+
+def test_recipes_travel_as_json() -> None:
+    for recipe in RECIPES.values():
+        again = type(recipe)(**json.loads(json.dumps(dataclasses.asdict(recipe))))
+        assert dataclasses.asdict(again).keys() == dataclasses.asdict(recipe).keys()
