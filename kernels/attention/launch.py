@@ -151,7 +151,7 @@ def _launch(
 
     bias = lse if value_bias is None else value_bias
     packed = pack(jobs)
-    results = (out, lse, bias, part_out, part_lse)
+    results = triton_fwd.Results(out, lse, bias, part_out, part_lse)
     if language == tiles.GLUON:
         _run_gluon(
             (q, k, k_pivot, v), results, packed, tail, tile,
@@ -162,21 +162,18 @@ def _launch(
         m, n = tile.block_m, tile.block_n
         tma, sources = describe((q, k, k_pivot, v), (m, n, n, n), tile)
         triton_fwd.forward_kernel[(tail.num_whole + tail.num_slots,)](
-            *sources, *results,
-            *q.stride()[:3], *k.stride()[:3], *k_pivot.stride()[:3], *v.stride()[:3],
-            *packed, counts[tiles.PAIR], counts[tiles.TARGET],
-            len_q, len_k, num_heads, head_dim**-0.5 * math.log2(math.e),
-            tail.num_whole, tail.num_parts, tail.num_slots,
+            *sources, results, tuple(triton_fwd.Strides(*x.stride()[:3]) for x in (q, k, k_pivot, v)),
+            packed, counts[tiles.PAIR], counts[tiles.TARGET], triton_fwd.Sizes(len_q, len_k, num_heads),
+            head_dim**-0.5 * math.log2(math.e), tail.num_whole, tail.num_parts, tail.num_slots,
             KIND=FORMS[forms[0]] if len(forms) == 1 else triton_fwd.MIXED.value,
             MAPPED=jobs is not None, FIXED=fixed, HAS_BIAS=value_bias is not None,
             EVEN_K=len_k % n == 0, SPLIT=tail.num_slots > 0, TMA=tma,
-            BLOCK_M=m, BLOCK_N=n, D=head_dim, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            enable_fp_fusion=True,
+            BLOCK_M=m, BLOCK_N=n, D=head_dim, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     if tail.num_slots:
         triton_fwd.merge_kernel[(tail.num_slots // tail.num_parts, 2 if counts[tiles.PAIR] else 1)](
-            *results, *packed, counts[tiles.PAIR],
-            len_q, num_heads, tail.num_whole, tail.num_parts, tail.num_slots,
+            results, packed, counts[tiles.PAIR], len_q, num_heads,
+            tail.num_whole, tail.num_parts, tail.num_slots,
             MAPPED=jobs is not None, HAS_BIAS=value_bias is not None,
             BLOCK_M=tile.block_m, D=head_dim, num_warps=tile.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -208,7 +205,7 @@ def _run_gluon(
     sources = (descriptor_of(x, block) for x, block in zip(tensors, blocks, strict=True))
     num_items = tail.num_whole + tail.num_slots
     gluon_fwd.forward_kernel[(min(num_programs, num_items),)](
-        *(gluon_fwd.with_layout(source) for source in sources), *results, *packed,
+        *(gluon_fwd.with_layout(source) for source in sources), results, packed,
         q.shape[1], k.shape[1], v.shape[2], head_dim**-0.5 * math.log2(math.e),
         tail.num_whole, tail.num_parts, num_items,
         KIND=FORMS[form], MAPPED=mapped, FIXED=fixed, HAS_BIAS=has_bias,
@@ -224,7 +221,7 @@ def chunks(jobs: Sequence[Job]) -> list[Sequence[Job]]:
     return [ordered[i * total // launches : (i + 1) * total // launches] for i in range(launches)]
 
 
-def pack(jobs: Sequence[Job] | None) -> list[int]:
+def pack(jobs: Sequence[Job] | None) -> tuple[int, ...]:
     """The jobs of a launch as integers for `triton_fwd.pick_job`.
 
     All are odd and above 2**62, so that Triton sees the same types every time and compiles once.
@@ -236,7 +233,7 @@ def pack(jobs: Sequence[Job] | None) -> list[int]:
             raise ValueError(f"expected at most {max_row + 1} rows, but there is {job}")
         fields = job.q_row | job.pivot_row << bits | job.row << 2 * bits
         packed.append(1 << 62 | fields << 1 | 1)
-    return packed + [1 << 62 | 1] * (JOBS_PER_LAUNCH - len(packed))
+    return tuple(packed + [1 << 62 | 1] * (JOBS_PER_LAUNCH - len(packed)))
 
 
 def last_contiguous(x: Tensor) -> Tensor:
