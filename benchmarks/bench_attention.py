@@ -241,6 +241,7 @@ def backend_arms(shape: AttentionShape) -> list[Arm]:
 def plain_triton_arms(shape: AttentionShape, device: torch.device) -> list[Arm]:
     """Our kernels in Triton, where the backend of that name would take those in Gluon."""
     from bokehflux.kernels.attention import launch  # imports triton
+    from bokehflux.kernels.attention.jobs import grounded_jobs, target_jobs
 
     of = tiles.device(device)
     if select.why_not_gluon(device) is not None:
@@ -248,8 +249,8 @@ def plain_triton_arms(shape: AttentionShape, device: torch.device) -> list[Arm]:
     n = shape.num_targets
     form, jobs = {
         "plain": (tiles.PLAIN, None),
-        "target": (tiles.TARGET, launch.target_jobs((0,) * n)),
-        "grounded": (tiles.PAIR, launch.grounded_jobs((n,) * (n + 1))),
+        "target": (tiles.TARGET, target_jobs((0,) * n)),
+        "grounded": (tiles.PAIR, grounded_jobs((n,) * (n + 1))),
     }[shape.form]
 
     def arm(name: str, fixed: bool) -> Arm:

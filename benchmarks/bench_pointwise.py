@@ -23,7 +23,7 @@ COLUMNS = {"pass": "s", "tokens": "d", "ours_us": ".1f", "tb_s": ".2f", "eager_u
 
 def inputs(rows: int, length: int, width: int, dim: int, device: torch.device, dtype: torch.dtype) -> dict:
     """Arguments of every pass, as a single block has them: q, k, v and the MLP's half in one projection."""
-    from bokehflux.kernels.pointwise.eager import Projected
+    from bokehflux.kernels.pointwise.reference import Projected
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
@@ -57,7 +57,7 @@ MOVED = {
 def measure(
     sizes: Sequence[tuple[int, int]], width: int, dim: int, device: torch.device, dtype: torch.dtype
 ) -> list[Row]:
-    from bokehflux.kernels.pointwise import eager, ops
+    from bokehflux.kernels.pointwise import ops, reference
 
     found: list[Row] = []
     for rows, length in sizes:
@@ -70,7 +70,7 @@ def measure(
                 return lambda i: function(*sets[i][name])
 
             with torch.inference_mode():
-                times = interleaved({"ours": arm(ops), "eager": arm(eager)}, len(sets), device)
+                times = interleaved({"ours": arm(ops), "eager": arm(reference)}, len(sets), device)
             ours, other = times["ours"].median, times["eager"].median
             found.append(
                 {

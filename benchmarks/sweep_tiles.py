@@ -30,13 +30,14 @@ from bokehflux.weights.write import write_json
 def sweep(shape: AttentionShape, device: torch.device, dtype: torch.dtype, repeats: int) -> list[Row]:
     """Every candidate tile of a shape's longest form that compiles and is right, fastest first."""
     from bokehflux.kernels.attention import launch  # imports triton
+    from bokehflux.kernels.attention.jobs import grounded_jobs, target_jobs
 
     n = shape.num_targets
     form = {"plain": tiles.PLAIN, "target": tiles.TARGET, "grounded": tiles.PAIR}[shape.form]
     jobs = {
         tiles.PLAIN: None,
-        tiles.TARGET: launch.target_jobs((0,) * n),
-        tiles.PAIR: launch.grounded_jobs((n,) * (n + 1)),
+        tiles.TARGET: target_jobs((0,) * n),
+        tiles.PAIR: grounded_jobs((n,) * (n + 1)),
     }[form]
     count = num_sets(draw(shape, device, dtype).num_bytes, device)
     sets = [draw(shape, device, dtype) for _ in range(count)]

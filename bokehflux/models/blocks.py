@@ -17,7 +17,7 @@ from bokehflux.configs import MMDiTConfig
 from bokehflux.kernels.fp8 import interface as fp8
 from bokehflux.kernels.fp8.interface import Quantized
 from bokehflux.kernels.pointwise import interface as pointwise
-from bokehflux.kernels.pointwise.eager import Projected
+from bokehflux.kernels.pointwise.interface import Projected
 from bokehflux.models.adapter import BlockAdapter
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.linear import Linear

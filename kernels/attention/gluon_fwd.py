@@ -496,7 +496,8 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["len_q", "len_k", "num_heads", "num_whole", "num_parts", "num_items"])
 def forward_kernel(
-    q_desc, k_desc, kp_desc, v_desc, results, jobs, len_q, len_k, num_heads, scale_log2, num_whole, num_parts, num_items,
+    q_desc, k_desc, kp_desc, v_desc, results, jobs,
+    len_q, len_k, num_heads, scale_log2, num_whole, num_parts, num_items,
     KIND: gl.constexpr, MAPPED: gl.constexpr, FIXED: gl.constexpr, HAS_BIAS: gl.constexpr,
     EVEN_K: gl.constexpr, NUM_SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip

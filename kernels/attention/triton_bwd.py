@@ -12,24 +12,17 @@ launch, the second ones in the next, each adding to float32 sums, so that the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import tiles
-from .launch import Job, chunks, describe, last_contiguous, pack
-from .tiles import Tile
-from .triton_fwd import Sizes, Strides, load_tile, pick_job
+from .triton_fwd import load_tile, pick_job
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 DELTA_BLOCK = 32
 
 
 @triton.jit
-def _delta_kernel(
+def delta_kernel(
     grad, out, delta, stride_g, len_q, num_heads, BLOCK: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
     """delta [B, H, L]: dot product of each token's gradient with its output."""
@@ -60,8 +53,8 @@ def _store_gradient(
 
 
 @triton.jit
-def _dkv_kernel(
-    q, k, k_pivot, v, grad, lse, delta, results, strides, jobs, sizes, scale,
+def dkv_kernel(
+    q, k, k_pivot, v, grad, lse, delta, dk, dk_pivot, dv, strides, jobs, sizes, scale,
     GROUNDED: tl.constexpr, MAPPED: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +62,6 @@ def _dkv_kernel(
 
     Scores lie transposed, [BLOCK_N, BLOCK_M], so that no product needs its left side turned.
     """
-    dk, dk_pivot, dv = results
     stride_q, stride_k, stride_kp, stride_v, stride_g = strides
     len_q, len_k, num_heads = sizes
     start_n, head, job = tl.program_id(0) * BLOCK_N, tl.program_id(1), tl.program_id(2)
@@ -112,13 +104,12 @@ def _dkv_kernel(
 
 
 @triton.jit
-def _dq_kernel(
-    q, k, k_pivot, v, grad, lse, delta, results, strides, jobs, sizes, scale,
+def dq_kernel(
+    q, k, k_pivot, v, grad, lse, delta, dq, strides, jobs, sizes, scale,
     GROUNDED: tl.constexpr, MAPPED: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """What one row of output adds to dQ of BLOCK_M queries; without GROUNDED the row is the only one."""
-    dq = results[0]
     stride_q, stride_k, stride_kp, stride_v, stride_g = strides
     len_q, len_k, num_heads = sizes
     start_m, head, job = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
@@ -148,119 +139,3 @@ def _dq_kernel(
             acc = tl.dot(ds_p.to(k_tile_p.dtype), k_tile_p, acc)
 
     _store_gradient(acc * scale, dq, q_row, head, start_m, len_q, num_heads, GROUNDED, BLOCK_M, D)
-
-
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    k_pivot: Tensor | None,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    jobs: Sequence[Job] | None,
-    *,
-    dkv_tile: Tile | None = None,
-    dq_tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of q, k, k_pivot and v, from grad [B, L, H, D] and what `launch.forward` took and gave.
-
-    out must be without value bias: rounded together with one, it would blur delta. The tiles stand in for the
-    table's, for sweeps and tests.
-    """
-    q, k, v, grad = (last_contiguous(x) for x in (q, k, v, grad))
-    device, head_dim = tiles.device(q.device), q.shape[-1]
-    dkv_tile = dkv_tile or tiles.backward_tile(device, tiles.DKV, head_dim)
-    dq_tile = dq_tile or tiles.backward_tile(device, tiles.DQ, head_dim)
-    plain, targets = _split_pairs(jobs or ())
-    sums = torch.float32 if targets else q.dtype
-
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    if k_pivot is None:
-        # Every pivot is a plain row too, and that launch comes first: it writes, targets add.
-        dq = torch.empty(q.shape, dtype=sums, device=q.device)
-        dk = dk_pivot = torch.empty(k.shape, dtype=sums, device=k.device)
-        k_pivot = k
-    else:
-        dq = torch.zeros(q.shape, dtype=sums, device=q.device)
-        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-        k_pivot = last_contiguous(k_pivot)
-        dk_pivot = torch.zeros(k_pivot.shape, dtype=sums, device=k.device)
-
-    tensors = (q, k, k_pivot, v, grad, lse, _delta(grad, out))
-    if jobs is None:
-        _launch(tensors, dq, dk, dk_pivot, dv, None, dkv_tile, dq_tile)
-    for launch in chunks(plain):
-        _launch(tensors, dq, dk, dk_pivot, dv, launch, dkv_tile, dq_tile)
-    for round_ in _rounds(targets):
-        for launch in chunks(round_):
-            _launch(tensors, dq, dk, dk_pivot, dv, launch, dkv_tile, dq_tile)
-    separate = None if dk_pivot is dk else dk_pivot.to(k.dtype)
-    return dq.to(q.dtype), dk.to(k.dtype), separate, dv
-
-
-def _split_pairs(jobs: Sequence[Job]) -> tuple[list[Job], list[Job]]:
-    """Plain rows and targets; a pair is one of each."""
-    plain = [job for job in jobs if job.form == tiles.PLAIN]
-    targets = [job for job in jobs if job.form == tiles.TARGET]
-    for job in jobs:
-        if job.form == tiles.PAIR:
-            p = job.pivot_row
-            plain.append(Job(form=tiles.PLAIN, q_row=job.q_row, pivot_row=p, row=p))
-            targets.append(Job(form=tiles.TARGET, q_row=job.q_row, pivot_row=p, row=job.row))
-    return plain, targets
-
-
-def _rounds(targets: Sequence[Job]) -> list[list[Job]]:
-    """The first target of every pivot, then the second ones, and so on: within a round no two share sums."""
-    rounds: list[list[Job]] = []
-    seen: dict[int, int] = {}
-    for job in targets:
-        turn = seen[job.q_row] = seen.get(job.q_row, -1) + 1
-        if turn == len(rounds):
-            rounds.append([])
-        rounds[turn].append(job)
-    return rounds
-
-
-def _delta(grad: Tensor, out: Tensor) -> Tensor:
-    num_rows, len_q, num_heads, head_dim = out.shape
-    delta = torch.empty(num_rows, num_heads, len_q, dtype=torch.float32, device=out.device)
-    _delta_kernel[(triton.cdiv(len_q, DELTA_BLOCK), num_heads, num_rows)](
-        grad, out.contiguous(), delta, Strides(*grad.stride()[:3]), len_q, num_heads,
-        BLOCK=DELTA_BLOCK, D=head_dim,
-        enable_fp_fusion=True,
-    )  # fmt: skip
-    return delta
-
-
-def _launch(
-    tensors: tuple[Tensor, ...],
-    dq: Tensor,
-    dk: Tensor,
-    dk_pivot: Tensor,
-    dv: Tensor,
-    jobs: Sequence[Job] | None,
-    dkv_tile: Tile,
-    dq_tile: Tile,
-) -> None:
-    sources, others = tensors[:5], tensors[5:]
-    q, k, k_pivot, v, grad = sources
-    num_rows, len_k, num_heads, head_dim = v.shape
-    len_q = q.shape[1]
-    num_jobs = num_rows if jobs is None else len(jobs)
-    strides = tuple(Strides(*x.stride()[:3]) for x in sources)
-    arguments = (strides, pack(jobs), Sizes(len_q, len_k, num_heads), head_dim**-0.5)
-    grounded = jobs is not None and jobs[0].form == tiles.TARGET
-    for kernel, tile, length, block, results in (
-        (_dkv_kernel, dkv_tile, len_k, dkv_tile.block_n, (dk, dk_pivot, dv)),
-        (_dq_kernel, dq_tile, len_q, dq_tile.block_m, (dq,)),
-    ):
-        m, n = tile.block_m, tile.block_n
-        tma, loaded = describe(sources, (m, n, n, n, m), tile)
-        kernel[(triton.cdiv(length, block), num_heads, num_jobs)](
-            *loaded, *others, results, *arguments,
-            GROUNDED=grounded, MAPPED=jobs is not None, TMA=tma,
-            BLOCK_M=m, BLOCK_N=n, D=head_dim, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            enable_fp_fusion=True,
-        )  # fmt: skip

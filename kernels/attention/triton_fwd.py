@@ -163,8 +163,8 @@ def _tile(
 ):  # fmt: skip
     """BLOCK_M queries of one head against some keys. What ends in _p belongs to the pivot's keys.
 
-    strides: of q, k, k_pivot, v. rows: of queries, of the pivot, the row itself, and the head. keys: the first,
-    and the one after the last. part: its slot, how many slots there are, whether the tile is a whole one.
+    rows: the queries', the pivot's and its own, then the head. keys: the first, and the one after the last.
+    part: its slot, how many slots there are, and whether the tile is a whole one after all.
     """
     stride_q, stride_k, stride_kp, stride_v = strides
     q_row, pivot_row, row, head = rows
@@ -274,29 +274,16 @@ def forward_kernel(
     if MAPPED:
         q_row, pivot_row, row = pick_job(job, jobs)
 
-    work = (
-        (q_row, pivot_row, row, head), start_m, (begin, end), (slot, num_slots, is_whole), sizes, scale_log2,
-    )  # fmt: skip
+    rows, part = (q_row, pivot_row, row, head), (slot, num_slots, is_whole)
+    work = (results, strides, rows, start_m, (begin, end), part, sizes, scale_log2)
     if KIND != MIXED:
-        _tile(
-            q, k, k_pivot, v, results, strides, *work,
-            KIND, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
-        )  # fmt: skip
+        _tile(q, k, k_pivot, v, *work, KIND, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D)
     elif job < num_pairs:
-        _tile(
-            q, k, k_pivot, v, results, strides, *work,
-            PAIR, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
-        )  # fmt: skip
+        _tile(q, k, k_pivot, v, *work, PAIR, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D)
     elif job < num_pairs + num_targets:
-        _tile(
-            q, k, k_pivot, v, results, strides, *work,
-            TARGET, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
-        )  # fmt: skip
+        _tile(q, k, k_pivot, v, *work, TARGET, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D)
     else:
-        _tile(
-            q, k, k_pivot, v, results, strides, *work,
-            PLAIN, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
-        )  # fmt: skip
+        _tile(q, k, k_pivot, v, *work, PLAIN, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_whole", "num_parts", "num_slots"])

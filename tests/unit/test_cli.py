@@ -41,7 +41,7 @@ class FakePipeline:
         self.text = SimpleNamespace(networks=(), unknown_words=lambda _: self.unknown)
         self.defaults = Defaults(num_inference_steps=3, height_px=32, width_px=32, txt_length=8)
         self.device, self.dtype, self.name = torch.device("cpu"), torch.float32, "fake"
-        self.compute = "dtype"
+        self.compute, self.backend = "dtype", "auto"
         self.mmdit = SimpleNamespace(config=SimpleNamespace(head_dim=16))
 
     def load(self, *args: Any, **kwargs: Any) -> FakePipeline:
@@ -416,7 +416,7 @@ def test_the_memory_mode_that_was_chosen_is_said(
 ) -> None:  # fmt: skip
     fake.device, fake.memory = torch.device("cuda"), SimpleNamespace(mode="offload")
     monkeypatch.setattr("bokehflux.pipeline.provenance.device_name", lambda _: "a GPU")
-    monkeypatch.setattr("bokehflux.pipeline.provenance.attention_choice", lambda *_: ("triton", "it is fast"))
+    monkeypatch.setattr("bokehflux.pipeline.provenance.attention", lambda _: "triton")
     assert cli.main([*SWEEP, "--memory", memory]) == 0
     assert capsys.readouterr().err == says
 
