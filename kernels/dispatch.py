@@ -28,11 +28,11 @@ def takes(*tensors: Tensor) -> bool:
         return False
     if first.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != first.dtype for t in tensors):
         return False
-    return _runs_triton(first.device)
+    return runs_triton(first.device)
 
 
 @functools.cache
-def _runs_triton(device: torch.device) -> bool:
+def runs_triton(device: torch.device) -> bool:
     reason = why_not(device)
     if reason is not None:
         logger.warning("fused kernels are off on %s, PyTorch's operators run instead: %s", device, reason)

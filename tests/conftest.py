@@ -44,7 +44,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., torch
 
     caches = (
         dispatch.why_not,
-        dispatch._runs_triton,
+        dispatch.runs_triton,
         select.why_not_gluon,
         select._log_choice,
         select._warn_off,

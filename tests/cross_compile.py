@@ -24,11 +24,12 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from bokehflux.kernels import dispatch
-from bokehflux.kernels.attention import launch, tiles, triton_bwd
+from bokehflux.kernels.attention import launch, tiles
+from bokehflux.kernels.attention.jobs import grounded_jobs
 from bokehflux.kernels.fp8 import ops as fp8
-from bokehflux.kernels.group_norm import triton_norm
+from bokehflux.kernels.group_norm import ops as group_norm
 from bokehflux.kernels.pointwise import ops as pointwise
-from bokehflux.kernels.pointwise.eager import Projected
+from bokehflux.kernels.pointwise.reference import Projected
 
 BF16 = torch.bfloat16
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -58,12 +59,12 @@ def attention(family: str) -> None:
         for dim, fixed, pivot_of in ((128, False, (0, 0, 0, 3)), (64, True, (0, 0))):
             k = torch.zeros(len(pivot_of), 500, 24, dim, dtype=BF16)  # 500 is not a multiple of any tile
             q, bias = k[: len(set(pivot_of))], torch.zeros(len(pivot_of), 24, dim, dtype=BF16)
-            jobs = launch.grounded_jobs(pivot_of)
+            jobs = grounded_jobs(pivot_of)
             tile = tiles.forward_tile(device, tiles.LONGEST_FIRST, dim, fixed)
             _, lse = launch.forward(q, k, None, k, bias, jobs, fixed=fixed, tile=tile)
             if family == tiles.HOPPER:
                 launch.forward(q, k, None, k, bias, jobs, fixed=fixed)
-            triton_bwd.backward(k, q, k, None, k, k, lse, jobs)
+            launch.backward(k, q, k, None, k, k, lse, jobs)
 
 
 def passes() -> None:
@@ -76,7 +77,7 @@ def passes() -> None:
     stream, angles = Projected(x, x, x, weight, weight), torch.zeros(80, 64)
     pointwise.joint_heads([stream, stream], angles, angles)
     image = torch.zeros(1, 128, 32, 32, dtype=BF16).to(memory_format=torch.channels_last).requires_grad_()
-    triton_norm.group_norm_silu(image, weight, weight, 32, 1e-6).sum().backward()
+    group_norm.group_norm_silu(image, weight, weight, 32, 1e-6).sum().backward()
 
 
 def quantisation() -> None:

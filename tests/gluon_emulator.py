@@ -179,6 +179,15 @@ def asm(text: str, constraints: str, args: Sequence[Value], dtype: Any, is_pure:
     return args[0].to(dtype)
 
 
+def argument(x: Any) -> Any:
+    """What a kernel sees of an argument; jobs, which are large, stay integers."""
+    if isinstance(x, torch.Tensor):
+        return Pointer(x.view(-1))
+    if isinstance(x, tuple):
+        return type(x)(*map(argument, x)) if hasattr(x, "_fields") else tuple(map(argument, x))
+    return value(x) if type(x) is int and x < 2**62 else x
+
+
 class Kernel:
     def __init__(self, function: Callable) -> None:
         self.function = function
@@ -188,8 +197,7 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int]) -> Callable:
         def launch(*args: Any, num_warps: int, maxnreg: int, enable_fp_fusion: bool, **options: Any) -> None:
-            made = [Pointer(a.view(-1)) if isinstance(a, torch.Tensor) else a for a in args]
-            made = [value(a) if type(a) is int and a < 2**62 else a for a in made]
+            made = [argument(a) for a in args]
             program.count = grid[0]
             for program.pid in range(grid[0]):
                 self.function(*made, **options)
@@ -267,7 +275,7 @@ def load_emulated(package: str, patch: pytest.MonkeyPatch) -> types.ModuleType:
     mask = 2**20 - 1
     patch.setattr(
         module, "pick_job",
-        lambda job, *jobs: tuple(value(jobs[int(job)] >> shift & mask) for shift in (1, 21, 41)),
+        lambda job, jobs: tuple(value(jobs[int(job)] >> shift & mask) for shift in (1, 21, 41)),
     )  # fmt: skip
     patch.setitem(sys.modules, name, module)
     patch.setattr(parent, "gluon_fwd", module, raising=False)

@@ -208,13 +208,14 @@ FORMS = {"plain": tiles.PLAIN, "target": tiles.TARGET, "grounded": tiles.PAIR}
 
 def on_tile(shape: AttentionShape, tile: tiles.Tile, fixed: bool) -> Callable[[Inputs], Tensor]:
     """Our kernel with one block shape. fixed: the softmax takes a fixed offset."""
-    from bokehflux.kernels.attention import launch  # imports triton
+    from bokehflux.kernels.attention import jobs as work  # launch imports triton
+    from bokehflux.kernels.attention import launch
 
     n = shape.num_targets
     jobs = {
         "plain": None,
-        "target": launch.target_jobs((0,) * n),
-        "grounded": launch.grounded_jobs((n,) * (n + 1)),
+        "target": work.target_jobs((0,) * n),
+        "grounded": work.grounded_jobs((n,) * (n + 1)),
     }[shape.form]
 
     def run(x: Inputs) -> Tensor:

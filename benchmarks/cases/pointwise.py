@@ -29,7 +29,7 @@ def inputs(
     rows: int, length: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
 ) -> Arguments:
     """Arguments of every pass, as a single block has them: q, k, v and the MLP's half in one projection."""
-    from bokehflux.kernels.pointwise.eager import Projected
+    from bokehflux.kernels.pointwise.interface import Projected
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
@@ -70,10 +70,10 @@ def widened(arguments: object) -> object:
 @torch.inference_mode()
 def measure_pass(session: Session, name: str, sets: list[Arguments], moved: int) -> list[Row]:
     """A row an arm. moved: bytes of [rows, tokens, width]."""
-    from bokehflux.kernels.pointwise import eager, ops
+    from bokehflux.kernels.pointwise import ops, reference
 
     function = name.split()[0]
-    true = flat(getattr(eager, function)(*widened(sets[0][name])))
+    true = flat(getattr(reference, function)(*widened(sets[0][name])))
     arms = [
         Arm(
             name=arm,
@@ -81,7 +81,7 @@ def measure_pass(session: Session, name: str, sets: list[Arguments], moved: int)
             error=lambda out: relative_error(flat(out), true),
             is_ours=arm == "ours",
         )
-        for arm, module in zip(ARMS, (ops, eager), strict=True)
+        for arm, module in zip(ARMS, (ops, reference), strict=True)
     ]
     clock = Replayed(device=session.device, sets=len(sets), rounds=session.repeats)
     rows = race(arms, Rules(error_of=["eager"], speed_of=["eager"]), clock)

@@ -44,7 +44,9 @@ OPTIONAL = {
 def report(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
     """The lines, one by one: looking into a large cache may take a moment."""
     yield f"bokehflux {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    yield "packages: " + ", ".join(f"{name} {_version(name)}" for name in REQUIRED)
+    # With what it was built for, which the package's own record does not say.
+    versions = {name: _version(name) for name in REQUIRED} | {"torch": torch.__version__}
+    yield "packages: " + ", ".join(f"{name} {version}" for name, version in versions.items())
     for name, purpose in OPTIONAL.items():
         if importlib.util.find_spec(name) is None:
             yield f"optional package missing: {name} ({purpose})"

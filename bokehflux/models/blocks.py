@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from bokehflux.attention import AttentionSpec
 from bokehflux.configs import MMDiTConfig
 from bokehflux.kernels.fp8.interface import Quantized
-from bokehflux.kernels.pointwise.eager import Projected
-from bokehflux.kernels.pointwise.interface import joint_heads
+from bokehflux.kernels.pointwise.interface import Projected, joint_heads
 from bokehflux.models import fused
 from bokehflux.models.adapter import BlockAdapter
 from bokehflux.models.embeddings import RopeTable

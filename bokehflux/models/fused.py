@@ -20,7 +20,7 @@ from torch import Tensor
 from bokehflux.kernels.fp8 import interface as fp8
 from bokehflux.kernels.fp8.interface import Quantized
 from bokehflux.kernels.pointwise import interface as pointwise
-from bokehflux.kernels.pointwise.eager import Projected
+from bokehflux.kernels.pointwise.interface import Projected
 from bokehflux.models.linear import Linear
 from bokehflux.models.norms import QKNorm
 

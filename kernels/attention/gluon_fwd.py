@@ -117,8 +117,7 @@ def _find_work(item, plan, jobs, BLOCK_N: gl.constexpr, MAPPED: gl.constexpr):
     job = tile // num_m // num_heads
     q_row, pivot_row, row = job, job, job
     if MAPPED:
-        job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7 = jobs
-        q_row, pivot_row, row = pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7)
+        q_row, pivot_row, row = pick_job(job, jobs)
     return q_row, pivot_row, row, head, start_m, begin, end, part_slot
 
 
@@ -129,10 +128,11 @@ def _produce(
 ):  # fmt: skip
     q_desc, k_desc, kp_desc, v_desc = descs
     q_tiles, q_full, q_empty = queries
+    _, _, _, _, _, num_items = plan
     slot = gl.to_tensor(0)
     parity = gl.to_tensor(0)
     q_parity = gl.to_tensor(0)
-    for item in range(gl.program_id(0), plan[5], gl.num_programs(0)):
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         q_row, pivot_row, row, head, start_m, begin, end, _ = _find_work(item, plan, jobs, BLOCK_N, MAPPED)
         last = end - 1
         if KIND == PLAIN:
@@ -419,8 +419,7 @@ def _store(
     HAS_BIAS: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Normalise and write 64 queries, or park them where they cover a part of the keys only."""
-    out, lse, value_bias, part_out, part_lse = results
-    len_q, num_heads = plan[0], plan[2]
+    len_q, _, num_heads, _, _, _ = plan
     VALUES: gl.constexpr = acc.type.layout
     lines = gl.arange(0, 64, gl.SliceLayout(1, VALUES))
     dims = gl.arange(0, D, gl.SliceLayout(0, VALUES))
@@ -428,17 +427,19 @@ def _store(
     acc = _fade(acc, 1.0 / total)
     if part_slot >= 0:
         parked = part_slot.to(gl.int64) * BLOCK_M + line + lines
-        gl.store(part_out + parked[:, None] * D + dims[None, :], acc)
-        gl.store(part_lse + parked, lse_2)
+        gl.store(results.part_out + parked[:, None] * D + dims[None, :], acc)
+        gl.store(results.part_lse + parked, lse_2)
     else:
         tokens = start_m + line + lines
         row_64 = row.to(gl.int64)
         if HAS_BIAS:
-            bias = gl.load(value_bias + (row_64 * num_heads + head) * D + dims)
+            bias = gl.load(results.value_bias + (row_64 * num_heads + head) * D + dims)
             acc += bias.to(gl.float32)[None, :]
         offsets = ((row_64 * len_q + tokens) * num_heads + head)[:, None] * D + dims[None, :]
-        gl.store(out + offsets, acc.to(out.dtype.element_ty), mask=(tokens < len_q)[:, None])
-        gl.store(lse + (row_64 * num_heads + head) * len_q + tokens, lse_2 * LN_2, mask=tokens < len_q)
+        gl.store(results.out + offsets, acc.to(results.out.dtype.element_ty), mask=(tokens < len_q)[:, None])
+        gl.store(
+            results.lse + (row_64 * num_heads + head) * len_q + tokens, lse_2 * LN_2, mask=tokens < len_q
+        )
 
 
 @gluon.jit
@@ -451,13 +452,14 @@ def _consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_tiles, q_full, q_empty = queries
+    _, len_k, _, num_whole, _, num_items = plan
     slot = gl.to_tensor(0)
     parity = gl.to_tensor(0)
     q_parity = gl.to_tensor(0)
     no_scores = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
     zeros = gl.zeros([64, D], gl.float32, VALUES)
     line = 64 * group
-    for item in range(gl.program_id(0), plan[5], gl.num_programs(0)):
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         _, pivot_row, row, head, start_m, begin, end, part_slot = _find_work(
             item, plan, jobs, BLOCK_N, MAPPED
         )
@@ -466,24 +468,24 @@ def _consume(
         q = q_tiles.index(group).reshape([64, D])
         if KIND == PAIR:
             acc, m, total, acc_p, m_p, total_p, use = _pair(
-                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, len_k, scale,
                 FIXED, EVEN_K, BLOCK_N,
             )  # fmt: skip
         if KIND == TARGET:
             acc, m, total, use = _target(
-                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, len_k, scale,
                 FIXED, EVEN_K, BLOCK_N,
             )  # fmt: skip
         if KIND == PLAIN:
             acc, m, total, use = _row(
-                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, plan[1], scale,
+                q, q_empty.index(group), no_scores, zeros, ring, slot, parity, begin, end, len_k, scale,
                 FIXED, EVEN_K, BLOCK_N,
             )  # fmt: skip
         slot, parity = use
         if KIND == PAIR:
             _store(
                 acc_p, m_p, total_p, results, plan, pivot_row, head, start_m, line,
-                gl.where(part_slot < 0, part_slot, part_slot + plan[5] - plan[3]),
+                gl.where(part_slot < 0, part_slot, part_slot + num_items - num_whole),
                 HAS_BIAS, D,
             )  # fmt: skip
         _store(
@@ -494,8 +496,7 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["len_q", "len_k", "num_heads", "num_whole", "num_parts", "num_items"])
 def forward_kernel(
-    q_desc, k_desc, kp_desc, v_desc, out, lse, value_bias, part_out, part_lse,
-    job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7,
+    q_desc, k_desc, kp_desc, v_desc, results, jobs,
     len_q, len_k, num_heads, scale_log2, num_whole, num_parts, num_items,
     KIND: gl.constexpr, MAPPED: gl.constexpr, FIXED: gl.constexpr, HAS_BIAS: gl.constexpr,
     EVEN_K: gl.constexpr, NUM_SLOTS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
@@ -519,9 +520,7 @@ def forward_kernel(
     descs = (q_desc, k_desc, kp_desc, v_desc)
     ring = (slots, full, empty)
     queries = (q_tiles, q_full, q_empty)
-    results = (out, lse, value_bias, part_out, part_lse)
     plan = (len_q, len_k, num_heads, num_whole, num_parts, num_items)
-    jobs = (job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7)
     # Written out: a tuple in a variable forgets what is constant.
     gl.warp_specialize(
         [

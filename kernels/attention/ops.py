@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import launch, select, triton_bwd
-from .launch import grounded_jobs, target_jobs
+from . import launch, select
+from .jobs import grounded_jobs, target_jobs
 
 MAX_LOG2_SCORE = {torch.bfloat16: 96.0, torch.float16: 14.0}
 """How large |q . k| * log2(e) / sqrt(D) may get without a running maximum: see `is_bounded`."""
@@ -207,7 +207,7 @@ def _attention_backward(
     if pivots is not None:
         jobs = (grounded_jobs if k_pivot is None else target_jobs)(tuple(pivots))
     with torch.cuda.device_of(q):
-        dq, dk, dk_pivot, dv = triton_bwd.backward(grad, q, k, k_pivot, v, out, lse, jobs)
+        dq, dk, dk_pivot, dv = launch.backward(grad, q, k, k_pivot, v, out, lse, jobs)
     return [dq, dk, dv] if dk_pivot is None else [dq, dk, dv, dk_pivot]
 
 

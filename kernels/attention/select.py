@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import eager, reference, tiles
+from . import reference, sdpa, tiles
 
 logger = logging.getLogger(__name__)
 
 BACKENDS: dict[str, ModuleType | str] = {
     "reference": reference,
-    "sdpa": eager,
+    "sdpa": sdpa,
     "flash": ".flash",
     "triton": ".ops",
 }

@@ -17,8 +17,11 @@ a running maximum's for normal scores of standard deviation 1, 1.3 times for 3 (
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 PLAIN: tl.constexpr = tl.constexpr(0)
 TARGET: tl.constexpr = tl.constexpr(1)
@@ -30,24 +33,50 @@ ROW_BITS: tl.constexpr = tl.constexpr(20)
 ROW_MASK: tl.constexpr = tl.constexpr((1 << 20) - 1)
 
 
+class Strides(NamedTuple):
+    """Elements from one row, token and head of a [B, L, H, D] to the next."""
+
+    row: int
+    token: int
+    head: int
+
+
+class Sizes(NamedTuple):
+    len_q: int
+    len_k: int
+    num_heads: int
+
+
+class Results(NamedTuple):
+    """What a launch writes, and the bias that it adds on the way."""
+
+    out: Tensor
+    """[B, Lq, H, D]"""
+    lse: Tensor
+    """[B, H, Lq]"""
+    value_bias: Tensor
+    """[B, H, D]; any tensor without HAS_BIAS."""
+    part_out: Tensor
+    """[lines, D] of float32: tiles that cover a part of the keys; any tensor where none does."""
+    part_lse: Tensor
+    """[lines], in powers of two."""
+
+
 @triton.jit
-def load_tile(
-    src, row, head, start, length, stride_row, stride_len, stride_head,
-    BLOCK: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+def load_tile(src, row, head, start, length, stride, BLOCK: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
     """src[row, start : start + BLOCK, head] as [BLOCK, D]; zero from `length` on.
 
-    src is a descriptor over [B, H, L, D] (TMA) or a pointer to [B, L, H, D].
+    src is a descriptor over [B, H, L, D] (TMA) or a pointer to [B, L, H, D] with `Strides`.
     """
     if TMA:
         tile = src.load([row, head, start, 0]).reshape(BLOCK, D)
     else:
         tokens = tl.arange(0, BLOCK)
         # 64 bits up to the tile, 32 within it.
-        base = tl.cast(row, tl.int64) * stride_row + tl.cast(head, tl.int64) * stride_head
-        base += tl.cast(start, tl.int64) * stride_len
+        base = tl.cast(row, tl.int64) * stride.row + tl.cast(head, tl.int64) * stride.head
+        base += tl.cast(start, tl.int64) * stride.token
         tile = tl.load(
-            src + base + tokens[:, None] * stride_len + tl.arange(0, D)[None, :],
+            src + base + tokens[:, None] * stride.token + tl.arange(0, D)[None, :],
             mask=(start + tokens < length)[:, None],
             other=0.0,
         )
@@ -55,19 +84,14 @@ def load_tile(
 
 
 @triton.jit
-def pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7):
+def pick_job(job, jobs):
     """(query row, pivot row, own row) of a job. Arguments: a launch copies no list to the GPU.
 
     `launch.pack` is the other way round.
     """
-    packed = job_0
-    packed = tl.where(job == 1, job_1, packed)
-    packed = tl.where(job == 2, job_2, packed)
-    packed = tl.where(job == 3, job_3, packed)
-    packed = tl.where(job == 4, job_4, packed)
-    packed = tl.where(job == 5, job_5, packed)
-    packed = tl.where(job == 6, job_6, packed)
-    packed = tl.where(job == 7, job_7, packed)
+    packed = jobs[0]
+    for i in tl.static_range(1, 8):
+        packed = tl.where(job == i, jobs[i], packed)
     q_row = ((packed >> 1) & ROW_MASK).to(tl.int32)
     pivot_row = ((packed >> (1 + ROW_BITS)) & ROW_MASK).to(tl.int32)
     row = ((packed >> (1 + 2 * ROW_BITS)) & ROW_MASK).to(tl.int32)
@@ -81,7 +105,7 @@ PACKED: tl.constexpr = tl.constexpr(not INTERPRETED)
 
 @triton.jit
 def _write(
-    acc, lse_2, out, lse, value_bias, row, head, start_m, len_q, num_heads,
+    acc, lse_2, results, row, head, start_m, len_q, num_heads,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Finished values [BLOCK_M, D] and log2-sum-exps [BLOCK_M] into contiguous out and lse."""
@@ -89,17 +113,16 @@ def _write(
     dims = tl.arange(0, D)
     row_64 = tl.cast(row, tl.int64)
     if HAS_BIAS:
-        bias = tl.load(value_bias + (row_64 * num_heads + head) * D + dims)
+        bias = tl.load(results.value_bias + (row_64 * num_heads + head) * D + dims)
         acc += bias.to(tl.float32)[None, :]
     offsets = ((row_64 * len_q + tokens) * num_heads + head)[:, None] * D + dims[None, :]
-    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=(tokens < len_q)[:, None])
-    tl.store(lse + (row_64 * num_heads + head) * len_q + tokens, lse_2 * LN_2, mask=tokens < len_q)
+    tl.store(results.out + offsets, acc.to(results.out.dtype.element_ty), mask=(tokens < len_q)[:, None])
+    tl.store(results.lse + (row_64 * num_heads + head) * len_q + tokens, lse_2 * LN_2, mask=tokens < len_q)
 
 
 @triton.jit
 def _finish(
-    acc, m, total, out, lse, value_bias, part_out, part_lse, row, head, start_m, slot, is_whole,
-    len_q, num_heads,
+    acc, m, total, results, row, head, start_m, slot, is_whole, len_q, num_heads,
     HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Normalise a tile, then write it, or park it in its slot when it covers a part of the keys only."""
@@ -107,15 +130,13 @@ def _finish(
     lse_2 = m + tl.log2(total)
     if SPLIT:
         if is_whole:
-            _write(
-                acc, lse_2, out, lse, value_bias, row, head, start_m, len_q, num_heads, HAS_BIAS, BLOCK_M, D
-            )
+            _write(acc, lse_2, results, row, head, start_m, len_q, num_heads, HAS_BIAS, BLOCK_M, D)
         else:
             lines = tl.cast(slot, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-            tl.store(part_out + lines[:, None] * D + tl.arange(0, D)[None, :], acc)
-            tl.store(part_lse + lines, lse_2)
+            tl.store(results.part_out + lines[:, None] * D + tl.arange(0, D)[None, :], acc)
+            tl.store(results.part_lse + lines, lse_2)
     else:
-        _write(acc, lse_2, out, lse, value_bias, row, head, start_m, len_q, num_heads, HAS_BIAS, BLOCK_M, D)
+        _write(acc, lse_2, results, row, head, start_m, len_q, num_heads, HAS_BIAS, BLOCK_M, D)
 
 
 @triton.jit
@@ -135,19 +156,22 @@ def _narrow(p, dtype: tl.constexpr):
 
 @triton.jit
 def _tile(
-    q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
-    stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
-    stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
-    q_row, pivot_row, row, head, start_m, begin, end, slot, num_slots, is_whole,
-    len_q, len_k, num_heads, scale_log2,
+    q, k, k_pivot, v, results, strides, rows, start_m, keys, part, sizes, scale_log2,
     KIND: tl.constexpr, FIXED: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head against keys begin .. end. What ends in _p belongs to the pivot's keys."""
-    q_tile = load_tile(
-        q, q_row, head, start_m, len_q, stride_q_row, stride_q_len, stride_q_head, BLOCK_M, D, TMA
-    )
+    """BLOCK_M queries of one head against some keys. What ends in _p belongs to the pivot's keys.
+
+    rows: the queries', the pivot's and its own, then the head. keys: the first, and the one after the last.
+    part: its slot, how many slots there are, and whether the tile is a whole one after all.
+    """
+    stride_q, stride_k, stride_kp, stride_v = strides
+    q_row, pivot_row, row, head = rows
+    begin, end = keys
+    slot, num_slots, is_whole = part
+    len_q, len_k, num_heads = sizes
+    q_tile = load_tile(q, q_row, head, start_m, len_q, stride_q, BLOCK_M, D, TMA)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     # With a fixed offset m stays at that offset: zero.
@@ -161,14 +185,9 @@ def _tile(
 
     for start in tl.range(begin, end, BLOCK_N):
         if KIND != PLAIN:
-            k_tile_p = load_tile(
-                k_pivot, pivot_row, head, start, len_k,
-                stride_kp_row, stride_kp_len, stride_kp_head, BLOCK_N, D, TMA,
-            )  # fmt: skip
+            k_tile_p = load_tile(k_pivot, pivot_row, head, start, len_k, stride_kp, BLOCK_N, D, TMA)
             s_p = tl.dot(q_tile, tl.trans(k_tile_p))
-        k_tile = load_tile(
-            k, row, head, start, len_k, stride_k_row, stride_k_len, stride_k_head, BLOCK_N, D, TMA
-        )
+        k_tile = load_tile(k, row, head, start, len_k, stride_k, BLOCK_N, D, TMA)
         s = tl.dot(q_tile, tl.trans(k_tile))
         if not EVEN_K:
             # Every block holds at least one key, so no line is all -inf.
@@ -207,37 +226,30 @@ def _tile(
             acc *= fade[:, None]
 
         if KIND == PAIR:
-            v_tile_p = load_tile(
-                v, pivot_row, head, start, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, TMA
-            )
+            v_tile_p = load_tile(v, pivot_row, head, start, len_k, stride_v, BLOCK_N, D, TMA)
             weights_p = _narrow(p_p, v_tile_p.dtype)
             total_p += tl.sum(p_p, 1)
             acc_p = tl.dot(weights_p, v_tile_p, acc_p)
-        v_tile = load_tile(
-            v, row, head, start, len_k, stride_v_row, stride_v_len, stride_v_head, BLOCK_N, D, TMA
-        )
+        v_tile = load_tile(v, row, head, start, len_k, stride_v, BLOCK_N, D, TMA)
         weights = _narrow(p, v_tile.dtype)
         total += tl.sum(p, 1)
         acc = tl.dot(weights, v_tile, acc)
 
     if KIND == PAIR:
         _finish(
-            acc_p, m_p, total_p, out, lse, value_bias, part_out, part_lse, pivot_row, head, start_m,
-            slot + num_slots, is_whole, len_q, num_heads, HAS_BIAS, SPLIT, BLOCK_M, D,
+            acc_p, m_p, total_p, results, pivot_row, head, start_m, slot + num_slots, is_whole,
+            len_q, num_heads, HAS_BIAS, SPLIT, BLOCK_M, D,
         )  # fmt: skip
     _finish(
-        acc, m, total, out, lse, value_bias, part_out, part_lse, row, head, start_m,
-        slot, is_whole, len_q, num_heads, HAS_BIAS, SPLIT, BLOCK_M, D,
+        acc, m, total, results, row, head, start_m, slot, is_whole,
+        len_q, num_heads, HAS_BIAS, SPLIT, BLOCK_M, D,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_targets", "num_whole", "num_parts", "num_slots"])
 def forward_kernel(
-    q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
-    stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
-    stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
-    job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7, num_pairs, num_targets,
-    len_q, len_k, num_heads, scale_log2, num_whole, num_parts, num_slots,
+    q, k, k_pivot, v, results, strides, jobs, num_pairs, num_targets, sizes, scale_log2,
+    num_whole, num_parts, num_slots,
     KIND: tl.constexpr, MAPPED: tl.constexpr, FIXED: tl.constexpr, HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
@@ -245,66 +257,38 @@ def forward_kernel(
     """One tile, or one part of the keys of one of the last tiles. Jobs lie pairs first: longest first."""
     program = tl.program_id(0)
     tile, slot = program, program - num_whole
-    begin, end = 0, len_k
+    begin, end = 0, sizes.len_k
     is_whole = program < num_whole
     if SPLIT:
         tile = tl.where(is_whole, program, num_whole + slot // num_parts)
-        part, blocks = slot % num_parts, tl.cdiv(len_k, BLOCK_N)
+        part, blocks = slot % num_parts, tl.cdiv(sizes.len_k, BLOCK_N)
         begin = tl.where(is_whole, 0, part * blocks // num_parts * BLOCK_N)
-        end = tl.where(is_whole, len_k, tl.minimum((part + 1) * blocks // num_parts * BLOCK_N, len_k))
+        last = tl.minimum((part + 1) * blocks // num_parts * BLOCK_N, sizes.len_k)
+        end = tl.where(is_whole, sizes.len_k, last)
 
-    num_m = tl.cdiv(len_q, BLOCK_M)
+    num_m = tl.cdiv(sizes.len_q, BLOCK_M)
     start_m = tile % num_m * BLOCK_M
-    head = tile // num_m % num_heads
-    job = tile // num_m // num_heads
+    head = tile // num_m % sizes.num_heads
+    job = tile // num_m // sizes.num_heads
     q_row, pivot_row, row = job, job, job
     if MAPPED:
-        q_row, pivot_row, row = pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7)
+        q_row, pivot_row, row = pick_job(job, jobs)
 
+    rows, part = (q_row, pivot_row, row, head), (slot, num_slots, is_whole)
+    work = (results, strides, rows, start_m, (begin, end), part, sizes, scale_log2)
     if KIND != MIXED:
-        _tile(
-            q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
-            stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
-            stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
-            q_row, pivot_row, row, head, start_m, begin, end, slot, num_slots, is_whole,
-            len_q, len_k, num_heads, scale_log2,
-            KIND, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
-        )  # fmt: skip
+        _tile(q, k, k_pivot, v, *work, KIND, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D)
+    elif job < num_pairs:
+        _tile(q, k, k_pivot, v, *work, PAIR, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D)
+    elif job < num_pairs + num_targets:
+        _tile(q, k, k_pivot, v, *work, TARGET, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D)
     else:
-        if job < num_pairs:
-            _tile(
-                q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
-                stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
-                stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
-                q_row, pivot_row, row, head, start_m, begin, end, slot, num_slots, is_whole,
-                len_q, len_k, num_heads, scale_log2,
-                PAIR, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
-            )  # fmt: skip
-        elif job < num_pairs + num_targets:
-            _tile(
-                q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
-                stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
-                stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
-                q_row, pivot_row, row, head, start_m, begin, end, slot, num_slots, is_whole,
-                len_q, len_k, num_heads, scale_log2,
-                TARGET, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
-            )  # fmt: skip
-        else:
-            _tile(
-                q, k, k_pivot, v, out, lse, value_bias, part_out, part_lse,
-                stride_q_row, stride_q_len, stride_q_head, stride_k_row, stride_k_len, stride_k_head,
-                stride_kp_row, stride_kp_len, stride_kp_head, stride_v_row, stride_v_len, stride_v_head,
-                q_row, pivot_row, row, head, start_m, begin, end, slot, num_slots, is_whole,
-                len_q, len_k, num_heads, scale_log2,
-                PLAIN, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D,
-            )  # fmt: skip
+        _tile(q, k, k_pivot, v, *work, PLAIN, FIXED, HAS_BIAS, EVEN_K, SPLIT, TMA, BLOCK_M, BLOCK_N, D)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_whole", "num_parts", "num_slots"])
 def merge_kernel(
-    out, lse, value_bias, part_out, part_lse,
-    job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7, num_pairs,
-    len_q, num_heads, num_whole, num_parts, num_slots,
+    results, jobs, num_pairs, len_q, num_heads, num_whole, num_parts, num_slots,
     MAPPED: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of one split tile, always in the same order. Axis 1: own rows, then pivots of pairs."""
@@ -317,22 +301,22 @@ def merge_kernel(
     if (is_pivot == 0) | (job < num_pairs):
         pivot_row, row = job, job
         if MAPPED:
-            _, pivot_row, row = pick_job(job, job_0, job_1, job_2, job_3, job_4, job_5, job_6, job_7)
+            _, pivot_row, row = pick_job(job, jobs)
         acc = tl.zeros([BLOCK_M, D], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         first = tl.program_id(0) * num_parts + is_pivot * num_slots
         for part in range(num_parts):
             lines = tl.cast(first + part, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-            part_m = tl.load(part_lse + lines)
+            part_m = tl.load(results.part_lse + lines)
             m_old = m
             m = tl.maximum(m, part_m)
             fade, weight = tl.exp2(m_old - m), tl.exp2(part_m - m)
-            values = tl.load(part_out + lines[:, None] * D + tl.arange(0, D)[None, :])
+            values = tl.load(results.part_out + lines[:, None] * D + tl.arange(0, D)[None, :])
             acc = acc * fade[:, None] + values * weight[:, None]
             total = total * fade + weight
         out_row = tl.where(is_pivot == 1, pivot_row, row)
         _write(
-            acc / total[:, None], m + tl.log2(total), out, lse, value_bias, out_row, head, start_m,
+            acc / total[:, None], m + tl.log2(total), results, out_row, head, start_m,
             len_q, num_heads, HAS_BIAS, BLOCK_M, D,
         )  # fmt: skip

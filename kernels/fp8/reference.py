@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..pointwise import eager
+from ..pointwise import reference as pointwise
 
 E4M3_MAX = 448.0
 """Largest number of e4m3: no row holds a larger one after scaling, so none is ever clipped."""
@@ -30,14 +30,14 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_modulated(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """`quantize` of norm(x) * (1 + scale) + shift; x [B, L, K], scale and shift [B or 1, 1, K]."""
-    return quantize(eager.modulate(x.float(), scale.float(), shift.float()))
+    return quantize(pointwise.modulate(x.float(), scale.float(), shift.float()))
 
 
 def add_gated_quantize_modulated(
     x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + gate * y in the dtype of x, and `quantize_modulated` of that sum as it is stored."""
-    x = eager.add_gated(x.float(), y.float(), gate.float()).to(x.dtype)
+    x = pointwise.add_gated(x.float(), y.float(), gate.float()).to(x.dtype)
     return x, *quantize_modulated(x, scale, shift)
 
 

@@ -1,16 +1,16 @@
 """silu(group_norm(x)) in one call: PyTorch's operators, or our kernels where those would copy.
 
 PyTorch's CUDA group norm knows no channels-last layout and turns every activation twice. A 16-bit
-channels-last tensor on an NVIDIA GPU therefore goes through `triton_norm`, read twice and written once.
+channels-last tensor on an NVIDIA GPU therefore goes through `ops`, read twice and written once.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from . import reference
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -22,12 +22,10 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
     if x.ndim != 4 or x.shape[1] % groups:
         raise ValueError(f"expected [B, C, H, W] with C a multiple of {groups} groups, got {tuple(x.shape)}")
     if takes(x):
-        from . import triton_norm
+        from . import ops
 
-        return triton_norm.group_norm_silu(x, weight, bias, groups, eps)
-    # Autocast would copy every activation to float32 first; the operator accumulates in float32 anyway.
-    with torch.autocast(x.device.type, enabled=False):
-        return F.silu(F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps))
+        return ops.group_norm_silu(x, weight, bias, groups, eps)
+    return reference.group_norm_silu(x, weight, bias, groups, eps)
 
 
 def takes(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""silu(group_norm(x)) for channels-last tensors in Triton, forward and backward.
+"""silu(group_norm(x)) for channels-last tensors in Triton, forward and backward; `ops` launches it.
 
 B images, P = H W positions, C channels, G groups of C / G channels; memory is [B, P, C]. A program takes a
 chunk of positions of one image with all its channels, so that every access is contiguous. Statistics are
@@ -11,20 +11,13 @@ summed per channel and chunk, then per group by whoever needs them: no atomics, 
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 AT_ONCE: tl.constexpr = tl.constexpr(16)
 """Chunks whose sums are read together."""
-MAX_CHUNKS = 256
 SIZES = ["positions", "per_chunk", "num_chunks"]
 """Not worth a compilation each."""
-ELEMENTS = 4096
-"""Of a block in registers: 32 a thread with 4 warps, of each of the few tensors that are live at once."""
 
 
 @triton.jit
@@ -63,17 +56,10 @@ def _statistics(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _sums_kernel(
-    x,
-    sum_x,
-    sum_xx,
-    positions,
-    per_chunk,
-    num_chunks,
-    C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+def sums_kernel(
+    x, sum_x, sum_xx, positions, per_chunk, num_chunks,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     chunk, image = tl.program_id(0), tl.program_id(1)
     channels, rows = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_P)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -93,7 +79,7 @@ def _sums_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _forward_kernel(
+def forward_kernel(
     x, y, weight, bias, sum_x, sum_xx, positions, per_chunk, num_chunks, eps,
     C: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -124,7 +110,7 @@ def _slopes(dy, n, w, b):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _gradient_sums_kernel(
+def gradient_sums_kernel(
     x, dy, weight, bias, sum_x, sum_xx, sum_dz, sum_dzn, positions, per_chunk, num_chunks, eps,
     C: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -155,7 +141,7 @@ def _gradient_sums_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _backward_kernel(
+def backward_kernel(
     x, dy, dx, weight, bias, sum_x, sum_xx, sum_dz, sum_dzn, positions, per_chunk, num_chunks, eps,
     C: tl.constexpr, G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -182,55 +168,3 @@ def _backward_kernel(
         dz = _slopes(tl.load(dy + offsets, mask=exists, other=0.0).to(tl.float32), n, w[None, :], b[None, :])
         value = (dz * w[None, :] - mean_dz[None, :] - n * mean_dzn[None, :]) * rstd[None, :]
         tl.store(dx + offsets, value.to(dx.dtype.element_ty), mask=exists)
-
-
-class _GroupNormSiLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        grid, sizes, shape = _plan(x, groups)
-        sum_x, sum_xx = torch.empty(2, *shape, dtype=torch.float32, device=x.device)
-        y = torch.empty_like(x, memory_format=torch.channels_last)
-        with torch.cuda.device_of(x):
-            _sums_kernel[grid](x, sum_x, sum_xx, *sizes, C=x.shape[1], **_blocks(x))
-            _forward_kernel[grid](x, y, weight, bias, sum_x, sum_xx, *sizes, eps, **_shapes(x, groups))
-        ctx.save_for_backward(x, weight, bias, sum_x, sum_xx)
-        ctx.groups, ctx.eps = groups, eps
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, sum_x, sum_xx = ctx.saved_tensors
-        grid, sizes, shape = _plan(x, ctx.groups)
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        sum_dz, sum_dzn = torch.empty(2, *shape, dtype=torch.float32, device=x.device)
-        dx = torch.empty_like(x, memory_format=torch.channels_last)
-        common = (weight, bias, sum_x, sum_xx, sum_dz, sum_dzn, *sizes, ctx.eps)
-        with torch.cuda.device_of(x):
-            _gradient_sums_kernel[grid](x, dy, *common, **_shapes(x, ctx.groups))
-            _backward_kernel[grid](x, dy, dx, *common, **_shapes(x, ctx.groups))
-        return dx, sum_dzn.sum((0, 1)).to(weight.dtype), sum_dz.sum((0, 1)).to(bias.dtype), None, None
-
-
-def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """`interface.group_norm_silu` of a channels-last x."""
-    return _GroupNormSiLU.apply(x, weight, bias, groups, eps)
-
-
-def _plan(x: Tensor, groups: int) -> tuple[tuple[int, int], tuple[int, int, int], tuple[int, int, int]]:
-    """Grid (chunks, images), sizes (positions, positions a chunk, chunks), shape of partial sums."""
-    images, channels, height, width = x.shape
-    positions, block = height * width, _blocks(x)["BLOCK_P"]
-    # Enough chunks to fill the GPU eight times over, each of at least four blocks.
-    wanted = max(1, min(MAX_CHUNKS, 1024 // images, positions // (4 * block)))
-    per_chunk = triton.cdiv(triton.cdiv(positions, wanted), block) * block
-    chunks = triton.cdiv(positions, per_chunk)
-    return (chunks, images), (positions, per_chunk, chunks), (images, chunks, channels)
-
-
-def _blocks(x: Tensor) -> dict[str, int]:
-    block_c = triton.next_power_of_2(x.shape[1])
-    return {"BLOCK_P": max(1, ELEMENTS // block_c), "BLOCK_C": block_c, "enable_fp_fusion": True}
-
-
-def _shapes(x: Tensor, groups: int) -> dict[str, int]:
-    return {"C": x.shape[1], "G": groups, "BLOCK_G": triton.next_power_of_2(groups), **_blocks(x)}

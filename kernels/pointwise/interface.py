@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import eager
-from .eager import Projected
+from . import reference
+from .reference import Projected
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         from . import ops
 
         return ops.modulate(x, scale, shift)
-    return eager.modulate(x, scale, shift)
+    return reference.modulate(x, scale, shift)
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         from . import ops
 
         return ops.add_gated(x, y, gate)
-    return eager.add_gated(x, y, gate)
+    return reference.add_gated(x, y, gate)
 
 
 def add_gated_modulate(
@@ -45,7 +45,7 @@ def add_gated_modulate(
         from . import ops
 
         return ops.add_gated_modulate(x, y, gate, scale, shift)
-    return eager.add_gated_modulate(x, y, gate, scale, shift)
+    return reference.add_gated_modulate(x, y, gate, scale, shift)
 
 
 def joint_heads(streams: Sequence[Projected], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +59,7 @@ def joint_heads(streams: Sequence[Projected], cos: Tensor, sin: Tensor) -> tuple
         from . import ops
 
         return ops.joint_heads(streams, cos, sin)
-    return eager.joint_heads(streams, cos, sin)
+    return reference.joint_heads(streams, cos, sin)
 
 
 def concat_gelu(joint: Tensor, hidden: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def concat_gelu(joint: Tensor, hidden: Tensor) -> Tensor:
         from . import ops
 
         return ops.concat_gelu(joint, hidden)
-    return eager.concat_gelu(joint, hidden)
+    return reference.concat_gelu(joint, hidden)
 
 
 def takes(*tensors: Tensor, weights: Sequence[Tensor] = ()) -> bool:

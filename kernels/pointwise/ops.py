@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from . import triton_forms
-from .eager import EPS, Projected
+from .reference import EPS, Projected
 
 # All are bound by memory, so a thread should have several 16-byte loads under way. Not yet timed;
 # compiled for sm_90 by triton 3.6.0 at E 3072, bfloat16: no spills, and tokens move by 16 bytes everywhere.

@@ -36,7 +36,6 @@ EXCEPTIONS: set[str] = {
     "kernels/attention/launch.py",
     "kernels/attention/triton_bwd.py",
     "kernels/group_norm/triton_norm.py",
-    "kernels/pointwise/eager.py",
     "kernels/pointwise/ops.py",
     "scripts/train_nano.py",
 }

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bokehflux.attention import Grounded
-from bokehflux.kernels.pointwise import eager, interface
-from bokehflux.kernels.pointwise.eager import Projected
+from bokehflux.kernels.pointwise import interface, reference
+from bokehflux.kernels.pointwise.reference import Projected
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.fused import gelu_columns, of_halves, takes_epilogues
@@ -51,7 +51,7 @@ def wide(x):
 def check(name: str, *args) -> None:
     """Through the interface, twice with equal bits, at most twice the eager form's error against float32."""
     ours, again = (getattr(interface, name)(*args) for _ in range(2))
-    oracle, exact = getattr(eager, name)(*args), getattr(eager, name)(*wide(args))
+    oracle, exact = getattr(reference, name)(*args), getattr(reference, name)(*wide(args))
     if isinstance(ours, Tensor):
         ours, again, oracle, exact = (ours,), (again,), (oracle,), (exact,)
     for mine, same, theirs, truth in zip(ours, again, oracle, exact, strict=True):
@@ -135,8 +135,8 @@ def test_past_32_bits() -> None:
     x[0, -1] = torch.randn(3072, device="cuda").bfloat16()
     scale, shift = vectors(2, 1, 3072, torch.bfloat16)
     last = x[:, -1:], scale, shift
-    exact = eager.modulate(*map(wide, last))
-    assert_within_2x(interface.modulate(x, scale, shift)[:, -1:], eager.modulate(*last), exact)
+    exact = reference.modulate(*map(wide, last))
+    assert_within_2x(interface.modulate(x, scale, shift)[:, -1:], reference.modulate(*last), exact)
 
 
 def test_a_network_through_them() -> None:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from bokehflux.kernels.attention import launch, ops, reference, select, tiles, triton_bwd
+from bokehflux.kernels.attention import launch, ops, reference, select, tiles
+from bokehflux.kernels.attention.jobs import grounded_jobs, target_jobs
 from bokehflux.kernels.attention.tiles import Row
 from tests.helpers import assert_within_2x, max_error
 
@@ -94,8 +95,8 @@ def inputs_for(row: Row, length: int, dim: int, dtype: torch.dtype) -> tuple[lis
     index = {tiles.PLAIN: (0, 1), tiles.TARGET: (0, 1, 1), tiles.PAIR: (0, 0, 0, 3)}[row.kernel]
     q, k, v = make(len(index), length, dim, dtype)
     if row.kernel == tiles.TARGET:
-        return [q[:2], k, make(2, length, dim, dtype)[1], v, None, launch.target_jobs(index)], index
-    return [q[sorted(set(index))], k, None, v, None, launch.grounded_jobs(index)], index
+        return [q[:2], k, make(2, length, dim, dtype)[1], v, None, target_jobs(index)], index
+    return [q[sorted(set(index))], k, None, v, None, grounded_jobs(index)], index
 
 
 @pytest.mark.parametrize(
@@ -133,9 +134,9 @@ def test_backward_tiles(row: Row, dtype: torch.dtype) -> None:
             q, k, v = make(4, length, dim, dtype)
             q = q[[1, 2]].contiguous()
             grad = torch.randn(4, length, 3, dim, device="cuda").to(dtype)
-            jobs = launch.grounded_jobs(pivot_of)
+            jobs = grounded_jobs(pivot_of)
             out, lse = launch.forward(q, k, None, v, None, jobs, fixed=False)
-            dq, dk, _, dv = triton_bwd.backward(grad, q, k, None, v, out, lse, jobs, **chosen)
+            dq, dk, _, dv = launch.backward(grad, q, k, None, v, out, lse, jobs, **chosen)
             theirs = gradients(lambda q, k, v: grounded(q, k, v, pivot_of), [q, k, v], grad)
             true = gradients(
                 lambda q, k, v: reference.grounded_attention(q, k, v, pivot_of), wide(q, k, v), grad
@@ -205,7 +206,7 @@ def test_split_and_whole_tiles_agree(length: int, language: str) -> None:
     device = tiles.device(torch.device("cuda"))
     for pivot_of in ((0,), (0, 0), (0, 0, 0)):
         q, k, v = make(len(pivot_of), length, 128, torch.bfloat16, heads=24)
-        jobs = launch.grounded_jobs(pivot_of)
+        jobs = grounded_jobs(pivot_of)
         tile = tiles.forward_tile(device, [job.form for job in jobs], 128, True, language)
         unsplit = dataclasses.replace(tile, max_parts=1)
         args = q[:1], k, None, v, None, jobs
@@ -227,7 +228,7 @@ def test_addresses_beyond_32_bits(far: str) -> None:
     view = store.as_strided(q.shape, (stride, *q.stride()[1:]))
     view.copy_(inputs[far])
     moved = {**inputs, far: view}
-    jobs = launch.grounded_jobs((0, 1))
+    jobs = grounded_jobs((0, 1))
     for row in FORWARD:
         if row.head_dim in (None, 64) and row.family == tiles.device(q.device).family:
             if row.tile.language == tiles.GLUON and select.why_not_gluon(q.device):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bokehflux.attention import Grounded, OnStored, PivotQuery, Plain, Recorded
-from bokehflux.kernels.attention import eager, interface, reference, select, tiles
+from bokehflux.kernels.attention import interface, reference, sdpa, select, tiles
 from bokehflux.kernels.attention.select import FOR_GRADIENTS, Choice
 from bokehflux.sampling.pivot_cache import PivotCache
 from tests.helpers import assert_within_2x, max_error
@@ -134,7 +134,7 @@ def test_grounding_is_a_mix_of_two_attentions_by_their_log_sum_exp() -> None:
 
 def test_log_sum_exp() -> None:
     q, k, v = qkv(2, 63)
-    out, lse = eager.attention_with_lse(q, k, v)
+    out, lse = sdpa.attention_with_lse(q, k, v)
     scores = torch.einsum("blhd,bmhd->blhm", *double(q, k)) / 4
     assert lse.shape == (2, 63, 2) and lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=0)
@@ -220,7 +220,7 @@ def test_any_shape(wishes: list[int], length: int, heads: int, dim: int, with_bi
 )
 def test_take_rows(rows: tuple[int, ...], is_view: bool) -> None:
     x = torch.randn(4, 3)
-    taken = eager.take_rows(x, rows)
+    taken = sdpa.take_rows(x, rows)
     assert torch.equal(taken, x[list(rows)])
     assert (taken.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == is_view
 
@@ -440,7 +440,7 @@ def test_a_faster_path_that_is_off_is_said_loudly_once(
     device = pretend_gpu(tiles.HOPPER, (3, 10))
     choices = [select.choose(device, torch.bfloat16, 128, grounded=grounded) for grounded in (False, True)]
     monkeypatch.setattr(select, "choose", lambda *_, grounded, gradients: choices[grounded])
-    monkeypatch.setitem(select.BACKENDS, "triton", eager)
+    monkeypatch.setitem(select.BACKENDS, "triton", sdpa)
     monkeypatch.setattr(select, "BOUNDED", frozenset())
     q, k, v = qkv(2, 4)
     with caplog.at_level(logging.INFO, logger=select.__name__):
@@ -540,7 +540,7 @@ def flash_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
         q: Tensor, k: Tensor, v: Tensor, return_attn_probs: bool
     ) -> tuple[Tensor, Tensor, None]:
         assert return_attn_probs
-        out, lse = eager.attention_with_lse(q, k, v)
+        out, lse = sdpa.attention_with_lse(q, k, v)
         return out, torch.nn.functional.pad(lse.transpose(1, 2), (0, 3)), None
 
     monkeypatch.setattr(flash, "_kernel", lambda: ("flash_attn", flash_attn_func))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import bokehflux
-from bokehflux.kernels.attention import eager, reference
-from bokehflux.kernels.pointwise import eager as passes
+from bokehflux.kernels.attention import reference, sdpa
+from bokehflux.kernels.pointwise import reference as passes
 from bokehflux.models import fused
 from bokehflux.models.linear import Linear
 from bokehflux.models.precision import default_dtype
@@ -48,11 +48,11 @@ def test_targets_that_share_exponentials(
     q, k_pivot, k, v = (
         torch.randn(rows, 19, 3, 16).mul(by).bfloat16() for rows, by in ((2, size), (2, 1), (3, 1), (3, 1))
     )
-    ours = eager.target_attention(q, k_pivot, k, v, pivots)
+    ours = sdpa.target_attention(q, k_pivot, k, v, pivots)
     exact = reference.target_attention(*(t.float() for t in (q, k_pivot, k, v)), pivots)
     rows = list(pivots)
-    oracle = eager.merge(
-        eager.attention_with_lse(q[rows], k, v), eager.attention_with_lse(q[rows], k_pivot[rows], v)
+    oracle = sdpa.merge(
+        sdpa.attention_with_lse(q[rows], k, v), sdpa.attention_with_lse(q[rows], k_pivot[rows], v)
     )
     assert_within_2x(ours, oracle, exact)
 
@@ -60,9 +60,9 @@ def test_targets_that_share_exponentials(
 def test_a_target_does_not_depend_on_the_others() -> None:
     q, k_pivot = (torch.randn(1, 19, 2, 16).bfloat16() for _ in range(2))
     k, v = (torch.randn(3, 19, 2, 16).bfloat16() for _ in range(2))
-    whole = eager.target_attention(q, k_pivot, k, v, (0, 0, 0))
+    whole = sdpa.target_attention(q, k_pivot, k, v, (0, 0, 0))
     for row in range(3):
-        alone = eager.target_attention(q, k_pivot, k[row : row + 1], v[row : row + 1], (0,))
+        alone = sdpa.target_attention(q, k_pivot, k[row : row + 1], v[row : row + 1], (0,))
         assert torch.equal(alone[0], whole[row])
 
 

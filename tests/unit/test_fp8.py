@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bokehflux
 from bokehflux.configs import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL, BokehConfig
-from bokehflux.kernels.fp8 import interface, ops, reference, triton_quantize
+from bokehflux.kernels.fp8 import interface, ops, reference
 from bokehflux.models import fp8
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.clip import CLIPTextEncoder
@@ -140,7 +140,7 @@ def test_triton_is_the_definition(
 ) -> None:
     """The numbers just before their rounding to e4m3, which Triton's interpreter gets wrong: it loses carries
     and subnormal numbers. tests/gpu has the bytes."""
-    monkeypatch.setattr(triton_quantize, "VALUES", torch.float32)
+    monkeypatch.setattr(ops, "VALUES", torch.float32)
     if width == 1 and form in ("modulated", "gated"):
         pytest.skip("the norm of one number is nothing but rounding")
     args = tuple(x.to(TRITON) for x in inputs(form, width + 20 * (form == "beside"), dtype))

@@ -12,6 +12,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from bokehflux.kernels import attention as package  # noqa: E402
 from bokehflux.kernels.attention import launch, reference, select, tiles, triton_fwd  # noqa: E402
+from bokehflux.kernels.attention.jobs import grounded_jobs, target_jobs  # noqa: E402
 from bokehflux.kernels.attention.tiles import Tile  # noqa: E402
 from tests.gluon_emulator import load_emulated  # noqa: E402
 from tests.helpers import assert_within_2x  # noqa: E402
@@ -65,7 +66,7 @@ def test_grounded(pivot_of: tuple[int, ...], length: int, fixed: bool) -> None:
     """Pairs, targets, plain rows; more jobs than a launch takes; odd lengths; tiles split along the keys."""
     q, k, v = qkv(len(set(pivot_of)), len(pivot_of), length)
     bias = bias_of(len(pivot_of))
-    jobs = launch.grounded_jobs(pivot_of)
+    jobs = grounded_jobs(pivot_of)
     out, lse = launch.forward(q, k, None, v, bias, jobs, fixed=fixed, tile=tile())
     exact = reference.grounded_attention(*wide(q, k, v), pivot_of, value_bias=bias)
     assert_within_2x(out, grounded(q, k, v, pivot_of, bias), exact)
@@ -79,16 +80,30 @@ def test_targets(fixed: bool) -> None:
     q, k_pivot, k, v = qkv(2, 3, 70, n=4)
     k_pivot = k_pivot[:2]
     index = (1, 0, 1)
-    args = q, k, k_pivot, v, None, launch.target_jobs(index)
+    args = q, k, k_pivot, v, None, target_jobs(index)
     out, _ = launch.forward(*args, fixed=fixed, tile=tile(block_n=32, slots=4))
     exact = reference.target_attention(*wide(q, k_pivot, k, v), index)
     assert_within_2x(out, published(q, k_pivot, k, v, index, None), exact)
 
 
+@pytest.mark.parametrize("louder", ["own", "pivot"])
+def test_scores_far_apart(louder: str) -> None:
+    """With a running maximum neither the pivot's scores may be lost nor a target's own."""
+    pivot_of = (0, 0, 0)
+    q, k, v = qkv(1, 3, 40)
+    if louder == "pivot":
+        k[0] *= 40
+    else:
+        k[1:] *= 40
+    out, _ = launch.forward(q, k, None, v, None, grounded_jobs(pivot_of), fixed=False, tile=tile())
+    exact = reference.grounded_attention(*wide(q, k, v), pivot_of)
+    assert_within_2x(out, grounded(q, k, v, pivot_of, None), exact)
+
+
 def test_split_tiles() -> None:
     """The imitated device has three multiprocessors: this grid has a tail, whose parts are merged."""
     q, k, v = qkv(1, 2, 200, 2)
-    jobs = launch.grounded_jobs((0, 0))
+    jobs = grounded_jobs((0, 0))
     split = launch.forward(q, k, None, v, None, jobs, fixed=True, tile=tile())
     whole = launch.forward(q, k, None, v, None, jobs, fixed=True, tile=tile(parts=1))
     for a, b in zip(split, whole, strict=True):

@@ -48,7 +48,7 @@ def error(got, exact):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_forward_and_gradients(shape, groups, dtype):
-    from bokehflux.kernels.group_norm import triton_norm
+    from bokehflux.kernels.group_norm import ops
 
     x, weight, bias, groups, dy = case(shape, groups, dtype)
 
@@ -57,7 +57,7 @@ def test_forward_and_gradients(shape, groups, dtype):
 
     plain = gradients(pytorch, x, weight, bias, dy)
     exact = gradients(pytorch, x.double(), weight.double(), bias.double(), dy.double())
-    ours = gradients(lambda x, w, b: triton_norm.group_norm_silu(x, w, b, groups, 1e-6), x, weight, bias, dy)
+    ours = gradients(lambda x, w, b: ops.group_norm_silu(x, w, b, groups, 1e-6), x, weight, bias, dy)
     assert ours[0].dtype == dtype and ours[0].is_contiguous(memory_format=torch.channels_last)
     for got, theirs, true in zip(ours, plain, exact, strict=True):
         if true.norm() < 1e-9:  # one position of one channel a group normalises to nothing
@@ -67,12 +67,12 @@ def test_forward_and_gradients(shape, groups, dtype):
 
 @interpreted
 def test_unwritten_output_would_show(monkeypatch):
-    from bokehflux.kernels.group_norm import triton_norm
+    from bokehflux.kernels.group_norm import ops
 
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
     x, weight, bias, groups, dy = case((2, 24, 9, 11), 3, torch.float32)
-    parts = gradients(lambda x, w, b: triton_norm.group_norm_silu(x, w, b, groups, 1e-6), x, weight, bias, dy)
+    parts = gradients(lambda x, w, b: ops.group_norm_silu(x, w, b, groups, 1e-6), x, weight, bias, dy)
     assert all(part.isfinite().all() for part in parts)
 
 

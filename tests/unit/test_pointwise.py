@@ -23,11 +23,11 @@ if not ON_GPU:
 from bokehflux.attention import Grounded, Plain  # noqa: E402
 from bokehflux.kernels.attention import tiles  # noqa: E402
 from bokehflux.kernels.pointwise import (  # noqa: E402
-    eager,
-    interface,  # noqa: E402
+    interface,
     ops,
+    reference,  # noqa: E402
 )
-from bokehflux.kernels.pointwise.eager import Projected  # noqa: E402
+from bokehflux.kernels.pointwise.reference import Projected  # noqa: E402
 from bokehflux.models import fused  # noqa: E402
 from bokehflux.models.adapter import BokehCondition  # noqa: E402
 from bokehflux.models.embeddings import rope_table  # noqa: E402
@@ -69,8 +69,8 @@ def wide(x: Tensor | Sequence) -> Tensor | Sequence:
 
 def check(name: str, *args: Tensor | Sequence) -> None:
     """The operator against the eager form in double precision, by the house's rule for low precision."""
-    ours, oracle = getattr(ops, name)(*args), getattr(eager, name)(*args)
-    exact = getattr(eager, name)(*wide(args))
+    ours, oracle = getattr(ops, name)(*args), getattr(reference, name)(*args)
+    exact = getattr(reference, name)(*wide(args))
     if isinstance(ours, Tensor):
         ours, oracle, exact = (ours,), (oracle,), (exact,)
     for mine, theirs, truth in zip(ours, oracle, exact, strict=True):
@@ -170,7 +170,7 @@ def test_passes_of_any_size(rows: int, length: int, width: int) -> None:
 def test_rows_without_queries(queries: int) -> None:
     """A grounded batch projects its pivots' queries alone, or none."""
     made, table = streams((2, 3), 3, queries, 2, 16, torch.float32), rotations(5, 16)
-    ours, expected = ops.joint_heads(made, *table), eager.joint_heads(made, *table)
+    ours, expected = ops.joint_heads(made, *table), reference.joint_heads(made, *table)
     assert [len(x) for x in ours] == [queries, 3, 3]
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs)

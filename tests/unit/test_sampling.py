@@ -15,7 +15,7 @@ from torch import Tensor
 from bokehflux.attention import Grounded, PivotQuery, Plain
 from bokehflux.conditioning import Conditioning
 from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, ScheduleConfig
-from bokehflux.kernels.pointwise.eager import rotate
+from bokehflux.kernels.pointwise.reference import rotate
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import rope_table, sinusoid
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser, model_sigma
