@@ -44,7 +44,7 @@ def test_a_pytorch_that_does_not_know_keeps_float32(monkeypatch: pytest.MonkeyPa
 def test_targets_that_share_exponentials(
     block: int, pivots: tuple[int, ...], size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eager, "BLOCK_SCORES", block)
+    monkeypatch.setattr(sdpa, "BLOCK_SCORES", block)
     q, k_pivot, k, v = (
         torch.randn(rows, 19, 3, 16).mul(by).bfloat16() for rows, by in ((2, size), (2, 1), (3, 1), (3, 1))
     )
