@@ -10,47 +10,49 @@ from torch import Tensor
 
 from bokehflux.configs import VAEConfig
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.nano.pool import Shoot, rendered, uniform_levels
 from bokehflux.nano.recipe import AutoencoderStage
-from bokehflux.training.data import rendered
 from bokehflux.training.log import Log
-from bokehflux.training.optim import Ema, Optimizer, paced, trapezoid
+from bokehflux.training.loop import Course, Step, train
+from bokehflux.training.optim import Optimizer, is_filter
+from bokehflux.training.state import Saves
 
 FULL_SIZE_SHARE = 0.2
 """Last share of the steps, on whole images."""
 
 
 def train_autoencoder(
-    config: VAEConfig, stage: AutoencoderStage, size_px: int, device: torch.device, log: Log
+    config: VAEConfig,
+    stage: AutoencoderStage,
+    size_px: int,
+    device: torch.device,
+    log: Log,
+    saves: Saves | None = None,
 ) -> AutoencoderKL:
     """Train from scratch; the returned model's scale and shift give its latents mean 0 and std 1."""
     generator = torch.Generator(device).manual_seed(stage.seed)
     torch.manual_seed(stage.seed)
     vae = AutoencoderKL(config).to(device)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = _image_pool(stage.scenes, size_px, generator)
+    shoot = Shoot(scenes=stage.scenes, draw=uniform_levels, size_px=size_px)
+    with torch.no_grad():
+        images = torch.cat([(x * 255).round().to(torch.uint8) for *_, x in rendered(shoot, generator)])
     log.note("images", len(images))
 
-    parameters = list(vae.parameters())
-    optimizer = Optimizer(parameters, stage.lr, matrices=vae.units().matrices, weight_decay=0.0)
-    ema = Ema(parameters, rate=0.002)
-    for step, done in paced(stage.steps, stage.minutes):
-        whole = done >= 1 - FULL_SIZE_SHARE
-        x = _crops(
-            images, stage.batch // 4 if whole else stage.batch, size_px if whole else size_px // 2, generator
-        )
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, l1, edges, kl = _loss(vae, x, stage, step % 3 == 0)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step(trapezoid(done))
-        ema.update()
-        log.step(step, l1=l1, edges=edges, kl=kl)
-    log.note("steps", step + 1)
-    ema.copy_to_parameters()
+    def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        whole = step.done >= 1 - FULL_SIZE_SHARE
+        batch, side = (stage.batch // 4, size_px) if whole else (stage.batch, size_px // 2)
+        return _loss(vae, _crops(images, batch, side, generator), stage, half_scale=step.number % 3 == 0)
+
+    optimizer = Optimizer(list(vae.named_parameters()), stage.lr, matrices=is_filter, weight_decay=0.0)
+    course = Course(steps=stage.steps, minutes=stage.minutes, ema_rate=0.002)
+    log.note("steps", train(loss, optimizer, course, log, saves))
     return _normalised(vae, images[:512])
 
 
-def _loss(vae: AutoencoderKL, x: Tensor, stage: AutoencoderStage, half_scale: bool) -> tuple[Tensor, ...]:
+def _loss(
+    vae: AutoencoderKL, x: Tensor, stage: AutoencoderStage, half_scale: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
     mean, logvar = (t.float() for t in vae.moments(x))
     z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
     error = vae.decoder(z).float() - x
@@ -62,7 +64,7 @@ def _loss(vae: AutoencoderKL, x: Tensor, stage: AutoencoderStage, half_scale: bo
         loss = loss + stage.half_scale_weight * (
             small.abs().mean() + stage.edge_weight * laplacian_pyramid(small)
         )
-    return loss, l1, edges, kl
+    return loss, {"l1": l1, "edges": edges, "kl": kl}
 
 
 def laplacian_pyramid(error: Tensor, levels: int = 3) -> Tensor:
@@ -73,17 +75,6 @@ def laplacian_pyramid(error: Tensor, levels: int = 3) -> Tensor:
         total = total + (error - F.interpolate(coarse, scale_factor=2.0, mode="nearest")).abs().mean()
         error = coarse
     return total
-
-
-@torch.no_grad()
-def _image_pool(count: int, size_px: int, generator: torch.Generator) -> Tensor:
-    """[count, 3, S, S] uint8, at levels uniform in 0-30."""
-
-    def draw(n: int, _: int) -> Tensor:
-        return torch.rand(n, generator=generator, device=generator.device) * 30
-
-    parts = [(im * 255).round().to(torch.uint8) for *_, im in rendered(count, 1, draw, generator, size_px)]
-    return torch.cat(parts)
 
 
 def _crops(images: Tensor, batch: int, side: int, generator: torch.Generator) -> Tensor:

@@ -30,3 +30,9 @@ def logit_normal(count: int, mean: float, std: float, generator: torch.Generator
     """[count] noise levels in 0-1, concentrated around sigmoid(mean)."""
     draw = torch.randn(count, generator=generator, device=generator.device)
     return torch.sigmoid(draw * std + mean)
+
+
+def draw_guidance(batch: int, highest: float, generator: torch.Generator) -> Tensor:
+    """[B] guidance between 1 and `highest`, denser near 1; a seventh of the rows exactly 1."""
+    u = torch.rand(2, batch, generator=generator, device=generator.device)
+    return torch.where(u[0] < 0.15, 1.0, 1 + (highest - 1) * u[1] ** 1.3)
