@@ -12,6 +12,7 @@ from bokehflux.configs import VAEConfig
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.nano.pool import Shoot, rendered, uniform_levels
 from bokehflux.nano.recipe import AutoencoderStage
+from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, Step, train
 from bokehflux.training.optim import Optimizer, is_filter
@@ -41,20 +42,24 @@ def train_autoencoder(
 
     def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         whole = step.done >= 1 - FULL_SIZE_SHARE
-        batch, side = (stage.batch // 4, size_px) if whole else (stage.batch, size_px // 2)
-        return _loss(vae, _crops(images, batch, side, generator), stage, half_scale=step.number % 3 == 0)
+        draws, side = (step.draws[::4], size_px) if whole else (step.draws, size_px // 2)
+        return autoencoder_loss(
+            vae, crops(images, draws, side), draws, stage, half_scale=step.number % 3 == 0
+        )
 
     optimizer = Optimizer(list(vae.named_parameters()), stage.lr, matrices=is_filter, weight_decay=0.0)
-    course = Course(steps=stage.steps, minutes=stage.minutes, ema_rate=0.002)
+    course = Course(
+        seed=stage.seed, batch=stage.batch, steps=stage.steps, minutes=stage.minutes, ema_rate=0.002
+    )
     log.note("steps", train(loss, optimizer, course, log, saves))
     return _normalised(vae, images[:512])
 
 
-def _loss(
-    vae: AutoencoderKL, x: Tensor, stage: AutoencoderStage, half_scale: bool
+def autoencoder_loss(
+    vae: AutoencoderKL, x: Tensor, draws: Draws, stage: AutoencoderStage, half_scale: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     mean, logvar = (t.float() for t in vae.moments(x))
-    z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+    z = mean + draws.normal("posterior", *mean.shape[1:]) * (0.5 * logvar).exp()
     error = vae.decoder(z).float() - x
     l1, edges = error.abs().mean(), laplacian_pyramid(error)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -77,14 +82,16 @@ def laplacian_pyramid(error: Tensor, levels: int = 3) -> Tensor:
     return total
 
 
-def _crops(images: Tensor, batch: int, side: int, generator: torch.Generator) -> Tensor:
-    """Random images, one random crop position on the 8-pixel grid and one mirroring per batch, in -1..1."""
-    device = images.device
-    rows = torch.randint(len(images), (batch,), generator=generator, device=device)
+def crops(images: Tensor, draws: Draws, side: int) -> Tensor:
+    """Images at random, each cropped to a side on the 8-pixel grid and mirrored at random: [B, 3, side, side]
+    in -1..1, channels last."""
     slots = (images.shape[-1] - side) // 8 + 1
-    top, left, mirror = (int(torch.randint(n, (), device="cpu")) for n in (slots, slots, 2))
-    x = images[rows, :, 8 * top : 8 * top + side, 8 * left : 8 * left + side].float() / 127.5 - 1
-    return (x.flip(3) if mirror else x).contiguous(memory_format=torch.channels_last)
+    along = torch.arange(side, device=images.device)
+    top, left = (8 * draws.integers("crop", slots, 2, 1)).unbind(1)  # [B, 1]
+    column = torch.where(draws.integers("mirror", 2, 1) == 1, along.flip(0), along)  # [B, side]
+    row = draws.integers("image", len(images), 1, 1)
+    x = images[row, :, (top + along)[:, :, None], (left + column)[:, None, :]]  # [B, side, side, 3]
+    return (x.float() / 127.5 - 1).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

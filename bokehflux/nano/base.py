@@ -19,11 +19,15 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.nano.pool import LatentPool
 from bokehflux.nano.recipe import BaseStage
+from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, Step, train
 from bokehflux.training.objective import draw_guidance, guided, logit_normal, mix, velocity_target
 from bokehflux.training.optim import Optimizer, is_block_matrix
 from bokehflux.training.state import Saves
+
+DISTILLED = 1000
+"""Added to the seed, so that distillation does not begin with the samples that training began with."""
 
 
 class TextToVelocity(nn.Module):
@@ -43,24 +47,22 @@ class TextToVelocity(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """Draws training batches from a pool."""
+    """Training batches of a pool."""
 
     pool: LatentPool
     null_t5: Tensor
     null_clip: Tensor
     """Token ids [T] of the empty caption."""
-    generator: torch.Generator
 
-    def draw(self, batch: int, caption_dropout: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch(self, draws: Draws, caption_dropout: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x0 [B, N, 64], eps of the same shape, T5 ids and CLIP ids [B, T]."""
-        pool, device = self.pool, self.generator.device
-        scene = torch.randint(pool.num_scenes, (batch,), generator=self.generator, device=device)
-        level = torch.randint(pool.latents.shape[1], (batch,), generator=self.generator, device=device)
-        x0 = pool.latents[scene, level].float()
-        eps = torch.randn(x0.shape, generator=self.generator, device=device)
-        drop = torch.rand(batch, 1, generator=self.generator, device=device) < caption_dropout
+        pool = self.pool
+        scene = draws.integers("scene", pool.num_scenes)
+        x0 = pool.latents[scene, draws.integers("render", pool.latents.shape[1])].float()
+        drop = draws.uniform("caption", 1) < caption_dropout
         t5_ids = torch.where(drop, self.null_t5, pool.t5_ids[scene])
-        return x0, eps, t5_ids, torch.where(drop, self.null_clip, pool.clip_ids[scene])
+        clip_ids = torch.where(drop, self.null_clip, pool.clip_ids[scene])
+        return x0, draws.normal("noise", *x0.shape[1:]), t5_ids, clip_ids
 
 
 def init_mmdit(mmdit: MMDiT) -> None:
@@ -79,17 +81,18 @@ def train_base(
     saves: Saves | None = None,
 ) -> None:
     """Train `model` in place; its weights end as the moving average."""
-    ones = torch.ones(stage.batch, device=sampler.generator.device)
 
     def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        x0, eps, t5_ids, clip_ids = sampler.draw(stage.batch, stage.caption_dropout)
-        sigma = logit_normal(stage.batch, stage.sigma_mean, 1.0, sampler.generator)
-        v = model(mix(x0, eps, sigma), t5_ids, clip_ids, sigma, ones, rope)
+        x0, eps, t5_ids, clip_ids = sampler.batch(step.draws, stage.caption_dropout)
+        sigma = logit_normal(step.draws, stage.sigma_mean, 1.0)
+        v = model(mix(x0, eps, sigma), t5_ids, clip_ids, sigma, torch.ones_like(sigma), rope)
         error = (v.float() - velocity_target(x0, eps)).square().mean()
         return error, {"loss": error}
 
     optimizer = Optimizer(list(model.named_parameters()), stage.lr, matrices=is_block_matrix)
-    course = Course(steps=stage.steps, minutes=stage.minutes, ema_rate=0.0015)
+    course = Course(
+        seed=stage.seed, batch=stage.batch, steps=stage.steps, minutes=stage.minutes, ema_rate=0.0015
+    )
     log.note("steps", train(loss, optimizer, course, log, saves))
 
 
@@ -102,16 +105,14 @@ def distill_guidance(
     saves: Saves | None = None,
 ) -> None:
     """Teach the guidance input in place: g -> u + g (c - u), with u and c predicted by a frozen copy."""
-    batch = stage.batch
     teacher = TextToVelocity(*copy.deepcopy((model.mmdit, model.t5, model.clip))).requires_grad_(False)
-    null_t5, null_clip = sampler.null_t5.expand(batch, -1), sampler.null_clip.expand(batch, -1)
-    ones = torch.ones(batch, device=sampler.generator.device)
 
     def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        x0, eps, t5_ids, clip_ids = sampler.draw(batch, stage.caption_dropout)
-        sigma = logit_normal(batch, 0.15, 1.1, sampler.generator)
-        x = mix(x0, eps, sigma)
-        guidance = draw_guidance(batch, stage.max_guidance, sampler.generator)
+        x0, eps, t5_ids, clip_ids = sampler.batch(step.draws, stage.caption_dropout)
+        sigma = logit_normal(step.draws, 0.15, 1.1)
+        x, ones = mix(x0, eps, sigma), torch.ones_like(sigma)
+        guidance = draw_guidance(step.draws, stage.max_guidance)
+        null_t5, null_clip = sampler.null_t5.expand_as(t5_ids), sampler.null_clip.expand_as(clip_ids)
         with torch.no_grad():
             conditional = teacher(x, t5_ids, clip_ids, sigma, ones, rope).float()
             unconditional = teacher(x, null_t5, null_clip, sigma, ones, rope).float()
@@ -120,5 +121,11 @@ def distill_guidance(
         return error, {"distill": error}
 
     optimizer = Optimizer(list(model.named_parameters()), stage.lr * 0.3, matrices=is_block_matrix)
-    course = Course(steps=stage.distill_steps, minutes=stage.distill_minutes, ema_rate=0.004)
+    course = Course(
+        seed=stage.seed + DISTILLED,
+        batch=stage.batch,
+        steps=stage.distill_steps,
+        minutes=stage.distill_minutes,
+        ema_rate=0.004,
+    )
     log.note("distill steps", train(loss, optimizer, course, log, saves))

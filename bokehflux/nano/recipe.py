@@ -80,7 +80,7 @@ class AdapterStage:
     caption_dropout: float = 0.1
     max_guidance: float = 5.0
     level_guidance: float = 0.18
-    """Share of rows whose unconditional half drops the level too: 0 keeps the renderer's own strength."""
+    """Share of groups whose unconditional half drops the level too: 0 keeps the renderer's own strength."""
     saved_scale: float = 1.2
     """`bokeh_scale` written with the trained adapter: at 1 it lost 0.75 times what the renderer loses."""
 

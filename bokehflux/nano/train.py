@@ -165,7 +165,7 @@ def base(run: Run, *, warm: bool = False) -> None:
     if device.type == "cuda":
         mmdit.compile_blocks()
     null_t5, null_clip = (ids[0].to(device) for ids in tokenize([""]))
-    sampler = Sampler(pool=pool, null_t5=null_t5, null_clip=null_clip, generator=generator)
+    sampler = Sampler(pool=pool, null_t5=null_t5, null_clip=null_clip)
     train_base(model, run.rope(), sampler, stage, run.log, run.saves())
     distill_guidance(model, run.rope(), sampler, stage, run.log, run.saves("-distill"))
     save_mmdit(out / "transformer", recipe.mmdit, half(mmdit), max_shard_bytes=SHARD_BYTES)
@@ -204,7 +204,7 @@ def adapter(run: Run) -> None:
     mmdit.load_state_dict(mmdit.state_dict() | trained_base.state_dict())
     if device.type == "cuda":
         mmdit.compile_blocks()
-    trained = train_adapter(mmdit, pool, text, null_text, run.rope(), stage, generator, run.log, run.saves())
+    trained = train_adapter(mmdit, pool, text, null_text, run.rope(), stage, run.log, run.saves())
     run.log.note("parameters", sum(p.numel() for _, p in trained.trainable()))
     _, tensors = split_adapter(half(mmdit))
     saved = dataclasses.replace(recipe.bokeh, bokeh_scale=stage.saved_scale)

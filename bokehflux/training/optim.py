@@ -35,7 +35,7 @@ class Optimizer:
         ]
         if of_muon:
             self.parts.append(Muon(of_muon, lr=lr, weight_decay=weight_decay))
-        self._names = {parameter: name for name, parameter in named}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
 
     def step(self, lr_factor: float) -> None:
         """One update at lr * lr_factor, then clear the gradients."""
@@ -92,7 +92,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Sequence[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
+        self.shapes: dict[tuple[int, int], list[Tensor]] = {}
         for p in params:
             self.shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
             self.state[p]["momentum"] = torch.zeros_like(p)

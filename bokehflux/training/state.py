@@ -24,7 +24,7 @@ class Ema:
     """Exponential moving average of parameters; short at first, so it never remembers the initial weights."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], rate: float) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         self.rate = rate
         self.average = [p.detach().clone() for p in self.parameters]
         self.steps = 0
@@ -32,7 +32,7 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         rate = max(self.rate, 1 / (1 + 0.25 * self.steps))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], rate)
+        torch._foreach_lerp_(self.average, self.parameters, rate)
         self.steps += 1
 
     @torch.no_grad()
