@@ -135,8 +135,9 @@ def test_training_the_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not vae.training and not any(p.requires_grad for p in vae.parameters())
     shoot = Shoot(scenes=12, draw=uniform_levels, size_px=64)
     ((*_, images),) = rendered(shoot, generator(stage.seed))
-    z = vae.encode(images * 2 - 1)
-    assert z.mean().item() == pytest.approx(0, abs=0.02) and z.std().item() == pytest.approx(1, abs=0.05)
+    raw = vae.moments(images * 2 - 1)[0]
+    assert vae.config.scale == pytest.approx(1 / raw.std().item(), rel=1e-3) and vae.config.scale != 1
+    assert vae.config.shift == pytest.approx(raw.mean().item(), abs=1e-3)
 
 
 def test_the_autoencoders_loss_by_hand() -> None:
@@ -255,9 +256,10 @@ def test_distillation_by_hand(tmp_path: Path) -> None:
     log = Log(tmp_path / "base.json", every=1)
     stage = BaseStage(distill_steps=3, batch=12, lr=1e-2)
     model.register_forward_hook(lambda _, args, out: calls.append((args, out.detach())))
-    train_base_calls = len(calls)
     distill_guidance(model, rope(), toy_sampler(), stage, log)
-    assert train_base_calls == 0 and len(calls) == 3, "the teacher is another module"
+    assert len(calls) == 3, "the teacher is another module"
+    _, _, first_ids, _ = toy_sampler().batch(draws(12, stage.seed), stage.caption_dropout)
+    assert not torch.equal(calls[0][0][1], first_ids), "samples of its own, not the base's again"
     for step, ((x, t5_ids, clip_ids, sigma, guidance, _), v) in enumerate(calls):
         null = torch.ones_like(t5_ids)
         with torch.no_grad():
@@ -321,6 +323,7 @@ def test_text_and_dropout_of_a_batch() -> None:
     left_out = batch.unguided_levels.isnan()
     assert left_out[null].all() and torch.equal(batch.unguided_levels[~left_out], batch.levels[~left_out])
     assert left_out[~null].float().mean().item() == pytest.approx(0.3, abs=0.08)
+    assert left_out[dropped & ~null].float().mean().item() == pytest.approx(0.3, abs=0.1)
 
 
 def test_two_processes_draw_the_batch_of_one() -> None:
@@ -494,6 +497,17 @@ def test_four_stages_make_a_model_killed_or_not(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(torch.optim.AdamW, "step", step)
         run(stopped, name, save_every=1, resume=True).train()
     assert contents(stopped) == contents(whole)
+
+
+@pytest.mark.usefixtures("toy_sizes")
+def test_the_resumed_base_begins_with_the_weights_in_the_folder(tmp_path: Path) -> None:
+    run(tmp_path, "autoencoder").train()
+    run(tmp_path, "base").train()
+    before = contents(tmp_path)
+    still = dataclasses.replace(TOY.base, lr=0.0, seed=7)
+    dataclasses.replace(run(tmp_path, "base-resumed"), stage=still).train()
+    after = contents(tmp_path)
+    assert [name for name in after if after[name] != before.get(name)] == ["training/base-resumed.json"]
 
 
 @pytest.mark.usefixtures("toy_sizes")
