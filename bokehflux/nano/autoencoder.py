@@ -42,7 +42,7 @@ def train_autoencoder(
 
     def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         whole = step.done >= 1 - FULL_SIZE_SHARE
-        draws, side = (step.draws[::4], size_px) if whole else (step.draws, size_px // 2)
+        draws, side = (step.draws.every(4), size_px) if whole else (step.draws, size_px // 2)
         return autoencoder_loss(
             vae, crops(images, draws, side), draws, stage, half_scale=step.number % 3 == 0
         )

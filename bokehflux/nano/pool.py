@@ -48,7 +48,7 @@ class Shoot:
 
     scenes: int
     renders: int = 1
-    """Of each scene."""
+    """Pictures of each scene."""
     draw: LevelDraw
     size_px: int
     crowded: float = 0.0

@@ -8,6 +8,7 @@ al. 2014), computed where they are needed rather than drawn in turn; uniform one
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ _GOLDEN = -0x61C8864680B583EB
 _LOW = 2**32 - 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Draws:
     """The random numbers of B samples: by name, so that a further draw changes none of the others."""
 
     seed: int
-    samples: Tensor
-    """[B] int64, their numbers in the run."""
+    samples: range
+    """Their numbers in the run."""
+    batch: int
+    """Samples of the whole step, these among them, over all processes."""
+    device: torch.device
 
     @classmethod
     def of_step(
@@ -40,23 +44,33 @@ class Draws:
         if left:
             raise ValueError(f"batch must be a multiple of the {world} processes, got {batch}")
         first = step * batch + rank * rows
-        return cls(seed, torch.arange(first, first + rows, device=device))
+        return cls(seed=seed, samples=range(first, first + rows), batch=batch, device=device)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: slice) -> Draws:
-        return Draws(self.seed, self.samples[index])
+    def every(self, size: int) -> Draws:
+        """One sample out of each `size`, and none of the others."""
+        return dataclasses.replace(self, samples=self.samples[::size], batch=self.batch // size)
 
     def groups(self, size: int) -> Draws:
-        """One sample for each `size` of them in a row: what the rows of a group have in common."""
-        if len(self) % size:
-            raise ValueError(f"{len(self)} rows are not whole groups of {size}")
-        return Draws(self.seed, self.samples[::size] // size)
+        """Those that the rows of each group of `size` have in common. Raises ValueError for broken groups."""
+        if len(self) % size or self.samples.start % size:
+            raise ValueError(f"samples {self.samples} are not whole groups of {size}")
+        together = range(self.samples.start // size, self.samples.stop // size)
+        return dataclasses.replace(self, samples=together, batch=self.batch // size)
+
+    def on_host(self) -> Draws:
+        """The same numbers on the CPU, where reading them waits for no device."""
+        return dataclasses.replace(self, device=torch.device("cpu"))
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """[B, *shape] float32 in 0-1, 1 excluded."""
         return (self._bits(name, *shape) >> 40 & (2**24 - 1)).float() * 2.0**-24
+
+    def spread(self, name: str) -> Tensor:
+        """[B] as `uniform`, but the samples of a step fall one into each of as many equal parts of 0-1."""
+        return (self._numbers() % self.batch + self.uniform(name)) / self.batch
 
     def integers(self, name: str, below: int, *shape: int) -> Tensor:
         """[B, *shape] int64 from 0 to below - 1."""
@@ -73,9 +87,13 @@ class Draws:
         """[B, *shape] int64, all 64 bits random."""
         digest = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
         start = int.from_bytes(digest, "little", signed=True)
-        keys = _mix(self.samples * _GOLDEN + start).view(-1, *[1] * len(shape))
+        keys = _mix(self._numbers() * _GOLDEN + start).view(-1, *[1] * len(shape))
         places = torch.arange(1, math.prod(shape) + 1, device=keys.device).view(1, *shape)
         return _mix(keys + places * _GOLDEN).view(-1, *shape)
+
+    def _numbers(self) -> Tensor:
+        """[B] int64"""
+        return torch.arange(self.samples.start, self.samples.stop, self.samples.step, device=self.device)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Optimizer:
         }
 
     def moment_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the `moments` after a step: those of AdamW appear with the first."""
+        """What `moments` has after a step: those of AdamW appear with the first."""
         return {
             f"{kind}.{self._names[parameter]}": () if kind == "step" else tuple(parameter.shape)
             for part in self.parts

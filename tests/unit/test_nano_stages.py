@@ -65,7 +65,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def draws(count: int, seed: int = 0) -> Draws:
-    return Draws(seed, torch.arange(count))
+    return Draws.of_step(seed, 0, count, CPU)
 
 
 def rope() -> RopeTable:
@@ -234,7 +234,7 @@ def test_the_base_is_trained_around_its_noise_level(tmp_path: Path, sigma_mean: 
     for step, ((x, t5_ids, clip_ids, sigma, guidance, _), v) in enumerate(calls):
         assert sigma.logit().mean().item() == pytest.approx(sigma_mean, abs=0.15)
         assert sigma.logit().std().item() == pytest.approx(1, abs=0.15)
-        samples = Draws(2, torch.arange(400) + 400 * step)
+        samples = Draws.of_step(2, step, 400, CPU)
         x0, eps, *ids = sampler.batch(samples, 0.1)
         torch.testing.assert_close(x, (1 - sigma[:, None, None]) * x0 + sigma[:, None, None] * eps)
         assert torch.equal(t5_ids, ids[0]) and torch.equal(clip_ids, ids[1]) and (guidance == 1).all()

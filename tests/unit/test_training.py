@@ -39,7 +39,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def draws(count: int = 4, seed: int = 0) -> Draws:
-    return Draws(seed, torch.arange(count))
+    return Draws.of_step(seed, 0, count, CPU)
 
 
 # --- the randomness of samples
@@ -56,32 +56,33 @@ def test_draws_are_splitmix64() -> None:
     golden = 0x9E3779B97F4A7C15
     assert mixed(golden) == 0xE220A8397B1DCDAF, "the first number of seed 0, as published"
     start = int.from_bytes(hashlib.blake2b(b"7 noise", digest_size=8).digest(), "little")
-    samples = torch.tensor([0, 5, 123_456_789])
+    some = Draws.of_step(7, 41_152_263, 3, CPU)
     bits = [
         [mixed((mixed((start + s * golden) % 2**64) + i * golden) % 2**64) for i in (1, 2, 3)]
-        for s in samples.tolist()
+        for s in (123_456_789, 123_456_790, 123_456_791)
     ]
-    uniform = Draws(7, samples).uniform("noise", 3)
+    uniform = some.uniform("noise", 3)
     assert uniform.tolist() == [[(b >> 40) / 2**24 for b in row] for row in bits]
-    integers = Draws(7, samples).integers("noise", 10, 3)
+    integers = some.integers("noise", 10, 3)
     assert integers.tolist() == [[(b >> 32) * 10 >> 32 for b in row] for row in bits]
 
 
 def test_a_sample_brings_its_own_numbers() -> None:
     """Whoever takes it, in whatever batch: every process, every number of rows, every other draw."""
     whole = Draws.of_step(3, 5, 8, CPU)
-    assert whole.samples.tolist() == list(range(40, 48))
+    assert whole.samples == range(40, 48)
     parts = [Draws.of_step(3, 5, 8, CPU, rank, 4) for rank in range(4)]
     for kind in (Draws.uniform, Draws.normal):
         assert torch.equal(kind(whole, "x", 2, 3), torch.cat([kind(part, "x", 2, 3) for part in parts]))
     two_steps = torch.cat([Draws.of_step(3, step, 4, CPU).normal("x", 5) for step in (10, 11)])
     assert torch.equal(whole.normal("x", 5), two_steps)
-    assert torch.equal(whole[2:4].normal("x", 5), whole.normal("x", 5)[2:4])
-    assert torch.equal(whole.groups(4).samples, torch.tensor([10, 11]))
+    assert torch.equal(whole.every(4).normal("x", 5), whole.normal("x", 5)[::4])
+    assert torch.equal(whole.on_host().normal("x", 5), whole.normal("x", 5))
+    assert whole.groups(4).samples == range(10, 12)
     assert torch.equal(parts[1].groups(2).normal("x", 5), whole.groups(2).normal("x", 5)[1:2])
     with pytest.raises(ValueError, match="multiple of the 3 processes, got 8"):
         Draws.of_step(0, 0, 8, CPU, 0, 3)
-    with pytest.raises(ValueError, match="8 rows are not whole groups of 3"):
+    with pytest.raises(ValueError, match="not whole groups of 3"):
         whole.groups(3)
 
 
@@ -97,6 +98,14 @@ def test_draws_have_the_moments_they_claim() -> None:
     assert ((counts - 4000).square() / 4000).sum() < 150, "chi-square of 99 degrees of freedom"
     dice = many.integers("x", 6, 1000).flatten().bincount(minlength=6)
     assert len(dice) == 6 and ((dice - 400_000 / 6).square() / (400_000 / 6)).sum() < 25
+
+
+def test_spread_draws_take_one_from_each_part() -> None:
+    for step in (0, 3):
+        parts = [Draws.of_step(1, step, 8, CPU, rank, 2).spread("x") for rank in range(2)]
+        assert (torch.cat(parts) * 8).long().tolist() == list(range(8))
+        groups = [Draws.of_step(1, step, 8, CPU, rank, 2).groups(2).spread("x") for rank in range(2)]
+        assert (torch.cat(groups) * 4).long().tolist() == list(range(4))
 
 
 def test_draws_of_another_sample_name_or_seed_are_others() -> None:
@@ -215,7 +224,7 @@ class Toy(nn.Module):
         self.other = nn.Parameter(torch.randn(2, 3, 1, 1, generator=g))
 
     def loss(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of a size that changes from step to step, so that clipping bites now and then."""
+        """Its size changes from step to step, so that clipping bites now and then."""
         x = step.draws.normal("x", 4)
         error = (x @ self.matrix.T + self.vector - step.draws.normal("y", 6)).square().mean()
         value = error * (5.0 if step.number % 3 == 0 else 0.01) + 0.05 * self.other.square().sum()
@@ -247,7 +256,7 @@ def test_the_loop_by_hand(tmp_path: Path) -> None:
     adamw = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     average, errors, clipped = [p.detach().clone() for p in parameters], [], 0
     for number in range(12):
-        value, figures = hand.loss(Step(number, number / 12, Draws(4, torch.arange(6) + 6 * number)))
+        value, figures = hand.loss(Step(number, number / 12, Draws.of_step(4, number, 6, CPU)))
         adamw.zero_grad()
         value.backward()
         clipped += nn.utils.clip_grad_norm_(parameters, 0.7).item() > 0.7
