@@ -72,6 +72,7 @@ def override(stage: Any, settings: list[str]) -> Any:
     """The stage with NAME=VALUE settings applied; exits with one line for what is not such a number."""
     changes: dict[str, int | float] = {}
     fields = {field.name: type(getattr(stage, field.name)) for field in dataclasses.fields(stage)}
+    fields = {name: {bool: int}.get(kind, kind) for name, kind in fields.items()}
     for setting in settings:
         key, _, value = setting.partition("=")
         try:

@@ -19,7 +19,7 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.nano import captions
-from bokehflux.nano.adapter import train_adapter
+from bokehflux.nano.adapter import EncodedPool, train_adapter
 from bokehflux.nano.autoencoder import train_autoencoder
 from bokehflux.nano.base import Sampler, TextToVelocity, distill_guidance, init_mmdit, train_base
 from bokehflux.nano.pool import (
@@ -198,14 +198,17 @@ def adapter(run: Run) -> None:
             txt=txt, pooled=torch.cat([clip(part) for part in clip_ids.to(device).split(1024)])
         )
 
-    text, null_text = encode(pool.t5_ids, pool.clip_ids), encode(*tokenize([""]))
+    scenes = EncodedPool(
+        pool=pool, captions=encode(pool.t5_ids, pool.clip_ids), empty=encode(*tokenize([""]))
+    )
     mmdit = MMDiT(recipe.mmdit, recipe.bokeh).to(device)
     trained_base = load_mmdit(out / "transformer", device=device, dtype=torch.float32)
     mmdit.load_state_dict(mmdit.state_dict() | trained_base.state_dict())
     if device.type == "cuda":
         mmdit.compile_blocks()
-    trained = train_adapter(mmdit, pool, text, null_text, run.rope(), stage, run.log, run.saves())
-    run.log.note("parameters", sum(p.numel() for _, p in trained.trainable()))
+    train_adapter(mmdit, scenes, run.rope(), stage, run.log, run.saves())
+    assert mmdit.bokeh is not None
+    run.log.note("parameters", sum(p.numel() for _, p in mmdit.bokeh.trainable()))
     _, tensors = split_adapter(half(mmdit))
     saved = dataclasses.replace(recipe.bokeh, bokeh_scale=stage.saved_scale)
     save_adapter(out / "adapter", saved, recipe.mmdit, tensors)

@@ -31,6 +31,8 @@ class Draws:
     batch: int
     """Samples of the whole step, these among them, over all processes."""
     device: torch.device
+    group: int = 1
+    """Rows that each of them stands for (`groups`)."""
 
     @classmethod
     def of_step(
@@ -58,7 +60,7 @@ class Draws:
         if len(self) % size or self.samples.start % size:
             raise ValueError(f"samples {self.samples} are not whole groups of {size}")
         together = range(self.samples.start // size, self.samples.stop // size)
-        return dataclasses.replace(self, samples=together, batch=self.batch // size)
+        return dataclasses.replace(self, samples=together, batch=self.batch // size, group=size)
 
     def on_host(self) -> Draws:
         """The same numbers on the CPU, where reading them waits for no device."""
@@ -85,7 +87,7 @@ class Draws:
 
     def _bits(self, name: str, *shape: int) -> Tensor:
         """[B, *shape] int64, all 64 bits random."""
-        digest = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self.seed} {self.group} {name}".encode(), digest_size=8).digest()
         start = int.from_bytes(digest, "little", signed=True)
         keys = _mix(self._numbers() * _GOLDEN + start).view(-1, *[1] * len(shape))
         places = torch.arange(1, math.prod(shape) + 1, device=keys.device).view(1, *shape)

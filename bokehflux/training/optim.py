@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -147,3 +148,8 @@ def trapezoid(done: float, *, warmup: float = 0.03, decay: float = 0.5, floor: f
     Linear warm-up over the first share, flat, linear decay to `floor` over the last.
     """
     return max(floor, min(1.0, done / warmup, (1 - done) / decay))
+
+
+def cosine(done: float, *, warmup: float) -> float:
+    """Learning-rate factor: linear warm-up over the first share, beginning at 0, then half a cosine to 0."""
+    return done / warmup if done < warmup else 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))

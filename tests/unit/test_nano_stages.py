@@ -25,7 +25,7 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.nano import autoencoder, train
-from bokehflux.nano.adapter import draw_batch, train_adapter
+from bokehflux.nano.adapter import EncodedPool, train_adapter
 from bokehflux.nano.autoencoder import train_autoencoder
 from bokehflux.nano.base import Sampler, TextToVelocity, distill_guidance, init_mmdit, train_base
 from bokehflux.nano.pool import (
@@ -39,7 +39,7 @@ from bokehflux.nano.pool import (
 )
 from bokehflux.nano.recipe import NANO, RESUMED, AdapterStage, AutoencoderStage, BaseStage, Recipe
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.training.adapter import adapter_step
+from bokehflux.training.adapter import adapter_step, draw_batch
 from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
 from bokehflux.weights.checkpoint import CheckpointError
@@ -281,80 +281,40 @@ def test_distillation_teaches_the_guidance_input(tmp_path: Path) -> None:
 # --- the adapter
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_grouped_batch(seed: int) -> None:
-    stage = dataclasses.replace(STAGE, level_dropout=0.0)
-    batch = draw_batch(toy_pool(), toy_text(), NULL_TEXT, stage, True, draws(12, seed))
-    assert batch.pivot_of == (0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9)
-    assert batch.x0.shape == batch.eps.shape == (12, NUM_TOKENS, 64)
-    for start in range(0, 12, 3):
-        rows = slice(start, start + 3)
-        assert (batch.eps[rows] == batch.eps[start]).all() and (batch.sigma[rows] == batch.sigma[start]).all()
-        assert len(set(batch.levels[rows].tolist())) == 3, "distinct levels"
-        assert len(set(batch.x0[rows, 0, 0].tolist())) == 1, "one scene"
-        assert torch.equal(batch.x0[rows, 0, 1], batch.levels[rows]), "each level with its own latents"
-        for shared in (batch.text.txt, batch.text.pooled, batch.guidance):
-            assert (shared[rows] == shared[start]).all()
-    assert len({tuple(e.flatten()[:2].tolist()) for e in batch.eps}) == 4
-    assert len(set(batch.sigma.tolist())) == 4 and ((batch.sigma >= 0) & (batch.sigma <= 1)).all()
+def encoded_pool() -> EncodedPool:
+    return EncodedPool(pool=toy_pool(), captions=toy_text(), empty=NULL_TEXT)
 
 
-def test_plain_batch() -> None:
-    batch = draw_batch(toy_pool(), toy_text(), NULL_TEXT, STAGE, False, draws(12))
-    assert batch.pivot_of is None
-    assert len(set(batch.sigma.tolist())) == 12
-    assert len({tuple(e.flatten()[:2].tolist()) for e in batch.eps}) == 12
-
-
-def test_text_and_dropout_of_a_batch() -> None:
-    """Captions belong to their scenes; a dropped caption is the null text at guidance 1."""
-    text, stage = toy_text(), dataclasses.replace(STAGE, level_guidance=0.3)
-    batch = draw_batch(toy_pool(), text, NULL_TEXT, stage, True, draws(1200))
-    scene = batch.x0[:, 0, 0].long()
-    dropped = (batch.text.txt == NULL_TEXT.txt).all(dim=2).all(dim=1)
-    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.08)
-    assert torch.equal(batch.text.txt[~dropped], text.txt[scene[~dropped]])
-    assert torch.equal(batch.text.pooled[~dropped], text.pooled[scene[~dropped]])
-    assert (batch.text.pooled[dropped] == NULL_TEXT.pooled).all() and (batch.guidance[dropped] == 1).all()
-    assert batch.guidance[~dropped].max() > 1
-    null = batch.levels.isnan()
-    assert null.float().mean().item() == pytest.approx(0.25, abs=0.05)
-    assert torch.equal(batch.levels[~null], batch.x0[~null, 0, 1])
-    left_out = batch.unguided_levels.isnan()
-    assert left_out[null].all() and torch.equal(batch.unguided_levels[~left_out], batch.levels[~left_out])
-    assert left_out[~null].float().mean().item() == pytest.approx(0.3, abs=0.08)
-    assert left_out[dropped & ~null].float().mean().item() == pytest.approx(0.3, abs=0.1)
-
-
-def test_two_processes_draw_the_batch_of_one() -> None:
-    whole, *parts = (
-        draw_batch(toy_pool(), toy_text(), NULL_TEXT, STAGE, True, Draws.of_step(5, 3, 12, CPU, rank, world))
-        for rank, world in ((0, 1), (0, 2), (1, 2))
-    )
-    for name in ("x0", "eps", "sigma", "levels", "unguided_levels", "guidance"):
-        both = torch.cat([getattr(part, name) for part in parts])
-        torch.testing.assert_close(getattr(whole, name), both, rtol=0, atol=0, equal_nan=True)
+def test_an_encoded_pool_pairs_latents_levels_and_captions() -> None:
+    scenes = encoded_pool()
+    assert (scenes.num_scenes, scenes.num_renders) == (5, 4)
+    scene, render = torch.tensor([3, 0, 4]), torch.tensor([1, 2, 0])
+    x0 = scenes.latents(scene, render)
+    assert torch.equal(x0[:, 0, 0], scene.float()) and torch.equal(x0[:, 0, 1], scenes.levels(scene, render))
+    text = scenes.text(scene, torch.tensor([False, True, False]))
+    for row, expected in ((0, scenes.captions.txt[3]), (1, NULL_TEXT.txt[0]), (2, scenes.captions.txt[4])):
+        assert torch.equal(text.txt[row], expected)
+    assert torch.equal(text.pooled[1], NULL_TEXT.pooled[0])
+    assert torch.equal(text.pooled[2], scenes.captions.pooled[4])
 
 
 def test_training_the_adapter_lowers_its_loss(tmp_path: Path) -> None:
     """Levels that change the data: an adapter explains part of what the base cannot. The base stays."""
     mmdit = tiny_mmdit()
     before = {k: t.clone() for k, t in mmdit.state_dict().items()}
-    pool = toy_pool()
-    pool.latents[..., 2:] += (pool.levels / 10)[..., None, None]
+    scenes = encoded_pool()
+    scenes.pool.latents[..., 2:] += (scenes.pool.levels / 10)[..., None, None]
     stage = dataclasses.replace(
         STAGE, steps=30, lr=2e-2, level_dropout=0.0, max_guidance=1.0, caption_dropout=0.0
     )
     log = Log(tmp_path / "adapter.json", every=10)
     assert mmdit.bokeh is not None
     init_adapter(mmdit.bokeh)
-    batches = [
-        draw_batch(pool, toy_text(), NULL_TEXT, stage, grouped, draws(12, 9)) for grouped in (False, True)
-    ]
-    start = [adapter_step(mmdit, batch, rope(), NULL_TEXT) for batch in batches]
-    adapter = train_adapter(mmdit, pool, toy_text(), NULL_TEXT, rope(), stage, log)
-    assert adapter is mmdit.bokeh and not any(p.requires_grad for p in mmdit.parameters())
-    end = [adapter_step(mmdit, batch, rope(), NULL_TEXT) for batch in batches]
+    batches = [draw_batch(scenes, stage, grouped, draws(12, 9)) for grouped in (False, True)]
+    start = [adapter_step(mmdit, batch, rope()) for batch in batches]
+    train_adapter(mmdit, scenes, rope(), stage, log)
+    assert not any(p.requires_grad for p in mmdit.parameters())
+    end = [adapter_step(mmdit, batch, rope()) for batch in batches]
     assert all(b < 0.9 * a for a, b in zip(start, end, strict=True)), (start, end)
     assert [point["step"] for point in log.points] == [10, 20, 30]
     assert all({"plain", "grounded"} <= point.keys() for point in log.points), "every other step is grounded"
@@ -364,9 +324,7 @@ def test_training_the_adapter_lowers_its_loss(tmp_path: Path) -> None:
 
 def test_training_needs_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="BokehConfig"):
-        train_adapter(
-            tiny_mmdit(bokeh=None), toy_pool(), toy_text(), NULL_TEXT, rope(), STAGE, Log(tmp_path / "x")
-        )
+        train_adapter(tiny_mmdit(bokeh=None), encoded_pool(), rope(), STAGE, Log(tmp_path / "x"))
 
 
 # --- the pool
