@@ -23,6 +23,7 @@ from bokehflux.training.adapter import (
     Sampling,
     adapter_step,
     draw_batch,
+    recompute_blocks,
     trainable_adapter,
 )
 from bokehflux.training.batches import Draws
@@ -344,3 +345,40 @@ def test_noise_offset_comes_before_the_swap_as_published() -> None:
     batch = draw_batch(ToyScenes(), how, True, draws(12))
     assert isinstance(batch.attention, Grounded)
     assert all(torch.equal(batch.eps[i], batch.eps[p]) for i, p in enumerate(batch.attention.pivot_of))
+
+
+# --- checkpoints of activations
+
+
+@pytest.mark.parametrize("name", ["plain", "grounded", "swap"])
+def test_gradients_with_recomputed_blocks_are_the_same(name: str) -> None:
+    """Frozen weights, live adapter: the kind of network for which some checkpointing gives zeros."""
+    gradients, saved = [], []
+    for checkpointed in (False, True):
+        mmdit, named = golden_mmdit()
+        if checkpointed:
+            recompute_blocks(mmdit)
+        batch, table = golden_batch(golden(name))
+        count = [0]
+
+        def pack_hook(x: Tensor, count: list[int] = count) -> Tensor:
+            count[0] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda x: x):
+            loss = adapter_step(mmdit, batch, table)
+        loss.backward()
+        gradients.append({key: p.grad for key, p in mmdit.named_parameters() if p.grad is not None})
+        saved.append(count[0])
+    assert len(gradients[0]) == len(named) and gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0 and relative(gradients[1][key], gradient) < 1e-5, key
+    assert saved[1] < saved[0] / 2, "blocks keep little but their inputs"
+
+
+def test_recomputed_blocks_keep_the_names_in_files() -> None:
+    mmdit, named = golden_mmdit()
+    names = list(mmdit.state_dict())
+    recompute_blocks(mmdit)
+    assert list(mmdit.state_dict()) == names
+    assert [name for name, _ in trainable_adapter(mmdit)] == [name for name, _ in named]
