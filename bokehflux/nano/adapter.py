@@ -15,6 +15,7 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.nano.pool import LatentPool
 from bokehflux.nano.recipe import AdapterStage
 from bokehflux.training.adapter import adapter_loss, trainable_adapter
+from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, train
 from bokehflux.training.optim import Optimizer, trapezoid
@@ -45,7 +46,11 @@ class EncodedPool:
     def levels(self, scene: Tensor, render: Tensor) -> Tensor:
         return self.pool.levels[scene, render]
 
-    def text(self, scene: Tensor, drop: Tensor) -> Conditioning:
+    @property
+    def device(self) -> torch.device:
+        return self.pool.latents.device
+
+    def text(self, scene: Tensor, drop: Tensor, draws: Draws) -> Conditioning:
         return Conditioning(
             txt=torch.where(drop[:, None, None], self.empty.txt, self.captions.txt[scene]),
             pooled=torch.where(drop[:, None], self.empty.pooled, self.captions.pooled[scene]),

@@ -30,6 +30,10 @@ class Scenes(Protocol):
     """Scenes at several levels each, as latents with captions."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it wants to be told numbers of scenes and renders."""
+
+    @property
     def num_scenes(self) -> int: ...
 
     @property
@@ -42,8 +46,9 @@ class Scenes(Protocol):
     def levels(self, scene: Tensor, render: Tensor) -> Tensor:
         """Scene and render numbers [B] -> levels [B], 0-30."""
 
-    def text(self, scene: Tensor, drop: Tensor) -> Conditioning:
-        """Captions of scenes [G], the empty prompt where `drop` [G] is true."""
+    def text(self, scene: Tensor, drop: Tensor, draws: Draws) -> Conditioning:
+        """A caption of each scene [G], the empty prompt where `drop` [G] is true. draws: of the G samples, to
+        choose among several captions."""
 
     def null_text(self) -> Conditioning:
         """The empty prompt, [1, ...]."""
@@ -133,9 +138,13 @@ def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> Ad
     def rows(x: Tensor) -> Tensor:
         return x.repeat_interleave(group, dim=0)
 
-    scene = each.integers("scene", scenes.num_scenes)
-    render = each.uniform("renders", scenes.num_renders).argsort(dim=1)[:, :group].flatten()
-    x0 = scenes.latents(rows(scene), render)
+    chosen = each.on(scenes.device)
+    scene = chosen.integers("scene", scenes.num_scenes)
+    render = chosen.uniform("renders", scenes.num_renders).argsort(dim=1)[:, :group].flatten()
+    drop = chosen.uniform("caption") < how.caption_dropout
+    text = scenes.text(scene, drop, chosen)
+    x0 = scenes.latents(rows(scene), render).to(draws.device)
+    levels = scenes.levels(rows(scene), render).to(draws.device)
     eps, sigma = rows(_noise(each, how, x0.shape)), rows(_sigma(each, how))
     spec: AttentionSpec = Plain(backend="sdpa")
     if grouped:
@@ -148,11 +157,8 @@ def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> Ad
             own = torch.tensor(alone, device=x0.device)
             eps = torch.where(own[:, None, None], _noise(draws, how, x0.shape), eps)
             sigma = torch.where(own, _sigma(draws, how), sigma)
-    levels = scenes.levels(rows(scene), render)
     levels = torch.where(draws.uniform("level") < how.level_dropout, math.nan, levels)
     leave_out = rows(each.uniform("unguided level") < how.level_guidance)
-    drop = each.uniform("caption") < how.caption_dropout
-    text = scenes.text(scene, drop)
     return AdapterBatch(
         x0=x0,
         eps=eps,
@@ -160,7 +166,7 @@ def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> Ad
         levels=levels,
         unguided_levels=torch.where(leave_out, math.nan, levels),
         text=Conditioning(txt=rows(text.txt), pooled=rows(text.pooled)),
-        guidance=rows(torch.where(drop, 1.0, draw_guidance(each, how.max_guidance))),
+        guidance=rows(torch.where(drop.to(draws.device), 1.0, draw_guidance(each, how.max_guidance))),
         attention=spec,
     )
 
@@ -189,7 +195,7 @@ def _pivots(each: Draws, how: Sampling) -> tuple[int, ...]:
     The rows of a group are exchangeable, so those that are grounded come first: patterns are few, and blocks
     are compiled for each.
     """
-    swapped = each.on_host().uniform("swap", how.group - 1) < how.swap_probability
+    swapped = each.on(torch.device("cpu")).uniform("swap", how.group - 1) < how.swap_probability
     pivot_of = []
     for i, count in enumerate(swapped.sum(dim=1).tolist()):
         first = i * how.group
@@ -249,8 +255,8 @@ def trainable_adapter(mmdit: MMDiT) -> list[tuple[str, nn.Parameter]]:
 def recompute_blocks(mmdit: MMDiT) -> None:
     """Keep of each block its inputs only, and compute the rest again on the way back.
 
-    Less memory, for a third more time. Names in `state_dict` stay. Blocks that are to be compiled are compiled
-    before, so that what is kept is decided outside them.
+    Less memory, for a third more time. Names in `state_dict` stay. Blocks that are to be compiled are
+    compiled before, so that what is kept is decided outside them.
     """
     for blocks in (mmdit.double_blocks, mmdit.single_blocks):
         for i, block in enumerate(blocks):

@@ -62,9 +62,9 @@ class Draws:
         together = range(self.samples.start // size, self.samples.stop // size)
         return dataclasses.replace(self, samples=together, batch=self.batch // size, group=size)
 
-    def on_host(self) -> Draws:
-        """The same numbers on the CPU, where reading them waits for no device."""
-        return dataclasses.replace(self, device=torch.device("cpu"))
+    def on(self, device: torch.device) -> Draws:
+        """The same on another device: on the CPU, reading them waits for nothing."""
+        return dataclasses.replace(self, device=device)
 
     def uniform(self, name: str, *shape: int) -> Tensor:
         """[B, *shape] float32 in 0-1, 1 excluded."""

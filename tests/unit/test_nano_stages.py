@@ -291,7 +291,7 @@ def test_an_encoded_pool_pairs_latents_levels_and_captions() -> None:
     scene, render = torch.tensor([3, 0, 4]), torch.tensor([1, 2, 0])
     x0 = scenes.latents(scene, render)
     assert torch.equal(x0[:, 0, 0], scene.float()) and torch.equal(x0[:, 0, 1], scenes.levels(scene, render))
-    text = scenes.text(scene, torch.tensor([False, True, False]))
+    text = scenes.text(scene, torch.tensor([False, True, False]), draws(3))
     for row, expected in ((0, scenes.captions.txt[3]), (1, NULL_TEXT.txt[0]), (2, scenes.captions.txt[4])):
         assert torch.equal(text.txt[row], expected)
     assert torch.equal(text.pooled[1], NULL_TEXT.pooled[0])

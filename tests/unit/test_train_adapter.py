@@ -47,7 +47,7 @@ def draws(count: int = 4, seed: int = 0) -> Draws:
 class ToyScenes:
     """Five scenes at four levels; x0 names its scene and level."""
 
-    num_scenes, num_renders = 5, 4
+    num_scenes, num_renders, device = 5, 4, CPU
 
     def latents(self, scene: Tensor, render: Tensor) -> Tensor:
         x0 = torch.zeros(len(scene), 4, 64)
@@ -57,14 +57,14 @@ class ToyScenes:
     def levels(self, scene: Tensor, render: Tensor) -> Tensor:
         return render * 10.0 - scene / 100 * (render > 0)
 
-    def text(self, scene: Tensor, drop: Tensor) -> Conditioning:
+    def text(self, scene: Tensor, drop: Tensor, draws: Draws) -> Conditioning:
         name = torch.where(drop, -1.0, scene.float())
         return Conditioning(
             txt=name[:, None, None].expand(-1, TXT_LENGTH, 24), pooled=name[:, None].expand(-1, 20)
         )
 
     def null_text(self) -> Conditioning:
-        return self.text(torch.zeros(1), torch.ones(1, dtype=torch.bool))
+        return self.text(torch.zeros(1), torch.ones(1, dtype=torch.bool), draws(1))
 
 
 HOW = Sampling(group=3, level_dropout=0.0)

@@ -72,7 +72,7 @@ def test_a_sample_brings_its_own_numbers() -> None:
     two_steps = torch.cat([Draws.of_step(3, step, 4, CPU).normal("x", 5) for step in (10, 11)])
     assert torch.equal(whole.normal("x", 5), two_steps)
     assert torch.equal(whole.every(4).normal("x", 5), whole.normal("x", 5)[::4])
-    assert torch.equal(whole.on_host().normal("x", 5), whole.normal("x", 5))
+    assert torch.equal(whole.on(CPU).normal("x", 5), whole.normal("x", 5))
     assert whole.groups(4).samples == range(10, 12)
     assert torch.equal(parts[1].groups(2).normal("x", 5), whole.groups(2).normal("x", 5)[1:2])
     with pytest.raises(ValueError, match="multiple of the 3 processes, got 8"):
