@@ -15,7 +15,7 @@ from bokehflux.nano.recipe import AutoencoderStage
 from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, Step, train
-from bokehflux.training.optim import Optimizer, is_filter
+from bokehflux.training.optim import Optimizer
 from bokehflux.training.state import Saves
 
 FULL_SIZE_SHARE = 0.2
@@ -47,7 +47,9 @@ def train_autoencoder(
             vae, crops(images, draws, side), draws, stage, half_scale=step.number % 3 == 0
         )
 
-    optimizer = Optimizer(list(vae.named_parameters()), stage.lr, matrices=is_filter, weight_decay=0.0)
+    optimizer = Optimizer(
+        list(vae.named_parameters()), stage.lr, matrices=vae.units().matrices, weight_decay=0.0
+    )
     course = Course(
         seed=stage.seed, batch=stage.batch, steps=stage.steps, minutes=stage.minutes, ema_rate=0.002
     )

@@ -23,7 +23,7 @@ from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, Step, train
 from bokehflux.training.objective import draw_guidance, guided, logit_normal, mix, velocity_target
-from bokehflux.training.optim import Optimizer, is_block_matrix
+from bokehflux.training.optim import Optimizer
 from bokehflux.training.state import Saves
 
 DISTILLED = 1000
@@ -89,7 +89,7 @@ def train_base(
         error = (v.float() - velocity_target(x0, eps)).square().mean()
         return error, {"loss": error}
 
-    optimizer = Optimizer(list(model.named_parameters()), stage.lr, matrices=is_block_matrix)
+    optimizer = Optimizer(list(model.named_parameters()), stage.lr, matrices=model.mmdit.units().matrices)
     course = Course(
         seed=stage.seed, batch=stage.batch, steps=stage.steps, minutes=stage.minutes, ema_rate=0.0015
     )
@@ -120,7 +120,9 @@ def distill_guidance(
         error = (v - guided(conditional, unconditional, guidance)).square().mean()
         return error, {"distill": error}
 
-    optimizer = Optimizer(list(model.named_parameters()), stage.lr * 0.3, matrices=is_block_matrix)
+    optimizer = Optimizer(
+        list(model.named_parameters()), stage.lr * 0.3, matrices=model.mmdit.units().matrices
+    )
     course = Course(
         seed=stage.seed + DISTILLED,
         batch=stage.batch,

@@ -208,7 +208,7 @@ def adapter(run: Run) -> None:
         mmdit.compile_blocks()
     train_adapter(mmdit, scenes, run.rope(), stage, run.log, run.saves())
     assert mmdit.bokeh is not None
-    run.log.note("parameters", sum(p.numel() for _, p in mmdit.bokeh.trainable()))
+    run.log.note("parameters", sum(p.numel() for p in mmdit.bokeh.trainable()))
     _, tensors = split_adapter(half(mmdit))
     saved = dataclasses.replace(recipe.bokeh, bokeh_scale=stage.saved_scale)
     save_adapter(out / "adapter", saved, recipe.mmdit, tensors)

@@ -246,10 +246,9 @@ def trainable_adapter(mmdit: MMDiT) -> list[tuple[str, nn.Parameter]]:
     if mmdit.bokeh is None:
         raise ValueError("training an adapter needs an MMDiT that was built with a BokehConfig")
     mmdit.requires_grad_(False)
-    named = mmdit.bokeh.trainable()
-    for _, parameter in named:
+    for parameter in mmdit.bokeh.trainable():
         parameter.requires_grad_(True)
-    return named
+    return [(name, p) for name, p in mmdit.bokeh.named_parameters() if p.requires_grad]
 
 
 def recompute_blocks(mmdit: MMDiT) -> None:

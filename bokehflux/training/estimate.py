@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from bokehflux.configs import BokehConfig, MMDiTConfig
 from bokehflux.models.mmdit import MMDiT
@@ -49,16 +48,16 @@ def estimate(
     adapter = network.bokeh
     assert adapter is not None
     tokens = txt_tokens + img_tokens
-    trained = sum(p.numel() for _, p in adapter.trainable())
+    trained = sum(p.numel() for p in adapter.trainable())
     whole = sum(p.numel() for p in adapter.parameters())
     base = sum(p.numel() for p in network.parameters()) - whole
-    # A product of a token with a matrix is two operations a weight; a double-stream block has a matrix for
-    # each stream, and each token visits one of them.
-    double = sum(_matrices(block) for block in network.double_blocks) / 2
-    single = sum(_matrices(block) for block in network.single_blocks)
-    low_rank = sum(_matrices(block) for block in adapter.adapter_modules.values())
+    # A product of a token with a matrix is two operations a weight. A double-stream block has its matrices
+    # once for each stream, and each token visits one of them.
+    streams = {name: 2 if name.startswith("double") else 1 for name in network.units().projections}
+    projections = sum(p.weight.numel() / streams[name] for name, p in network.units().projections.items())
+    low_rank = sum(p.numel() for p in adapter.adapter_modules.parameters())
     attention = 2 * tokens * mmdit.hidden_size * mmdit.num_blocks
-    forward = 2 * rows * tokens * (double + single + low_rank + attention)
+    forward = 2 * rows * tokens * (projections + low_rank + attention)
     # With frozen weights the way back is as much work as the way there, and the way there may come twice.
     flops = forward * (3 if recompute else 2)
     block_bytes = KEPT_BYTES * mmdit.hidden_size * rows * tokens
@@ -72,8 +71,3 @@ def estimate(
         gpu_bytes=2 * base + 4 * whole + 4 * 4 * trained + kept,
         flops=flops,
     )
-
-
-def _matrices(module: nn.Module) -> int:
-    """Weights of its matrices that meet every token: not those that make modulations."""
-    return sum(p.numel() for n, p in module.named_parameters() if p.ndim == 2 and "mod" not in n)

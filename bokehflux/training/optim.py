@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ class Optimizer:
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
+        named: Sequence[tuple[str, nn.Parameter]],
         lr: float,
         *,
         matrices: Iterable[Tensor] = (),
@@ -28,8 +28,8 @@ class Optimizer:
         self.named = list(named)
         self.lr = lr
         chosen = {id(p) for p in matrices}
-        of_muon = [p for p in parameters if id(p) in chosen]
-        others = [p for p in parameters if id(p) not in chosen]
+        of_muon = [p for _, p in named if id(p) in chosen]
+        others = [p for _, p in named if id(p) not in chosen]
         fused = bool(others) and others[0].is_cuda
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
@@ -130,16 +130,6 @@ def orthogonal(x: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).float()
-
-
-def is_block_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon should update it: a projection inside a transformer block, modulation excepted."""
-    return parameter.ndim == 2 and "_blocks." in name and "mod" not in name
-
-
-def is_filter(name: str, parameter: Tensor) -> bool:
-    """Whether Muon should update it: a convolution inside an autoencoder, not its first or last."""
-    return parameter.ndim == 4 and "conv_in." not in name and "conv_out." not in name
 
 
 def trapezoid(done: float, *, warmup: float = 0.03, decay: float = 0.5, floor: float = 0.02) -> float:

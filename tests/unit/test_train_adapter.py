@@ -200,10 +200,7 @@ def toy_batch(grouped: bool) -> AdapterBatch:
 @pytest.mark.parametrize("grouped", [False, True])
 def test_gradients_reach_the_adapter_and_nothing_else(grouped: bool) -> None:
     mmdit = tiny_mmdit()
-    assert mmdit.bokeh is not None
-    trainable = dict(mmdit.bokeh.trainable())
-    for parameter in trainable.values():
-        parameter.requires_grad_(True)
+    trainable = dict(trainable_adapter(mmdit))
     adapter_step(mmdit, toy_batch(grouped), rope(), NULL_TEXT).backward()
     for name, parameter in mmdit.named_parameters():
         if name.removeprefix("bokeh.") in trainable:

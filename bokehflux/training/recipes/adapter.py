@@ -168,7 +168,7 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     optimizer = Optimizer(
         named,
         recipe.lr,
-        matrices=(lambda name, parameter: "adapter_modules" in name) if recipe.optimizer == "muon" else None,
+        matrices=[p for p in mmdit.bokeh.adapter_modules.parameters()] if recipe.optimizer == "muon" else (),
         betas=(0.9, 0.999),
         weight_decay=recipe.weight_decay,
     )
