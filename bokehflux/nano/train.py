@@ -37,17 +37,9 @@ from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 from bokehflux.training.log import Log
 from bokehflux.training.state import Saves
-from bokehflux.weights.load import load_clip, load_mmdit, load_t5, load_vae
-from bokehflux.weights.save import (
-    save_adapter,
-    save_clip,
-    save_index,
-    save_mmdit,
-    save_schedule,
-    save_t5,
-    save_vae,
-    split_adapter,
-)
+from bokehflux.weights.load import load_network
+from bokehflux.weights.networks import CLIP, T5, TRANSFORMER, VAE, Network, adapter_for
+from bokehflux.weights.save import save_index, save_network, save_schedule, split_adapter
 
 CAPTIONS_FOR_TOKENIZERS = 20_000
 SHARD_BYTES = 15 * 10**6
@@ -106,7 +98,7 @@ class Run:
 
     def vae(self) -> AutoencoderKL:
         """The trained one, in the layout in which its convolutions and norms are fastest on a GPU."""
-        vae = load_vae(self.out / "vae", device=self.device, dtype=torch.float32)
+        vae = load_network(VAE, self.out / VAE.folder, device=self.device, dtype=torch.float32)
         return vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -128,7 +120,7 @@ def autoencoder(run: Run) -> None:
         mean = float(torch.cat(figures).mean())
         run.log.note(f"PSNR of {UNSEEN} unseen renders, {label} [dB]", round(mean, 2))
     run.log.note("latent scale and shift", (vae.config.scale, vae.config.shift))
-    save_vae(run.out / "vae", vae.config, half(vae))
+    save_network(VAE, run.out / VAE.folder, vae.config, half(vae))
 
 
 def base(run: Run, *, warm: bool = False) -> None:
@@ -157,9 +149,10 @@ def base(run: Run, *, warm: bool = False) -> None:
     mmdit, t5, clip = MMDiT(recipe.mmdit), T5Encoder(t5_config), CLIPTextEncoder(clip_config)
     init_mmdit(mmdit)
     if warm:
-        mmdit.load_state_dict(load_mmdit(out / "transformer", dtype=torch.float32).state_dict())
-        t5.load_state_dict(load_t5(out / "text_encoder_2", dtype=torch.float32).state_dict())
-        clip.load_state_dict(load_clip(out / "text_encoder", dtype=torch.float32).state_dict())
+        rows: list[tuple[Network[Any, Any], torch.nn.Module]] = [(TRANSFORMER, mmdit), (T5, t5), (CLIP, clip)]
+        for row, network in rows:
+            saved = load_network(row, out / row.folder, dtype=torch.float32)
+            network.load_state_dict(saved.state_dict())
     model = TextToVelocity(mmdit.to(device), t5.to(device), clip.to(device))
     run.log.note("parameters", sum(p.numel() for p in model.parameters()))
     if device.type == "cuda":
@@ -168,9 +161,11 @@ def base(run: Run, *, warm: bool = False) -> None:
     sampler = Sampler(pool=pool, null_t5=null_t5, null_clip=null_clip)
     train_base(model, run.rope(), sampler, stage, run.log, run.saves())
     distill_guidance(model, run.rope(), sampler, stage, run.log, run.saves("-distill"))
-    save_mmdit(out / "transformer", recipe.mmdit, half(mmdit), max_shard_bytes=SHARD_BYTES)
-    save_t5(out / "text_encoder_2", t5_config, half(t5))
-    save_clip(out / "text_encoder", clip_config, half(clip))
+    save_network(
+        TRANSFORMER, out / TRANSFORMER.folder, recipe.mmdit, half(mmdit), max_shard_bytes=SHARD_BYTES
+    )
+    save_network(T5, out / T5.folder, t5_config, half(t5))
+    save_network(CLIP, out / CLIP.folder, clip_config, half(clip))
     save_schedule(out / "scheduler", recipe.schedule)
     save_index(out, recipe.defaults, adapter="adapter")
 
@@ -179,8 +174,8 @@ def adapter(run: Run) -> None:
     recipe, stage, out, device = run.recipe, run.stage, run.out, run.device
     torch.manual_seed(stage.seed)
     tokenize = run.tokenize()
-    t5 = load_t5(out / "text_encoder_2", device=device, dtype=torch.float32)
-    clip = load_clip(out / "text_encoder", device=device, dtype=torch.float32)
+    t5 = load_network(T5, out / T5.folder, device=device, dtype=torch.float32)
+    clip = load_network(CLIP, out / CLIP.folder, device=device, dtype=torch.float32)
     generator = torch.Generator(device).manual_seed(stage.seed)
     shoot = Shoot(
         scenes=stage.scenes,
@@ -202,7 +197,7 @@ def adapter(run: Run) -> None:
         pool=pool, captions=encode(pool.t5_ids, pool.clip_ids), empty=encode(*tokenize([""]))
     )
     mmdit = MMDiT(recipe.mmdit, recipe.bokeh).to(device)
-    trained_base = load_mmdit(out / "transformer", device=device, dtype=torch.float32)
+    trained_base = load_network(TRANSFORMER, out / TRANSFORMER.folder, device=device, dtype=torch.float32)
     mmdit.load_state_dict(mmdit.state_dict() | trained_base.state_dict())
     if device.type == "cuda":
         mmdit.compile_blocks()
@@ -211,7 +206,7 @@ def adapter(run: Run) -> None:
     run.log.note("parameters", sum(p.numel() for p in mmdit.bokeh.trainable()))
     _, tensors = split_adapter(half(mmdit))
     saved = dataclasses.replace(recipe.bokeh, bokeh_scale=stage.saved_scale)
-    save_adapter(out / "adapter", saved, recipe.mmdit, tensors)
+    save_network(adapter_for(recipe.mmdit), out / "adapter", saved, tensors)
 
 
 STAGES: dict[str, Callable[[Run], None]] = {

@@ -19,8 +19,8 @@ from torch import Tensor
 from bokehflux.conditioning import Conditioning
 from bokehflux.sampling.latents import LatentGrid, pack
 from bokehflux.training.batches import Draws
-from bokehflux.weights.checkpoint import CheckpointError, NotFoundError, open_checkpoint, read_json
-from bokehflux.weights.write import save, write_json
+from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, open_checkpoint, read_json
+from bokehflux.weights.files.write import save, write_json
 
 INDEX = "latents.json"
 SCHEMA = 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bokehflux.weights.write import replacing
+from bokehflux.weights.files.write import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bokehflux.training.log import Log
 from bokehflux.training.optim import Optimizer
-from bokehflux.weights.checkpoint import CheckpointError, NotFoundError, open_checkpoint
-from bokehflux.weights.write import save
+from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, open_checkpoint
+from bokehflux.weights.files.write import save
 
 FACTS = "state"
 """The file's metadata under this name: what is not a tensor, as JSON."""
@@ -113,3 +113,4 @@ class Saves:
         if problems:
             raise CheckpointError(self.path, *problems)
         state.restore({name: file.read(name) for name in expected}, facts)
+        file.close()

@@ -42,7 +42,7 @@ from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.training.adapter import adapter_step, draw_batch
 from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
-from bokehflux.weights.checkpoint import CheckpointError
+from bokehflux.weights.files.checkpoint import CheckpointError
 from bokehflux.weights.load import load_components
 from tests.tiny import BOKEH, MMDIT, TXT_LENGTH, VAE, tiny_mmdit
 
@@ -433,8 +433,9 @@ def test_four_stages_make_a_model_killed_or_not(tmp_path: Path, monkeypatch: pyt
         assert log["notes"]["recipe"] == dataclasses.asdict(getattr(TOY, name.removesuffix("-resumed")))
         assert log["notes"]["steps"] == log["notes"]["recipe"]["steps"] and len(log["points"]) >= 2
     model = load_components(whole)
-    assert model.mmdit.bokeh is not None and model.mmdit.bokeh.config.bokeh_scale == TOY.adapter.saved_scale
-    assert model.defaults == TOY.defaults and model.schedule == TOY.schedule
+    bokeh = model.transformer.bokeh
+    assert bokeh is not None and bokeh.config.bokeh_scale == TOY.adapter.saved_scale
+    assert model.snapshot.defaults == TOY.defaults and model.snapshot.schedule == TOY.schedule
 
     step = torch.optim.AdamW.step
     for name in STAGES:

@@ -31,7 +31,7 @@ from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, Step, train
 from bokehflux.training.objective import draw_guidance
 from bokehflux.training.optim import Optimizer, cosine
-from bokehflux.weights.load import load_mmdit
+from bokehflux.weights.load import load_transformer
 from tests.tiny import MMDIT, TXT_LENGTH, tiny_mmdit
 
 CPU = torch.device("cpu")
@@ -251,7 +251,7 @@ def golden(name: str) -> dict[str, Tensor]:
 
 def golden_mmdit() -> tuple[MMDiT, list[tuple[str, torch.nn.Parameter]]]:
     folder = GOLDEN / "snapshot" / "transformer"
-    mmdit = load_mmdit(folder, adapter=GOLDEN / "adapter", dtype=torch.float32)
+    mmdit = load_transformer(folder, adapter=GOLDEN / "adapter", dtype=torch.float32)
     return mmdit, trainable_adapter(mmdit)
 
 

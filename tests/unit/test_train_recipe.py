@@ -20,8 +20,9 @@ from bokehflux.training.estimate import estimate
 from bokehflux.training.latents import INDEX, LatentFolder, write_latents
 from bokehflux.training.recipes import adapter as recipes
 from bokehflux.training.recipes.adapter import AdapterRecipe
-from bokehflux.weights.checkpoint import CheckpointError, NotFoundError, open_checkpoint
-from bokehflux.weights.load import find_model, load_components
+from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, open_checkpoint
+from bokehflux.weights.find.resolve import resolve_model
+from bokehflux.weights.load import load_components
 
 CPU = torch.device("cpu")
 
@@ -168,7 +169,7 @@ def test_an_adapter_is_trained_and_loads(recipe: AdapterRecipe, tmp_path: Path) 
     assert AdapterRecipe.read(tmp_path / "out" / "recipe.toml") == recipe
     log = json.loads((tmp_path / "out" / "log.json").read_text())
     assert log["notes"]["recipe"]["lr"] == recipe.lr and {"plain", "grounded"} <= log["points"][0].keys()
-    loaded = load_components("nano", adapter=tmp_path / "out" / "adapter", dtype=torch.float32).mmdit
+    loaded = load_components("nano", adapter=tmp_path / "out" / "adapter", dtype=torch.float32).transformer
     assert loaded.bokeh is not None and loaded.bokeh.config.blocks == (0, 3, 10)
     moved = written(tmp_path / "out")
     assert moved["adapter_modules.3.to_v_bokeh.up.weight"].abs().max() > 0
@@ -211,7 +212,7 @@ def test_recomputed_and_muon_runs_take_their_own_way(recipe: AdapterRecipe, tmp_
 
 
 def test_data_that_does_not_fit(recipe: AdapterRecipe, tmp_path: Path) -> None:
-    mmdit = find_model("nano").mmdit
+    mmdit = resolve_model("nano").config
     folders = [LatentFolder(Path(path), spoken) for path in (recipe.groups, recipe.photographs)]  # type: ignore
     recipes.check_data(recipe, mmdit, *folders)
     with pytest.raises(ValueError, match="a group takes 4 renders of a scene, .* has 3"):

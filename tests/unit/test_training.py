@@ -20,8 +20,8 @@ from bokehflux.training.loop import Course, Loss, Step, train
 from bokehflux.training.objective import draw_guidance, guided, logit_normal, mix, velocity_target
 from bokehflux.training.optim import Muon, Optimizer, orthogonal, trapezoid
 from bokehflux.training.state import Ema, Saves
-from bokehflux.weights.checkpoint import CheckpointError, open_checkpoint
-from bokehflux.weights.write import save
+from bokehflux.weights.files.checkpoint import CheckpointError, open_checkpoint
+from bokehflux.weights.files.write import save
 from tests.faults.child import finish, forked, needs_linux, start
 from tests.tiny import tiny_mmdit
 

@@ -29,10 +29,11 @@ from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, train
 from bokehflux.training.optim import Optimizer, cosine
 from bokehflux.training.state import Saves
-from bokehflux.weights.checkpoint import open_checkpoint
-from bokehflux.weights.load import Components, find_model, load_adapter, load_components
-from bokehflux.weights.save import save_adapter
-from bokehflux.weights.write import replacing
+from bokehflux.weights.files.write import replacing
+from bokehflux.weights.find.resolve import resolve_model
+from bokehflux.weights.load import Components, load_components, load_network
+from bokehflux.weights.networks import CLIP, T5, adapter_for
+from bokehflux.weights.save import save_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +158,8 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     parts = load_components(recipe.model, device=device, dtype=dtype)
     encode = _encoder(parts, device)
     groups, photographs = _data(recipe, encode)
-    check_data(recipe, parts.mmdit.config, groups, photographs)
-    mmdit = parts.mmdit
+    mmdit = parts.transformer
+    check_data(recipe, mmdit.config, groups, photographs)
     mmdit.bokeh = _first_adapter(recipe, mmdit.config).to(device)
     named = trainable_adapter(mmdit)
     if recipe.compile:
@@ -168,7 +169,7 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     optimizer = Optimizer(
         named,
         recipe.lr,
-        matrices=[p for p in mmdit.bokeh.adapter_modules.parameters()] if recipe.optimizer == "muon" else (),
+        matrices=list(mmdit.bokeh.adapter_modules.parameters()) if recipe.optimizer == "muon" else (),
         betas=(0.9, 0.999),
         weight_decay=recipe.weight_decay,
     )
@@ -189,7 +190,7 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     train(loss, optimizer, course, log, saves)
     if place()[0] == 0:
         tensors = {name: t.detach().cpu() for name, t in mmdit.bokeh.state_dict().items()}
-        save_adapter(out / "adapter", mmdit.bokeh.config, mmdit.config, tensors)
+        save_network(adapter_for(mmdit.config), out / "adapter", mmdit.bokeh.config, tensors)
         recipe.write(out / "recipe.toml")
         log.save()
 
@@ -197,7 +198,7 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
 def _first_adapter(recipe: AdapterRecipe, mmdit: MMDiTConfig) -> BokehAdapter:
     """On the CPU, so that one seed means one adapter on every device."""
     if recipe.adapter is not None:
-        return load_adapter(recipe.adapter, mmdit)
+        return load_network(adapter_for(mmdit), recipe.adapter, dtype=torch.float32)
     adapter = BokehAdapter(recipe.bokeh(mmdit), mmdit)
     init_adapter(adapter)
     return adapter
@@ -205,24 +206,21 @@ def _first_adapter(recipe: AdapterRecipe, mmdit: MMDiTConfig) -> BokehAdapter:
 
 def dry_run(recipe: AdapterRecipe, out: Path) -> list[str]:
     """What the run would take, a line each. Reads headers, writes nothing, and raises as the run would."""
-    snapshot = find_model(recipe.model)
+    snapshot = resolve_model(recipe.model)
+    snapshot.close()
     groups, photographs = _data(recipe, _never)
-    check_data(recipe, snapshot.mmdit, groups, photographs)
-    bokeh = recipe.bokeh(snapshot.mmdit)
+    check_data(recipe, snapshot.config, groups, photographs)
+    bokeh = recipe.bokeh(snapshot.config)
     rows, txt_tokens = recipe.batch // place()[1], snapshot.defaults.txt_length
     cost = estimate(
-        snapshot.mmdit,
+        snapshot.config,
         bokeh,
         rows=rows,
         txt_tokens=txt_tokens,
         img_tokens=groups.grid.num_tokens,
         recompute=recipe.recompute,
     )
-    text = sum(
-        info.num_bytes
-        for path in (snapshot.t5, snapshot.clip)
-        for info in open_checkpoint(path).tensors.values()
-    )
+    text = sum(snapshot.parts[row.name].num_bytes for row in (T5, CLIP))
     free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
     hours = cost.seconds * recipe.steps / 3600
     return [
@@ -279,5 +277,6 @@ def _encoder(parts: Components, device: torch.device) -> Encode:
 
 
 def _rope(parts: Components, grid: LatentGrid, device: torch.device) -> RopeTable:
-    ids = position_ids(grid, parts.defaults.txt_length, device)
-    return rope_table(ids, parts.mmdit.config.axes_dim, parts.mmdit.config.theta)
+    ids = position_ids(grid, parts.snapshot.defaults.txt_length, device)
+    config = parts.transformer.config
+    return rope_table(ids, config.axes_dim, config.theta)
