@@ -10,49 +10,58 @@ from torch import Tensor
 
 from bokehflux.configs import VAEConfig
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.nano.pool import Shoot, rendered, uniform_levels
 from bokehflux.nano.recipe import AutoencoderStage
-from bokehflux.training.data import rendered
+from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
-from bokehflux.training.optim import Ema, Optimizer, paced, trapezoid
+from bokehflux.training.loop import Course, Step, train
+from bokehflux.training.optim import Optimizer
+from bokehflux.training.state import Saves
 
 FULL_SIZE_SHARE = 0.2
 """Last share of the steps, on whole images."""
 
 
 def train_autoencoder(
-    config: VAEConfig, stage: AutoencoderStage, size_px: int, device: torch.device, log: Log
+    config: VAEConfig,
+    stage: AutoencoderStage,
+    size_px: int,
+    device: torch.device,
+    log: Log,
+    saves: Saves | None = None,
 ) -> AutoencoderKL:
     """Train from scratch; the returned model's scale and shift give its latents mean 0 and std 1."""
     generator = torch.Generator(device).manual_seed(stage.seed)
     torch.manual_seed(stage.seed)
     vae = AutoencoderKL(config).to(device)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = _image_pool(stage.scenes, size_px, generator)
+    shoot = Shoot(scenes=stage.scenes, draw=uniform_levels, size_px=size_px)
+    with torch.no_grad():
+        images = torch.cat([(x * 255).round().to(torch.uint8) for *_, x in rendered(shoot, generator)])
     log.note("images", len(images))
 
-    parameters = list(vae.parameters())
-    optimizer = Optimizer(parameters, stage.lr, matrices=vae.units().matrices, weight_decay=0.0)
-    ema = Ema(parameters, rate=0.002)
-    for step, done in paced(stage.steps, stage.minutes):
-        whole = done >= 1 - FULL_SIZE_SHARE
-        x = _crops(
-            images, stage.batch // 4 if whole else stage.batch, size_px if whole else size_px // 2, generator
+    def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        whole = step.done >= 1 - FULL_SIZE_SHARE
+        draws, side = (step.draws.every(4), size_px) if whole else (step.draws, size_px // 2)
+        return autoencoder_loss(
+            vae, crops(images, draws, side), draws, stage, half_scale=step.number % 3 == 0
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, l1, edges, kl = _loss(vae, x, stage, step % 3 == 0)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step(trapezoid(done))
-        ema.update()
-        log.step(step, l1=l1, edges=edges, kl=kl)
-    log.note("steps", step + 1)
-    ema.copy_to_parameters()
+
+    optimizer = Optimizer(
+        list(vae.named_parameters()), stage.lr, matrices=vae.units().matrices, weight_decay=0.0
+    )
+    course = Course(
+        seed=stage.seed, batch=stage.batch, steps=stage.steps, minutes=stage.minutes, ema_rate=0.002
+    )
+    log.note("steps", train(loss, optimizer, course, log, saves))
     return _normalised(vae, images[:512])
 
 
-def _loss(vae: AutoencoderKL, x: Tensor, stage: AutoencoderStage, half_scale: bool) -> tuple[Tensor, ...]:
+def autoencoder_loss(
+    vae: AutoencoderKL, x: Tensor, draws: Draws, stage: AutoencoderStage, half_scale: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
     mean, logvar = (t.float() for t in vae.moments(x))
-    z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
+    z = mean + draws.normal("posterior", *mean.shape[1:]) * (0.5 * logvar).exp()
     error = vae.decoder(z).float() - x
     l1, edges = error.abs().mean(), laplacian_pyramid(error)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -62,7 +71,7 @@ def _loss(vae: AutoencoderKL, x: Tensor, stage: AutoencoderStage, half_scale: bo
         loss = loss + stage.half_scale_weight * (
             small.abs().mean() + stage.edge_weight * laplacian_pyramid(small)
         )
-    return loss, l1, edges, kl
+    return loss, {"l1": l1, "edges": edges, "kl": kl}
 
 
 def laplacian_pyramid(error: Tensor, levels: int = 3) -> Tensor:
@@ -75,25 +84,16 @@ def laplacian_pyramid(error: Tensor, levels: int = 3) -> Tensor:
     return total
 
 
-@torch.no_grad()
-def _image_pool(count: int, size_px: int, generator: torch.Generator) -> Tensor:
-    """[count, 3, S, S] uint8, at levels uniform in 0-30."""
-
-    def draw(n: int, _: int) -> Tensor:
-        return torch.rand(n, generator=generator, device=generator.device) * 30
-
-    parts = [(im * 255).round().to(torch.uint8) for *_, im in rendered(count, 1, draw, generator, size_px)]
-    return torch.cat(parts)
-
-
-def _crops(images: Tensor, batch: int, side: int, generator: torch.Generator) -> Tensor:
-    """Random images, one random crop position on the 8-pixel grid and one mirroring per batch, in -1..1."""
-    device = images.device
-    rows = torch.randint(len(images), (batch,), generator=generator, device=device)
+def crops(images: Tensor, draws: Draws, side: int) -> Tensor:
+    """Images at random, each cropped to a side on the 8-pixel grid and mirrored at random: [B, 3, side, side]
+    in -1..1, channels last."""
     slots = (images.shape[-1] - side) // 8 + 1
-    top, left, mirror = (int(torch.randint(n, (), device="cpu")) for n in (slots, slots, 2))
-    x = images[rows, :, 8 * top : 8 * top + side, 8 * left : 8 * left + side].float() / 127.5 - 1
-    return (x.flip(3) if mirror else x).contiguous(memory_format=torch.channels_last)
+    along = torch.arange(side, device=images.device)
+    top, left = (8 * draws.integers("crop", slots, 2, 1)).unbind(1)  # [B, 1]
+    column = torch.where(draws.integers("mirror", 2, 1) == 1, along.flip(0), along)  # [B, side]
+    row = draws.integers("image", len(images), 1, 1)
+    x = images[row, :, (top + along)[:, :, None], (left + column)[:, None, :]]  # [B, side, side, 3]
+    return (x.float() / 127.5 - 1).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

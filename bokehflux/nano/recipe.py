@@ -17,6 +17,7 @@ from bokehflux.configs import (
     T5Config,
     VAEConfig,
 )
+from bokehflux.training.adapter import Sampling
 
 TXT_LENGTH = 48
 SIZE_PX = 256
@@ -64,7 +65,7 @@ class BaseStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterStage:
+class AdapterStage(Sampling):
     seed: int = 3
     scenes: int = 12_288
     levels_per_scene: int = 5
@@ -73,14 +74,9 @@ class AdapterStage:
     minutes: float = 0.0
     """Above 0: train this long instead of `steps`, to find out how many a machine affords."""
     batch: int = 512
-    group: int = 4
-    """Rows of one scene that share noise and noise level under grounded attention, in every other step."""
     lr: float = 1e-3
-    level_dropout: float = 0.1
-    caption_dropout: float = 0.1
     max_guidance: float = 5.0
     level_guidance: float = 0.18
-    """Share of rows whose unconditional half drops the level too: 0 keeps the renderer's own strength."""
     saved_scale: float = 1.2
     """`bokeh_scale` written with the trained adapter: at 1 it lost 0.75 times what the renderer loses."""
 

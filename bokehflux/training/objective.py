@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bokehflux.training.batches import Draws
+
 
 def mix(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
     """x_sigma = (1 - sigma) x0 + sigma eps. x0, eps [B, N, C]; sigma [B] in 0-1."""
@@ -26,7 +28,12 @@ def guided(target: Tensor, unconditional: Tensor, guidance: Tensor) -> Tensor:
     return unconditional + guidance[:, None, None] * (target - unconditional)
 
 
-def logit_normal(count: int, mean: float, std: float, generator: torch.Generator) -> Tensor:
-    """[count] noise levels in 0-1, concentrated around sigmoid(mean)."""
-    draw = torch.randn(count, generator=generator, device=generator.device)
-    return torch.sigmoid(draw * std + mean)
+def logit_normal(draws: Draws, mean: float, std: float) -> Tensor:
+    """[B] noise levels in 0-1, concentrated around sigmoid(mean)."""
+    return torch.sigmoid(draws.normal("sigma") * std + mean)
+
+
+def draw_guidance(draws: Draws, highest: float) -> Tensor:
+    """[B] guidance between 1 and `highest`, denser near 1; a seventh of the rows exactly 1."""
+    plain, above = draws.uniform("guidance", 2).unbind(1)
+    return torch.where(plain < 0.15, 1.0, 1 + (highest - 1) * above**1.3)

@@ -1,9 +1,9 @@
-"""Optimisers, learning-rate shape and weight averaging shared by all training stages."""
+"""Optimisers with moments that can be saved by name, and the learning rate's shape."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +18,25 @@ class Optimizer:
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
+        named: Sequence[tuple[str, nn.Parameter]],
         lr: float,
         *,
         matrices: Iterable[Tensor] = (),
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.01,
     ) -> None:
+        self.named = list(named)
         self.lr = lr
         chosen = {id(p) for p in matrices}
-        of_muon = [p for p in parameters if id(p) in chosen]
-        others = [p for p in parameters if id(p) not in chosen]
+        of_muon = [p for _, p in named if id(p) in chosen]
+        others = [p for _, p in named if id(p) not in chosen]
         fused = bool(others) and others[0].is_cuda
         self.parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
         ]
         if of_muon:
             self.parts.append(Muon(of_muon, lr=lr, weight_decay=weight_decay))
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
 
     def step(self, lr_factor: float) -> None:
         """One update at lr * lr_factor, then clear the gradients."""
@@ -43,6 +45,37 @@ class Optimizer:
                 group["lr"] = self.lr * lr_factor
             part.step()
             part.zero_grad(set_to_none=True)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Everything that a step adds to but the parameters: `exp_avg.<parameter>` and the like."""
+        return {
+            f"{kind}.{self._names[parameter]}": moment
+            for part in self.parts
+            for parameter, moments in part.state.items()
+            for kind, moment in moments.items()
+        }
+
+    def moment_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What `moments` has after a step: those of AdamW appear with the first."""
+        return {
+            f"{kind}.{self._names[parameter]}": () if kind == "step" else tuple(parameter.shape)
+            for part in self.parts
+            for parameter in part.param_groups[0]["params"]
+            for kind in MOMENTS[type(part)]
+        }
+
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        """Take over the `moments` of another optimiser of the same parameters."""
+        for part in self.parts:
+            packed = part.state_dict()
+            for i, parameter in enumerate(part.param_groups[0]["params"]):
+                found = {kind: moments[f"{kind}.{self._names[parameter]}"] for kind in MOMENTS[type(part)]}
+                # In the parameter's memory layout, which fused updates insist on.
+                packed["state"][i] = {
+                    kind: moment.clone() if kind == "step" else torch.empty_like(parameter).copy_(moment)
+                    for kind, moment in found.items()
+                }
+            part.load_state_dict(packed)
 
 
 class Muon(torch.optim.Optimizer):
@@ -60,23 +93,30 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Sequence[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        shapes: dict[tuple[int, int], list[Tensor]] = {}
+        self.shapes: dict[tuple[int, int], list[Tensor]] = {}
         for p in params:
-            shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
-        self.stacks = [
-            (same, torch.zeros(len(same), *shape, device=same[0].device)) for shape, same in shapes.items()
-        ]
+            self.shapes.setdefault((p.shape[0], p[0].numel()), []).append(p)
+            self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
-        for same, momentum in self.stacks:
-            gradients = torch.stack([p.grad.flatten(1) for p in same if p.grad is not None])
-            momentum.lerp_(gradients, 1 - self.MOMENTUM)
-            update = orthogonal(gradients.lerp(momentum, self.MOMENTUM), self.STEPS)
-            update *= -lr * self.RMS * max(momentum.shape[1:]) ** 0.5
+        for shape, same in self.shapes.items():
+            gradients = [p.grad for p in same if p.grad is not None]
+            momenta = [self.state[p]["momentum"] for p in same]
+            torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
+            ahead = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
+            update = orthogonal(torch.stack([g.flatten(1) for g in ahead]), self.STEPS)
+            update *= -lr * self.RMS * max(shape) ** 0.5
             torch._foreach_mul_(same, 1 - lr * decay)
             torch._foreach_add_(same, [u.view(p.shape) for u, p in zip(update, same, strict=True)])
+
+
+MOMENTS: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    Muon: ("momentum",),
+}
+"""What each optimiser keeps of a parameter."""
 
 
 def orthogonal(x: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
@@ -92,21 +132,6 @@ def orthogonal(x: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor
     return (x.mT if tall else x).float()
 
 
-def paced(steps: int, minutes: float = 0.0) -> Iterator[tuple[int, float]]:
-    """(step, share of the run done) for `steps` steps, or, with minutes above 0, for as long as they last.
-
-    A timed run finds out how many steps a machine affords: repeat it with that number for equal weights.
-    """
-    if not minutes:
-        yield from ((step, step / steps) for step in range(steps))
-        return
-    start = time.perf_counter()
-    step, done = 0, 0.0
-    while done < 1:
-        yield step, done
-        step, done = step + 1, (time.perf_counter() - start) / (60 * minutes)
-
-
 def trapezoid(done: float, *, warmup: float = 0.03, decay: float = 0.5, floor: float = 0.02) -> float:
     """Learning-rate factor when a share `done` of the run is over.
 
@@ -115,21 +140,6 @@ def trapezoid(done: float, *, warmup: float = 0.03, decay: float = 0.5, floor: f
     return max(floor, min(1.0, done / warmup, (1 - done) / decay))
 
 
-class Ema:
-    """Exponential moving average of parameters; short at first, so it never remembers the initial weights."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], rate: float) -> None:
-        self.parameters = [p for p in parameters]
-        self.rate = rate
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.steps = 0
-
-    @torch.no_grad()
-    def update(self) -> None:
-        rate = max(self.rate, 1 / (1 + 0.25 * self.steps))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], rate)
-        self.steps += 1
-
-    @torch.no_grad()
-    def copy_to_parameters(self) -> None:
-        torch._foreach_copy_(list(self.parameters), self.average)
+def cosine(done: float, *, warmup: float) -> float:
+    """Learning-rate factor: linear warm-up over the first share, beginning at 0, then half a cosine to 0."""
+    return done / warmup if done < warmup else 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))

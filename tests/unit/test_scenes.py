@@ -125,8 +125,9 @@ def test_blur_keeps_light_and_grows_with_the_level() -> None:
     assert out[3, 0, n // 2, n // 2 + 11] < 1e-4
 
 
-def test_a_point_of_light_becomes_a_disc_of_the_promised_radius() -> None:
-    """Level 24 of a lone point at infinity: radius 24 / 30 * RADIUS_AT_30 * size / 256."""
+@pytest.mark.parametrize(("level", "gap"), [(24.0, 1.0), (30.0, 0.8)])
+def test_a_point_of_light_becomes_a_disc_of_the_promised_radius(level: float, gap: float) -> None:
+    """A lone point, at infinity or nearer: radius gap * level / 30 * RADIUS_AT_30 * size / 256."""
     _, template = one_of_each()
     scene = template.select(slice(0, 1))
     n = scene.background.shape[-1]
@@ -136,14 +137,14 @@ def test_a_point_of_light_becomes_a_disc_of_the_promised_radius() -> None:
     scene = dataclasses.replace(
         scene,
         background=background,
-        background_gap=torch.ones(1),
+        background_gap=torch.tensor([gap]),
         table=zero,
         mid=zero,
         subject=zero,
         exposure=torch.ones(1, 1, 1, 1),
     )
-    out = render(scene, torch.tensor([24.0]))[0, 0]
-    radius = 24 / 30 * RADIUS_AT_30 * SIZE / 256
+    out = render(scene, torch.tensor([level]))[0, 0]
+    radius = gap * level / 30 * RADIUS_AT_30 * SIZE / 256
     measured = ((out > 0.75 * out.max()).sum() / 3.1416) ** 0.5
     assert measured.item() == pytest.approx(radius, rel=0.08)
 

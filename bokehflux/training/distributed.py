@@ -1,0 +1,47 @@
+"""A run on several processes, each with its share of every batch. Without torch.distributed: one of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+At = TypeVar("At")
+Scalars = tuple[Tensor, dict[str, Tensor]]
+"""A loss, and the scalars to log for it."""
+
+
+def place() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    shared = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)
+
+
+class _Objective(nn.Module):
+    """A loss in the form that DistributedDataParallel takes: a module with the parameters it depends on."""
+
+    def __init__(self, loss: Callable[..., Scalars], parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.loss = loss
+        self.trained = nn.ParameterList(parameters)
+
+    def forward(self, at: object) -> Scalars:
+        return self.loss(at)
+
+
+def averaged(loss: Callable[[At], Scalars], parameters: Sequence[nn.Parameter]) -> Callable[[At], Scalars]:
+    """The loss, whose gradients and figures become those of all processes: the mean of their means."""
+    world = place()[1]
+    if world == 1:
+        return loss
+    objective = nn.parallel.DistributedDataParallel(_Objective(loss, parameters))
+
+    def shared(at: At) -> Scalars:
+        value, figures = objective(at)
+        together = torch.stack([figure.detach() for figure in figures.values()])
+        distributed.all_reduce(together)
+        return value, dict(zip(figures, together / world, strict=True))
+
+    return shared

@@ -1,0 +1,101 @@
+"""The one training loop: a loss for each step, and everything that every run does around it.
+
+What is trained on, and towards what, is the loss's business: `nano` has four of them. Which numbers a
+run needs to go on after it was killed is `state.py`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bokehflux.training.batches import Draws
+from bokehflux.training.distributed import averaged, place
+from bokehflux.training.log import Log
+from bokehflux.training.optim import Optimizer, trapezoid
+from bokehflux.training.state import Ema, Saves, State
+
+
+class Step(NamedTuple):
+    """A step of a run, as its loss sees it."""
+
+    number: int
+    """Counted from 0."""
+    done: float
+    """Share of the run that is over, 0-1."""
+    draws: Draws
+    """Randomness of the samples that this process takes."""
+
+
+Loss = Callable[[Step], tuple[Tensor, dict[str, Tensor]]]
+"""The mean loss of a step's samples, a scalar, and the scalars to log for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What a run takes in, how long it lasts, and how it moves on the way."""
+
+    seed: int
+    batch: int
+    """Samples of a step, over all processes."""
+    steps: int
+    minutes: float = 0.0
+    """Above 0: train this long instead of `steps`, to find out how many a machine affords. Repeat it with
+    that number for equal weights."""
+    schedule: Callable[[float], float] = trapezoid
+    """Share of the run that is over -> factor of the learning rate."""
+    ema_rate: float
+    """Share of its weights that a step adds to their moving average."""
+    clip: float = 1.0
+    """Largest norm of all gradients together."""
+
+    def from_step(self, first: int) -> Iterator[tuple[int, float]]:
+        """Number of each step from `first` on, and the share of the run that is over."""
+        if not self.minutes:
+            yield from ((step, step / self.steps) for step in range(first, self.steps))
+            return
+        start, step, done = time.perf_counter(), 0, 0.0
+        while done < 1:
+            yield step, done
+            step, done = step + 1, (time.perf_counter() - start) / (60 * self.minutes)
+
+
+def train(loss: Loss, optimizer: Optimizer, course: Course, log: Log, saves: Saves | None = None) -> int:
+    """Train the optimiser's parameters in place until they are their moving average. Returns the steps taken.
+
+    On a GPU the loss is computed under bfloat16 autocast; gradients and updates keep the parameters' type.
+    Where torch.distributed is initialised, every process calls this alike: samples are shared out, gradients
+    and figures averaged, and the first process saves.
+    saves: where the run keeps its state, and whether it goes on from there; CheckpointError when it cannot.
+    Raises ValueError for a run paced by the clock that is to be saved or shared: no two clocks agree.
+    """
+    rank, world = place()
+    if course.minutes and (saves is not None or world > 1):
+        raise ValueError(
+            "a run paced by minutes can be neither resumed nor shared: give it a number of steps"
+        )
+    parameters = [parameter for _, parameter in optimizer.named]
+    state = State(optimizer=optimizer, ema=Ema(parameters, course.ema_rate), log=log)
+    if saves is not None and saves.resume:
+        saves.restore(state)
+    device, objective = parameters[0].device, averaged(loss, parameters)
+    for number, done in course.from_step(state.step):
+        draws = Draws.of_step(course.seed, number, course.batch, device, rank, world)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            value, figures = objective(Step(number, done, draws))
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, course.clip)
+        optimizer.step(course.schedule(done))
+        state.ema.update()
+        log.step(number, **figures)
+        state.step = number + 1
+        last = state.step == course.steps
+        if saves is not None and rank == 0 and (last or state.step % saves.every == 0):
+            saves.save(state)
+    state.ema.copy_to_parameters()
+    return state.step

@@ -1,0 +1,282 @@
+"""A bokeh adapter for a model of FLUX.1's kind, from latents on disk: one configuration, and its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+
+from bokehflux.conditioning import Conditioning
+from bokehflux.configs import BokehConfig, MMDiTConfig
+from bokehflux.models.adapter import BokehAdapter, init_adapter
+from bokehflux.models.embeddings import RopeTable, rope_table
+from bokehflux.sampling.latents import LatentGrid, position_ids
+from bokehflux.training.adapter import Sampling, adapter_loss, recompute_blocks, trainable_adapter
+from bokehflux.training.distributed import place
+from bokehflux.training.estimate import estimate
+from bokehflux.training.latents import Encode, LatentFolder
+from bokehflux.training.log import Log
+from bokehflux.training.loop import Course, train
+from bokehflux.training.optim import Optimizer, cosine
+from bokehflux.training.state import Saves
+from bokehflux.weights.files.write import replacing
+from bokehflux.weights.find.resolve import resolve_model
+from bokehflux.weights.load import Components, load_components, load_network
+from bokehflux.weights.networks import CLIP, T5, adapter_for
+from bokehflux.weights.save import save_network
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecipe(Sampling):
+    """Everything that decides a run. It is written beside what it made; a resumed run must have the same."""
+
+    model: str
+    """The frozen base: a folder, a file, a repository or a bundled model, as everywhere."""
+    groups: str
+    """Folder of latents (`training.latents`), of each scene at least as many renders as a group has rows."""
+    photographs: str | None = None
+    """Folder of latents for the steps of unrelated rows; None takes those of the groups."""
+    adapter: str | None = None
+    """An adapter to begin with; None begins with one that does nothing."""
+    rank: int = 128
+    blocks: tuple[int, ...] | None = None
+    """Adapted blocks, counted over double then single blocks; None is all of them."""
+
+    seed: int = 0
+    batch: int = 4
+    """Rows of a step, over all processes: whole groups on each."""
+    steps: int = 20_000
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    """Steps in which the learning rate grows from 0; then it falls to 0 along a cosine."""
+    clip: float = 1.0
+    """Largest norm of all gradients together."""
+    ema_rate: float = 0.001
+    """Share of the weights that a step adds to their moving average, which is what is kept."""
+
+    recompute: bool = True
+    """Keep no activations inside blocks: less memory, for a third more time."""
+    compile: bool = False
+    """Compile blocks: minutes at first, then about a third less time."""
+    save_every: int = 500
+    """Steps from one saved state to the next."""
+    log_every: int = 50
+    """Steps that a point of the curve averages."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "steps", "rank", "group", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("swap_probability", "level_dropout", "caption_dropout", "level_guidance", "ema_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if self.batch % self.group:
+            raise ValueError(f"batch must hold whole groups of {self.group}, got {self.batch}")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps must be below steps, {self.steps}, got {self.warmup_steps}")
+
+    @classmethod
+    def read(cls, path: Path) -> AdapterRecipe:
+        """From a TOML file. Raises ValueError with everything that is unknown, missing or of another type."""
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a TOML file: {error}") from None
+        hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
+        problems = [f"unknown setting {name!r}" for name in values if name not in fields]
+        problems += [
+            f"{name} must be {_said(hints[name])}, got {value!r}"
+            for name, value in values.items()
+            if name in fields and not _fits(value, hints[name])
+        ]
+        problems += [
+            f"{name} is missing"
+            for name, field in fields.items()
+            if field.default is dataclasses.MISSING and name not in values
+        ]
+        if problems:
+            raise ValueError(f"{path}: {'; '.join(problems)}")
+        return cls(**values)
+
+    def write(self, path: Path) -> None:
+        """As a TOML file that `read` reads. JSON's words for text, numbers and lists are TOML's, too."""
+        lines = [f"{name} = {json.dumps(value)}" for name, value in vars(self).items() if value is not None]
+        with replacing(path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def bokeh(self, mmdit: MMDiTConfig) -> BokehConfig:
+        """The shape of the adapter."""
+        blocks = tuple(range(mmdit.num_blocks)) if self.blocks is None else self.blocks
+        return BokehConfig(blocks=blocks, rank=self.rank)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is types.UnionType:
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(type(v) is int for v in value)
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _said(hint: Any) -> str:
+    if get_origin(hint) is types.UnionType:
+        return _said(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return words.get(hint, "a list of whole numbers")
+
+
+def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, resume: bool = False) -> None:
+    """Train, and write `adapter/` in the published layout, `recipe.toml` and `log.json` to `out`.
+
+    Until then its state is there, from which `resume` goes on. Where torch.distributed is initialised, every
+    process calls this alike.
+
+    The base stays in bfloat16 on a GPU (float32 elsewhere), the adapter and its averages in float32.
+    Raises CheckpointError for files that do not fit and for a run that cannot be resumed, ValueError for data
+    that does not fit the recipe.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    parts = load_components(recipe.model, device=device, dtype=dtype)
+    encode = _encoder(parts, device)
+    groups, photographs = _data(recipe, encode)
+    mmdit = parts.transformer
+    check_data(recipe, mmdit.config, groups, photographs)
+    mmdit.bokeh = _first_adapter(recipe, mmdit.config).to(device)
+    named = trainable_adapter(mmdit)
+    if recipe.compile:
+        mmdit.compile_blocks()
+    if recipe.recompute:
+        recompute_blocks(mmdit)
+    optimizer = Optimizer(
+        named,
+        recipe.lr,
+        matrices=list(mmdit.bokeh.adapter_modules.parameters()) if recipe.optimizer == "muon" else (),
+        betas=(0.9, 0.999),
+        weight_decay=recipe.weight_decay,
+    )
+    course = Course(
+        seed=recipe.seed,
+        batch=recipe.batch,
+        steps=recipe.steps,
+        schedule=functools.partial(cosine, warmup=recipe.warmup_steps / recipe.steps),
+        ema_rate=recipe.ema_rate,
+        clip=recipe.clip,
+    )
+    log = Log(out / "log.json", every=recipe.log_every)
+    log.note("recipe", vars(recipe))
+    saves = Saves(
+        path=out / "state.safetensors", every=recipe.save_every, settings=vars(recipe), resume=resume
+    )
+    loss = adapter_loss(mmdit, _rope(parts, groups.grid, device), recipe, plain=photographs, grouped=groups)
+    train(loss, optimizer, course, log, saves)
+    if place()[0] == 0:
+        tensors = {name: t.detach().cpu() for name, t in mmdit.bokeh.state_dict().items()}
+        save_network(adapter_for(mmdit.config), out / "adapter", mmdit.bokeh.config, tensors)
+        recipe.write(out / "recipe.toml")
+        log.save()
+
+
+def _first_adapter(recipe: AdapterRecipe, mmdit: MMDiTConfig) -> BokehAdapter:
+    """On the CPU, so that one seed means one adapter on every device."""
+    if recipe.adapter is not None:
+        return load_network(adapter_for(mmdit), recipe.adapter, dtype=torch.float32)
+    adapter = BokehAdapter(recipe.bokeh(mmdit), mmdit)
+    init_adapter(adapter)
+    return adapter
+
+
+def dry_run(recipe: AdapterRecipe, out: Path) -> list[str]:
+    """What the run would take, a line each. Reads headers, writes nothing, and raises as the run would."""
+    snapshot = resolve_model(recipe.model)
+    snapshot.close()
+    groups, photographs = _data(recipe, _never)
+    check_data(recipe, snapshot.config, groups, photographs)
+    bokeh = recipe.bokeh(snapshot.config)
+    rows, txt_tokens = recipe.batch // place()[1], snapshot.defaults.txt_length
+    cost = estimate(
+        snapshot.config,
+        bokeh,
+        rows=rows,
+        txt_tokens=txt_tokens,
+        img_tokens=groups.grid.num_tokens,
+        recompute=recipe.recompute,
+    )
+    text = sum(snapshot.parts[row.name].num_bytes for row in (T5, CLIP))
+    free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
+    hours = cost.seconds * recipe.steps / 3600
+    return [
+        f"base: {recipe.model}, {cost.base:,} parameters, frozen",
+        f"adapter: {cost.trained:,} parameters are trained, rank {recipe.rank} in {len(bokeh.blocks)} blocks",
+        f"groups: {groups.num_scenes:,} scenes, {groups.num_renders} pictures each, in {recipe.groups}",
+        f"photographs: {photographs.num_scenes:,}, in {recipe.photographs or recipe.groups}",
+        f"size: {groups.grid.width_px} x {groups.grid.height_px} px",
+        f"a step: {rows} rows of {txt_tokens} text and {groups.grid.num_tokens} image tokens on each process",
+        f"disk: {_gb(cost.adapter_bytes + cost.state_bytes)} (adapter {_gb(cost.adapter_bytes)}, state "
+        f"{_gb(cost.state_bytes)}); {_gb(free)} are free",
+        f"GPU: about {_gb(cost.gpu_bytes + text)}, text encoders with {_gb(text)} among them",
+        f"time: about {cost.seconds:.3g} s a step, {hours:.3g} h for {recipe.steps:,}, on one H100, compiled",
+    ]
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+def _never(prompts: Sequence[str]) -> Conditioning:
+    raise AssertionError("a dry run encodes no text")
+
+
+def _data(recipe: AdapterRecipe, encode: Encode) -> tuple[LatentFolder, LatentFolder]:
+    """Groups and photographs."""
+    groups = LatentFolder(Path(recipe.groups), encode)
+    return groups, LatentFolder(Path(recipe.photographs), encode) if recipe.photographs else groups
+
+
+def check_data(
+    recipe: AdapterRecipe, mmdit: MMDiTConfig, groups: LatentFolder, photographs: LatentFolder
+) -> None:
+    """Raise ValueError unless the latents fit the model, each other, and the groups asked for."""
+    if groups.num_renders < recipe.group:
+        raise ValueError(
+            f"a group takes {recipe.group} renders of a scene, {recipe.groups} has {groups.num_renders}"
+        )
+    expected = mmdit.in_channels // 4
+    for folder in (groups, photographs):
+        if folder.channels != expected:
+            raise ValueError(f"the model takes latents of {expected} channels, got {folder.channels}")
+    if groups.grid != photographs.grid:
+        raise ValueError(f"groups and photographs differ in size: {groups.grid}, {photographs.grid}")
+
+
+def _encoder(parts: Components, device: torch.device) -> Encode:
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        # As they encode when pictures are made, whatever the loss is computed in.
+        with torch.autocast(device.type, enabled=False):
+            return parts.text.encode(prompts)
+
+    return encode
+
+
+def _rope(parts: Components, grid: LatentGrid, device: torch.device) -> RopeTable:
+    ids = position_ids(grid, parts.snapshot.defaults.txt_length, device)
+    config = parts.transformer.config
+    return rope_table(ids, config.axes_dim, config.theta)

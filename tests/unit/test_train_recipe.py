@@ -1,0 +1,264 @@
+"""The adapter recipe and its command, on the bundled model: configuration, data, run, resume, cost."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bokehflux.app import train as command
+from bokehflux.conditioning import Conditioning
+from bokehflux.configs import FLUX_DEV, BokehConfig
+from bokehflux.sampling.latents import pack
+from bokehflux.training.batches import Draws
+from bokehflux.training.estimate import estimate
+from bokehflux.training.latents import INDEX, LatentFolder, write_latents
+from bokehflux.training.recipes import adapter as recipes
+from bokehflux.training.recipes.adapter import AdapterRecipe
+from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, open_checkpoint
+from bokehflux.weights.find.resolve import resolve_model
+from bokehflux.weights.load import load_components
+
+CPU = torch.device("cpu")
+
+
+def draws(count: int) -> Draws:
+    return Draws.of_step(0, 0, count, CPU)
+
+
+# --- latents on disk
+
+
+def toy_latents(scenes: int = 5, renders: int = 4, side: int = 4) -> tuple[Tensor, Tensor, list[list[str]]]:
+    some = draws(scenes)
+    captions = [[f"a {i} on a table", f"the number {i}"] for i in range(scenes)]
+    return some.normal("x0", renders, 16, side, side), some.uniform("levels", renders) * 30, captions
+
+
+def spoken(prompts: list[str]) -> Conditioning:
+    """Texts as their lengths."""
+    lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+    return Conditioning(txt=lengths[:, None, None], pooled=lengths[:, None])
+
+
+def test_latents_are_read_by_index(tmp_path: Path) -> None:
+    x0, levels, captions = toy_latents()
+    write_latents(tmp_path, x0.bfloat16(), levels, captions, shard_scenes=2)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    folder = LatentFolder(tmp_path, spoken)  # type: ignore[arg-type]
+    assert (folder.num_scenes, folder.num_renders, folder.channels, folder.grid.num_tokens) == (5, 4, 16, 4)
+    scene, render = torch.tensor([4, 0, 1, 3, 4]), torch.tensor([0, 3, 1, 2, 2])
+    expected = pack(x0.bfloat16().float()[scene, render])
+    assert torch.equal(folder.latents(scene, render), expected)
+    assert torch.equal(folder.levels(scene, render), levels[scene, render])
+
+
+def test_captions_are_chosen_among_those_of_the_scene(tmp_path: Path) -> None:
+    write_latents(tmp_path, *toy_latents())
+    said: list[str] = []
+    folder = LatentFolder(tmp_path, lambda prompts: (said.extend(prompts), spoken(list(prompts)))[1])
+    scene, drop = torch.arange(200) % 5, torch.arange(200) % 4 == 0
+    text = folder.text(scene, drop, draws(200))
+    assert [text == "" for text in said] == drop.tolist() and len(text.txt) == 200
+    kept = [(int(i), text) for i, text in zip(scene, said, strict=True) if text]
+    assert all(text in (f"a {i} on a table", f"the number {i}") for i, text in kept)
+    assert 0.35 < sum(text[:1] == "a" for _, text in kept) / len(kept) < 0.65
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / INDEX).unlink(), "no latents.json"),
+        (lambda folder: (folder / "latents-00001.safetensors").unlink(), "00001.safetensors: no such file"),
+        (lambda folder: change(folder, schema=9), "expected schema 1, found 9"),
+        (lambda folder: change(folder, shape=[4, 16, 8, 8]), "expected 2 scenes of"),
+        (lambda folder: change(folder, captions=[["x"]]), "1 captions for 5 scenes"),
+    ],
+)  # fmt: skip
+def test_a_folder_with_holes_is_refused(tmp_path: Path, spoil, said: str) -> None:
+    write_latents(tmp_path, *toy_latents(), shard_scenes=2)
+    spoil(tmp_path)
+    with pytest.raises(CheckpointError, match=said):
+        LatentFolder(tmp_path, spoken)  # type: ignore[arg-type]
+
+
+def change(folder: Path, **values: object) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(index | values))
+
+
+def test_scenes_without_captions_are_not_written(tmp_path: Path) -> None:
+    x0, levels, captions = toy_latents()
+    for wrong in (captions[:-1], [*captions[:-1], []]):
+        with pytest.raises(ValueError, match="each with a caption"):
+            write_latents(tmp_path, x0, levels, wrong)
+
+
+# --- the configuration
+
+RECIPE = AdapterRecipe(
+    model="nano", groups="set by a fixture", rank=4, blocks=(0, 3, 10), batch=4, group=2, steps=6, lr=3e-3,
+    warmup_steps=1, save_every=2, log_every=4, max_guidance=3.0, recompute=False,
+)  # fmt: skip
+
+
+def test_a_recipe_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    for recipe in (RECIPE, AdapterRecipe(model='m "quoted" é', groups="g", sigma="logit-normal", lr=1e-5)):
+        recipe.write(path)
+        assert AdapterRecipe.read(path) == recipe
+    path.write_text('model = "nano" # a comment\ngroups = "g"\nlr = 1\nblocks = [1, 2]\n')
+    assert AdapterRecipe.read(path) == AdapterRecipe(model="nano", groups="g", lr=1, blocks=(1, 2))
+
+
+def test_everything_wrong_with_a_recipe_is_said_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'model = 3\nstep = 5\nbatch = 2.5\nrecompute = "yes"\nsigma = "even"\nblocks = ["a"]\nsteps = true\n'
+    )
+    with pytest.raises(ValueError) as error:
+        AdapterRecipe.read(path)
+    assert str(error.value) == (
+        f"{path}: unknown setting 'step'; model must be text, got 3; batch must be a whole number, got 2.5; "
+        "recompute must be true or false, got 'yes'; sigma must be one of uniform, logit-normal, got 'even'; "
+        "blocks must be a list of whole numbers, got ('a',); steps must be a whole number, got True; "
+        "groups is missing"
+    )
+    path.write_text("steps = ")
+    with pytest.raises(ValueError, match="not a TOML file"):
+        AdapterRecipe.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch": 5}, "batch must hold whole groups of 2, got 5"),
+        ({"level_dropout": 1.5}, "level_dropout must be between 0 and 1"),
+        ({"warmup_steps": 6}, "warmup_steps must be below steps, 6, got 6"),
+    ],
+)
+def test_values_that_no_run_can_have(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(RECIPE, **change)  # type: ignore[arg-type]
+
+
+# --- the run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> AdapterRecipe:
+    write_latents(tmp_path / "groups", *toy_latents(renders=3))
+    write_latents(tmp_path / "photographs", *toy_latents(renders=1))
+    where = {"groups": str(tmp_path / "groups"), "photographs": str(tmp_path / "photographs")}
+    return dataclasses.replace(RECIPE, **where)
+
+
+def written(out: Path) -> dict[str, Tensor]:
+    file = open_checkpoint(out / "adapter" / "model.safetensors")
+    return {name: file.read(name).clone() for name in file.tensors}
+
+
+def test_an_adapter_is_trained_and_loads(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    recipes.train_adapter(recipe, tmp_path / "out", CPU)
+    assert AdapterRecipe.read(tmp_path / "out" / "recipe.toml") == recipe
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    assert log["notes"]["recipe"]["lr"] == recipe.lr and {"plain", "grounded"} <= log["points"][0].keys()
+    loaded = load_components("nano", adapter=tmp_path / "out" / "adapter", dtype=torch.float32).transformer
+    assert loaded.bokeh is not None and loaded.bokeh.config.blocks == (0, 3, 10)
+    moved = written(tmp_path / "out")
+    assert moved["adapter_modules.3.to_v_bokeh.up.weight"].abs().max() > 0
+    assert not moved["adapter_modules.3.to_k_bokeh.up.weight"].any(), "what changes nothing is not trained"
+
+
+def test_a_run_that_stops_goes_on(
+    recipe: AdapterRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes.train_adapter(recipe, tmp_path / "whole", CPU)
+    step, count = torch.optim.AdamW.step, [0]
+
+    def deadly(self: torch.optim.AdamW, *args: object) -> None:
+        count[0] += 1
+        if count[0] == 4:
+            raise KeyboardInterrupt
+        step(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", deadly)
+    with pytest.raises(KeyboardInterrupt):
+        recipes.train_adapter(recipe, tmp_path / "stopped", CPU)
+    with pytest.raises(CheckpointError, match="lr was 0.003 when the run was saved and is 0.1 now"):
+        recipes.train_adapter(dataclasses.replace(recipe, lr=0.1), tmp_path / "stopped", CPU, resume=True)
+    recipes.train_adapter(recipe, tmp_path / "stopped", CPU, resume=True)
+    whole, stopped = written(tmp_path / "whole"), written(tmp_path / "stopped")
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    with pytest.raises(NotFoundError, match="no saved run to resume"):
+        recipes.train_adapter(recipe, tmp_path / "new", CPU, resume=True)
+
+
+def test_recomputed_and_muon_runs_take_their_own_way(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    recipes.train_adapter(recipe, tmp_path / "kept", CPU)
+    recipes.train_adapter(dataclasses.replace(recipe, recompute=True), tmp_path / "recomputed", CPU)
+    recipes.train_adapter(dataclasses.replace(recipe, optimizer="muon"), tmp_path / "muon", CPU)
+    kept, recomputed, muon = (written(tmp_path / name) for name in ("kept", "recomputed", "muon"))
+    for name, tensor in kept.items():
+        torch.testing.assert_close(recomputed[name], tensor, rtol=1e-4, atol=1e-6)
+    name = "adapter_modules.3.to_q_adp.up.weight"
+    assert (muon[name] - kept[name]).abs().max() > 1e-4
+
+
+def test_data_that_does_not_fit(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    mmdit = resolve_model("nano").config
+    folders = [LatentFolder(Path(path), spoken) for path in (recipe.groups, recipe.photographs)]  # type: ignore
+    recipes.check_data(recipe, mmdit, *folders)
+    with pytest.raises(ValueError, match="a group takes 4 renders of a scene, .* has 3"):
+        recipes.check_data(dataclasses.replace(recipe, group=4), mmdit, *folders)
+    with pytest.raises(ValueError, match="the model takes latents of 4 channels, got 16"):
+        recipes.check_data(recipe, dataclasses.replace(mmdit, in_channels=16), *folders)
+    write_latents(tmp_path / "large", *toy_latents(side=8))
+    with pytest.raises(ValueError, match="differ in size"):
+        recipes.check_data(recipe, mmdit, folders[0], LatentFolder(tmp_path / "large", spoken))  # type: ignore
+
+
+# --- the cost, and the command
+
+
+def test_the_cost_of_flux_is_what_was_measured() -> None:
+    """On an H100, rank 128 on 57 blocks, groups of 4 at 512 px, blocks compiled: 0.460 s and 69.3 GB, or
+    0.674 s and 28.8 GB with recomputed blocks; one plain row at 1024 px 0.376 s and 50.1 GB."""
+    bokeh = BokehConfig(blocks=tuple(range(57)), rank=128)
+    for rows, img_tokens, recompute, seconds, gigabytes in (
+        (4, 1024, False, 0.460, 69.3), (4, 1024, True, 0.674, 28.8), (1, 4096, False, 0.376, 50.1),
+    ):  # fmt: skip
+        cost = estimate(
+            FLUX_DEV, bokeh, rows=rows, txt_tokens=512, img_tokens=img_tokens, recompute=recompute
+        )
+        assert cost.seconds == pytest.approx(seconds, rel=0.1)
+        assert cost.gpu_bytes / 1e9 == pytest.approx(gigabytes, rel=0.15)
+        assert cost.base == 11_901_408_320 and cost.trained == 117_719_936
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_flags(parser)
+    return parser.parse_args(words)
+
+
+def test_the_command(recipe: AdapterRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, out = tmp_path / "mine.toml", tmp_path / "out"
+    recipe.write(config)
+    assert command.train(arguments("--config", str(config), "--output", str(out), "--dry-run")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "base", "adapter", "groups", "photographs", "size", "a step", "disk", "GPU", "time",
+    ]  # fmt: skip
+    assert "5 scenes, 3 pictures each" in lines[2] and lines[4] == "size: 32 x 32 px" and not out.exists()
+    assert "4 rows of 48 text and 4 image tokens" in lines[5]
+    assert command.train(arguments("--config", str(config), "--output", str(out), "--device", "cpu")) == 0
+    assert capsys.readouterr().out.strip() == str(out / "adapter")
+    trained = sum(t.numel() for name, t in written(out).items() if "to_k_bokeh" not in name)
+    assert f"adapter: {trained:,} parameters are trained, rank 4 in 3 blocks" in lines
