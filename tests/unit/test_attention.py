@@ -303,7 +303,7 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             interface.attention(q, k, v)
             grounded(interface, q, k, v, (0,))
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("INFO", "attention backend for cpu: sdpa (there are no kernels of our own for cpu)")
+        ("INFO", "attention backend for cpu: sdpa (our kernels need an NVIDIA GPU, not cpu)")
     ]
 
 
@@ -405,7 +405,7 @@ BF16 = torch.bfloat16
         (HOPPER, None, BF16, 128, "sdpa", "sdpa", "triton is not installed", "triton is not installed"),
         (HOPPER, (3, 7), torch.float32, 128, "sdpa", "sdpa", "not torch.float32", None),
         (HOPPER, (3, 7), BF16, 16, "sdpa", "sdpa", "head dims (64, 128), not 16", None),
-        (AMPERE, (3, 7), BF16, 128, "sdpa", "sdpa", "made for sm_90, not sm_80", None),
+        (AMPERE, (3, 7), BF16, 128, "sdpa", "sdpa", "made for Hopper (sm_90)", None),
     ],
 )
 def test_what_auto_takes(
