@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ from bokehflux.kernels.attention import interface, reference, sdpa, select, tile
 from bokehflux.kernels.attention.select import FOR_GRADIENTS, Choice
 from bokehflux.sampling.pivot_cache import PivotCache
 from tests.helpers import assert_within_2x, max_error
+from tests.tiny import tiny_pipeline
 
 ON_CPU = ["sdpa", "auto"]
 GROUPINGS = [
@@ -291,6 +293,12 @@ def test_a_backend_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
     pivot = q[:1]
     assert Grounded(pivot_of=(0, 0), backend="mine").for_block(3, bias)(pivot, k, v) is pivot
     assert calls == [((), {"value_bias": None}), (((0, 0),), {"value_bias": bias})]
+
+
+def test_a_pipeline_is_told_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(select.BACKENDS, "sdpa", SimpleNamespace())  # what "auto" would take
+    pipe = dataclasses.replace(tiny_pipeline(), backend="reference")
+    assert len(pipe.generate("a cup", [8, 25], bokeh_pivot=15, num_inference_steps=2).images) == 2
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
