@@ -1,1 +1,1 @@
-"""Attention in [B, L, H, D]: the definition, the fast eager form, and the one public interface."""
+"""Attention in [B, L, H, D]: the definition, faster backends, and the one public interface."""

@@ -1,8 +1,8 @@
-"""The kernels of a flash-attn wheel, where one is installed: the backend `flash` of `interface`.
+"""Attention through a flash-attn wheel, where one is installed: backend `flash`.
 
 FlashAttention 3 (Hopper) is preferred to FlashAttention 2. Grounded forms are two calls merged by their
-log-sum-exp, as in `eager`; with gradients one call on concatenated keys. On a GPU
-only FlashAttention 3 has run, forward (benchmarks/results).
+log-sum-exp, with gradients one call on concatenated keys, as in `sdpa`. Only FlashAttention 3, forward, has
+run on a GPU (benchmarks/results).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORWARD_ONLY = "fa3_fwd_interface"
 def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = None) -> Tensor:
     """Shapes as `reference.attention`; bfloat16 or float16 on a GPU.
 
-    Raises ValueError where no wheel is installed, or for gradients where it computes none.
+    Raises ValueError where no wheel is installed, and for gradients where the wheel cannot compute them.
     """
     return add_bias(_attend(q, k, v)[0], value_bias)
 
@@ -66,7 +66,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _check(name: str, *inputs: Tensor) -> None:
     q = inputs[0]
     if name == FORWARD_ONLY and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        raise ValueError("the wheel fa3-fwd computes no gradients: train with backend 'triton' or 'sdpa'")
+        raise ValueError("the wheel fa3-fwd cannot compute gradients: train with backend 'triton' or 'sdpa'")
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"flash attention takes bfloat16 and float16 on an NVIDIA GPU, not {q.dtype} on {q.device.type}"

@@ -1,27 +1,27 @@
 """Forward attention for Hopper in Gluon: the forms of `triton_fwd`, with loading and computing warps.
 
-A program is one producer warp and two consumer warpgroups of 64 queries each, and stays for much work:
-program p of P takes work p, p + P, p + 2 P ... The producer copies blocks of keys and values into one ring of
-shared memory, in exactly the order in which consumers use them, on over the borders of work:
+A program is one producer warp and two consumer warpgroups of 64 queries each. It stays for many work items:
+program p of P takes items p, p + P, p + 2 P ... The producer copies blocks of keys and values into one ring
+of shared memory, in the order the consumers read them, without stopping between work items:
 
     plain     K0 | K1 V0 | K2 V1 | ... | V(n-1)
     target    Kp0 | K0 | Kp1 V0 | K1 | ... | V(n-1)
     pair      Kp0 | K0 Vp0 | Kp1 V0 | K1 Vp1 | ... | V(n-1)
 
-Between two bars a consumer starts products on the tensor cores, and while they run takes exponentials of the
+Between two bars a consumer starts products on the tensor cores. While they run, it takes exponentials of the
 scores that are done first. Blocks of keys go from last to first, so that missing keys are masked once, before
 the loop.
 
 Protocol. Slot i of the ring has two barriers: `full[i]` (1 arrival, the producer's, and its bytes) and
-`empty[i]` (2 arrivals, one a group). Each side counts uses of the ring: use u is of slot u % NUM_SLOTS, in
+`empty[i]` (2 arrivals, one a group). Each side counts uses of the ring: use u takes slot u % NUM_SLOTS, in
 round u // NUM_SLOTS. A fresh barrier counts as if the phase of parity 1 had just ended. Hence
     producer, round r: waits empty[i] for parity (r & 1) ^ 1 (round 0 passes), announces bytes, copies;
     consumer, round r: waits full[i] for parity r & 1, multiplies, and arrives at empty[i] only after
         `warpgroup_mma_wait` has said that every product that reads the slot is done.
 Round r of empty[i] ends when all groups have arrived, so no side can lap the other. Both sides pass the same
-sequence of uses, so (slot, parity) carries on from work to work without any reset. Queries have one buffer a
-group, with `q_full[g]` and `q_empty[g]` of the same meaning, one use a work. The producer waits for it
-after the first keys of a work: the ring needs room for those (three slots), besides none that consumers hold.
+sequence of uses, so (slot, parity) carries on from item to item without any reset. Queries have one buffer a
+group, with `q_full[g]` and `q_empty[g]` of the same meaning, used once an item. The producer waits for it
+after the first keys of an item: the ring needs room for those (three slots), which no consumer may hold.
 Barriers are initialised, and fenced for the copy engine, before the warps part. Triton puts a barrier of the
 warpgroup before every arrival, so that one thread may speak for all.
 
@@ -235,7 +235,7 @@ def _mask(s, block, len_k, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _start_scores(q, no_scores, ring, slot, parity):
-    """Start q k^T on the next tile of the ring. Returns also that tile's slot and the next use."""
+    """Start q k^T on the next tile of the ring. Returns it, that tile's slot and the next use."""
     k = _take(ring, slot, parity)
     s = warpgroup_mma(q, k.permute((1, 0)), no_scores, use_acc=False, is_async=True)
     return s, slot, _next(slot, parity, ring[0].shape[0])
@@ -245,7 +245,7 @@ def _start_scores(q, no_scores, ring, slot, parity):
 def _first_scores(
     q, no_scores, ring, slot, parity, end, len_k, EVEN_K: gl.constexpr, BLOCK_N: gl.constexpr
 ):  # fmt: skip
-    """Scores of the last block of keys, which comes first and may lack some. Returns also the next use."""
+    """Scores of the last block of keys, which comes first and may lack some, and the next use."""
     s, k_slot, use = _start_scores(q, no_scores, ring, slot, parity)
     s = warpgroup_mma_wait(0, [s])
     _release(ring, k_slot)
@@ -254,7 +254,7 @@ def _first_scores(
 
 @gluon.jit
 def _start_values(weights, acc, ring, slot, parity):
-    """Start acc += weights v on the next tile of the ring. Returns also that tile's slot and the next use."""
+    """Start acc += weights v on the next tile of the ring. Returns acc, that tile's slot and the next use."""
     v = _take(ring, slot, parity)
     operand = gl.convert_layout(weights, gl.DotOperandLayout(0, acc.type.layout, 2))
     acc = warpgroup_mma(operand, v, acc, is_async=True)
@@ -263,8 +263,10 @@ def _start_values(weights, acc, ring, slot, parity):
 
 @gluon.jit
 def _last_values(q_empty, weights, acc, ring, slot, parity):
-    """acc plus the values of the work's last block; no scores are left, so queries are given back first.
-    Returns also the next use."""
+    """acc plus the values of the item's last block, and the next use.
+
+    No scores are left, so queries are given back first.
+    """
     mbarrier.arrive(q_empty, count=1)
     acc, v_slot, use = _start_values(weights, acc, ring, slot, parity)
     acc = warpgroup_mma_wait(0, [acc])

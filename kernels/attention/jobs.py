@@ -20,7 +20,7 @@ class Job:
     q_row: int
     """Row of q."""
     pivot_row: int
-    """Row of k_pivot; for a pair also the pivot's row of v, out and lse."""
+    """Row of k_pivot; for a pair, the pivot's row of v, out and lse too."""
     row: int
     """Row of k, v, out and lse."""
 

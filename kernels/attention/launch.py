@@ -211,7 +211,7 @@ def backward(
         k_pivot = _last_contiguous(k_pivot)
         dk_pivot = torch.zeros(k_pivot.shape, dtype=sums, device=k.device)
 
-    launches = [None] if jobs is None else chunks(plain)
+    launches: list[Sequence[Job] | None] = [None] if jobs is None else [*chunks(plain)]
     # Launches wait for each other: programs of one launch never add to the same sums.
     launches += [some for round_ in rounds(targets) for some in chunks(round_)]
     sources, delta = (q, k, k_pivot, v, grad), _delta(grad, out)

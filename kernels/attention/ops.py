@@ -1,4 +1,4 @@
-"""The Triton kernels as PyTorch operators: the backend `triton` of `interface`.
+"""Our kernels as PyTorch operators: backend `triton`.
 
 Each form is a custom operator with a fake implementation and a gradient, so `torch.compile` and CUDA graphs
 take it as one opaque node. Importing this module imports triton.

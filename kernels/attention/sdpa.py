@@ -1,7 +1,7 @@
-"""The same attention through `scaled_dot_product_attention`: what runs where no Triton kernel does.
+"""Attention through PyTorch's `scaled_dot_product_attention`: backend `sdpa`.
 
 A target row of grounded attention has two sets of keys and one set of values. Without gradients it is two
-calls merged by their log-sum-exp, so neither keys nor values are ever concatenated; with gradients it is one
+calls merged by their log-sum-exp, so neither keys nor values are ever concatenated. With gradients it is one
 call on concatenated keys, because PyTorch does not differentiate through the log-sum-exp. In bfloat16 on a
 CPU, targets share the exponentials of their pivot's scores. Pivot rows are plain attention: a doubled,
 identical set of keys leaves a softmax unchanged.

@@ -68,7 +68,7 @@ def choose(
     backward pass follows. The choice rests on benchmarks/results/attention.json (H100, head dim 128).
     """
     if device.type != "cuda":
-        return Choice("sdpa", f"there are no kernels of our own for {device.type}")
+        return Choice("sdpa", f"our kernels need an NVIDIA GPU, not {device.type}")
     no_gluon = why_not_gluon(device)
     off = no_gluon if tiles.device(device).family == tiles.HOPPER else None
     if reason := why_not_triton(device, dtype, head_dim):
@@ -76,7 +76,7 @@ def choose(
     if no_gluon is None:
         choice = Choice("triton", "fastest of those measured on Hopper: benchmarks/results/attention.json")
     elif off is None:
-        return Choice("sdpa", f"our fastest kernels cannot run here, {no_gluon}; ask for others by name")
+        return Choice("sdpa", f"our fastest kernels cannot run here: {no_gluon}; ask for the others by name")
     elif grounded and head_dim == 128:
         # 1.5 to 3.4 times as fast as two calls merged; a plain row is slower than PyTorch's at 4608 tokens.
         choice = Choice("triton", "plain Triton, faster with a pivot than PyTorch's two calls", off)
@@ -93,7 +93,7 @@ def resolve(backend: str, q: Tensor, *others: Tensor | None, grounded: bool) -> 
     if backend == "auto":
         gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others))
         choice = choose(q.device, q.dtype, q.shape[-1], grounded=grounded, gradients=gradients)
-        if not torch.compiler.is_compiling():  # a log line is no part of a traced graph
+        if not torch.compiler.is_compiling():  # a traced graph cannot log
             _log_choice(q.device.type, choice)
         return choice.backend
     if backend not in BACKENDS:
@@ -130,9 +130,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 @functools.cache
 def why_not_gluon(device: torch.device) -> str | None:
     """The reason why our kernels in Gluon cannot run on a device, or None."""
-    family = tiles.device(device).family
-    if family != tiles.HOPPER:
-        return f"they are made for {tiles.HOPPER}, not {family}"
+    if tiles.device(device).family != tiles.HOPPER:
+        return "they are made for Hopper (sm_90)"
     if reason := dispatch.why_not(device):
         return reason
     version = dispatch.triton_version()

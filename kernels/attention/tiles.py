@@ -21,7 +21,7 @@ DKV, DQ = "dkv", "dq"
 """The kernels of the backward pass."""
 
 TRITON, GLUON = "triton", "gluon"
-"""What a kernel is written in: Triton, for every GPU, or Gluon, for Hopper and one version of Triton."""
+"""What a kernel is written in: Triton, for every GPU, or Gluon, for Hopper and some versions of Triton."""
 
 HOPPER, PORTABLE, INTERPRETER = "sm_90", "sm_80 and up", "interpreter"
 """Families of devices: Hopper; every other NVIDIA GPU from sm_80 on; a CPU, where Triton imitates one."""
@@ -41,7 +41,7 @@ class Tile:
     tma: bool = False
     """Tensor descriptors, Hopper's bulk copies, rather than pointers."""
     programs_per_sm: int = 1
-    """How many fit on a multiprocessor at once: what the end of the grid is planned by."""
+    """How many fit on a multiprocessor at once; the end of the grid is planned by it."""
     max_parts: int = 8
     """How finely the last tiles of a forward grid may be split along the keys; 1: not at all."""
     language: str = TRITON
@@ -278,7 +278,7 @@ def plan_tail(
 
 
 def _makespan(costs: Sequence[float], num_slots: int) -> float:
-    """When the last of these pieces of work ends, each taken in order by the first free slot."""
+    """When the last of these pieces of work ends, if the first free slot takes the next one."""
     ends = [0.0] * num_slots
     for cost in costs:
         heapq.heapreplace(ends, ends[0] + cost)

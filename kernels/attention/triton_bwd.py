@@ -58,7 +58,7 @@ def dkv_kernel(
     GROUNDED: tl.constexpr, MAPPED: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N keys of one row; with GROUNDED also what the row adds to the pivot's dK.
+    """dK and dV of BLOCK_N keys of one row; with GROUNDED, what the row adds to the pivot's dK too.
 
     Scores lie transposed, [BLOCK_N, BLOCK_M], so that no product needs its left side turned.
     """

@@ -1,6 +1,6 @@
 """silu(group_norm(x)) in one call: PyTorch's operators, or our kernels where those would copy.
 
-PyTorch's CUDA group norm knows no channels-last layout and turns every activation twice. A 16-bit
+PyTorch's CUDA group norm cannot take the channels-last layout and turns every activation twice. A 16-bit
 channels-last tensor on an NVIDIA GPU therefore goes through `ops`, read twice and written once.
 """
 

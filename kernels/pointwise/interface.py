@@ -1,7 +1,7 @@
-"""The public functions of this folder: each picks its Triton form or its eager form, by one rule.
+"""The public functions of this folder: each picks its Triton form or plain PyTorch, by one rule.
 
-Triton runs where `dispatch.takes` says so and no gradient is needed: float32 inside, one rounding where a
-result is stored, where the eager forms round after every operation. Everything else is eager.
+Triton runs where `dispatch.takes` says so and no gradient is needed. It computes in float32 and rounds once,
+where a result is stored; plain PyTorch (`reference`) rounds after every operation.
 
 B rows, L tokens, E width, H heads, D head dim (a power of two of at least 16). Shifts, scales and gates are
 [B, 1, E], or [1, 1, E] for all rows. Only last dims need be contiguous.

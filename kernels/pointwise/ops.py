@@ -15,7 +15,7 @@ from torch import Tensor
 from . import triton_forms
 from .reference import EPS, Projected
 
-# All are bound by memory, so a thread should have several 16-byte loads under way. Not yet timed;
+# All are bound by memory, so a thread should have several 16-byte loads under way. The sizes are not swept;
 # compiled for sm_90 by triton 3.6.0 at E 3072, bfloat16: no spills, and tokens move by 16 bytes everywhere.
 NORM_TILE, NORM_WARPS = 4096, 4
 """Numbers that a program takes: four loads a thread. 62 registers (modulate) and 72 (with a gate)."""
@@ -166,7 +166,7 @@ def _like_concat(joint: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
-    """Of batch rows (0 where all share one) and of tokens. Raises ValueError for strided channels."""
+    """Strides of batch rows (0 where all share one) and of tokens. Raises ValueError for strided channels."""
     if x.stride(2) != 1:
         raise ValueError(f"expected contiguous channels, got strides {x.stride()} for {tuple(x.shape)}")
     return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)

@@ -1,7 +1,7 @@
 """The passes in plain PyTorch: their definition, and what runs without Triton, with gradients or compiled.
 
-On float32 tensors this is the reference of the Triton forms. In 16-bit types every operation rounds, in the
-order in which the published networks round.
+The definition is what they give on float32 tensors. In 16-bit types every operation rounds, in the order in
+which the published networks round.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
-"""Of every norm here."""
+"""The epsilon of every norm here."""
 
 
 class Projected(NamedTuple):

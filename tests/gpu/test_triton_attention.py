@@ -271,16 +271,10 @@ def test_the_same_bits_every_time() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, training_step(inputs), strict=True))
 
 
-def test_nothing_is_read_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_before_it_is_written(request: pytest.FixtureRequest) -> None:
     inputs = training_inputs()
     clean = training_step(inputs)
-    empty = torch.empty
-
-    def poisoned(*args: object, **options: object) -> Tensor:
-        made = empty(*args, **options)
-        return made.fill_(float("nan")) if made.dtype.is_floating_point else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    request.getfixturevalue("poisoned")
     assert torch.empty(1).isnan().all()
     for a, b in zip(clean, training_step(inputs), strict=True):
         assert a.isfinite().all() and torch.equal(a, b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ from bokehflux.kernels.attention import interface, reference, sdpa, select, tile
 from bokehflux.kernels.attention.select import FOR_GRADIENTS, Choice
 from bokehflux.sampling.pivot_cache import PivotCache
 from tests.helpers import assert_within_2x, max_error
+from tests.tiny import tiny_pipeline
 
 ON_CPU = ["sdpa", "auto"]
 GROUPINGS = [
@@ -293,6 +295,12 @@ def test_a_backend_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [((), {"value_bias": None}), (((0, 0),), {"value_bias": bias})]
 
 
+def test_a_pipeline_is_told_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(select.BACKENDS, "sdpa", SimpleNamespace())  # what "auto" would take
+    pipe = dataclasses.replace(tiny_pipeline(), backend="reference")
+    assert len(pipe.generate("a cup", [8, 25], bokeh_pivot=15, num_inference_steps=2).images) == 2
+
+
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     select._log_choice.cache_clear()  # tests before may have logged
     q, k, v = qkv(1, 4)
@@ -303,7 +311,7 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             interface.attention(q, k, v)
             grounded(interface, q, k, v, (0,))
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("INFO", "attention backend for cpu: sdpa (there are no kernels of our own for cpu)")
+        ("INFO", "attention backend for cpu: sdpa (our kernels need an NVIDIA GPU, not cpu)")
     ]
 
 
@@ -405,7 +413,7 @@ BF16 = torch.bfloat16
         (HOPPER, None, BF16, 128, "sdpa", "sdpa", "triton is not installed", "triton is not installed"),
         (HOPPER, (3, 7), torch.float32, 128, "sdpa", "sdpa", "not torch.float32", None),
         (HOPPER, (3, 7), BF16, 16, "sdpa", "sdpa", "head dims (64, 128), not 16", None),
-        (AMPERE, (3, 7), BF16, 128, "sdpa", "sdpa", "made for sm_90, not sm_80", None),
+        (AMPERE, (3, 7), BF16, 128, "sdpa", "sdpa", "made for Hopper (sm_90)", None),
     ],
 )
 def test_what_auto_takes(

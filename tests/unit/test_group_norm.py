@@ -66,11 +66,9 @@ def test_forward_and_gradients(shape, groups, dtype):
 
 
 @interpreted
-def test_unwritten_output_would_show(monkeypatch):
+def test_nothing_is_left_unwritten(poisoned):
     from bokehflux.kernels.group_norm import ops
 
-    empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(torch.nan))
     x, weight, bias, groups, dy = case((2, 24, 9, 11), 3, torch.float32)
     parts = gradients(lambda x, w, b: ops.group_norm_silu(x, w, b, groups, 1e-6), x, weight, bias, dy)
     assert all(part.isfinite().all() for part in parts)

@@ -1,4 +1,4 @@
-"""The Triton forms of the passes between matrix products against their eager forms, on toy shapes.
+"""The Triton forms of the passes between matrix products against plain PyTorch, on toy shapes.
 
 As for attention: in Triton's interpreter without a GPU, compiled with one.
 """
@@ -37,18 +37,10 @@ from bokehflux.sampling.latents import LatentGrid, position_ids  # noqa: E402
 from tests.helpers import assert_within_2x  # noqa: E402
 from tests.tiny import tiny_mmdit  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if ON_GPU else "cpu"
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 each_shape = pytest.mark.parametrize(("rows", "length", "width"), [(1, 1, 16), (2, 7, 48), (3, 5, 96)])
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten is NaN."""
-    empty = Tensor.new_empty
-    monkeypatch.setattr(
-        Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan)
-    )
 
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -68,7 +60,7 @@ def wide(x: Tensor | Sequence) -> Tensor | Sequence:
 
 
 def check(name: str, *args: Tensor | Sequence) -> None:
-    """The operator against the eager form in double precision, by the house's rule for low precision."""
+    """The operator against plain PyTorch in double precision, by the house's rule for low precision."""
     ours, oracle = getattr(ops, name)(*args), getattr(reference, name)(*args)
     exact = getattr(reference, name)(*wide(args))
     if isinstance(ours, Tensor):
@@ -302,7 +294,7 @@ def test_who_takes_epilogues(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes_epilogues(x, layer)
 
 
-def test_a_cpu_and_gradients_take_the_eager_forms(
+def test_a_cpu_and_gradients_take_plain_pytorch(
     monkeypatch: pytest.MonkeyPatch, pretend_gpu: Callable[..., torch.device]
 ) -> None:
     assert not interface.takes(torch.zeros(1, dtype=torch.float16))
@@ -322,7 +314,7 @@ def test_a_cpu_and_gradients_take_the_eager_forms(
 
 
 @pytest.mark.parametrize(("triton", "reason"), [(None, "not installed"), ((3, 3), "3.4 or newer, not 3.3")])
-def test_without_triton_a_gpu_takes_the_eager_forms_and_says_so_once(
+def test_without_triton_a_gpu_takes_plain_pytorch_and_says_so_once(
     triton: tuple[int, int] | None,
     reason: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from bokehflux.attention import Grounded, PivotQuery, Plain
 from bokehflux.conditioning import Conditioning
 from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, ScheduleConfig
+from bokehflux.kernels.attention import select
 from bokehflux.kernels.pointwise.reference import rotate
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import rope_table, sinusoid
@@ -354,6 +356,25 @@ def test_adapters_that_leave_keys_alone_share_only_the_query() -> None:
     velocity = tiny_denoiser(grounding=grounding)
     assert list(velocity.batches(3, 0)) == [(rows, Grounded(pivot_of=(1, 1, 1)))]
     assert list(velocity.batches(3, 1)) == [(rows, Plain())] == list(tiny_denoiser().batches(3, 0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grounding": Grounding(pivot_row=0, num_steps=1)},
+        {"grounding": Grounding(pivot_row=0, num_steps=1), "max_rows": 1},
+        {"true_cfg": 2.0, "negative": TEXT.encode(["bad"])},
+    ],
+    ids=["plain", "grounded", "split", "true CFG"],
+)
+def test_a_run_is_told_its_attention_backend(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, without any attention left to the choice that "auto" would make, here `sdpa`."""
+    monkeypatch.setitem(select.BACKENDS, "sdpa", SimpleNamespace())
+    options["bokeh"] = BokehCondition.of([8, 25, 3])
+    assert tiny_denoiser(backend="reference", **options)(start(3), HALF, 0).isfinite().all()
+    with pytest.raises(AttributeError):
+        tiny_denoiser(**options)(start(3), HALF, 0)
 
 
 def test_attention_of_your_own() -> None:

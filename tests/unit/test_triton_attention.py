@@ -404,16 +404,10 @@ def run(form: str, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_is_read_before_it_is_written(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_before_it_is_written(form: str, request: pytest.FixtureRequest) -> None:
     inputs = inputs_of(form)
     clean = run(form, inputs)
-    empty = torch.empty
-
-    def poisoned(*args: object, **options: object) -> Tensor:
-        made = empty(*args, **options)
-        return made.fill_(float("nan")) if made.dtype.is_floating_point else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    request.getfixturevalue("poisoned")
     assert torch.empty(1).isnan().all()
     dirty = run(form, inputs)
     assert len(clean) == len(dirty) >= 5
