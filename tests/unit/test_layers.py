@@ -15,7 +15,8 @@ from bokehflux.metrics import psnr
 from bokehflux.nano.scenes import Scene, _develop, build_scenes, sample_specs
 from bokehflux.rendering.aperture import DISC, Anamorphic, Aperture, CatsEye, Disc, Picture, Polygon
 from bokehflux.rendering.bokehme import classical
-from bokehflux.rendering.cut import cut, fill, plane_radii
+from bokehflux.rendering.cut import cut, plane_radii
+from bokehflux.rendering.fill import fill
 from bokehflux.rendering.layers import Layer, composite, composite_by_quarters
 from bokehflux.rendering.photo import GAMMA, blur_photo, raised
 from tests.thin_lens import Surface, ray_cast, round_lens
@@ -104,6 +105,30 @@ def test_halo_at_a_depth_edge(focus_on_subject: bool) -> None:
     scatter = (classical(photo[None], radius[None] / 10, GAMMA)[0] - truth).abs().max()
     assert ours < 1e-4
     assert scatter > 0.2, "a document says so: docs/rendering.md"
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 6])
+@pytest.mark.parametrize(("near", "far"), [(9.0, 0.0), (0.0, -9.0)])
+def test_a_wire_is_all_rim(width: int, near: float, far: float) -> None:
+    light, wire = torch.full((3, 64, 64), 0.6), torch.zeros(4, 64, 64)
+    wire[3, :, 30 : 30 + width] = 1
+    truth = rendered([(light, far), (wire, near)]) ** (1 / GAMMA)
+    flat = (light * (1 - wire[3:])) ** (1 / GAMMA)
+    radius = torch.where(wire[3] > 0, near, far)
+    assert psnr(blur_photo(flat, radius)[None], truth[None]).item() >= 45
+
+
+@pytest.mark.parametrize("focus_on_subject", [True, False])
+def test_rims_are_parted_by_colour(focus_on_subject: bool) -> None:
+    """Antialiased rims, as in every photograph; the depth's own edge is hard."""
+    light, subject = 0.3 + 0.4 * texture(0), blob(1, 48.3, 47.6, 22.5)
+    subject[:3] = torch.tensor([0.02, 0.2, 0.05])[:, None, None] * subject[3]
+    near, far = (0.0, -9.0) if focus_on_subject else (9.0, 0.0)
+    truth = rendered([(light, far), (subject, near)]) ** (1 / GAMMA)
+    flat = (subject[:3] + light * (1 - subject[3:])) ** (1 / GAMMA)
+    ours = blur_photo(flat, torch.where(subject[3] > 0.5, near, far))
+    assert (ours - truth).abs().max() < 0.15
+    assert psnr(ours[None], truth[None]).item() >= 38
 
 
 def nano_scene(seed: int) -> Scene:
