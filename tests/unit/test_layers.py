@@ -295,6 +295,18 @@ def test_the_farthest_layer_covers() -> None:
             composite(layers)
 
 
+def test_margins() -> None:
+    """A mirror at every edge, whatever size an FFT likes."""
+    light = torch.rand(1, 3, 17, 23)
+    out = composite([Layer(light=light, radius_px=torch.tensor([-4.0]))], margin_px=7)
+    wide = F.pad(light, (11, 11, 11, 11), mode="reflect")
+    same = composite([Layer(light=wide, radius_px=torch.tensor([-4.0]))])[..., 11:-11, 11:-11]
+    torch.testing.assert_close(out, same, atol=1e-5, rtol=0)
+    for margin in (17, -1):
+        with pytest.raises(ValueError, match=rf"less than the picture's \[17, 23\], got {margin}"):
+            composite([Layer(light=light)], margin_px=margin)
+
+
 def test_apertures_by_quarters() -> None:
     for aperture in (CatsEye(), Anamorphic(), Picture(torch.rand(9, 9))):
         whole, parts = (rendered(scene(0.0, 0.0, -8.0), aperture, q) for q in (False, True))
