@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bokehflux.rendering.disc import blur_spectrum, disc_spectrum
+from bokehflux.rendering.aperture import DISC
+from bokehflux.rendering.blur import Blur
 
 
 def luma(img: torch.Tensor) -> torch.Tensor:
@@ -61,8 +62,7 @@ def disc_blur(img: torch.Tensor, radius_px: float) -> torch.Tensor:
     pad = min(int(radius_px) + 2, img.shape[-1] - 1, img.shape[-2] - 1)
     wide = F.pad(img.float(), (pad, pad, pad, pad), mode="reflect")
     height, width = wide.shape[-2:]
-    transfer = disc_spectrum(torch.tensor([float(radius_px)], device=img.device), height, width)
-    blurred = blur_spectrum(torch.fft.rfft2(wide), transfer, height, width)
+    blurred = Blur(wide, DISC).by(torch.tensor([float(radius_px)], device=img.device))
     return blurred[:, :, pad : height - pad, pad : width - pad]
 
 

@@ -8,14 +8,13 @@ layers make occlusion right at defocused edges; HDR points in the background bec
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
 from bokehflux.lens import MAX_LEVEL, unit_level
-from bokehflux.rendering.disc import blur_spectrum, disc_spectrum
+from bokehflux.rendering.layers import Layer, composite
 
 from .scenery.backgrounds import paint_backgrounds
 from .scenery.canvas import Canvas, Dice, inside, smooth
@@ -125,37 +124,17 @@ def render(scene: Scene, levels: torch.Tensor) -> torch.Tensor:
     """
     if levels.shape != (len(scene),):
         raise ValueError(f"levels: expected one per scene, [{len(scene)}], got {list(levels.shape)}")
-    n = scene.background.shape[-1]
     # Beyond level 30 a disc would reach across the padding; clamping costs no synchronisation, a check would.
-    radius = unit_level(levels.clamp(0, MAX_LEVEL)) * RADIUS_AT_30 * scene.size_px / 256
-
-    def blurred(spectrum: torch.Tensor, radius_px: torch.Tensor) -> torch.Tensor:
-        return blur_spectrum(spectrum, disc_spectrum(radius_px, n, n, EDGE_SOFTNESS), n, n)
-
-    out = blurred(torch.fft.rfft2(scene.background), radius * scene.background_gap)
-    out = _over(_defocused_plane(scene, radius, blurred), out)
-    out = _over(blurred(torch.fft.rfft2(scene.mid), radius * scene.mid_gap), out)
-    out = _over(scene.subject, out)
-    pad = (n - scene.size_px) // 2
+    behind = -unit_level(levels.clamp(0, MAX_LEVEL)) * RADIUS_AT_30 * scene.size_px / 256
+    layers = [
+        Layer(light=scene.background, radius_px=behind * scene.background_gap),
+        Layer(light=scene.table, radius_px=behind * scene.table_gap, share=scene.table_defocus),
+        Layer(light=scene.mid, radius_px=behind * scene.mid_gap),
+        Layer(light=scene.subject),
+    ]
+    out = composite(layers, softness=EDGE_SOFTNESS)
+    pad = (out.shape[-1] - scene.size_px) // 2
     return _develop(out[:, :, pad : pad + scene.size_px, pad : pad + scene.size_px] * scene.exposure)
-
-
-def _defocused_plane(
-    scene: Scene, radius: torch.Tensor, blurred: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """The table, its blur growing with distance from the subject: blends in a stack of blurs."""
-    spectrum = torch.fft.rfft2(scene.table)
-    defocus = scene.table_defocus[:, None]
-    out, nearer = scene.table, 0.0
-    for share in (0.25, 0.5, 1.0):
-        blur = blurred(spectrum, radius * scene.table_gap * share)
-        weight = ((defocus - nearer) / (share - nearer)).clamp(0, 1)
-        out, nearer = out + (blur - out) * weight, share
-    return out
-
-
-def _over(layer: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
-    return layer[:, :3] + behind * (1 - layer[:, 3:])
 
 
 def _develop(light: torch.Tensor) -> torch.Tensor:

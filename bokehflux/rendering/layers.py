@@ -39,11 +39,15 @@ def composite(
 
     Exact but for what shows through a defocused rim and is defocused itself: from there the lens sees less of
     the one where it sees more of the other, and their blurs do not multiply. softness: of discs' rims, see
-    `aperture_spectrum`. margin_px: layers go on mirrored for so many pixels beyond their edges; with 0 their
-    blur wraps around. Raises ValueError for a farthest layer that does not cover.
+    `aperture_spectrum`. margin_px: layers go on mirrored for at least so many pixels beyond their edges; with
+    0 their blur wraps around. Raises ValueError for a farthest layer that does not cover, and for a margin
+    that is not smaller than the picture.
     """
     if not layers or layers[0].light.shape[1] != 3:
         raise ValueError("layers: expected the farthest to have 3 channels, as it covers everything")
+    if not 0 <= margin_px < min(layers[0].light.shape[-2:]):
+        size = list(layers[0].light.shape[-2:])
+        raise ValueError(f"margin_px: expected 0 or more and less than the picture's {size}, got {margin_px}")
     farthest, *nearer = layers
     out = _defocused(farthest, aperture, softness, margin_px)
     for layer in nearer:
@@ -64,12 +68,13 @@ def _defocused(layer: Layer, aperture: Aperture, softness: float, margin_px: int
     if layer.radius_px is None:
         return layer.light
     height, width = layer.light.shape[-2:]
-    m = margin_px
-    wide = F.pad(layer.light, (m, m, m, m), mode="reflect") if m else layer.light
+    top, bottom = _margins(height, margin_px)
+    left, right = _margins(width, margin_px)
+    wide = F.pad(layer.light, (left, right, top, bottom), mode="reflect") if margin_px else layer.light
     blur = Blur(wide, aperture, softness, (height, width))
 
     def blurred(radius_px: Tensor) -> Tensor:
-        return blur.by(radius_px)[..., m : m + height, m : m + width]
+        return blur.by(radius_px)[..., top : top + height, left : left + width]
 
     if layer.share is None:
         return blurred(layer.radius_px)
@@ -78,3 +83,22 @@ def _defocused(layer: Layer, aperture: Aperture, softness: float, margin_px: int
         weight = ((layer.share[:, None] - nearer) / (stop - nearer)).clamp(0, 1)
         out, nearer = out + (blurred(layer.radius_px * stop) - out) * weight, stop
     return out
+
+
+def _margins(size: int, margin_px: int) -> tuple[int, int]:
+    """Before and after; no less than asked for where there is any, and as much more as makes an FFT fast."""
+    if margin_px == 0:
+        return 0, 0
+    total, most = size + 2 * margin_px, size + 2 * (size - 1)
+    while not _is_fast(total) and total < most:
+        total += 1
+    before = (total - size) // 2
+    return before, total - size - before
+
+
+def _is_fast(size: int) -> bool:
+    """Whether it has no prime factor above 5."""
+    for prime in (2, 3, 5):
+        while size % prime == 0:
+            size //= prime
+    return size == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,29 +76,29 @@ def test_files_that_are_no_networks(networks: Networks, tmp_path: Path) -> None:
         load_networks(good, good)
 
 
-def knife_edge(level: float, radius_px: float) -> tuple[Tensor, np.ndarray]:
-    """Our mask at the first doubling of a level, and the rule in NumPy's float32, at radii around one."""
-    scale = float(np.float32(level / 10))
-    steps = np.arange(-3, 4, dtype=np.float32)
-    reach = (np.float32(radius_px) + steps) / np.float32(10)
-    inside = np.abs(np.float32(2 / scale) * reach) < np.float32(1)
-    small = torch.from_numpy(reach).view(1, 1, 1, 7)  # 1 + 7 pixels: no blur of the mask
-    return bokehme.sharp_share(2 / scale * small).flatten(), inside
+@pytest.mark.parametrize(("largest", "edge_px"), [(3.0, 15), (5.2, 26), (2.6, 13), (3.8, 19), (4.2, 21)])
+def test_the_masks_knife_edge(
+    largest: float, edge_px: int, networks: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ratio * dilated / 10 is 1, float32 decides, in the published order: by NumPy, step by step."""
+    seen: list[Tensor] = []
+    share = bokehme.sharp_share
+    monkeypatch.setattr(bokehme, "sharp_share", lambda reach: seen.append(reach) or share(reach))
+    defocus = torch.full((1, 40, 56), edge_px / 10 + 0.01)
+    defocus[:, :, 40:] = -largest
+    bokehme.render(torch.rand(1, 3, 40, 56), defocus, 2.2, networks)
 
-
-@pytest.mark.parametrize(("level", "radius_px"), [(30.0, 15.0), (52.0, 26.0), (26.0, 13.0), (38.0, 19.0)])
-def test_the_masks_knife_edge(level: float, radius_px: float) -> None:
-    ours, expected = knife_edge(level, radius_px)
-    assert (ours.numpy() > 0.5).tolist() == expected.tolist()
-
-
-def test_the_knife_edge_is_float32s() -> None:
-    """Pixels exactly on the edge, which all are out by exact numbers: some are in."""
-    decided = []
-    for radius_px in range(10, 31):
-        ours, _ = knife_edge(2.0 * radius_px, radius_px)
-        decided.append(bool(ours[3] > 0.5))
-    assert any(decided) and not all(decided)
+    scale = float(defocus.abs().max())
+    ratio = 2 / scale
+    dilated = np.where(np.arange(56) < 40 + edge_px, edge_px, int(-10 * scale)).astype(np.float32)
+    tenths = torch.from_numpy(dilated / np.float32(10)).expand(1, 1, 40, 56)
+    small = F.interpolate(
+        tenths, (int(ratio * 40), int(ratio * 56)), mode="bilinear", align_corners=True
+    ).numpy()
+    expected = np.float32(ratio) * small
+    assert (expected[..., 0] - 1).max() < 1e-6, "on the edge"
+    assert np.array_equal(seen[0].numpy() < 1, expected < 1)
+    assert np.array_equal(seen[0].numpy() > -1, expected > -1)
 
 
 def test_the_masks_blur() -> None:

@@ -23,7 +23,8 @@ from bokehflux.nano.scenery.spec import (
     is_held_out,
 )
 from bokehflux.nano.scenes import RADIUS_AT_30, Scene, build_scenes, render, sample_specs
-from bokehflux.rendering.disc import blur_spectrum, disc_spectrum
+from bokehflux.rendering.aperture import DISC
+from bokehflux.rendering.blur import Blur
 
 SIZE = 128
 
@@ -115,7 +116,7 @@ def test_blur_keeps_light_and_grows_with_the_level() -> None:
     n, radius = 96, torch.tensor([0.0, 0.5, 2.0, 8.0])
     point = torch.zeros(4, 1, n, n)
     point[:, :, n // 2, n // 2] = 50.0
-    out = blur_spectrum(torch.fft.rfft2(point), disc_spectrum(radius, n, n), n, n)
+    out = Blur(point, DISC).by(-radius)
     assert torch.allclose(out.sum((1, 2, 3)), torch.tensor(50.0), rtol=1e-4)
     assert torch.allclose(out[0], point[0], atol=1e-4)
     peak = out.amax((1, 2, 3))

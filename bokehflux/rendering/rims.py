@@ -1,0 +1,55 @@
+"""Where one pixel shows two surfaces: a rim, its two blur radii, and what of it the nearer surface covers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fill import fill
+
+JUMP_PX = 2.0
+"""Neighbours whose radii differ by more lie on two surfaces, and each may show a bit of both."""
+SURE = 0.02
+"""A matte this close to 0 or 1 says that a pixel shows one surface alone."""
+
+
+class Rims(NamedTuple):
+    """All [1, 1, H, W]; beside the rims both radii are the pixel's own."""
+
+    there: Tensor
+    """bool."""
+    front: Tensor
+    """Radius of the nearer surface."""
+    back: Tensor
+    """Radius of the farther one."""
+    share: Tensor | None
+    """What of a pixel the nearer surface covers, 0 ... 1; None: colours must tell."""
+
+
+def rims_of_depth(radius: Tensor) -> Rims:
+    """Where radii jump, one pixel to each side."""
+    front, back = F.max_pool2d(radius, 3, 1, 1), -F.max_pool2d(-radius, 3, 1, 1)
+    there = front - back > JUMP_PX
+    return Rims(there, torch.where(there, front, radius), torch.where(there, back, radius), None)
+
+
+def rims_of_matte(radius: Tensor, matte: Tensor) -> Rims:
+    """Where a matte is soft: in front lies what goes on from where it is 1, behind what goes on from 0."""
+    there = (matte > SURE) & (matte < 1 - SURE)
+    front, back = fill(radius, (matte >= 1 - SURE).to(radius)), fill(radius, (matte <= SURE).to(radius))
+    return Rims(there, torch.where(there, front, radius), torch.where(there, back, radius), matte)
+
+
+def share_by_color(light: Tensor, front: Tensor, back: Tensor) -> Tensor:
+    """The share [1, 1, H, W] of `front` that, mixed with `back`, comes closest to light, all [1, 3, H, W]."""
+    along = front - back
+    length = along.square().sum(1, keepdim=True).clamp(min=1e-6)
+    return (((light - back) * along).sum(1, keepdim=True) / length).clamp(0, 1)
+
+
+def unmixed(light: Tensor, share: Tensor, other: Tensor) -> Tensor:
+    """The colour of which a share, at least a half, and the rest of another colour make up the light."""
+    return ((light - (1 - share) * other) / share.clamp(min=0.5)).clamp(min=0)
