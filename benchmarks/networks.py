@@ -182,7 +182,7 @@ def build_pipeline(setting: Setting, device: torch.device, seed: int = 0) -> Pip
         torch.cuda.empty_cache()
     side = setting.sides_px[0]
     return Pipeline(
-        mmdit=build_mmdit(setting, device, seed),
+        transformer=build_mmdit(setting, device, seed),
         text=RandomText(t5, clip, setting.txt_length),  # type: ignore[arg-type]
         vae=vae,
         schedule=FLUX_SCHEDULE,

@@ -77,7 +77,7 @@ def tiny_pipeline(bokeh: BokehConfig | None = BOKEH, dtype: torch.dtype = torch.
     torch.manual_seed(1)
     vae = AutoencoderKL(VAE).eval().requires_grad_(False)
     return Pipeline(
-        mmdit=tiny_mmdit(bokeh).to(dtype),
+        transformer=tiny_mmdit(bokeh).to(dtype),
         text=FakeText(dtype),  # type: ignore[arg-type]
         vae=vae.to(dtype),
         schedule=ScheduleConfig(dynamic=True, shift=3.0),

@@ -87,7 +87,7 @@ class Timed(Placement):
 
 def run_ours(pipeline: Pipeline, network: nn.Module, job: Job, clock: Timed) -> list[np.ndarray]:
     """Pictures of the targets, by the product itself."""
-    timed = dataclasses.replace(pipeline, mmdit=network, memory=clock)
+    timed = dataclasses.replace(pipeline, transformer=network, memory=clock)
     result = timed.generate(
         PROMPT, job.targets, bokeh_pivot=PIVOT_LEVEL, num_inference_steps=job.num_steps,
         num_grounding_steps=job.num_grounded, guidance_scale=GUIDANCE, height=job.side_px,
@@ -186,7 +186,7 @@ def measure(session: Session) -> Iterator[list[Row]]:
     with best_stock_attention():
         pipeline = networks.build_pipeline(setting, device)
         # Before any arm takes its memory: written-out attention needs up to 25 GB.
-        wide = networks.widened(pipeline.mmdit)
+        wide = networks.widened(pipeline.transformer)
         levels = (PIVOT_LEVEL, *TARGET_LEVELS)
         batches = {
             side: networks.draw_batch(setting, side, levels, device) for side in session.cases.values()
@@ -195,7 +195,7 @@ def measure(session: Session) -> Iterator[list[Row]]:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         arms = build_arms(
-            pipeline.mmdit, with_levels=True, wants=session.wants, backend=session.backend, graphs=False
+            pipeline.transformer, with_levels=True, wants=session.wants, backend=session.backend, graphs=False
         )
         # The comparison arms first: should time run out, without them nothing of ours is known to be fast.
         arms.sort(key=lambda arm: arm.is_ours)

@@ -55,9 +55,9 @@ def build(setting: Setting, mode: MemoryMode, storage: str, device: torch.device
     """Drawn on the device, then put where the mode wants it: the host never holds more than its share."""
     pipeline = networks.build_pipeline(setting, device)
     if storage == "fp8":
-        for network in (pipeline.mmdit, *pipeline.text.networks):
+        for network in (pipeline.transformer, *pipeline.text.networks):
             store_fp8(network)
-    placement = place(pipeline.mmdit, pipeline.text.networks, pipeline.vae, mode, device)
+    placement = place(pipeline.transformer, pipeline.text.networks, pipeline.vae, mode, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -65,7 +65,7 @@ def build(setting: Setting, mode: MemoryMode, storage: str, device: torch.device
 
 
 def pinned_bytes(pipeline: Pipeline) -> int:
-    networks_ = (pipeline.mmdit, *pipeline.text.networks, pipeline.vae)
+    networks_ = (pipeline.transformer, *pipeline.text.networks, pipeline.vae)
     return sum(p.nbytes for network in networks_ for p in network.parameters() if p.device.type == "cpu")
 
 

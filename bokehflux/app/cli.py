@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bokehflux.app import photos
+from bokehflux.app import train as training
 from bokehflux.app.arguments import loras_from, model_from, options_from, parse, settings_from
 from bokehflux.app.terminal import plain, prepare, say, show, show_files
 from bokehflux.record import NEGATIVE_PROMPT, GenerateSettings, RefocusSettings, Settings
@@ -204,9 +205,9 @@ def fetch(args: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "generate": generate, "sweep": sweep, "refocus": refocus, "info": info, "doctor": doctor,
-    "inspect": inspect, "fetch": fetch, "exif": photos.exif,
-    "annotate": photos.annotate,
+    "generate": generate, "sweep": sweep, "refocus": refocus, "info": info, "exif": photos.exif,
+    "annotate": photos.annotate, "train": training.train, "doctor": doctor, "inspect": inspect,
+    "fetch": fetch,
 }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
+from bokehflux.app.terminal import show, show_files
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
@@ -24,7 +26,7 @@ def train(args: argparse.Namespace) -> int:
     recipe, out = AdapterRecipe.read(Path(args.config)), Path(args.output)
     lines = dry_run(recipe, out)
     if args.dry_run:
-        print(*lines, sep="\n")
+        show(lines)
         return 0
     import torch
 
@@ -35,5 +37,5 @@ def train(args: argparse.Namespace) -> int:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
     train_adapter(recipe, out, device, resume=args.resume)
-    print(out / "adapter")
+    show_files([out / "adapter"])
     return 0

@@ -205,7 +205,7 @@ def generated_series(pipe: Pipeline, prompts: list[str], steps: int, guidance: f
 def base_images(pipe: Pipeline, prompt: str, seeds: list[int], steps: int, guidance: float) -> Tensor:
     """uint8 [B, H, W, 3] without the adapter: `Pipeline.generate` for many seeds in one batch."""
     grid = LatentGrid.floored(pipe.defaults.height_px, pipe.defaults.width_px)
-    velocity = denoiser(pipe.mmdit, pipe.text.encode([prompt]), grid, guidance=guidance)
+    velocity = denoiser(pipe.transformer, pipe.text.encode([prompt]), grid, guidance=guidance)
     x = torch.cat([pack(noise(grid, seed, pipe.dtype)) for seed in seeds]).to(pipe.device)
     x = euler(velocity, x, sigmas(pipe.schedule, steps, grid.num_tokens))
     return to_uint8(pipe.vae.decode(unpack(x, grid)))

@@ -19,7 +19,7 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
     level of the same scene costs one row. Raises ValueError for settings that the model cannot serve, and
     for a cache of another scene.
     """
-    check_levels(asked, has_adapter=model.mmdit.bokeh is not None)
+    check_levels(asked, has_adapter=model.transformer.bokeh is not None)
     # Sizes that are not multiples of 16 are floored, and it says so.
     LatentGrid.floored(asked.height or model.defaults.height_px, asked.width or model.defaults.width_px)
     settings = asked.completed(model.defaults)

@@ -101,7 +101,7 @@ def load(
         with advised(mode, where, footprint(*networks)):
             placement = place(*networks, mode, where)
     return Pipeline(
-        mmdit=parts.transformer,
+        transformer=parts.transformer,
         text=parts.text,
         vae=parts.vae,
         schedule=parts.snapshot.schedule,

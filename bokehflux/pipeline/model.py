@@ -23,7 +23,7 @@ Compute = Literal["dtype", "fp8"]
 class Model:
     """What a run needs to know of a model. There is no other state."""
 
-    mmdit: MMDiT
+    transformer: MMDiT
     text: TextEncoders
     vae: AutoencoderKL
     schedule: ScheduleConfig
@@ -40,12 +40,12 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the work is done."""
-        return self.memory.device or self.mmdit.device
+        return self.memory.device or self.transformer.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.mmdit.dtype
+        return self.transformer.dtype
 
     @property
     def compute(self) -> Compute:
-        return "fp8" if is_fp8(self.mmdit) else "dtype"
+        return "fp8" if is_fp8(self.transformer) else "dtype"

@@ -113,7 +113,7 @@ def attention(model: Model, backend: str) -> str:
     """The attention backends of a model's runs: without a pivot, then with one where that is another."""
     if backend != "auto":
         return backend
-    head_dim = model.mmdit.config.head_dim
+    head_dim = model.transformer.config.head_dim
     choices = [select.choose(model.device, model.dtype, head_dim, grounded=g) for g in (False, True)]
     return " + ".join(dict.fromkeys(choice.backend for choice in choices))
 

@@ -29,7 +29,7 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
     The photograph is turned upright, scaled and cropped around its middle to fill the run's size. Raises
     ValueError for settings that the model cannot serve.
     """
-    check_levels(asked, has_adapter=model.mmdit.bokeh is not None)
+    check_levels(asked, has_adapter=model.transformer.bokeh is not None)
     upright = upright_rgb(photo)
     grid = grid_of(upright, model, asked.height, asked.width)
     settings = dataclasses.replace(asked, height=grid.height_px, width=grid.width_px)

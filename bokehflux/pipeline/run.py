@@ -189,7 +189,7 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
 
         def velocity(levels: Sequence[float] | None, grounding: Grounding | None) -> Denoiser:
             return denoiser(
-                model.mmdit,
+                model.transformer,
                 conditioning,
                 grid,
                 guidance=settings.guidance_scale,
@@ -230,7 +230,7 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
 def check_finite(model: Model, x: Tensor, velocity: Velocity, start: Tensor, schedule: Tensor) -> None:
     """Raise `NonFiniteError`, naming step and layer, unless x, sampled from `start`, is finite."""
     if not x.isfinite().all():
-        raise explain_nonfinite(model.mmdit, velocity, start, schedule)
+        raise explain_nonfinite(model.transformer, velocity, start, schedule)
 
 
 def check_levels(settings: Settings, has_adapter: bool) -> None:

@@ -120,7 +120,7 @@ def test_hooks_are_called_in_every_step(mmdit) -> None:
 def test_pictures_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipeline's run gives back what its graphs held, and makes the picture of one without graphs."""
     pipe = tiny_pipeline(dtype=torch.bfloat16)
-    place(pipe.mmdit, (), pipe.vae, "resident", torch.device("cuda"))
+    place(pipe.transformer, (), pipe.vae, "resident", torch.device("cuda"))
 
     class Text(FakeText):
         def encode(self, prompts, txt_length=None):

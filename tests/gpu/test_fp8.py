@@ -17,7 +17,7 @@ from bokehflux.kernels.fp8 import interface, ops, reference
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.fp8 import check_fp8, fp8_weight, quantize_mmdit
 from bokehflux.models.linear import Linear
-from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.mmdit import MMDiT, Rows
 from bokehflux.pipeline.memory import place
 from tests.tiny import tiny_mmdit, tiny_pipeline
 from tests.unit.test_fp8 import (
@@ -141,10 +141,11 @@ def test_a_transformer_compiled_and_replayed() -> None:
         eager = mmdit(**args)
         assert 0 < relative_error(eager.float(), exact) < 6 * ULP
         mods = mmdit.modulations(args["pooled"], args["sigma"], args["guidance"])
-        step = functools.partial(mmdit.velocity, args["img"], args["txt"], mods, args["rope"])
-        plain, graph = step(), torch.cuda.CUDAGraph()
+        rows = [Rows(img=args["img"], txt=args["txt"])]
+        step = functools.partial(mmdit.velocities, rows, mods, args["rope"])
+        (plain,), graph = step(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = step()
+            (captured,) = step()
         graph.replay()
         torch.testing.assert_close(captured, plain, rtol=0, atol=0)
         mmdit.compile_blocks()
@@ -156,10 +157,10 @@ def test_every_memory_mode_makes_the_same_picture(mode: str) -> None:
     made = []
     for kind in ("resident", mode):
         pipe = tiny_pipeline(dtype=torch.bfloat16)
-        quantize_mmdit(pipe.mmdit, CUDA)
-        assert all(p.device.type == "cpu" for p in pipe.mmdit.parameters())
+        quantize_mmdit(pipe.transformer, CUDA)
+        assert all(p.device.type == "cpu" for p in pipe.transformer.parameters())
         text = dataclasses.replace(pipe.text, device="cuda")  # type: ignore[type-var]
-        pipe = dataclasses.replace(pipe, text=text, memory=place(pipe.mmdit, (), pipe.vae, kind, CUDA))
+        pipe = dataclasses.replace(pipe, text=text, memory=place(pipe.transformer, (), pipe.vae, kind, CUDA))
         made.append(pipe.generate("a mug", [0, 12, 28], bokeh_pivot=15, max_rows=3).latents)
     assert torch.equal(*made)
 

@@ -53,7 +53,7 @@ def test_a_run_says_how_it_was_decoded(asked: bool | None) -> None:
     pipe = tiny_pipeline()
     if asked is None:  # streamed, and large enough
         pipe = dataclasses.replace(
-            pipe, memory=place(pipe.mmdit, (), pipe.vae, "stream", torch.device("cpu"))
+            pipe, memory=place(pipe.transformer, (), pipe.vae, "stream", torch.device("cpu"))
         )
         made = pipe.generate("p", num_inference_steps=1, height=512, width=528)
     else:

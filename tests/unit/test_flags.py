@@ -81,7 +81,7 @@ NEEDS = {
     "--preview-vae": ["--preview", "preview.png"],
 }
 TINY = {kind: tiny_pipeline(dtype=dtype) for kind, dtype in DTYPES.items()} | {"fp8": tiny_pipeline()}
-quantize_mmdit(TINY["fp8"].mmdit)
+quantize_mmdit(TINY["fp8"].transformer)
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_flags_of_fetch_change_what_is_asked_for(monkeypatch: pytest.MonkeyPatch
     assert asked == [plain, plain | changed[flag]]
 
 
-OTHERS = ["info", "doctor", "inspect", "fetch", "exif", "annotate"]
+OTHERS = ["info", "doctor", "inspect", "fetch", "exif", "annotate", "train"]
 
 
 def test_no_command_is_left_out_here() -> None:
@@ -203,6 +203,7 @@ def test_no_command_is_left_out_here() -> None:
 def test_the_other_commands_have_no_other_flags(command: str) -> None:
     flags = {word for action in parsers()[1][command]._actions for word in action.option_strings}
     own = {
+        "train": {"--config", "--output", "--resume", "--dry-run", "--device"},
         "fetch": set(FETCH), "info": {"--json"}, "exif": {"--focus-distance", "--short-side", "--json"},
         "annotate": {"--output", "--depth", "--depth-kind", "--mask", "--mask-kind", "--focus-source",
                      "--exif", "--long-side", "--shard", "--device"},
@@ -213,7 +214,7 @@ def test_the_other_commands_have_no_other_flags(command: str) -> None:
 def rows_of(argv: list[str]) -> int:
     """The largest batch that goes through the network."""
     seen: list[int] = []
-    img_in = TINY["float32"].mmdit.img_in
+    img_in = TINY["float32"].transformer.img_in
     hook = img_in.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     try:
         assert cli.main([*argv, "--output", f"rows{len(argv)}"]) == 0

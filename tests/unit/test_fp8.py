@@ -377,7 +377,7 @@ def test_a_grounded_run_keeps_its_scene() -> None:
     """Queries of the pivot alone: columns of the fused projections, through the whole pipeline."""
     pipe = tiny_pipeline()
     exact = pipe.generate("a mug", [0, 28], bokeh_pivot=15)
-    quantize_mmdit(pipe.mmdit)
+    quantize_mmdit(pipe.transformer)
     result = pipe.generate("a mug", [0, 28], bokeh_pivot=15)
     assert (exact.record.provenance.compute, result.record.provenance.compute) == ("dtype", "fp8")
     assert 0 < relative_error(result.latents, exact.latents) < 6 * ULP
@@ -389,8 +389,8 @@ def test_every_memory_mode_makes_the_same_picture(mode: str) -> None:
     made = {}
     for kind in ("resident", mode):
         pipe = tiny_pipeline()
-        quantize_mmdit(pipe.mmdit)
-        made[kind] = dataclasses.replace(pipe, memory=place(pipe.mmdit, (), pipe.vae, kind, CPU))
+        quantize_mmdit(pipe.transformer)
+        made[kind] = dataclasses.replace(pipe, memory=place(pipe.transformer, (), pipe.vae, kind, CPU))
     a, b = (pipe.generate("a mug", [0, 28], bokeh_pivot=15).latents for pipe in made.values())
     assert torch.equal(a, b)
 
@@ -457,8 +457,8 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_load_computes_in_fp8(golden: None) -> None:
     plain, narrow = (bokehflux.load("x", device="cpu", compute=c) for c in ("dtype", "fp8"))
     assert (plain.compute, narrow.compute) == ("dtype", "fp8")
-    args = arguments(plain.mmdit)
-    assert 0 < relative_error(narrow.mmdit(**args), plain.mmdit(**args)) < 6 * ULP
+    args = arguments(plain.transformer)
+    assert 0 < relative_error(narrow.transformer(**args), plain.transformer(**args)) < 6 * ULP
 
 
 def test_wrong_asks() -> None:

@@ -62,9 +62,11 @@ def test_unbounded_result(pipe: Pipeline) -> None:
 def test_without_levels_the_adapter_plays_no_part(pipe: Pipeline) -> None:
     """Plain FLUX: one picture, the same with and without an adapter built in."""
     bare = MMDiT(MMDIT).eval()
-    bare.load_state_dict({k: v for k, v in pipe.mmdit.state_dict().items() if not k.startswith("bokeh.")})
+    bare.load_state_dict(
+        {k: v for k, v in pipe.transformer.state_dict().items() if not k.startswith("bokeh.")}
+    )
     ours = pipe.generate(PROMPT)
-    theirs = dataclasses.replace(pipe, mmdit=bare).generate(PROMPT)
+    theirs = dataclasses.replace(pipe, transformer=bare).generate(PROMPT)
     assert len(ours.images) == 1
     assert torch.equal(ours.latents, theirs.latents)
     assert (pixels(ours.images[0]) == pixels(theirs.images[0])).all()
@@ -273,7 +275,7 @@ BAD = [
 def test_refusals(pipe: Pipeline, arguments: dict[str, Any], message: str) -> None:
     """ValueError in one line, before any network runs."""
     ran: list[int] = []
-    with pipe.mmdit.register_forward_pre_hook(lambda *_: ran.append(1)):
+    with pipe.transformer.register_forward_pre_hook(lambda *_: ran.append(1)):
         with pytest.raises(ValueError, match=message) as caught:
             pipe.generate(**({"prompt": PROMPT} | arguments))
     assert "\n" not in str(caught.value) and not ran
@@ -389,19 +391,19 @@ def test_nan_in_a_weight_is_named(name: str) -> None:
     broken = tiny_pipeline()
     with torch.no_grad():
         # The last row: in a fused projection it is the MLP's. A query's NaN ends in the CPU's attention.
-        broken.mmdit.get_submodule(name).weight[-1, 0] = torch.nan
+        broken.transformer.get_submodule(name).weight[-1, 0] = torch.nan
     block = ".".join(name.split(".")[:2])
     message = rf"^{block}.* returned NaN or infinity at step 0: NaN or infinity in {name}.weight$"
     with pytest.raises(NonFiniteError, match=message):
         broken.generate(PROMPT, [0, 28], bokeh_pivot=15)
-    hooks = [h for m in broken.mmdit.modules() for h in m._forward_hooks]
+    hooks = [h for m in broken.transformer.modules() for h in m._forward_hooks]
     assert not hooks
 
 
 def test_overflow_is_named_by_layer_and_step() -> None:
     """A layer that overflows late, with sound weights."""
     broken, calls = tiny_pipeline(), []
-    layer = broken.mmdit.single_blocks[0].linear2
+    layer = broken.transformer.single_blocks[0].linear2
 
     def overflow(_: torch.nn.Module, __: object, out: torch.Tensor) -> torch.Tensor | None:
         calls.append(1)

@@ -37,7 +37,7 @@ class Square(Network):
 def test_every_mode_makes_the_same_picture(mode: str) -> None:
     expected = tiny_pipeline().generate("a mug", [0, 28], bokeh_pivot=15)
     pipe = tiny_pipeline()
-    pipe = dataclasses.replace(pipe, memory=place(pipe.mmdit, (), pipe.vae, mode, CPU))
+    pipe = dataclasses.replace(pipe, memory=place(pipe.transformer, (), pipe.vae, mode, CPU))
     for _ in range(2):  # a second run finds everything as the first did
         result = pipe.generate("a mug", [0, 28], bokeh_pivot=15)
         assert torch.equal(result.latents, expected.latents)
@@ -75,17 +75,19 @@ def test_a_streamed_module_holds_its_weights_only_while_it_runs(again: bool) -> 
 @pytest.mark.parametrize("mode", ["offload", "stream"])
 def test_the_adapter_s_values_are_away_during_steps(mode: str) -> None:
     pipe = tiny_pipeline()
-    pipe = dataclasses.replace(pipe, memory=place(pipe.mmdit, (), pipe.vae, mode, CPU))
-    assert pipe.mmdit.bokeh is not None
-    homes = {name: p.data_ptr() for name, p in pipe.mmdit.bokeh.named_parameters()}
+    pipe = dataclasses.replace(pipe, memory=place(pipe.transformer, (), pipe.vae, mode, CPU))
+    assert pipe.transformer.bokeh is not None
+    homes = {name: p.data_ptr() for name, p in pipe.transformer.bokeh.named_parameters()}
     at_steps: list[bool] = []
 
     def look(_: StepInfo) -> None:
-        layers = (m for n, m in pipe.mmdit.bokeh.named_modules() if n.endswith(("_k_bokeh", "_v_bokeh")))
+        layers = (
+            m for n, m in pipe.transformer.bokeh.named_modules() if n.endswith(("_k_bokeh", "_v_bokeh"))
+        )
         at_steps.append(all(p.data_ptr() in homes.values() for layer in layers for p in layer.parameters()))
 
     came: list[int] = []
-    for block in pipe.mmdit.bokeh.adapter_modules.values():
+    for block in pipe.transformer.bokeh.adapter_modules.values():
         block.to_v_bokeh.register_forward_pre_hook(lambda m, _: came.append(m.up.weight.data_ptr()))
     pipe.generate("a mug", [0, 28], bokeh_pivot=15, on_step=look)
     assert came and not set(came) & set(homes.values()), "on the device for the value vectors"
@@ -94,7 +96,7 @@ def test_the_adapter_s_values_are_away_during_steps(mode: str) -> None:
 
 def test_a_block_comes_once_a_step_however_rows_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_pipeline()
-    pipe = dataclasses.replace(pipe, memory=place(pipe.mmdit, (), pipe.vae, "stream", CPU))
+    pipe = dataclasses.replace(pipe, memory=place(pipe.transformer, (), pipe.vae, "stream", CPU))
     whole = pipe.generate("a mug", [0, 8, 28], bokeh_pivot=15)
     fetched: list[int] = []
     real = Stream._fetch
@@ -103,7 +105,7 @@ def test_a_block_comes_once_a_step_however_rows_are_split(monkeypatch: pytest.Mo
     )
     split = pipe.generate("a mug", [0, 8, 28], bokeh_pivot=15, max_rows=1)
     torch.testing.assert_close(split.latents, whole.latents, atol=2e-4, rtol=0)
-    blocks, steps = pipe.mmdit.config.num_blocks, split.record.recipe()["num_inference_steps"]
+    blocks, steps = pipe.transformer.config.num_blocks, split.record.recipe()["num_inference_steps"]
     assert fetched == [*range(blocks)] * steps + [0]
 
 
@@ -119,11 +121,11 @@ def test_streamed_modules_in_an_order_of_their_own() -> None:
 
 def test_weights_come_home_after_an_error() -> None:
     pipe = tiny_pipeline()
-    placement = place(pipe.mmdit, (), pipe.vae, "stream", CPU)
-    homes = {name: p.data_ptr() for name, p in pipe.mmdit.named_parameters()}
+    placement = place(pipe.transformer, (), pipe.vae, "stream", CPU)
+    homes = {name: p.data_ptr() for name, p in pipe.transformer.named_parameters()}
     with pytest.raises(AttributeError), placement.phase("denoise"):
-        pipe.mmdit.doubles[0](torch.randn(2, 3), None, None, None, None)  # type: ignore[arg-type]
-    assert {name: p.data_ptr() for name, p in pipe.mmdit.named_parameters()} == homes
+        pipe.transformer.doubles[0](torch.randn(2, 3), None, None, None, None)  # type: ignore[arg-type]
+    assert {name: p.data_ptr() for name, p in pipe.transformer.named_parameters()} == homes
 
 
 def test_pieces_hold_every_parameter_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +229,9 @@ def test_the_mode_that_is_named_would_fit(free_gb: int, advice: str, monkeypatch
 def test_placement_knows_the_needs() -> None:
     pipe = tiny_pipeline()
     for mode in ("resident", "offload", "stream"):
-        assert place(pipe.mmdit, (), pipe.vae, mode, CPU).needs == footprint(pipe.mmdit, (), pipe.vae)
+        assert place(pipe.transformer, (), pipe.vae, mode, CPU).needs == footprint(
+            pipe.transformer, (), pipe.vae
+        )
 
 
 def test_an_error_keeps_no_tensors() -> None:

@@ -149,7 +149,7 @@ def test_bad_arguments(changed: dict[str, object], says: str) -> None:
 
 def test_numbers_that_are_none_are_named() -> None:
     pipe = tiny_pipeline()
-    pipe.mmdit.singles[1].linear2.weight.data[0, 0] = torch.nan
+    pipe.transformer.singles[1].linear2.weight.data[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="single_blocks.1"):
         pipe.refocus(photo(), "a mug", [30], num_inference_steps=2)
 

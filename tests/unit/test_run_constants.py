@@ -115,8 +115,10 @@ def test_the_interface_tells_only_who_asks(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_value_vectors_once_a_run() -> None:
     pipe, calls = tiny_pipeline(), []
-    assert pipe.mmdit.bokeh is not None
-    pipe.mmdit.bokeh.embedding_layer.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    assert pipe.transformer.bokeh is not None
+    pipe.transformer.bokeh.embedding_layer.register_forward_pre_hook(
+        lambda _, args: calls.append(len(args[0]))
+    )
     pipe.generate("a mug", [0, 8], bokeh_pivot=15)
     assert calls == [3]
     pipe.generate("a mug", [0, 8], true_cfg=2.0, max_rows=1)

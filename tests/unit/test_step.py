@@ -78,7 +78,7 @@ def test_modulations_once_for_all_rows() -> None:
 def test_a_run_computes_its_modulations_once() -> None:
     pipe = tiny_pipeline()
     calls: list[int] = []
-    pipe.mmdit.time_in.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    pipe.transformer.time_in.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     pipe.generate(PROMPT, [0, 8, 30], bokeh_pivot=15, num_inference_steps=5)
     assert calls == [5]
     calls.clear()
@@ -94,13 +94,13 @@ def test_split_batches_make_the_same_pictures(max_rows: int, pivot: float | None
     pipe = tiny_pipeline()
     levels = [0, 4, 12, 20, 30]
     whole = pipe.generate(PROMPT, levels, bokeh_pivot=pivot, true_cfg=true_cfg)
-    seen = sizes_of(pipe.mmdit)
+    seen = sizes_of(pipe.transformer)
     split = pipe.generate(PROMPT, levels, bokeh_pivot=pivot, true_cfg=true_cfg, max_rows=max_rows)
     torch.testing.assert_close(split.latents, whole.latents, atol=2e-4, rtol=0)
     rows = len(levels) + (pivot is not None)
     passes = whole.record.recipe()["num_inference_steps"] * (2 if true_cfg > 1 else 1)
     assert max(k for _, k, _ in seen) == min(max_rows, rows)
-    assert sum(k for _, k, _ in seen) == rows * passes * pipe.mmdit.config.num_blocks
+    assert sum(k for _, k, _ in seen) == rows * passes * pipe.transformer.config.num_blocks
 
 
 def test_a_pivot_is_kept_for_one_block_and_its_readers() -> None:
@@ -124,7 +124,7 @@ def test_a_filled_pivot_cache_costs_one_row() -> None:
     first = pipe.generate(PROMPT, [0], bokeh_pivot=15, pivot_cache=cache)
     torch.testing.assert_close(first.latents, whole.latents[:1], atol=2e-4, rtol=0)
     assert cache.nbytes > 0 and cache.scene is not None
-    seen = sizes_of(pipe.mmdit)
+    seen = sizes_of(pipe.transformer)
     later = pipe.generate(PROMPT, [28], bokeh_pivot=15, pivot_cache=cache)
     assert {k for _, k, _ in seen} == {1}
     torch.testing.assert_close(later.latents, whole.latents[1:], atol=2e-4, rtol=0)
