@@ -18,18 +18,49 @@ IMPORT_NAMES = {"pillow": "PIL"}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # From a copy: a build leaves folders beside setup.py, and an old one of those would end in the wheel.
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy: a build leaves folders beside setup.py, and an old one of those would end in the wheel."""
     source = tmp_path_factory.mktemp("source")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
-    out = tmp_path_factory.mktemp("dist")
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return wheel_of(source, tmp_path_factory.mktemp("dist"))
+
+
+def wheel_of(source: Path, out: Path) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--no-index", "-w", str(out), str(source)], check=True)
     (built,) = out.glob("*.whl")
     return built
+
+
+def test_a_source_archive_makes_the_same_wheel(source: Path, names: set[str], tmp_path: Path) -> None:
+    build = f"import setuptools.build_meta as build; build.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    again = set(zipfile.ZipFile(wheel_of(archive, tmp_path)).namelist())
+    assert again == names
+
+
+def test_what_a_package_index_shows(wheel: Path, names: set[str]) -> None:
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    assert "\nLicense-Expression: Apache-2.0\n" in text and "\nRequires-Python: >=3.11\n" in text
+    assert text.count("\nLicense-File: ") == 3 and "\nProject-URL: " in text
+    assert "Python 3.11" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_citation_names_this_version() -> None:
+    version = re.search('__version__ = "(.*)"', (ROOT / "bokehflux" / "version.py").read_text())
+    assert version is not None
+    assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.fixture(scope="module")
