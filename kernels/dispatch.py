@@ -33,6 +33,7 @@ def takes(*tensors: Tensor) -> bool:
 
 @functools.cache
 def runs_triton(device: torch.device) -> bool:
+    """Whether our Triton kernels run on a CUDA device; where they do not, a warning says so once."""
     reason = why_not(device)
     if reason is not None:
         logger.warning("fused kernels are off on %s, PyTorch's operators run instead: %s", device, reason)

@@ -9,14 +9,7 @@ from torch import Tensor
 from bokehflux.kernels.scatter import interface, reference
 from bokehflux.kernels.scatter.reference import Iris
 
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten is NaN."""
-    empty = Tensor.new_empty
-    monkeypatch.setattr(
-        Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan)
-    )
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def check(light: Tensor, radius: Tensor, iris: Iris) -> None:
