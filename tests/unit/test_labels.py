@@ -21,14 +21,14 @@ from bokehflux.lens import Blur
 from bokehflux.photos.labels import Labeller, blur_of, labelled, level_seen, read_labels
 from bokehflux.photos.readers import open_rows
 from tests.unit.test_annotate import save
-from tests.unit.test_focus import BACKGROUND_M, SUBJECT_M, motorcycle, scene
+from tests.unit.test_photo_focus import BACKGROUND_M, SUBJECT_M, motorcycle, scene
 from tests.unit.test_readers import jpeg, npz, stored
 
 SIZE = (192, 128)
 
 
 class Eye:
-    """In place of networks: knows the scene of `test_focus`, and counts how often it is asked."""
+    """In place of networks: knows the scene of `test_photo_focus`, and counts how often it is asked."""
 
     ran_by = "a test"
 
@@ -209,15 +209,23 @@ def test_the_focal_length_reaches_the_depth_network(tmp_path: Path) -> None:
     assert eye.focal_px == [pytest.approx(75 / 43.27 * np.hypot(96, 64)), None]
 
 
-def test_infinity_travels_through_json(tmp_path: Path) -> None:
+def test_the_sky_is_far_but_not_unknown(tmp_path: Path) -> None:
     place = photographs(tmp_path / "in", a=sharp())
     _, depth, mask = scene("subject")
     (place / "a.depth.npz").write_bytes(npz(depth=np.where(depth > 5, np.inf, depth).astype(np.float32)))
     (place / "a.mask.npz").write_bytes(npz(mask=mask))
     (label,) = label_all(place, tmp_path / "out").values()
-    assert label["farthest_m"] == "infinity"
+    assert label["farthest_m"] == 10_000
     blur = blur_of(label)
     assert blur is not None and blur.range_px == pytest.approx(blur.k_px_m / SUBJECT_M, rel=1e-3)
+    far = {"FNumber": 2, "FocalLength": 50, "SubjectDistance": "Infinity"}
+    (place / "a.json").write_text(json.dumps({"exif": far}))
+    (place / "a.depth.npz").unlink()
+    (label,) = label_all(place, tmp_path / "out", focus_source="mask").values()
+    assert label["focus_distance_m"] == "infinity" and label["focus_distance_from"] == "exif"
+    assert blur_of({**label, "nearest_m": 2.0, "farthest_m": 9.0}).largest_radius_px == pytest.approx(  # type: ignore[union-attr]
+        label["K_px_m_short_side"] / 2
+    )
 
 
 # The command
@@ -238,7 +246,7 @@ def test_annotate_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert cli.main(words) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{out / 'labels.jsonl'}\n"
-    assert "2 photographs; depth and masks take up to 2.46e-05 GB in" in printed.err
+    assert "photographs: 2; depth and masks take up to 2.46e-05 GB in" in printed.err
     assert "labelled: 1" in printed.err and "left out: cannot be read: 1" in printed.err
     (label,) = read_labels(out).values()
     assert label["maps"] and label["focus_distance_from"] == "sharpest"

@@ -96,7 +96,7 @@ def test_unknown_and_infinite_depths() -> None:
 
 
 def test_energy_is_the_mean_squared_laplacian() -> None:
-    """Of a single dot: 16 in the middle and 1 on its four sides, spread over the window."""
+    """For a single dot: 16 in the middle and 1 on its four sides, spread over the window."""
     dot = np.zeros((64, 64), np.uint8)
     dot[32, 32] = 255
     energy = laplacian_energy(Image.fromarray(dot), (64, 64))
