@@ -8,6 +8,7 @@ as img2dataset writes them. A row is light: pixels are read when they are asked 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import re
@@ -192,55 +193,48 @@ def _folder(place: Path) -> Rows:
 
 def _tars(tars: list[Path]) -> Rows:
     """Files of one name belong together; NAME.parquet beside NAME.tar, or index.parquet, adds columns."""
-    groups: list[tuple[Path, str, dict[str, tarfile.TarInfo]]] = []
+    groups: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []  # suffix -> where the file lies, its size
     for path in tars:
         try:
             with tarfile.open(path, "r:") as tar:
-                named: dict[str, dict[str, tarfile.TarInfo]] = {}
+                named: dict[str, dict[str, tuple[int, int]]] = {}
                 for member in tar:
                     folder, _, name = member.name.rpartition("/")
                     stem, dot, suffix = name.partition(".")
                     if member.isfile():
-                        named.setdefault(f"{folder}/{stem}".strip("/"), {})[dot + suffix.lower()] = member
+                        files = named.setdefault(f"{folder}/{stem}".strip("/"), {})
+                        files[dot + suffix.lower()] = member.offset_data, member.size
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a tar file: {error}") from error
         groups += [(path, key, files) for key, files in named.items() if any(map(files.get, PHOTO_SUFFIXES))]
-    columns = {path: _index(path) for path in tars}
+    columns = functools.lru_cache(maxsize=2)(_columns)  # one shard after the other is read
 
     def at(index: int) -> Row:
         path, key, files = groups[index]
 
-        def reader(member: tarfile.TarInfo) -> Callable[[], bytes]:
+        def beside(suffix: str) -> Callable[[], bytes] | None:
+            if suffix not in files:
+                return None
+            offset, size = files[suffix]
+
             def read() -> bytes:
                 with path.open("rb") as file:
-                    file.seek(member.offset_data)
-                    return file.read(member.size)
+                    file.seek(offset)
+                    return file.read(size)
 
             return read
 
-        def beside(suffix: str) -> Callable[[], bytes] | None:
-            return reader(files[suffix]) if suffix in files else None
-
-        suffix = next(suffix for suffix in PHOTO_SUFFIXES if suffix in files)
-        return _row_of_files(
-            f"{path.stem}/{key}",
-            f"{path}:{key}{suffix}",
-            reader(files[suffix]),
-            beside,
-            columns[path].get(key, {}),
-        )
+        suffix, read = next((s, read) for s in PHOTO_SUFFIXES if (read := beside(s)) is not None)
+        indices = (path.with_suffix(".parquet"), path.with_name("index.parquet"))
+        told = next((columns(one).get(key, {}) for one in indices if one.is_file()), {})
+        return _row_of_files(f"{path.stem}/{key}", f"{path}:{key}{suffix}", read, beside, told)
 
     return Rows(len(groups), at)
 
 
-def _index(tar: Path) -> dict[str, dict[str, Any]]:
-    """Columns by key from the index of a tar file; none without an index."""
-    for path in (tar.with_suffix(".parquet"), tar.with_name("index.parquet")):
-        if path.is_file():
-            return {
-                str(row["key"]): row for row in _arrow_parquet().read_table(path).to_pylist() if "key" in row
-            }
-    return {}
+def _columns(index: Path) -> dict[str, dict[str, Any]]:
+    """Rows of an index by their key."""
+    return {str(row["key"]): row for row in _arrow_parquet().read_table(index).to_pylist() if "key" in row}
 
 
 def _manifest(path: Path) -> Rows:
