@@ -104,6 +104,7 @@ def test_the_two_meanings() -> None:
     middle = Blur(k_px_m=60, focus_m=2, nearest_m=1, farthest_m=4)
     assert middle.range_px == pytest.approx(45) and middle.largest_radius_px == pytest.approx(30)
     assert middle.level("raw") == middle.level("range") == 30, "clipped"
+    assert Blur(k_px_m=20, focus_m=2, nearest_m=1, farthest_m=4).level("range") == pytest.approx(15)
     with pytest.raises(ValueError, match="unify must be one of raw, range, got 'both'"):
         blur.level("both")  # type: ignore[arg-type]
 

@@ -54,6 +54,18 @@ def test_a_mask_that_leaks_is_refined() -> None:
     assert focus.mask[SUBJECT].all() and focus.mask.sum() == mask.sum()
 
 
+def test_a_sharp_speck_does_not_save_a_wrong_mask() -> None:
+    """The wall is sharp; the mask holds something blurred, and a near speck as sharp as the wall."""
+    image, depth, mask = scene("wall")
+    depth = np.where(mask > 0, 4, depth).astype(np.float32)
+    speck = (slice(60, 68), slice(90, 98))
+    depth[speck] = 1
+    pixels = np.asarray(image).copy()
+    pixels[speck] = np.random.default_rng(1).choice([0, 255], (8, 8, 1))
+    with pytest.raises(Refused, match="the mask is not where the photograph is sharp"):
+        find_focus(Image.fromarray(pixels), depth, mask, "mask+sharpest")
+
+
 @pytest.mark.parametrize("source", ["mask", "mask+sharpest"])
 @pytest.mark.parametrize("empty", [None, np.zeros(SIZE[::-1], np.float32)], ids=["none", "zeros"])
 def test_an_empty_mask(source: str, empty: np.ndarray | None) -> None:

@@ -138,6 +138,18 @@ def test_a_picture_that_was_written_again_without_its_exif(tmp_path: Path) -> No
     assert photo.image.size == (48, 32) and np.asarray(photo.image)[:6, :10].min() > 200
 
 
+def test_the_orientation_of_an_original_turns_nothing_here(tmp_path: Path) -> None:
+    """Flickr's copies are upright, and the EXIF data that it tells is the original's."""
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    np.save(tmp_path / "a.depth.npy", UPRIGHT_DEPTH)
+    answer = [{"tag": "Orientation", "raw": {"_content": "Rotate 90 CW"}}]
+    (tmp_path / "a.json").write_text(json.dumps({"flickr_exif": answer}))
+    row = only(tmp_path)
+    photo = row.photo()
+    np.testing.assert_array_equal(row.depth_m(photo), UPRIGHT_DEPTH)  # type: ignore[arg-type]
+    assert photo.image.size == (48, 32) and photo.exif.orientation is None
+
+
 def test_profiles_are_converted_everywhere(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), GREEN).save(buffer, "PNG", icc_profile=display_p3())
