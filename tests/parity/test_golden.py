@@ -204,7 +204,7 @@ def test_position_ids():
 @pytest.fixture(scope="module")
 def pipe():
     folder = shared("golden")
-    return bokehflux.load(folder / "snapshot", adapter=folder / "adapter", device="cpu")
+    return bokehflux.load(folder / "snapshot", adapter=folder / "adapter", device="cpu", dtype="float32")
 
 
 @needs_shared

@@ -444,18 +444,20 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> None:
     """`bokehflux.load` finds the golden transformer, whatever it is asked for."""
     rest = tiny_pipeline()
 
-    def load_components(model: Any, *, loras: Any, on_progress: Any, adapter: Any, **how: Any) -> Any:
+    def load_components(
+        model: Any, *, loras: Any, on_progress: Any, on_found: Any, adapter: Any, **how: Any
+    ) -> Any:
         folder = GOLDEN / "snapshot" / "transformer"
         transformer = loader.load_transformer(folder, adapter=GOLDEN / "adapter", **how)
         snapshot = SimpleNamespace(schedule=rest.schedule, defaults=rest.defaults)
         return SimpleNamespace(transformer=transformer, text=rest.text, vae=rest.vae, snapshot=snapshot)
 
-    monkeypatch.setattr(loader, "load_components", load_components)
+    monkeypatch.setattr("bokehflux.pipeline.load.load_components", load_components)
 
 
 @multiplies
 def test_load_computes_in_fp8(golden: None) -> None:
-    plain, narrow = (bokehflux.load("x", device="cpu", compute=c) for c in ("dtype", "fp8"))
+    plain, narrow = (bokehflux.load("x", device="cpu", dtype="float32", compute=c) for c in ("dtype", "fp8"))
     assert (plain.compute, narrow.compute) == ("dtype", "fp8")
     args = arguments(plain.transformer)
     assert 0 < relative_error(narrow.transformer(**args), plain.transformer(**args)) < 6 * ULP

@@ -272,7 +272,7 @@ def test_running_out_at_loading_names_a_mode(monkeypatch: pytest.MonkeyPatch, tm
             raise torch.OutOfMemoryError("CUDA out of memory")
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("bokehflux.weights.load.load_components", full)
+    monkeypatch.setattr("bokehflux.pipeline.load.load_components", full)
     with pytest.raises(MemoryError, match="the machine is out of memory"):
         bokehflux.load(tmp_path, device="cpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
