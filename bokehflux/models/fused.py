@@ -24,6 +24,9 @@ from bokehflux.kernels.pointwise.interface import Projected
 from bokehflux.models.linear import Linear
 from bokehflux.models.norms import QKNorm
 
+EPILOGUES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16,)}
+"""Types in which a device's products are taken apart. float32 is not one: its last bits would change."""
+
 
 class Residual(NamedTuple):
     """The tokens of a stream [B, L, E], whose last update may still have to be added: x + gate * update.
@@ -107,9 +110,8 @@ def single_out(
     """linear2([joint | GELU(hidden)]): joint [B, L, E] from attention, hidden [B, L, M] from `single_in`."""
     if hidden is None:
         assert isinstance(x, Tensor)
-        return of_halves(
-            linear2, joint, gelu_columns(linear1, x, 3 * linear1.in_features, linear1.out_features)
-        )
+        hidden = gelu_columns(linear1, x, 3 * linear1.in_features, linear1.out_features)
+        return of_halves(linear2, joint, hidden)
     if linear2.takes_quantized:
         return linear2(fp8.quantize_gelu(hidden, beside=joint))
     return linear2(pointwise.concat_gelu(joint, hidden))
@@ -118,12 +120,12 @@ def single_out(
 def takes_epilogues(x: Tensor | Quantized, *layers: Linear) -> TypeGuard[Tensor]:
     """Whether products with x may be taken apart and end in GELU.
 
-    They may in 16 bits on CUDA and in bfloat16 on a CPU, with weights that are at most cast, without LoRA
-    terms and gradients, and with no compiler at work, which fuses by itself.
+    They may in the types of `EPILOGUES`, with weights that are at most cast, without LoRA terms or gradients,
+    and not under a compiler, which fuses by itself.
     """
     if isinstance(x, Quantized) or torch.compiler.is_compiling():
         return False
-    if x.dtype != torch.bfloat16 and not (x.is_cuda and x.dtype == torch.float16):
+    if x.dtype not in EPILOGUES.get(x.device.type, ()):
         return False
     grad = torch.is_grad_enabled()
     return all(

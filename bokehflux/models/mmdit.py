@@ -270,5 +270,6 @@ class MMDiT(Network):
             values=() if self.bokeh is None else self.bokeh.value_layers,
             unread=() if self.bokeh is None else self.bokeh.unread,
             projections=projections,
+            folded=self.bokeh is not None and self.bokeh.folded_at is not None,
             matrices=tuple(layer.weight for layer in projections.values()),
         )

@@ -31,6 +31,8 @@ class Units:
     """What no call reads: kept because its file holds it."""
     projections: Mapping[str, Linear] = field(default_factory=dict)
     """By name, the layers that do the blocks' work: the ones that may multiply in fp8."""
+    folded: bool = False
+    """Whether an adapter is part of the weights now, so that nothing may be added to them."""
     matrices: tuple[Tensor, ...] = ()
     """Weights [out, in] or filters [out, in, h, w] between hidden states: the ones that Muon trains."""
 

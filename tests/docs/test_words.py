@@ -28,9 +28,7 @@ ALLOWED = [
     "it also tells shapes", '"""Off by default"""',
 ]  # fmt: skip
 EXCEPTIONS: set[str] = {
-    "bokehflux/models/blocks.py",
     "bokehflux/nano/tokenizers.py",
-    "bokehflux/pipeline/memory.py",
     "kernels/attention/gluon_fwd.py",
     "kernels/attention/interface.py",
     "kernels/attention/launch.py",

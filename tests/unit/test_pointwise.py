@@ -272,12 +272,12 @@ def test_a_network_whose_products_are_taken_apart(
 
 
 def test_who_takes_epilogues(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    layer, x = Linear(16, 8).half(), torch.zeros(1, 16, dtype=torch.float16)
+    layer, x = Linear(16, 8).bfloat16(), torch.zeros(1, 16, dtype=torch.bfloat16)
     assert not takes_epilogues(x, layer)  # gradients
     layer.requires_grad_(False)
     assert takes_epilogues(x, layer)
-    assert not takes_epilogues(x.float(), layer)
+    assert not takes_epilogues(x.float(), layer) and not takes_epilogues(x.half(), layer)
+    assert not takes_epilogues(x.to("meta"), layer)  # a device of which nothing is known
     assert not takes_epilogues(x.clone().requires_grad_(), layer)
     layer.terms = (LowRankTerm(down=torch.zeros(1, 16), up=torch.zeros(8, 1), strength=1.0),)
     assert not takes_epilogues(x, layer)
@@ -289,7 +289,7 @@ def test_who_takes_epilogues(monkeypatch: pytest.MonkeyPatch) -> None:
     assert takes_epilogues(x, layer)  # a weight that is cast
     layer.set_fp8(layer.weight.data, torch.ones(8))
     assert not takes_epilogues(x, layer)
-    layer = Linear(16, 8).half().requires_grad_(False)
+    layer = Linear(16, 8).bfloat16().requires_grad_(False)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not takes_epilogues(x, layer)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.models.linear import Linear, LowRankTerm
-from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.units import Network
 
 from .read import Lora
 
@@ -146,7 +146,7 @@ def _fitting(
 
 def _is_folded(network: nn.Module) -> bool:
     # The adapter multiplies what the LoRA adds: folded before it, the product would lack the LoRA.
-    return isinstance(network, MMDiT) and network.bokeh is not None and network.bokeh.folded_at is not None
+    return isinstance(network, Network) and network.units().folded
 
 
 def _fits(layer: Linear, term: LowRankTerm) -> bool:
