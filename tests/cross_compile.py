@@ -30,6 +30,8 @@ from bokehflux.kernels.fp8 import ops as fp8
 from bokehflux.kernels.group_norm import ops as group_norm
 from bokehflux.kernels.pointwise import ops as pointwise
 from bokehflux.kernels.pointwise.reference import Projected
+from bokehflux.kernels.scatter import ops as scatter
+from bokehflux.kernels.scatter.reference import Iris
 
 BF16 = torch.bfloat16
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -80,6 +82,13 @@ def passes() -> None:
     group_norm.group_norm_silu(image, weight, weight, 32, 1e-6).sum().backward()
 
 
+def scattering() -> None:
+    light, radius = torch.zeros(1, 3, 40, 50), torch.ones(1, 40, 50)
+    for iris in (Iris(), Iris(6, donut=0.3)):
+        scatter.scatter(light, radius, iris, 2)
+    scatter.dilate(radius, 2)
+
+
 def quantisation() -> None:
     x, vector = torch.zeros(2, 40, 3072, dtype=BF16), torch.zeros(2, 1, 3072, dtype=BF16)
     fp8.quantize(x)
@@ -123,6 +132,7 @@ def main(capability: int) -> None:
     ):
         attention(tiles.HOPPER if capability == 90 else tiles.PORTABLE)
         passes()
+        scattering()
         if capability >= 89:  # e4m3 is younger than sm_80
             quantisation()
 

@@ -31,9 +31,9 @@ def scatter(light: Tensor, radius_px: Tensor, iris: Iris = DISC) -> tuple[Tensor
         )
     reach = _reach(radius_px)
     if takes(light, radius_px):
-        from . import triton_scatter
+        from . import ops
 
-        return triton_scatter.scatter(light, radius_px, iris, reach)
+        return ops.scatter(light, radius_px, iris, reach)
     return reference.scatter(light, radius_px, iris, reach)
 
 
@@ -47,9 +47,9 @@ def dilate(radius_px: Tensor) -> Tensor:
         raise ValueError(f"dilate: expected radius_px [B, H, W], got {list(radius_px.shape)}")
     reach = _reach(radius_px)
     if takes(radius_px):
-        from . import triton_scatter
+        from . import ops
 
-        return triton_scatter.dilate(radius_px, reach)
+        return ops.dilate(radius_px, reach)
     return reference.dilate(radius_px, reach)
 
 

@@ -1,26 +1,20 @@
-"""Scatter in Triton, turned around into a gather: importing this module imports triton.
+"""Scatter in Triton, turned around into a gather; `ops` launches it.
 
 A program takes a tile of results and asks every pixel that may reach it what it gives; nothing is added from
 two sides, so equal inputs give equal bits. A tile whose surroundings hold only small radii asks fewer pixels.
 Sources are padded by the reach, so that no read needs a mask.
 
 Arithmetic bounds for 512 x 512 pixels at radius 30, 3300 weights each, on an H100 of 132 SMs at 1.75 GHz: 0.8
-ms of instructions, 27 for 32 weights; 0.7 ms of reads from L1, 20 bytes a weight.
+ms of instructions, 27 for 32 weights; 0.6 ms of reads from L1, 20 bytes a weight.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .reference import DISC, FADED_PX, Iris, offset_table
+from .reference import FADED_PX
 
-ROWS, COLS, WARPS, UNROLL = 4, 128, 4, 4
-"""A tile has 4 results a thread: sums stay in registers, reads lie side by side. UNROLL neighbours are asked
-in one turn: their addresses are one register and a constant. 72 registers with triton 3.9. Not yet timed."""
 STEEPNESS: tl.constexpr = tl.constexpr(8 * 1.4426950408889634)
 """1/2 + 1/2 tanh(4 x) = 1 / (1 + exp(-8 x)), here with a power of two."""
 FADED: tl.constexpr = tl.constexpr(FADED_PX)
@@ -36,7 +30,7 @@ def _span(dy, largest, ring):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _scatter_kernel(
+def scatter_kernel(
     given, radius, offsets, largest_near, mean, weight,
     height, width, padded_height, padded_width, reach, donut,
     DONUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNROLL: tl.constexpr,
@@ -87,7 +81,7 @@ def _scatter_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _dilate_kernel(
+def dilate_kernel(
     radius, offsets, largest_near, out, height, width, padded_height, padded_width, reach,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -110,49 +104,3 @@ def _dilate_kernel(
     inside = (y < height)[:, None] & (x < width)[None, :]
     place = row * height * width + y[:, None].to(tl.int64) * width + x[None, :]
     tl.store(out + place, nearest, mask=inside)
-
-
-def scatter(light: Tensor, radius_px: Tensor, iris: Iris, reach: int) -> tuple[Tensor, Tensor]:
-    radius, reach = radius_px.abs(), reach + UNROLL  # The last turn of a row goes a little too far.
-    given = torch.cat([light, torch.ones_like(light[:, :1])], 1) / (radius**2 + 0.2)[:, None]
-    given, padded = _padded(given, reach), _padded(radius, reach)
-    mean, weight = light.new_empty(light.shape), light.new_empty(radius.shape)
-    with torch.cuda.device_of(light):
-        _scatter_kernel[_grid(radius)](
-            given, padded, offset_table(reach, iris).to(light.device), _largest_near(radius, reach),
-            mean, weight,
-            *radius.shape[1:], *padded.shape[1:], reach, iris.donut,
-            DONUT=iris.donut != 0, ROWS=ROWS, COLS=COLS, UNROLL=UNROLL, num_warps=WARPS,
-        )  # fmt: skip
-    return mean, weight
-
-
-def dilate(radius_px: Tensor, reach: int) -> Tensor:
-    padded, out = _padded(radius_px, reach, -torch.inf), radius_px.new_empty(radius_px.shape)
-    offsets = offset_table(reach, DISC).to(radius_px.device)
-    with torch.cuda.device_of(radius_px):
-        _dilate_kernel[_grid(radius_px)](
-            padded, offsets, _largest_near(radius_px.abs(), reach), out,
-            *radius_px.shape[1:], *padded.shape[1:], reach, ROWS=ROWS, COLS=COLS, num_warps=WARPS,
-        )  # fmt: skip
-    return out
-
-
-def _grid(radius: Tensor) -> tuple[int, int, int]:
-    batch, height, width = radius.shape
-    return triton.cdiv(width, COLS), triton.cdiv(height, ROWS), batch
-
-
-def _padded(x: Tensor, reach: int, value: float = 0.0) -> Tensor:
-    """x [..., H, W] with `reach` more on every side, after whole tiles."""
-    below, right = -x.shape[-2] % ROWS, -x.shape[-1] % COLS
-    return F.pad(x, (reach, reach + right, reach, reach + below), value=value).contiguous()
-
-
-def _largest_near(radius: Tensor, reach: int) -> Tensor:
-    """The largest radius among the pixels within reach of each tile: [B, tiles down, tiles across]."""
-    below, right = -radius.shape[-2] % ROWS, -radius.shape[-1] % COLS
-    tiles = F.max_pool2d(F.pad(radius, (0, right, 0, below))[:, None], (ROWS, COLS))
-    far = triton.cdiv(reach, ROWS), triton.cdiv(reach, COLS)
-    tiles = F.pad(tiles, (far[1], far[1], far[0], far[0]))
-    return F.max_pool2d(tiles, (2 * far[0] + 1, 2 * far[1] + 1), 1)[:, 0]

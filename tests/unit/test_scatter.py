@@ -19,7 +19,7 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from bokehflux.kernels import dispatch  # noqa: E402
-from bokehflux.kernels.scatter import interface, reference, triton_scatter  # noqa: E402
+from bokehflux.kernels.scatter import interface, ops, reference  # noqa: E402
 from bokehflux.kernels.scatter.reference import Iris  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -134,8 +134,8 @@ def test_energy_of_even_blur() -> None:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of several tiles that the interpreter can bear, and NaN where a kernel writes nothing."""
     if not ON_GPU:
-        monkeypatch.setattr(triton_scatter, "ROWS", 4)
-        monkeypatch.setattr(triton_scatter, "COLS", 16)
+        monkeypatch.setattr(ops, "ROWS", 4)
+        monkeypatch.setattr(ops, "COLS", 16)
     empty = Tensor.new_empty
     monkeypatch.setattr(
         Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan)
@@ -144,7 +144,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compare(light: Tensor, radius: Tensor, iris: Iris) -> None:
     reach = int(radius.abs().max()) + 1
-    ours = triton_scatter.scatter(light.to(DEVICE), radius.to(DEVICE), iris, reach)
+    ours = ops.scatter(light.to(DEVICE), radius.to(DEVICE), iris, reach)
     mean, weight = reference.scatter(light.double(), radius.double(), iris, reach)
     torch.testing.assert_close(ours[0].double().cpu(), mean, atol=2e-6, rtol=0)
     torch.testing.assert_close(ours[1].double().cpu(), weight, atol=0, rtol=1e-5)
@@ -152,7 +152,7 @@ def compare(light: Tensor, radius: Tensor, iris: Iris) -> None:
 
 def compare_dilation(radius: Tensor) -> None:
     reach = int(radius.abs().max()) + 1
-    assert torch.equal(triton_scatter.dilate(radius.to(DEVICE), reach).cpu(), reference.dilate(radius, reach))
+    assert torch.equal(ops.dilate(radius.to(DEVICE), reach).cpu(), reference.dilate(radius, reach))
 
 
 @each_iris
@@ -178,7 +178,7 @@ def test_triton_asks_fewer_where_radii_are_small(small_tiles: None) -> None:
     """One corner of a long picture is blurred: tiles out of its reach ask for single neighbours."""
     light, radius = picture(4, 60, 0.5)
     radius[:, :, :3] = 2.5
-    near = triton_scatter._largest_near(radius.abs(), 3)
+    near = ops._largest_near(radius.abs(), 3)
     assert ON_GPU or (near[0, 0, 0] == 2.5 and near[0, 0, -1] <= 0.5)
     compare(light, radius, Iris())
 
@@ -186,6 +186,12 @@ def test_triton_asks_fewer_where_radii_are_small(small_tiles: None) -> None:
 def test_strided_input(small_tiles: None) -> None:
     light, radius = picture(4, 6, 0.9)
     compare(light.mT, radius.mT, Iris())
+
+
+def test_operators_are_registered() -> None:
+    light, radius = (t.to(DEVICE) for t in picture(2, 3, 0.9))
+    for op, args in ((ops._scatter, (light, radius, *Iris(), 1)), (ops.dilate, (radius, 1))):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_who_takes_triton(monkeypatch: pytest.MonkeyPatch) -> None:
