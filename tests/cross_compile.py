@@ -31,7 +31,7 @@ from bokehflux.kernels.group_norm import ops as group_norm
 from bokehflux.kernels.pointwise import ops as pointwise
 from bokehflux.kernels.pointwise.reference import Projected
 from bokehflux.kernels.scatter import ops as scatter
-from bokehflux.kernels.scatter.reference import DISC, Iris
+from bokehflux.kernels.scatter.reference import Iris
 
 BF16 = torch.bfloat16
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -78,12 +78,15 @@ def passes() -> None:
     pointwise.concat_gelu(x, wide)
     stream, angles = Projected(x, x, x, weight, weight), torch.zeros(80, 64)
     pointwise.joint_heads([stream, stream], angles, angles)
-    light, radius = torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8)
-    for iris in (DISC, Iris(donut=0.5)):
-        scatter.scatter(light, radius, iris, 1)
-    scatter.dilate(radius, 1)
     image = torch.zeros(1, 128, 32, 32, dtype=BF16).to(memory_format=torch.channels_last).requires_grad_()
     group_norm.group_norm_silu(image, weight, weight, 32, 1e-6).sum().backward()
+
+
+def scattering() -> None:
+    light, radius = torch.zeros(1, 3, 40, 50), torch.ones(1, 40, 50)
+    for iris in (Iris(), Iris(6, donut=0.3)):
+        scatter.scatter(light, radius, iris, 2)
+    scatter.dilate(radius, 2)
 
 
 def quantisation() -> None:
@@ -129,6 +132,7 @@ def main(capability: int) -> None:
     ):
         attention(tiles.HOPPER if capability == 90 else tiles.PORTABLE)
         passes()
+        scattering()
         if capability >= 89:  # e4m3 is younger than sm_80
             quantisation()
 

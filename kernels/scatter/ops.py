@@ -1,4 +1,4 @@
-"""The Triton kernels as PyTorch operators, without gradients. Importing this module imports triton."""
+"""The Triton forms as PyTorch operators, without gradients. Importing this module imports triton."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ in one turn: their addresses are one register and a constant. 72 registers with 
 
 
 def scatter(light: Tensor, radius_px: Tensor, iris: Iris, reach: int) -> tuple[Tensor, Tensor]:
-    """`reference.scatter`."""
-    reach += UNROLL  # The last turn of a row goes a little too far.
-    return _scatter(light, radius_px, offset_table(reach, iris).to(light.device), reach, iris.donut)
+    return _scatter(light, radius_px, *iris, reach)
 
 
 @torch.library.custom_op("bokehflux::scatter", mutates_args=())
 def _scatter(
-    light: Tensor, radius_px: Tensor, offsets: Tensor, reach: int, donut: float
+    light: Tensor, radius_px: Tensor, sides: int, first_angle: float, donut: float, reach: int
 ) -> tuple[Tensor, Tensor]:
-    radius = radius_px.abs()
+    radius, reach = radius_px.abs(), reach + UNROLL  # The last turn of a row goes a little too far.
     given = torch.cat([light, torch.ones_like(light[:, :1])], 1) / (radius**2 + 0.2)[:, None]
     given, padded = _padded(given, reach), _padded(radius, reach)
-    mean, weight = _like(light)
+    offsets = offset_table(reach, Iris(sides, first_angle, donut)).to(light.device)
+    mean, weight = light.new_empty(light.shape), light.new_empty(radius.shape)
     with torch.cuda.device_of(light):
         triton_scatter.scatter_kernel[_grid(radius)](
             given, padded, offsets, _largest_near(radius, reach), mean, weight,
@@ -39,17 +38,14 @@ def _scatter(
 
 
 @_scatter.register_fake
-def _(light: Tensor, radius_px: Tensor, offsets: Tensor, reach: int, donut: float) -> tuple[Tensor, Tensor]:
-    return _like(light)
-
-
-def _like(light: Tensor) -> tuple[Tensor, Tensor]:
-    return light.new_empty(light.shape), light.new_empty((len(light), *light.shape[2:]))
+def _(
+    light: Tensor, radius_px: Tensor, sides: int, first_angle: float, donut: float, reach: int
+) -> tuple[Tensor, Tensor]:
+    return light.new_empty(light.shape), light.new_empty(radius_px.shape)
 
 
 @torch.library.custom_op("bokehflux::dilate", mutates_args=())
 def dilate(radius_px: Tensor, reach: int) -> Tensor:
-    """`reference.dilate`."""
     padded, out = _padded(radius_px, reach, -torch.inf), radius_px.new_empty(radius_px.shape)
     offsets = offset_table(reach, DISC).to(radius_px.device)
     with torch.cuda.device_of(radius_px):

@@ -131,11 +131,15 @@ def test_energy_of_even_blur() -> None:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of several tiles that the interpreter can bear, and NaN where a kernel writes nothing."""
     if not ON_GPU:
         monkeypatch.setattr(ops, "ROWS", 4)
         monkeypatch.setattr(ops, "COLS", 16)
+    empty = Tensor.new_empty
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan)
+    )
 
 
 def compare(light: Tensor, radius: Tensor, iris: Iris) -> None:
@@ -182,6 +186,12 @@ def test_triton_asks_fewer_where_radii_are_small(small_tiles: None) -> None:
 def test_strided_input(small_tiles: None) -> None:
     light, radius = picture(4, 6, 0.9)
     compare(light.mT, radius.mT, Iris())
+
+
+def test_operators_are_registered() -> None:
+    light, radius = (t.to(DEVICE) for t in picture(2, 3, 0.9))
+    for op, args in ((ops._scatter, (light, radius, *Iris(), 1)), (ops.dilate, (radius, 1))):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_who_takes_triton(monkeypatch: pytest.MonkeyPatch) -> None:
