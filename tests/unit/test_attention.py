@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -297,8 +296,8 @@ def test_a_backend_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pipeline_is_told_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(select.BACKENDS, "sdpa", SimpleNamespace())  # what "auto" would take
-    pipe = dataclasses.replace(tiny_pipeline(), backend="reference")
-    assert len(pipe.generate("a cup", [8, 25], bokeh_pivot=15, num_inference_steps=2).images) == 2
+    options = {"bokeh_pivot": 15, "num_inference_steps": 2, "backend": "reference"}
+    assert len(tiny_pipeline().generate("a cup", [8, 25], **options).images) == 2
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

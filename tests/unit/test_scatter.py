@@ -131,15 +131,11 @@ def test_energy_of_even_blur() -> None:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
     """Pictures of several tiles that the interpreter can bear, and NaN where a kernel writes nothing."""
     if not ON_GPU:
         monkeypatch.setattr(ops, "ROWS", 4)
         monkeypatch.setattr(ops, "COLS", 16)
-    empty = Tensor.new_empty
-    monkeypatch.setattr(
-        Tensor, "new_empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan)
-    )
 
 
 def compare(light: Tensor, radius: Tensor, iris: Iris) -> None:
