@@ -256,7 +256,7 @@ def test_refocus_takes_the_photographs_own_level(
     words = ["refocus", str(path), "--prompt", "a mug", "--output", str(tmp_path / "out")]
     assert cli.main([*words, "--photo-level", "auto"]) == 2
     assert asked == [pytest.approx(14.65, abs=0.01)]
-    assert "--photo-level 14.6, from the EXIF data of x.jpg\n" in capsys.readouterr().err
+    assert "--photo-level 14.7, from the EXIF data of x.jpg\n" in capsys.readouterr().err
     assert cli.main([*words, "--photo-level", "7"]) == 2 and asked[-1] == 7
     capsys.readouterr()
     bare = written(tmp_path / "y.jpg")
