@@ -74,7 +74,7 @@ OWN_IN = {
     "nano": LIBRARY | {"rendering", "metrics", "training", "nano"},
     "evaluation": LIBRARY | {"record", "rendering", "metrics", "pictures", "pipeline", "nano", "evaluation"},
     "app": LIBRARY | {"record", "metrics", "pictures", "photos", "pipeline", "app"},
-    "app.train": {"training"},
+    "app.train": {"training", "app.terminal"},
 }
 """Which of our own modules (below bokehflux) each part may import; a part that is not named may not exist."""
 

@@ -41,7 +41,7 @@ def train_tokenizers(
 ) -> tuple[CLIPTokenizer, T5Tokenizer]:
     """Learn both tokenizers from the captions in `corpus`, write them under `folder`, and return them.
 
-    `tokenizer/` is CLIP's: any Unicode text has ids; the end token, the largest id, also pads. Its encoder
+    `tokenizer/` is CLIP's: any Unicode text has ids; the end token, the largest id, pads as well. Its encoder
     must be configured with `eos_token_id` = `eos_id`. `tokenizer_2/` is T5's: pad 0, end 1, unknown 2;
     lower-case; characters outside ASCII that the corpus lacks are unknown.
     `length`: tokens a prompt is padded to. The vocabulary sizes are upper bounds: learning stops when no pair

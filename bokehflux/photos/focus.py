@@ -27,8 +27,8 @@ MIN_SHARE = 0.001
 MIN_ENERGY = 1e-6
 """Below this mean squared Laplacian (luma 0 to 1) there is nothing to judge sharpness by."""
 SAME_RATIO = 1.25
-SAME_PER_M = 1 / MAX_LEVEL
-"""Two distances agree within this ratio, or this difference of disparity: one pixel of blur at level 30."""
+SAME_PX = 1.0
+"""Two distances agree within this ratio, or when level 30, focused on one, blurs the other by this much."""
 MIN_DEPTH_M = 1e-6
 
 
@@ -128,7 +128,7 @@ def _agree(one_per_m: float, other_per_m: float) -> bool:
 
 def _near(disparity: NDArray[np.floating], per_m: float) -> NDArray[np.bool_]:
     ratio = np.maximum(disparity, per_m) <= SAME_RATIO * np.minimum(disparity, per_m)
-    return ratio | (np.abs(disparity - per_m) <= SAME_PER_M)
+    return ratio | (MAX_LEVEL * np.abs(disparity - per_m) <= SAME_PX)
 
 
 def _window_mean(values: NDArray[np.float32], radius: int) -> NDArray[np.float32]:

@@ -116,7 +116,7 @@ class CatsEye:
     """Discs cut by the lens barrel on their way out: round in the centre, lemons around it at the corners."""
 
     cut: float = 0.5
-    """Of the radius, that each side loses at a corner; 0 to below 1."""
+    """Share of the radius that each side loses at a corner; 0 to below 1."""
     zones = 5
 
     def __post_init__(self) -> None:

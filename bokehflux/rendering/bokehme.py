@@ -22,7 +22,7 @@ from .aperture import Aperture, Disc, Polygon
 from .bokehme_networks import Networks, resize
 
 PX_PER_UNIT = 10.0
-"""Of defocus."""
+"""How many pixels of defocus the networks call 1."""
 GAMMA_RANGE = (1.0, 5.0)
 """That the networks know."""
 BRIGHTEST = 1e5

@@ -29,7 +29,7 @@ class Layer:
     radius_px: Tensor | None = None
     """[B] of its blur, above 0 if it is nearer than the focus; None: it is in focus."""
     share: Tensor | None = None
-    """Of a slanted layer, [B, H, W] or what broadcasts: the share of `radius_px` at each place, 0 ... 1."""
+    """For a slanted layer, [B, H, W] or what broadcasts: the share of `radius_px` at each place, 0 ... 1."""
 
 
 def composite(

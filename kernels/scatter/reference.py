@@ -29,7 +29,7 @@ class Iris(NamedTuple):
     """The shape that a pixel spreads over."""
 
     sides: int = 0
-    """Of a polygon whose corners lie on the circle; 0: the disc."""
+    """A polygon whose corners lie on the circle; 0: the disc."""
     first_angle: float = math.pi / 2
     """Radians from the x axis back to a corner, y down: pi / 2 has a corner at the top."""
     donut: float = 0.0

@@ -27,16 +27,6 @@ ALLOWED = [
     "there is no such file", "it is no longer open", "no picture is lost", "this is also the largest",
     "it also tells shapes", '"""Off by default"""',
 ]  # fmt: skip
-EXCEPTIONS: set[str] = {
-    "bokehflux/nano/tokenizers.py",
-    "kernels/attention/gluon_fwd.py",
-    "kernels/attention/interface.py",
-    "kernels/attention/launch.py",
-    "kernels/attention/triton_bwd.py",
-    "kernels/group_norm/triton_norm.py",
-    "kernels/pointwise/ops.py",
-}
-"""Files that still hold denied words, to be mended: shrink this set, never let it grow."""
 
 
 def files() -> Iterator[Path]:
@@ -69,8 +59,5 @@ def test_every_hook_has_samples() -> None:
 def test_no_file_holds_denied_words() -> None:
     found = {path: findings(path) for path in files()}
     assert len(found) > 200, "the walk sees the whole project"
-    named = {path.relative_to(ROOT).as_posix(): lines for path, lines in found.items()}
-    bad = [line for name, lines in named.items() if name not in EXCEPTIONS for line in lines]
+    bad = [line for lines in found.values() for line in lines]
     assert not bad, "\n".join(bad)
-    mended = sorted(name for name in EXCEPTIONS if not named.get(name))
-    assert not mended, f"no longer exceptions: {mended}"

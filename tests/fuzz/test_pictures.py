@@ -18,7 +18,7 @@ from PIL import Image
 from bokehflux.app import arguments
 from bokehflux.pictures import metadata
 from bokehflux.pictures.metadata import NoRecipe, read_recipe
-from bokehflux.record import GenerateSettings
+from bokehflux.record import GenerateSettings, Record
 from tests.fuzz.hostile import JSON, assert_one_message, command
 
 FIELDS = list(GenerateSettings.fields())
@@ -162,11 +162,11 @@ def test_any_recipe_gives_arguments_or_one_message(tmp_path_factory, changes):
     try:
         args = arguments.parse(["generate", "--config-from", str(path)])
         arguments.loras_from(args)
-        request = arguments.request_from(args, args.prompt, args.seed)
+        asked = arguments.settings_from(args, GenerateSettings)
     except ValueError as error:
         assert str(error)
     else:
-        assert request.prompt == recipe["prompt"] and request.seed == recipe["seed"]
+        assert asked.prompt == recipe["prompt"] and asked.seed == recipe["seed"]
         # Where to write, and what to show, is never taken from a picture.
         assert args.output == "results" and args.preview is None
 
@@ -193,4 +193,4 @@ def test_a_picture_that_lies_about_being_finished_is_made_again(tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "TIFF")
     (tmp_path / "bokeh-00.0.png").write_bytes(buffer.getvalue())
-    assert finished(tmp_path, RECIPE) == {}
+    assert finished(tmp_path, Record.from_recipe({**RECIPE, "role": "target"})) == {}

@@ -122,7 +122,7 @@ def test_turning_the_picture_turns_the_blur(radius_px: float, seed: int) -> None
 
 
 def radius_of(spot: Tensor) -> float:
-    """Of the disc with the same second moment."""
+    """That of the disc with the same second moment."""
     along = torch.arange(SIZE) - SIZE // 2
     return math.sqrt(2 * float((spot * (along**2 + along[:, None] ** 2)).sum() / spot.sum()))
 

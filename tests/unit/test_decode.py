@@ -208,6 +208,7 @@ def test_ctrl_c_while_files_are_written_waits_for_them(
     import os
     import signal
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     real, pressed = os.fsync, []
 
     def fsync(descriptor: int) -> None:

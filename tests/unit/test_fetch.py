@@ -107,7 +107,7 @@ def test_failures_are_explained(hub):
 
 @pytest.mark.parametrize("name", ["", "flux", "a/b/c", "/b", "a/"])
 def test_names_that_are_no_repository(hub, name):
-    assert "no repository" in failure(name, env={})
+    assert "is not a repository" in failure(name, env={})
     assert not hub.calls
 
 
