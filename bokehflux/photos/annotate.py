@@ -127,7 +127,7 @@ def _transformers(name: str, folder: Path, device: str) -> tuple[Any, str]:
         import torch
         import transformers
     except ImportError:
-        raise ValueError("this model needs `transformers`: pip install 'bokehflux[annotate]'") from None
+        raise ValueError("this model needs `transformers`: pip install transformers") from None
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a folder with config.json and weights, as {name} needs it")
     try:
@@ -185,7 +185,7 @@ class _Onnx:
         try:
             import onnxruntime
         except ImportError:
-            raise ValueError("this model needs `onnxruntime`: pip install 'bokehflux[annotate]'") from None
+            raise ValueError("this model needs `onnxruntime`: pip install onnxruntime") from None
         if not file.is_file():
             raise ValueError(f"{file} is not an ONNX file: it is not there")
         wanted = ["CPUExecutionProvider"]

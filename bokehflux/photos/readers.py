@@ -296,7 +296,7 @@ def _arrow_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("parquet needs the package `pyarrow`: pip install 'bokehflux[data]'") from None
+        raise ValueError("parquet needs the package `pyarrow`: pip install pyarrow") from None
     return pyarrow.parquet
 
 

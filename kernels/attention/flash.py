@@ -83,5 +83,5 @@ def _kernel() -> tuple[str, Callable[..., Any]]:
             continue
     raise ValueError(
         f"attention backend 'flash' needs one of the modules {', '.join(MODULES)}: "
-        "pip install 'bokehflux[flash]', or fa3-fwd on a Hopper GPU"
+        "pip install flash-attn, or fa3-fwd on a Hopper GPU"
     )

@@ -190,7 +190,7 @@ def test_without_the_package_one_line_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     load.load_transformer(tmp_path / "a.gguf")
     message = problems(load.load_transformer, tmp_path / "b.gguf")
-    assert "type IQ4_NL need the package `gguf`: pip install 'bokehflux[gguf]'" in message
+    assert "type IQ4_NL need the package `gguf`: pip install gguf" in message
 
 
 def test_bad_files_say_why(tmp_path):

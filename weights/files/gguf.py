@@ -101,7 +101,7 @@ def _package(packing: str) -> Any:
     try:
         import gguf
     except ImportError:
-        problem = f"GGUF tensors of type {packing} need the package `gguf`: pip install 'bokehflux[gguf]'"
+        problem = f"GGUF tensors of type {packing} need the package `gguf`: pip install gguf"
         raise GgufError(problem) from None
     return gguf
 
