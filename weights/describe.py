@@ -20,10 +20,11 @@ from bokehflux.models.linear import NARROW, Linear
 from .files.checkpoint import Checkpoint, CheckpointError, Shelf, TensorInfo, holds_checkpoint
 from .files.pickled import pickle_in
 from .files.unpack import FORMATS
-from .find.layouts import PARTS, Candidate, Findings, fits, scan
-from .lora.read import PREFIXES, match_layers
+from .find.layouts import PARTS, Candidate, Findings, misfit, scan
+from .lora.read import PREFIXES, made_for, match_layers
 from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, Network, adapter_for
 from .parts import LEFT_OVER, open_any, part_of, prefixes, strangers
+from .relatives import stranger
 from .tables import adapter
 from .tables import lora as lora_names
 
@@ -53,6 +54,9 @@ def describe(path: str | Path) -> str:
 def _checkpoint(checkpoint: Checkpoint) -> list[str]:
     size = sum(file.stat().st_size for file in {info.file for info in checkpoint.tensors.values()})
     facts = f"{_bytes(size)}, {len(checkpoint.tensors)} tensors"
+    if (problem := stranger(checkpoint)) and not _lora(checkpoint):
+        precision = _precision(checkpoint.tensors.values(), False)
+        return [f"{problem.removeprefix('is ')}, {facts}", f"precision: {precision}", "use: none"]
     found = prefixes(checkpoint)
     if found:
         return _networks(checkpoint, found, facts)
@@ -188,19 +192,22 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
         problems = list(error.problems)
     if not problems:
         return [*lines, "model: for FLUX.1, every layer has its place", "use: --lora"]
-    shown = [f"not for FLUX.1: {problem}" for problem in problems[:_SHOWN]]
+    shown = [f"model: {model}"] if (model := made_for(checkpoint)) else []
+    shown += [f"not for FLUX.1: {problem}" for problem in problems[:_SHOWN]]
     shown += [f"not for FLUX.1: {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     return [*lines, *shown, "use: none with FLUX.1; it was made for another model"]
 
 
 def _folder(findings: Findings) -> list[str]:
-    lines = []
+    lines: list[str] = []
+    missing: list[str] = []
     networks = {network.name: network for network in NETWORKS}
     for part, what in PARTS.items():
         found, network = findings.parts.get(part, ()), networks.get(part)
         if network is TRANSFORMER:
-            found = tuple(candidate for candidate in found if fits(candidate, network))
+            found = tuple(candidate for candidate in found if misfit(candidate, network) is None)
         if not found:
+            missing.append(part)
             lines.append(f"{part}: missing; looked for {what}")
         for candidate in found:
             shown = candidate.path.relative_to(findings.root)
@@ -208,7 +215,7 @@ def _folder(findings: Findings) -> list[str]:
             if network is not None:
                 lines += _indented(_component(candidate, network))
     lines += [f"unreadable: {problem}" for problem in findings.unreadable]
-    missing = [part for part in PARTS if not findings.parts.get(part)]
+    lines += [f"passed over: {path.relative_to(findings.root)} {why}" for path, why in findings.passed_over]
     if not missing:
         lines.append("use: --model with this folder")
     elif TRANSFORMER.name in missing:

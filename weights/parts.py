@@ -24,6 +24,7 @@ from .files.pickled import pickle_in
 from .mapping import Entry, Shape, Table, plan, recognise, renamed
 from .networks import NETWORKS, C, N, Network
 from .precision import separate
+from .relatives import stranger
 from .tables import adapter
 
 LEFT_OVER = frozenset(
@@ -101,8 +102,8 @@ def strangers(checkpoint: Checkpoint, found: Mapping[str, str]) -> list[str]:
 
 
 def shapes_of(checkpoint: Checkpoint, network: Network[Any, Any]) -> Shapes:
-    """The shapes of a checkpoint with the network's marker, by our names."""
-    table = next(table for table in network.tables if table.marks(checkpoint.tensors))
+    """The shapes of a checkpoint by our names. Raises CheckpointError without the network's marker."""
+    table = recognise(network.tables, checkpoint.tensors, checkpoint.path, network.codec.what)
     return Shapes(renamed(table, checkpoint.shapes), network.codec.what, checkpoint.path)
 
 
@@ -133,6 +134,8 @@ def open_part(path: str | Path, network: Network[C, N]) -> Part[C, N]:
 
 def part_of(checkpoint: Checkpoint, network: Network[C, N]) -> Part[C, N]:
     """As `open_part`, of an opened checkpoint."""
+    if problem := stranger(checkpoint):
+        raise CheckpointError(checkpoint.path, problem)
     found = prefixes(checkpoint)
     prefix = found.get(network.name, "")
     if prefix and (odd := strangers(checkpoint, found)):

@@ -22,12 +22,14 @@ from ..codec import Shapes
 from ..files.checkpoint import FILE_SUFFIXES, Checkpoint, CheckpointError, Shelf, holds_checkpoint
 from ..networks import NETWORKS, Network
 from ..parts import prefixes, shapes_of
+from ..relatives import ENGINES, stranger
 
 COMFYUI = ("unet", "diffusion_models", "checkpoints", "vae", "clip", "text_encoders")
 """Folders of a ComfyUI tree that hold parts of a model."""
 TOKENIZERS = tuple(network.tokenizer for network in NETWORKS if network.tokenizer is not None)
 PARTS = {row.name: row.files for row in NETWORKS} | {row.name: row.files for row in TOKENIZERS}
 """Every part of a model -> how errors name its files."""
+_TAKE = "take a .safetensors or .gguf file"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
@@ -59,6 +61,8 @@ class Findings:
     """Keys: those of `PARTS`."""
     unreadable: tuple[str, ...] = ()
     """Files that look like checkpoints but cannot be opened, with the reason."""
+    passed_over: tuple[tuple[Path, str], ...] = ()
+    """Files that no network can come from, with the reason: other models, formats that cannot be read."""
 
 
 def scan(root: Path, shelf: Shelf) -> Findings:
@@ -84,24 +88,34 @@ def _scan(root: Path, shelf: Shelf) -> Findings:
     for tokenizer in TOKENIZERS:
         folders = [home / tokenizer.folder for home in homes if (home / tokenizer.folder).is_dir()]
         parts[tokenizer.name] = tuple(Candidate(path=folder, shelf=shelf) for folder in folders)
-    files = sorted(p for p in root.iterdir() if p.suffix in FILE_SUFFIXES)
+    endings = {*FILE_SUFFIXES, *ENGINES}
+    files = sorted(p for p in root.iterdir() if p.suffix in endings)
     for folder in tree if comfyui else ():
-        files += sorted(p for p in folder.rglob("*") if p.suffix in FILE_SUFFIXES)
-    unreadable = []
+        files += sorted(p for p in folder.rglob("*") if p.suffix in endings)
+    unreadable: list[str] = []
+    passed_over: list[tuple[Path, str]] = []
     official = set(parts)
     loose: dict[str, list[Candidate]] = {}
     for file in files:
         if _SHARD.search(file.name):
             continue
+        if file.suffix in ENGINES:
+            passed_over.append((file, f"is {ENGINES[file.suffix]}, which cannot be read: {_TAKE}"))
+            continue
         try:
-            found = candidates(file, shelf)
+            checkpoint = shelf.open(file)
+            problem = stranger(checkpoint)
+            found = {} if problem else candidates(file, shelf)
         except CheckpointError as error:
             unreadable.append(str(error))
             continue
+        if not found:
+            some = ", ".join(list(checkpoint.tensors)[:3]) or "nothing"
+            passed_over.append((file, problem or f"holds no network of a model, but tensors such as {some}"))
         for name, candidate in found.items():
             loose.setdefault(name, []).append(candidate)
     parts |= {name: tuple(found) for name, found in loose.items() if name not in official}
-    return Findings(root=root, parts=parts, unreadable=tuple(unreadable))
+    return Findings(root=root, parts=parts, unreadable=tuple(unreadable), passed_over=tuple(passed_over))
 
 
 def candidates(file: Path, shelf: Shelf) -> dict[str, Candidate]:
@@ -110,14 +124,20 @@ def candidates(file: Path, shelf: Shelf) -> dict[str, Candidate]:
     return {name: Candidate(path=file, shelf=shelf, prefix=prefix) for name, prefix in found.items()}
 
 
-def fits(candidate: Candidate, network: Network[Any, Any], transformer: MMDiTConfig | None = None) -> bool:
-    """Whether a file is the network, not a relative (UMT5), and as wide as the transformer (not CLIP-G)."""
+def misfit(
+    candidate: Candidate, network: Network[Any, Any], transformer: MMDiTConfig | None = None
+) -> str | None:
+    """Why a file is not the network but a relative (UMT5), or does not meet the transformer (CLIP-G)."""
     if candidate.prefix is None:
-        return True
-    shapes = candidate.shapes(network)
-    if network.seam is None or transformer is None or not network.is_ours(shapes):
-        return network.is_ours(shapes)
+        return None
     try:
-        return network.seam.width(shapes) == network.seam.wanted(transformer)
-    except CheckpointError:
-        return False
+        shapes = candidate.shapes(network)
+        if not network.is_ours(shapes):
+            return f"is a {network.codec.what} of another model"
+        if network.seam is not None and transformer is not None:
+            ours, its = network.seam.width(shapes), network.seam.wanted(transformer)
+            if ours != its:
+                return f"does not fit: {network.seam.what} {ours} channels, the transformer expects {its}"
+    except CheckpointError as error:
+        return error.problems[0]
+    return None

@@ -21,7 +21,7 @@ from ..files.checkpoint import CheckpointError, NotFoundError, Shelf, holds_chec
 from ..networks import NETWORKS, TRANSFORMER, adapter_for
 from ..parts import Part, open_part, part_of, shapes_of
 from ..tables import scheduler
-from .layouts import PARTS, TOKENIZERS, Candidate, Findings, fits, scan
+from .layouts import PARTS, TOKENIZERS, Candidate, Findings, misfit, scan
 
 CARD = "bokehflux.json"
 SCHEDULER = f"scheduler/{scheduler.FILE}"
@@ -123,7 +123,7 @@ def complete(places: Iterable[Place], failure: str, advice: Sequence[str] = ()) 
         if len(chosen) == len(PARTS):
             break
     if home is None or home.findings is None or len(chosen) < len(PARTS):
-        raise _incomplete(seen, set(chosen), failure, advice)
+        raise _incomplete(seen, set(chosen), config if home else None, failure, advice)
     for part, candidate in chosen.items():
         log.info("%s: %s", part, candidate.path)
     return _snapshot(home.findings.root, chosen, config)
@@ -135,7 +135,8 @@ def _transformer(place: Place) -> Candidate | None:
     found = [
         candidate
         for candidate in place.findings.parts.get(TRANSFORMER.name, ())
-        if fits(candidate, TRANSFORMER) and place.guided in (None, _is_guided(candidate, place.guided))
+        if misfit(candidate, TRANSFORMER) is None
+        and place.guided in (None, _is_guided(candidate, place.guided))
     ]
     return _one(place, TRANSFORMER.name, found)
 
@@ -151,7 +152,7 @@ def _choice(place: Place, part: str, transformer: Candidate, config: MMDiTConfig
     found = place.findings.parts.get(part, ()) if place.findings is not None else ()
     for network in NETWORKS:
         if network.name == part:
-            found = tuple(candidate for candidate in found if fits(candidate, network, config))
+            found = tuple(c for c in found if misfit(c, network, config) is None)
     # What comes in one file belongs together; apart from that a file of its own is meant.
     together = [c for c in found if c.path == transformer.path]
     alone = [c for c in found if not c.prefix]
@@ -168,19 +169,64 @@ def _one(place: Place, part: str, found: Sequence[Candidate]) -> Candidate | Non
 
 
 def _incomplete(
-    seen: Sequence[Place], chosen: set[str], failure: str, advice: Sequence[str]
+    seen: Sequence[Place],
+    chosen: set[str],
+    transformer: MMDiTConfig | None,
+    failure: str,
+    advice: Sequence[str],
 ) -> NotFoundError:
-    missing = [what for part, what in PARTS.items() if part not in chosen]
+    if transformer is None:  # which decides what fits; what may fit is not missing
+        chosen = {part for place in seen if place.findings for part in _present(place.findings)}
+    missing = [part for part in PARTS if part not in chosen]
     anything = any(place.findings is not None for place in seen)
-    problems = [f"not found: {what}" for what in missing] if anything else []
+    problems = [f"not found: {PARTS[part]}" for part in missing] if anything else []
     for place in seen:
         if len(seen) > 1 or place.findings is None:
             problems.append(f"looked in {place.label}{'' if place.findings else ': nothing there'}")
-        problems += place.findings.unreadable if place.findings is not None else ()
+        if place.findings is not None:
+            problems += place.findings.unreadable
+            problems += _refused(place, place.findings, missing, transformer)
     roots = [place.findings.root for place in seen if place.findings is not None and place.has_model]
     if len(seen) == 1 and roots and not (roots[0] / SCHEDULER).is_file():
         problems.append(f"not found: {SCHEDULER}")
+    if anything and missing and set(missing) <= {row.name for row in TOKENIZERS}:
+        problems.append("all else was found: `bokehflux fetch flux-dev --tokenizers-only` gets these 3 MB")
     return NotFoundError(failure, *problems, *advice)
+
+
+def _present(findings: Findings) -> set[str]:
+    """The parts, apart from the transformer, that a place may provide."""
+    networks = {network.name: network for network in NETWORKS}
+    return {
+        part
+        for part, found in findings.parts.items()
+        if part != TRANSFORMER.name
+        and any(part not in networks or misfit(candidate, networks[part]) is None for candidate in found)
+    }
+
+
+def _refused(
+    place: Place, findings: Findings, missing: Sequence[str], transformer: MMDiTConfig | None
+) -> list[str]:
+    """The files of a place that are not what is missing, and why."""
+    reasons = dict(findings.passed_over)
+    for network in NETWORKS:
+        for candidate in findings.parts.get(network.name, ()) if network.name in missing else ():
+            reason = misfit(candidate, network, transformer)
+            if reason is None and network is TRANSFORMER and place.guided is not None:
+                kinds = (
+                    ("dev, with", "schnell, without")
+                    if not place.guided
+                    else ("schnell, without", "dev, with")
+                )
+                reason = f"is {kinds[0]} guidance embedding; asked for was {kinds[1]}"
+            if reason is not None:
+                reasons[candidate.path] = reason
+    return [f"{_below(path, findings.root)} is there, but it {reason}" for path, reason in reasons.items()]
+
+
+def _below(path: Path, root: Path) -> Path:
+    return path.relative_to(root) if path.is_relative_to(root) else path
 
 
 def _snapshot(root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) -> Snapshot:

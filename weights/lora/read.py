@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bokehflux.configs import FLUX_DEV
 from bokehflux.models.linear import Linear, LowRankTerm
 
 from ..files.checkpoint import Checkpoint, CheckpointError, fold, open_checkpoint
 from ..mapping import SAME, Transform, resolve
 from ..networks import NETWORKS, TRANSFORMER
+from ..relatives import image_input, other_model, stranger, task
 from ..tables import adapter
 from ..tables import lora as names
 from .alpha import Alphas
@@ -33,6 +35,7 @@ PREFIXES = sorted(
     key=lambda item: -len(item[0]),
 )
 """(prefix of a name, the network that the rest belongs to), in the order in which they are tried."""
+_LATENT_CHANNELS = FLUX_DEV.in_channels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,12 +82,27 @@ def read_lora(path: str | Path, configs: Configs) -> Lora:
         term = LowRankTerm(down=down, up=up, strength=scale, first=place.first)
         terms.setdefault(place.network, {}).setdefault(place.module, []).append(term)
     if problems:
-        raise CheckpointError(f"{checkpoint.path} (LoRA)", *problems)
+        model = made_for(checkpoint)
+        raise CheckpointError(
+            f"{checkpoint.path} (LoRA)", *([f"was made for {model}"] if model else []), *problems
+        )
     alphas.check_patterns(match.layers)
     return Lora(
         path=checkpoint.path,
         terms={network: {m: tuple(t) for m, t in modules.items()} for network, modules in terms.items()},
     )
+
+
+def made_for(checkpoint: Checkpoint) -> str | None:
+    """The model that a LoRA is for, where it tells of one that is not FLUX.1 dev or schnell."""
+    if model := other_model(checkpoint):
+        return model
+    for name, info in checkpoint.tensors.items():
+        if re.search(r"(img_in|x_embedder)\W\w*(down|lora_A)\b", name) and len(info.shape) == 2:
+            if model := image_input(info.shape[1], _LATENT_CHANNELS):
+                return model
+    found = task(checkpoint)
+    return f"FLUX.1 {found}" if found else None
 
 
 class Match(NamedTuple):
@@ -154,6 +172,8 @@ def _layers(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
             raise CheckpointError(checkpoint.path, problem)
         layer[role] = name
     if not layers:
+        if problem := stranger(checkpoint):
+            raise CheckpointError(checkpoint.path, f"is not a LoRA: it {problem}")
         some = ", ".join(sorted(checkpoint.tensors)[:3]) or "nothing"
         raise CheckpointError(
             checkpoint.path,

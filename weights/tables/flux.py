@@ -6,8 +6,9 @@ from typing import Any
 
 from bokehflux.configs import MMDiTConfig
 
-from ..codec import Codec, Field, Shapes, numbers
+from ..codec import Codec, Field, Json, Shapes, numbers
 from ..mapping import SWAP_HALVES, Rule, Table, concat
+from ..relatives import image_input
 
 _D, _S = "transformer_blocks.{i}.", "single_transformer_blocks.{i}."
 
@@ -84,6 +85,12 @@ def _mlp_ratio(s: Shapes) -> float:
     return (s.size("single_blocks.0.linear2.weight", 1) - width) / width
 
 
+def _faults(config: Json) -> list[str]:
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    problem = image_input(taken, given) if isinstance(taken, int) and isinstance(given, int) else None
+    return [f"it is {problem}"] if problem else []
+
+
 def _config(head_dim: Any, num_heads: Any, **fields: Any) -> MMDiTConfig:
     return MMDiTConfig(hidden_size=head_dim * num_heads, num_heads=num_heads, **fields)
 
@@ -105,4 +112,5 @@ CONFIG = Codec(
     ),
     fixed={"_class_name": "FluxTransformer2DModel", "patch_size": 1},
     implied=lambda config: {"out_channels": (None, config.in_channels)},
+    faults=_faults,
 )

@@ -36,7 +36,6 @@ def _both_sides(side: str) -> tuple[Rule, ...]:
 DIFFUSERS = Table(
     "FLUX autoencoder, diffusers layout",
     marker="decoder.mid_block.resnets.0.conv1.weight",
-    needs_config=True,
     rules=(
         *_both_sides("encoder"),
         *_residual("encoder.down.{i}.block.{j}", "encoder.down_blocks.{i}.resnets.{j}"),

@@ -1,0 +1,201 @@
+"""Files as today's tools write them, and folders that hold other models beside FLUX.1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bokehflux.weights import networks
+from bokehflux.weights.describe import describe
+from bokehflux.weights.files import write
+from bokehflux.weights.files.checkpoint import CheckpointError
+from bokehflux.weights.find.resolve import ModelFiles, resolve_model
+from bokehflux.weights.find.snapshot import Snapshot
+from bokehflux.weights.lora.read import read_lora
+from bokehflux.weights.tables import flux
+from tests import model_files as files
+
+STATES = files.states()
+PARTS = ("vae/", "text_encoder/", "text_encoder_2/", "tokenizer/", "tokenizer_2/")
+
+
+def z(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """A machine without any models."""
+    return {"HOME": str(tmp_path / "home")}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A ComfyUI tree with a whole model."""
+    root = tmp_path / "ComfyUI"
+    files.write_comfyui(root / "models", STATES)
+    files.write_tokenizers(root / "models")
+    return root
+
+
+def refusal(model: object, env: dict[str, str]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        resolve_model(model, env)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def finds(model: Path, env: dict[str, str]) -> Snapshot:
+    snapshot = resolve_model(model, env)
+    assert snapshot.config == files.MMDIT
+    return snapshot
+
+
+# --- other models, and forms that cannot be read
+
+OTHERS = {
+    "FLUX.2": {"img_in.weight": z(128, 128), "txt_in.weight": z(128, 96), "final_layer.linear.weight": z(128, 128),
+               "double_stream_modulation_img.lin.weight": z(768, 128),
+               "final_layer.adaLN_modulation.1.weight": z(256, 128)},
+    "FLUX.2 ": {"double_stream_modulation_img.linear.weight": z(768, 128), "x_embedder.weight": z(128, 128),
+                "norm_out.linear.weight": z(256, 128)},
+    "Chroma": {"distilled_guidance_layer.in_proj.weight": z(64, 64), "img_in.weight": z(128, 64),
+               "txt_in.weight": z(128, 96), "final_layer.linear.weight": z(64, 128)},
+    "Qwen-Image": {"img_in.weight": z(64, 64), "txt_in.weight": z(64, 96), "txt_norm.weight": z(96),
+                   "transformer_blocks.0.img_mod.1.weight": z(384, 64), "norm_out.linear.weight": z(128, 64)},
+    "Z-Image": {"cap_pad_token": z(1, 64), "noise_refiner.0.attention.qkv.weight": z(192, 64)},
+    "Stable Diffusion 3": {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": z(192, 64),
+                           "model.diffusion_model.final_layer.adaLN_modulation.1.weight": z(128, 64),
+                           "first_stage_model.decoder.mid.block_1.conv1.weight": z(8, 8, 3, 3),
+                           "first_stage_model.decoder.conv_in.weight": z(8, 16, 3, 3)},
+    "Stable Diffusion 3 ": {"pos_embed.proj.weight": z(64, 16, 2, 2), "norm_out.linear.weight": z(128, 64)},
+    "Stable Diffusion 1, 2 or XL": {"model.diffusion_model.input_blocks.0.0.weight": z(8, 4, 3, 3)},
+    "AuraFlow": {"joint_transformer_blocks.0.attn.to_q.weight": z(8, 8), "norm_out.linear.weight": z(128, 64)},
+    "HiDream": {"double_stream_blocks.0.block.attn1.to_q.weight": z(8, 8),
+                "final_layer.adaLN_modulation.1.weight": z(128, 64)},
+    "FLUX.1 Fill": {**STATES["transformer"], "img_in.weight": z(128, 384)},
+    "FLUX.1 Canny or Depth": {**STATES["transformer"], "img_in.weight": z(128, 128)},
+    "a ControlNet of FLUX.1": {"controlnet_blocks.0.weight": z(8, 8), "x_embedder.weight": z(8, 64)},
+}  # fmt: skip
+FORMS = {
+    "bitsandbytes (8 bits)": {"weight": "SCB"},
+    "bitsandbytes (NF4, FP4)": {"weight": "weight.absmax"},
+    "optimum-quanto": {"weight._data": "weight._scale"},
+    "SVDQuant (nunchaku)": {"qweight": "wscales"},
+    "AWQ": {"qweight": "qzeros"},
+    "GPTQ": {"qweight": "g_idx"},
+}
+
+
+def quantised(names: dict[str, str]) -> dict[str, Tensor]:
+    """A transformer whose last layer is stored in another form."""
+    layer = "double_blocks.0.img_mlp.0."
+    state = {n: t for n, t in STATES["transformer"].items() if n != layer + "weight"}
+    state |= {f"{layer}{a}": z(4, 4).char() for a in names} | {f"{layer}{b}": z(4) for b in names.values()}
+    return state
+
+
+STRANGERS = OTHERS | {what: quantised(names) for what, names in FORMS.items()}
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_a_stranger_is_passed_over_where_flux_is(tree, env, what):
+    write.save(tree / "models" / "diffusion_models" / "other.safetensors", STRANGERS[what])
+    snapshot = finds(tree, env)
+    assert snapshot.paths["transformer"].name == "flux1-dev.safetensors"
+    assert f"other.safetensors is {'stored by ' if what in FORMS else ''}{what.strip()}" in describe(tree)
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_a_stranger_in_the_place_of_flux_is_named(tree, env, what):
+    path = tree / "models" / "unet" / "flux1-dev.safetensors"
+    path.unlink()
+    write.save(path, STRANGERS[what])
+    message = refusal(tree, env)
+    assert "unet/flux1-dev.safetensors is there, but it is" in message and what.strip() in message
+    assert "not found: transformer/" in message
+    assert not [part for part in PARTS if f"not found: {part}" in message]
+    for asked in (path, ModelFiles({"transformer": path})):
+        assert what.strip() in refusal(asked, env)
+    assert what.strip() in describe(path) and "use: --model" not in describe(path)
+
+
+def test_a_snapshot_of_another_model_is_named(tmp_path, env):
+    files.write_official(tmp_path / "flux2", STATES)
+    write.save(tmp_path / "flux2" / "transformer" / "diffusion_pytorch_model.safetensors", OTHERS["FLUX.2 "])
+    files.write_tokenizers(tmp_path / "flux2")
+    assert "FLUX.2" in refusal(tmp_path / "flux2", env)
+
+
+def test_a_config_of_fill_is_named():
+    config = flux.CONFIG.to_json(files.MMDIT) | {"in_channels": 384, "out_channels": 64}
+    with pytest.raises(CheckpointError, match=r"FLUX.1 Fill .* needs an image as input"):
+        flux.CONFIG.from_json(config)
+
+
+def test_an_unknown_file_is_named_with_its_tensors(tree, env):
+    path = tree / "models" / "unet" / "flux1-dev.safetensors"
+    path.unlink()
+    write.save(path, {"some.thing": z(2), "another": z(3)})
+    message = refusal(tree, env)
+    assert "unet/flux1-dev.safetensors is there, but it holds no network of a model" in message
+    assert "some.thing" in message and "not found: vae" not in message
+
+
+@pytest.mark.parametrize("name", ["flux.engine", "flux.plan", "flux.ckpt", "flux.onnx"])
+def test_other_formats_are_named_by_their_endings(tree, env, name):
+    other = tree / "models" / "unet" / name
+    other.write_bytes(b"0")
+    assert finds(tree, env)
+    (tree / "models" / "unet" / "flux1-dev.safetensors").unlink()
+    assert f"unet/{name} is there, but it is a" in refusal(tree, env)
+
+
+VAE_MARK = {
+    "bfl": "decoder.mid.block_1.conv1.weight",
+    "diffusers": "decoder.mid_block.resnets.0.conv1.weight",
+}
+
+
+@pytest.mark.parametrize("layout", VAE_MARK)
+def test_an_autoencoder_of_another_model_is_passed_over(tree, env, layout):
+    other = {VAE_MARK[layout]: z(8, 8, 3, 3), "decoder.conv_in.weight": z(8, 4, 3, 3)}
+    write.save(tree / "models" / "vae" / "sdxl_vae.safetensors", other)
+    assert finds(tree, env).paths["vae"].name == "ae.safetensors"
+    (tree / "models" / "vae" / "ae.safetensors").unlink()
+    message = refusal(tree, env)
+    assert "vae/sdxl_vae.safetensors is there, but it does not fit" in message and "16 channels" in message
+
+
+def test_an_autoencoder_in_diffusers_layout_needs_no_config(tree, env):
+    (tree / "models" / "vae" / "ae.safetensors").unlink()
+    folder = tree.parent / "vae"
+    networks_file = "diffusion_pytorch_model.safetensors"
+    from bokehflux.weights import save
+
+    save.save_network(networks.VAE, folder, files.VAE, STATES["vae"])
+    (folder / networks_file).rename(tree / "models" / "vae" / "flux_vae.safetensors")
+    snapshot = finds(tree, env)
+    files.assert_holds(files.load_vae(snapshot.paths["vae"], dtype=torch.float32), STATES["vae"])
+
+
+LORAS = {
+    "FLUX.2": ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 64),
+    "Qwen-Image": ("transformer.transformer_blocks.0.img_mlp.net.0.proj", 64),
+    "Stable Diffusion 1, 2 or XL": ("lora_unet_input_blocks_4_1_proj_in", 64),
+    "FLUX.1 Canny or Depth": ("transformer.x_embedder", 128),
+    "FLUX.1 Fill": ("diffusion_model.img_in", 384),
+    "Wan": ("diffusion_model.blocks.0.self_attn.q", 64),
+}
+
+
+@pytest.mark.parametrize("what", LORAS)
+def test_a_lora_of_another_model_is_named(tmp_path, what):
+    layer, columns = LORAS[what]
+    path = tmp_path / "some.safetensors"
+    write.save(path, {f"{layer}.lora_A.weight": z(2, columns), f"{layer}.lora_B.weight": z(64, 2)})
+    with pytest.raises(CheckpointError, match="was made for " + what.replace(".", r"\.")):
+        read_lora(path, {})
+    assert f"model: {what}" in describe(path) and "use: --lora" not in describe(path)
