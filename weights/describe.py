@@ -17,13 +17,13 @@ import torch
 from bokehflux.configs import FLUX_DEV, FLUX_VAE, BokehConfig
 from bokehflux.models.linear import NARROW, Linear
 
-from .files.checkpoint import Checkpoint, CheckpointError, Shelf, TensorInfo, holds_checkpoint
+from .files.checkpoint import Checkpoint, CheckpointError, Shelf, TensorInfo, fold, holds_checkpoint
 from .files.pickled import pickle_in
 from .files.unpack import FORMATS
 from .find.layouts import PARTS, Candidate, Findings, misfit, scan
 from .lora.read import PREFIXES, made_for, match_layers
 from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, Network, adapter_for
-from .parts import LEFT_OVER, open_any, part_of, prefixes, strangers
+from .parts import is_left_over, open_any, part_of, prefixes, strangers
 from .relatives import stranger
 from .tables import adapter
 from .tables import lora as lora_names
@@ -88,7 +88,7 @@ def _networks(checkpoint: Checkpoint, found: dict[str, str], facts: str) -> list
         # Alone: strangers are reported once, not as the fault of every network.
         lines += _indented(_network(checkpoint.under(found[network.name]), network))
     lines += [f"unexpected: {name}" for name in strangers(checkpoint, found)[:_SHOWN]]
-    left = [name for name in checkpoint.tensors if name in LEFT_OVER]
+    left = fold((name, "") for name in checkpoint.tensors if is_left_over(name))
     lines += [f"ignored: {', '.join(left)}"] if left else []
     lacking = [network.codec.what for network in NETWORKS if network not in held]
     if lacking:
@@ -103,7 +103,7 @@ def _network(
     lines: list[str] = []
     try:
         part = part_of(checkpoint, network)
-        infos = [i for name, i in part.checkpoint.tensors.items() if name not in part.table.ignored]
+        infos = [i for name, i in part.checkpoint.tensors.items() if not part.table.ignores(name)]
         lines = [
             f"layout: {part.table.name}",
             f"parameters: {_count(sum(math.prod(info.shape) for info in infos))}",
@@ -169,9 +169,9 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
         for pattern, kind in lora_names.OTHER_KINDS
         if any(re.search(pattern, name) for name in checkpoint.tensors)
     ]
-    ends = [end for end, _ in lora_names.ROLES if end != ".alpha"]
-    matrices = [n for n in checkpoint.tensors if any(n.endswith(end) for end in ends)]
-    downs = [n for n in matrices if any(n.endswith(end) for end, role in lora_names.ROLES if role == "down")]
+    roles = {name: found[1] for name in checkpoint.tensors if (found := lora_names.role(name))}
+    matrices = [name for name, role in roles.items() if role != "alpha"]
+    downs = [name for name, role in roles.items() if role == "down"]
     if not matrices and not relatives:
         return None
     precision = f"precision: {_precision(checkpoint.tensors.values(), False)}"

@@ -29,7 +29,7 @@ MODELS: tuple[tuple[str, str], ...] = (
     (r"patchify_proj[._]|adaln_single[._]", "LTX-Video or PixArt"),
     (r"blocks[._]\d+[._](?:self|cross)_attn[._][qkvo][._]", "Wan"),
     (r"(?:input|middle|output)_blocks?[._]\d+[._]", "Stable Diffusion 1, 2 or XL"),
-    (r"(?:down|up)_blocks[._]\d+[._]attentions[._]\d+[._]transformer_blocks[._]", "Stable Diffusion 1, 2 or XL"),
+    (r"attentions[._]\d+[._]transformer_blocks[._]", "Stable Diffusion 1, 2 or XL"),
     (r"controlnet_(?:x_embedder|blocks|single_blocks|mode_embedder)[._]", "a ControlNet of FLUX.1"),
     (r"redux_(?:up|down)[._]", "the image adapter of FLUX.1 Redux"),
     (r"ip_adapter_\w+[._]|ip_adapter_proj_model[._]", "an IP-Adapter of FLUX.1"),
@@ -48,8 +48,7 @@ FORMS: tuple[tuple[str, str], ...] = (
 """(pattern of a name, what stores weights so)."""
 ENGINES = {
     ".engine": "a TensorRT engine", ".plan": "a TensorRT engine", ".trt": "a TensorRT engine",
-    ".onnx": "an ONNX graph", ".ckpt": "a PyTorch pickle", ".pt": "a PyTorch pickle", ".pth": "a PyTorch pickle",
-    ".bin": "a PyTorch pickle",
+    ".onnx": "an ONNX graph", **dict.fromkeys((".bin", ".ckpt", ".pt", ".pth"), "a PyTorch pickle"),
 }  # fmt: skip
 """Endings of files that may hold a model and are not opened."""
 _IMAGE_INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}

@@ -199,3 +199,121 @@ def test_a_lora_of_another_model_is_named(tmp_path, what):
     with pytest.raises(CheckpointError, match="was made for " + what.replace(".", r"\.")):
         read_lora(path, {})
     assert f"model: {what}" in describe(path) and "use: --lora" not in describe(path)
+
+
+# --- names that today's tools write
+
+
+def wrapped(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def norms_as_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in state.items()}
+
+
+TRANSFORMER = STATES["transformer"]
+SPELLINGS = {
+    "ComfyUI 0.14": norms_as_weights(TRANSFORMER),
+    "ComfyUI 0.14, with a prefix": wrapped(norms_as_weights(TRANSFORMER), "model.diffusion_model."),
+    "compiled": wrapped(TRANSFORMER, "_orig_mod."),
+    "compiled block by block": {n.replace("blocks.0.", "blocks.0._orig_mod."): t for n, t in TRANSFORMER.items()},
+    "compiled, data parallel": wrapped(TRANSFORMER, "module._orig_mod."),
+    "FSDP": {n.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): t for n, t in TRANSFORMER.items()},
+    "checkpointed, with a prefix": wrapped(TRANSFORMER, "model.diffusion_model._checkpoint_wrapped_module."),
+    "with a running average": TRANSFORMER | wrapped(TRANSFORMER, "ema."),
+    "all-in-one with a running average": wrapped(TRANSFORMER, "model.diffusion_model.")
+    | {"model_ema.decay": z(1)[0], "model_ema.diffusion_modelimg_inweight": z(128, 64)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_transformer_loads_under_the_names_of_today(tree, env, spelling):
+    path = tree / "models" / "unet" / "flux1-dev.safetensors"
+    path.unlink()
+    write.save(path, SPELLINGS[spelling])
+    loaded = files.load_transformer(finds(tree, env).paths["transformer"], dtype=torch.float32)
+    files.assert_holds(loaded, TRANSFORMER)
+    assert "complete: nothing missing, nothing unexpected" in describe(path) and "use: --model" in describe(
+        path
+    )
+
+
+def test_copies_of_a_norm_must_agree(tmp_path):
+    name = "double_blocks.0.img_attn.norm.query_norm."
+    path = tmp_path / "both.safetensors"
+    write.save(path, TRANSFORMER | {name + "weight": TRANSFORMER[name + "scale"] + 1})
+    with pytest.raises(CheckpointError, match="must be the same tensor"):
+        files.load_transformer(path)
+
+
+CLIP_FLAT = {name.removeprefix("text_model."): tensor for name, tensor in STATES["clip"].items()}
+VISION = {"vision_model.embeddings.class_embedding": z(64), "vision_model.pre_layrnorm.weight": z(64),
+          "visual_projection.weight": z(64, 64), "text_projection.weight": z(64, 64),
+          "logit_scale": torch.tensor(4.6)}  # fmt: skip
+ENCODERS = {
+    "flat": ("clip", CLIP_FLAT),
+    "flat, with positions": ("clip", CLIP_FLAT | {"embeddings.position_ids": torch.arange(16)[None]}),
+    "with its vision half": ("clip", STATES["clip"] | VISION),
+    "with its decoder": (
+        "t5",
+        STATES["t5"] | {"decoder.final_layer_norm.weight": z(32), "lm_head.weight": z(9, 32)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_text_encoders_of_today(tree, env, kind):
+    part, state = ENCODERS[kind]
+    path = finds(tree, env).paths[part]
+    path.unlink()
+    write.save(path, state)
+    assert finds(tree, env).paths[part] == path
+    files.assert_holds(files.LOADERS[part](path, dtype=torch.float32), STATES[part])
+
+
+def test_a_snapshot_with_flat_clip_names(tmp_path, env):
+    files.write_official(tmp_path, STATES)
+    files.write_tokenizers(tmp_path)
+    write.save(tmp_path / "text_encoder" / "model.safetensors", CLIP_FLAT)
+    snapshot = finds(tmp_path, env)
+    files.assert_holds(files.load_clip(snapshot.paths["clip"], dtype=torch.float32), STATES["clip"])
+
+
+LORA_NAMES = [
+    "transformer.double_blocks.0.img_attn.qkv.lora_{}.my-style.weight",
+    "base_model.model.double_blocks.0.img_attn.qkv.lora_{}.default_0.weight",
+    "transformer._orig_mod.double_blocks.0.img_attn.qkv.lora_{}.weight",
+    "diffusion_model.double_blocks.0._orig_mod.img_attn.qkv.lora_{}.default.weight",
+]
+
+
+@pytest.mark.parametrize("name", LORA_NAMES)
+def test_loras_under_the_names_of_today(tmp_path, name):
+    path = tmp_path / "lora.safetensors"
+    write.save(path, {name.format("A"): torch.ones(2, 3072), name.format("B"): torch.ones(9216, 2)})
+    (terms,) = read_lora(path, {}).terms.values()
+    assert [*terms] == ["double_blocks.0.img_attn.qkv"] and "use: --lora" in describe(path)
+
+
+def test_two_peft_adapters_in_one_file_are_refused(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    name = "transformer.double_blocks.0.img_attn.qkv.lora_{}.{}.weight"
+    write.save(path, {name.format(*pair): torch.ones(2, 2) for pair in ("Aa", "Ba", "Ab", "Bb")})
+    with pytest.raises(CheckpointError, match="the same matrix of one layer"):
+        read_lora(path, {})
+
+
+@pytest.mark.parametrize("prefix", ["text_encoder.", "lora_te1_"])
+def test_loras_of_clip_without_text_model(tmp_path, prefix):
+    layer = "encoder.layers.0.self_attn.q_proj"
+    layer, ends = (
+        (layer.replace(".", "_"), ("lora_down", "lora_up"))
+        if prefix.endswith("_")
+        else (layer, ("lora_A", "lora_B"))
+    )
+    path = tmp_path / "lora.safetensors"
+    write.save(
+        path, {f"{prefix}{layer}.{ends[0]}.weight": z(2, 768), f"{prefix}{layer}.{ends[1]}.weight": z(768, 2)}
+    )
+    assert [*read_lora(path, {}).terms["clip"]] == ["text_model.encoder.layers.0.self_attn.q_proj"]

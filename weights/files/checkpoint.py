@@ -31,6 +31,8 @@ FILE_SUFFIXES = (*SUFFIXES, GGUF_SUFFIX)
 """Endings of the files that can be opened."""
 INDEX_SUFFIX = ".safetensors.index.json"
 _SHOWN_PROBLEMS = 40
+_WRAPPERS = re.compile(r"(?<![^._])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]")
+"""What `torch.compile`, FSDP and activation checkpointing add to names; in LoRAs with underscores, too."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -250,9 +252,18 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     ]
     if odd:
         raise CheckpointError(path, *odd)
+    plain = _unwrapped([name for name, _, _ in found])
     return {
-        n: TensorInfo(path, DTYPES[dtype], shape, i, n) for i, (n, dtype, shape) in enumerate(found)
+        plain[n]: TensorInfo(path, DTYPES[dtype], shape, i, n) for i, (n, dtype, shape) in enumerate(found)
     }, metadata
+
+
+def _unwrapped(names: Collection[str]) -> dict[str, str]:
+    """Names of a file -> the same without what PyTorch's wrappers add to them."""
+    plain = {name: _WRAPPERS.sub("", name) for name in names}
+    if all(name.startswith("module.") for name in names):  # DistributedDataParallel
+        plain = {name: short.removeprefix("module.") for name, short in plain.items()}
+    return plain if len(set(plain.values())) == len(plain) else {name: name for name in names}
 
 
 def _gguf_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -342,6 +353,7 @@ def _open_index(path: Path) -> Checkpoint:
             except CheckpointError as error:
                 problems += [f"shard {file}: {problem}" for problem in error.problems]
                 continue
+            expected = {_WRAPPERS.sub("", name) for name in expected}
             problems += [
                 f"shard {file} lacks {name}" for name in fold((n, "") for n in expected - set(found))
             ]

@@ -161,12 +161,12 @@ def _layers(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     layers: dict[str, dict[str, str]] = {}
     odd = []
     for name in checkpoint.tensors:
-        ends = [(end, role) for end, role in names.ROLES if name.endswith(end) and name != end]
-        if not ends:
+        found = names.role(name)
+        if found is None:
             odd.append((name, ""))
             continue
-        end, role = max(ends, key=lambda item: len(item[0]))
-        layer = layers.setdefault(name.removesuffix(end), {})
+        stem, role = found
+        layer = layers.setdefault(stem, {})
         if role in layer:
             problem = f"{layer[role]} and {name} are the same matrix of one layer"
             raise CheckpointError(checkpoint.path, problem)

@@ -12,7 +12,22 @@ from ..relatives import image_input
 
 _D, _S = "transformer_blocks.{i}.", "single_transformer_blocks.{i}."
 
-BFL = Table("FLUX transformer, BFL layout", marker="final_layer.adaLN_modulation.1.weight")
+_NORMS = tuple(
+    f"{layer}.{norm}"
+    for layer in (
+        "double_blocks.{i}.img_attn.norm",
+        "double_blocks.{i}.txt_attn.norm",
+        "single_blocks.{i}.norm",
+    )
+    for norm in ("query_norm", "key_norm")
+)
+
+BFL = Table(
+    "FLUX transformer, BFL layout",
+    marker="final_layer.adaLN_modulation.1.weight",
+    # ComfyUI writes `weight` since 0.14.
+    rules=tuple(Rule(f"{norm}.scale", f"{norm}.scale", tied=(f"{norm}.weight",)) for norm in _NORMS),
+)
 
 DIFFUSERS = Table(
     "FLUX transformer, diffusers layout",
