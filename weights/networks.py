@@ -136,7 +136,8 @@ CLIP = Network(
     ),
     tokenizer=Tokenizer(
         "clip_tokenizer", "tokenizer", ("transformers", "CLIPTokenizer"),
-        "tokenizer/ with vocab.json, merges.txt and tokenizer_config.json", CLIPTokenizer.from_folder,
+        "tokenizer/ with tokenizer_config.json and vocab.json, merges.txt or tokenizer.json",
+        CLIPTokenizer.from_folder,
     ),
     lora=clip.TABLES,
     lora_prefixes=("text_encoders.clip_l.transformer.", "text_encoder.", "lora_te1_", "lora_te_"),

@@ -1,7 +1,7 @@
 """Files of other models, and forms in which weights cannot be read: named for what they are.
 
-Told by tensor names and shapes, as our own networks are; the names are those of checkpoints and of LoRAs, with
-dots or underscores. Only what would be taken for a network of ours is refused: FLUX.1 itself never is.
+Told by tensor names and shapes, as our own networks are. The names are those of checkpoints and of LoRAs,
+which have underscores for dots: no pattern may fit a name of FLUX.1 in either form.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODELS: tuple[tuple[str, str], ...] = (
     (r"joint_transformer_blocks[._]\d+[._]|single_layers[._]\d+[._]modC[._]", "AuraFlow"),
     (r"double_stream_blocks[._]\d+[._]", "HiDream"),
     (r"individual_token_refiner[._]", "HunyuanVideo"),
-    (r"double_blocks[._]\d+[._]img_attn_qkv[._]", "HunyuanVideo"),
+    (r"double_blocks\.\d+\.img_attn_qkv\.", "HunyuanVideo"),
     (r"patchify_proj[._]|adaln_single[._]", "LTX-Video or PixArt"),
     (r"blocks[._]\d+[._](?:self|cross)_attn[._][qkvo][._]", "Wan"),
     (r"(?:input|middle|output)_blocks?[._]\d+[._]", "Stable Diffusion 1, 2 or XL"),
@@ -89,9 +89,7 @@ def image_input(channels: int, out_channels: int) -> str | None:
     if channels <= out_channels:
         return None
     what = _IMAGE_INPUTS.get(channels, "a variant of FLUX.1")
-    return (
-        f"{what} ({channels} channels in, {out_channels} out), which needs an image as input: not supported"
-    )
+    return f"{what} (in_channels = {channels}, out_channels = {out_channels}), which needs an image as input: not supported"
 
 
 def task(checkpoint: Checkpoint) -> str | None:

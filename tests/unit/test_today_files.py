@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from bokehflux.weights import networks
+from bokehflux.text.tokenizers import CLIPTokenizer, TokenizerError
+from bokehflux.weights import manifests, networks, save
 from bokehflux.weights.describe import describe
 from bokehflux.weights.files import write
-from bokehflux.weights.files.checkpoint import CheckpointError
+from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from bokehflux.weights.find.resolve import ModelFiles, resolve_model
 from bokehflux.weights.find.snapshot import Snapshot
 from bokehflux.weights.lora.read import read_lora
+from bokehflux.weights.relatives import other_model
 from bokehflux.weights.tables import flux
 from tests import model_files as files
 
@@ -56,7 +59,7 @@ def finds(model: Path, env: dict[str, str]) -> Snapshot:
 # --- other models, and forms that cannot be read
 
 OTHERS = {
-    "FLUX.2": {"img_in.weight": z(128, 128), "txt_in.weight": z(128, 96), "final_layer.linear.weight": z(128, 128),
+    "FLUX.2": {"img_in.weight": z(128, 128), "final_layer.linear.weight": z(128, 128),
                "double_stream_modulation_img.lin.weight": z(768, 128),
                "final_layer.adaLN_modulation.1.weight": z(256, 128)},
     "FLUX.2 ": {"double_stream_modulation_img.linear.weight": z(768, 128), "x_embedder.weight": z(128, 128),
@@ -72,7 +75,8 @@ OTHERS = {
                            "first_stage_model.decoder.conv_in.weight": z(8, 16, 3, 3)},
     "Stable Diffusion 3 ": {"pos_embed.proj.weight": z(64, 16, 2, 2), "norm_out.linear.weight": z(128, 64)},
     "Stable Diffusion 1, 2 or XL": {"model.diffusion_model.input_blocks.0.0.weight": z(8, 4, 3, 3)},
-    "AuraFlow": {"joint_transformer_blocks.0.attn.to_q.weight": z(8, 8), "norm_out.linear.weight": z(128, 64)},
+    "AuraFlow": {"joint_transformer_blocks.0.attn.to_q.weight": z(8, 8),
+                 "norm_out.linear.weight": z(128, 64)},
     "HiDream": {"double_stream_blocks.0.block.attn1.to_q.weight": z(8, 8),
                 "final_layer.adaLN_modulation.1.weight": z(128, 64)},
     "FLUX.1 Fill": {**STATES["transformer"], "img_in.weight": z(128, 384)},
@@ -173,8 +177,6 @@ def test_an_autoencoder_in_diffusers_layout_needs_no_config(tree, env):
     (tree / "models" / "vae" / "ae.safetensors").unlink()
     folder = tree.parent / "vae"
     networks_file = "diffusion_pytorch_model.safetensors"
-    from bokehflux.weights import save
-
     save.save_network(networks.VAE, folder, files.VAE, STATES["vae"])
     (folder / networks_file).rename(tree / "models" / "vae" / "flux_vae.safetensors")
     snapshot = finds(tree, env)
@@ -217,7 +219,7 @@ SPELLINGS = {
     "ComfyUI 0.14": norms_as_weights(TRANSFORMER),
     "ComfyUI 0.14, with a prefix": wrapped(norms_as_weights(TRANSFORMER), "model.diffusion_model."),
     "compiled": wrapped(TRANSFORMER, "_orig_mod."),
-    "compiled block by block": {n.replace("blocks.0.", "blocks.0._orig_mod."): t for n, t in TRANSFORMER.items()},
+    "compiled by block": {n.replace("blocks.0.", "blocks.0._orig_mod."): t for n, t in TRANSFORMER.items()},
     "compiled, data parallel": wrapped(TRANSFORMER, "module._orig_mod."),
     "FSDP": {n.replace("blocks.0.", "blocks.0._fsdp_wrapped_module."): t for n, t in TRANSFORMER.items()},
     "checkpointed, with a prefix": wrapped(TRANSFORMER, "model.diffusion_model._checkpoint_wrapped_module."),
@@ -317,3 +319,99 @@ def test_loras_of_clip_without_text_model(tmp_path, prefix):
         path, {f"{prefix}{layer}.{ends[0]}.weight": z(2, 768), f"{prefix}{layer}.{ends[1]}.weight": z(768, 2)}
     )
     assert [*read_lora(path, {}).terms["clip"]] == ["text_model.encoder.layers.0.self_attn.q_proj"]
+
+
+# --- snapshots of today's transformers and diffusers
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def as_transformers_5(folder: Path, merges_as: type) -> None:
+    """`tokenizer/` with the files that transformers 5 writes."""
+    vocab = json.loads((folder / "vocab.json").read_text())
+    lines = (folder / "merges.txt").read_text().strip().split("\n")[1:]
+    merges = lines if merges_as is str else [line.split(" ") for line in lines]
+    special = [{"id": vocab[token], "content": token, "special": True} for token in (START, END)]
+    model = {"type": "BPE", "unk_token": END, "end_of_word_suffix": "</w>", "vocab": vocab, "merges": merges}
+    length = json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"]
+    config = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END,
+              "model_max_length": length, "tokenizer_class": "CLIPTokenizer"}  # fmt: skip
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": special, "model": model})
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("merges_as", [str, list])
+def test_clip_tokenizer_of_transformers_5(tmp_path, merges_as):
+    files.write_tokenizers(tmp_path)
+    prompts = ["A red  cup, 2 cats", "", "don't | a LAMP é 猫", f"a {END} cup"]
+    before = CLIPTokenizer.from_folder(tmp_path / "tokenizer")
+    as_transformers_5(tmp_path / "tokenizer", merges_as)
+    after = CLIPTokenizer.from_folder(tmp_path / "tokenizer")
+    assert torch.equal(before(prompts), after(prompts))
+    assert (before.vocab_size, before.length) == (after.vocab_size, after.length)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["model"].update(type="Unigram"),
+        lambda c: c["model"].update(end_of_word_suffix=""),
+        lambda c: c["model"].pop("merges"),
+        lambda c: c["model"].update(merges=[["a"]]),
+        lambda c: c.pop("model"),
+        lambda c: c.update(added_tokens=[{"id": 1}]),
+    ],
+)
+def test_another_tokenizer_json_is_refused(tmp_path, change):
+    files.write_tokenizers(tmp_path)
+    as_transformers_5(tmp_path / "tokenizer", list)
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: "):
+        CLIPTokenizer.from_folder(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("index", "shard"),
+    [
+        ("{}.safetensors.index.bf16.json", "{}.bf16-0000{}-of-00002.safetensors"),
+        ("{}.safetensors.index.fp16.json", "{}-0000{}-of-00002.fp16.safetensors"),
+        ("{}.safetensors.index.json", "{}-0000{}-of-00002.safetensors"),
+        ("{}.bf16.safetensors.index.json", "{}.bf16-0000{}-of-00002.safetensors"),
+    ],
+)
+def test_shards_of_a_variant(tmp_path, env, index, shard):
+    files.write_official(tmp_path, STATES)
+    files.write_tokenizers(tmp_path)
+    folder, stem = tmp_path / "text_encoder_2", "model"
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    names = sorted(STATES["t5"])
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = shard.format(stem, number)
+        write.save(folder / file, {name: STATES["t5"][name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    (folder / index.format(stem)).write_text(json.dumps({"weight_map": weight_map}))
+    snapshot = finds(tmp_path, env)
+    files.assert_holds(files.load_t5(snapshot.paths["t5"], dtype=torch.float32), STATES["t5"])
+
+
+def test_plain_weights_win_over_a_variant(tmp_path):
+    write.save(tmp_path / "model.safetensors", STATES["t5"])
+    (tmp_path / "model.safetensors.index.bf16.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    assert open_checkpoint(tmp_path).path.name == "model.safetensors"
+
+
+@pytest.mark.parametrize("name", ["flux1-dev.bfl", "flux1-schnell.diffusers", "ae.bfl", "vae.diffusers", "clip_l.hf",
+                                  "t5xxl.hf", "bokeh_adapter.all57-qk"])  # fmt: skip
+@pytest.mark.parametrize("dot", [".", "_"])
+def test_no_name_of_flux_is_that_of_another_model(name, dot):
+    names = dict.fromkeys("lora_unet_" + n.replace(".", dot) for n in manifests.shapes(name))
+    assert other_model(Checkpoint(Path("x"), names, {})) is None  # type: ignore[arg-type]

@@ -30,6 +30,8 @@ GGUF_SUFFIX = ".gguf"
 FILE_SUFFIXES = (*SUFFIXES, GGUF_SUFFIX)
 """Endings of the files that can be opened."""
 INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX = re.compile(r"\.safetensors\.index(?:\.[\w-]+)?\.json$")
+"""With the variant, as in `model.safetensors.index.bf16.json`."""
 _SHOWN_PROBLEMS = 40
 _WRAPPERS = re.compile(r"(?<![^._])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]")
 """What `torch.compile`, FSDP and activation checkpointing add to names; in LoRAs with underscores, too."""
@@ -310,12 +312,12 @@ def _diagnosis(path: Path, refusal: str) -> str:
 
 def _inside(folder: Path) -> Path:
     """The one checkpoint of a folder; variants such as `model.fp16.safetensors` yield to the plain name."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES or p.name.endswith(INDEX_SUFFIX))
-    indexes = [p for p in files if p.name.endswith(INDEX_SUFFIX)]
+    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES or _INDEX.search(p.name))
+    indexes = [p for p in files if p.suffix == ".json"]
     candidates = indexes + [
         p for p in files if p not in indexes and not re.search(r"-\d{5}-of-\d{5}\.", p.name)
     ]
-    plain = [p for p in candidates if "." not in p.name.split(".safetensors")[0]]
+    plain = [p for p in candidates if "." not in p.name.removesuffix(INDEX_SUFFIX).removesuffix(p.suffix)]
     for group in (plain, candidates):
         if len(group) == 1:
             return group[0]
