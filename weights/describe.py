@@ -24,7 +24,7 @@ from .find.layouts import PARTS, Candidate, Findings, misfit, scan
 from .lora.read import PREFIXES, made_for, match_layers
 from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, Network, adapter_for
 from .parts import is_left_over, open_any, part_of, prefixes, strangers
-from .relatives import stranger
+from .relatives import stranger, task
 from .tables import adapter
 from .tables import lora as lora_names
 
@@ -81,7 +81,11 @@ def _checkpoint(checkpoint: Checkpoint) -> list[str]:
 def _networks(checkpoint: Checkpoint, found: dict[str, str], facts: str) -> list[str]:
     held = [network for network in NETWORKS if network.name in found]
     if len(held) == 1 and not any(found.values()):
-        return [f"{held[0].codec.what}, {facts}", *_network(checkpoint, held[0]), _use(held[0])]
+        return [
+            f"{held[0].codec.what}, {facts}",
+            *(lines := _network(checkpoint, held[0])),
+            _use(held[0], lines),
+        ]
     lines = [f"all-in-one checkpoint, {facts}"]
     for network in held:
         lines.append(f"{network.codec.what}, under {found[network.name]!r}")
@@ -93,7 +97,7 @@ def _networks(checkpoint: Checkpoint, found: dict[str, str], facts: str) -> list
     lacking = [network.codec.what for network in NETWORKS if network not in held]
     if lacking:
         lines.append(f"not in this file: {', '.join(lacking)}")
-    return [*lines, _use(held[0])]
+    return [*lines, _use(held[0], lines)]
 
 
 def _network(
@@ -125,7 +129,10 @@ def _network(
         for info in (part.checkpoint.tensors[name] for name in entry.src)
         if info.dtype in NARROW or info.packing in FORMATS
     ]
-    lines += [f"model: {_model(network, config)}", "complete: nothing missing, nothing unexpected"]
+    lines.append(f"model: {_model(network, config)}")
+    if network is TRANSFORMER and (kind := task(checkpoint)):
+        lines.append(f"calls itself FLUX.1 {kind}, which edits a picture: used as FLUX.1-dev")
+    lines += ["complete: nothing missing, nothing unexpected"]
     how = "linear weights stay as stored and are cast at use" if kept else "cast to the compute dtype"
     return [*lines, f"loading: {how}; about {_bytes(_memory(infos, kept))} when that is bf16"]
 
@@ -191,7 +198,9 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
     except CheckpointError as error:
         problems = list(error.problems)
     if not problems:
-        return [*lines, "model: for FLUX.1, every layer has its place", "use: --lora"]
+        kind = task(checkpoint)
+        note = [f"calls itself a LoRA of FLUX.1 {kind}"] if kind else []
+        return [*lines, "model: for FLUX.1, every layer has its place", *note, "use: --lora"]
     shown = [f"model: {model}"] if (model := made_for(checkpoint)) else []
     shown += [f"not for FLUX.1: {problem}" for problem in problems[:_SHOWN]]
     shown += [f"not for FLUX.1: {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
@@ -216,7 +225,9 @@ def _folder(findings: Findings) -> list[str]:
                 lines += _indented(_component(candidate, network))
     lines += [f"unreadable: {problem}" for problem in findings.unreadable]
     lines += [f"passed over: {path.relative_to(findings.root)} {why}" for path, why in findings.passed_over]
-    if not missing:
+    if _is_faulty(lines):
+        lines.append("use: none as it is, a part has a problem")
+    elif not missing:
         lines.append("use: --model with this folder")
     elif TRANSFORMER.name in missing:
         lines.append("use: none as a model, it has no transformer")
@@ -235,7 +246,13 @@ def _component(candidate: Candidate, network: Network[Any, Any]) -> list[str]:
     return _network(checkpoint.under(prefixes(checkpoint)[network.name]), network)
 
 
-def _use(network: Network[Any, Any]) -> str:
+def _is_faulty(lines: Iterable[str]) -> bool:
+    return any(line.lstrip().startswith(("problem: ", "unexpected: ")) for line in lines)
+
+
+def _use(network: Network[Any, Any], lines: Iterable[str]) -> str:
+    if _is_faulty(lines):
+        return "use: none as it is"
     if network is TRANSFORMER:
         return "use: --model; parts that are not in it are looked for beside it and in the known places"
     return "use: beside a transformer, in one folder or a ComfyUI tree, or named as a part of the model"

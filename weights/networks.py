@@ -136,7 +136,7 @@ CLIP = Network(
     ),
     tokenizer=Tokenizer(
         "clip_tokenizer", "tokenizer", ("transformers", "CLIPTokenizer"),
-        "tokenizer/ with tokenizer_config.json and vocab.json, merges.txt or tokenizer.json",
+        "tokenizer/ with vocab.json and merges.txt, or tokenizer.json, and tokenizer_config.json",
         CLIPTokenizer.from_folder,
     ),
     lora=clip.TABLES,

@@ -54,6 +54,11 @@ ENGINES = {
 _IMAGE_INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}
 _MODELS = [(re.compile(_START + f"(?:{pattern})", re.M), what) for pattern, what in MODELS]
 _FORMS = [(re.compile(pattern, re.M), what) for pattern, what in FORMS]
+_OTHERS = re.compile(
+    r"(?<![a-z0-9])(?:sd[\W_]?3|sd[\W_]?xl|sd[\W_]?1|wan|qwen|hunyuan|flux[\W_]?2|z[\W_]?image|chroma|lumina|hidream)",
+    re.IGNORECASE,
+)
+_REPO = re.compile(r"FLUX\.1-(Kontext|Fill|Depth|Canny)-dev", re.IGNORECASE)
 _TASK = re.compile(
     r"(kontext)|flux[\W_]*1?[\W_]*(?:dev[\W_]*)?(fill|depth|canny)(?![^\W_])(?![\W_]+of)", re.IGNORECASE
 )
@@ -89,7 +94,15 @@ def image_input(channels: int, out_channels: int) -> str | None:
     if channels <= out_channels:
         return None
     what = _IMAGE_INPUTS.get(channels, "a variant of FLUX.1")
-    return f"{what} (in_channels = {channels}, out_channels = {out_channels}), which needs an image as input: not supported"
+    sizes = f"(in_channels = {channels}, out_channels = {out_channels})"
+    return f"{what} {sizes}, which needs an image as input: not supported"
+
+
+def is_named_after_another(checkpoint: Checkpoint) -> bool:
+    """Whether metadata or, last, the names of file and folder speak of another model. Shapes say more where
+    they differ; this decides between files that are alike, such as the autoencoders of FLUX.1 and SD3."""
+    path = checkpoint.path
+    return task(checkpoint) is not None or any(_OTHERS.search(name) for name in (path.stem, path.parent.name))
 
 
 def task(checkpoint: Checkpoint) -> str | None:
@@ -99,4 +112,5 @@ def task(checkpoint: Checkpoint) -> str | None:
     for text in (*words, checkpoint.path.stem):
         if match := _TASK.search(text):
             return (match[1] or match[2]).capitalize()
-    return None
+    folders = (_REPO.search(part) for part in checkpoint.path.parts)
+    return next((match[1].capitalize() for match in folders if match), None)

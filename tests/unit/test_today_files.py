@@ -22,6 +22,7 @@ from bokehflux.weights.tables import flux
 from tests import model_files as files
 
 STATES = files.states()
+TRANSFORMER = STATES["transformer"]
 PARTS = ("vae/", "text_encoder/", "text_encoder_2/", "tokenizer/", "tokenizer_2/")
 
 
@@ -203,6 +204,68 @@ def test_a_lora_of_another_model_is_named(tmp_path, what):
     assert f"model: {what}" in describe(path) and "use: --lora" not in describe(path)
 
 
+@pytest.mark.parametrize("name", ["sd3_vae", "sd3.5/diffusion_pytorch_model", "qwen_image_vae"])
+def test_an_autoencoder_that_looks_alike_is_passed_over_by_its_name(tree, env, name):
+    write.save(tree / "models" / "vae" / f"{name}.safetensors", STATES["vae"])
+    assert finds(tree, env).paths["vae"].name == "ae.safetensors"
+
+
+def test_an_autoencoder_with_the_scale_of_sd3_is_named(tmp_path, env):
+    files.write_official(tmp_path, STATES)
+    files.write_tokenizers(tmp_path)
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"scaling_factor": 1.5305, "shift_factor": 0.0609})
+    )
+    with pytest.raises(CheckpointError, match="the autoencoder of Stable Diffusion 3"):
+        files.load_vae(tmp_path / "vae")
+    assert "use: none" in describe(tmp_path)
+
+
+KONTEXT = {
+    "by name": ("flux1-kontext-dev", {}),
+    "by metadata": ("edit", {"modelspec.architecture": "flux-1-kontext"}),
+    "depth": ("flux1-depth-dev", {}),
+}
+
+
+@pytest.mark.parametrize("kind", KONTEXT)
+def test_kontext_and_its_like_yield_to_dev_and_are_named(tree, env, kind, caplog):
+    name, metadata = KONTEXT[kind]
+    path = tree / "models" / "unet" / f"{name}.safetensors"
+    write.save(path, TRANSFORMER, metadata)
+    assert finds(tree, env).paths["transformer"].name == "flux1-dev.safetensors" and not caplog.messages
+    finds(path, env)
+    assert any("calls itself FLUX.1" in message for message in caplog.messages)
+    assert "calls itself FLUX.1" in describe(path)
+
+
+def test_a_snapshot_of_kontext_is_named(tmp_path, env, caplog):
+    root = tmp_path / "models--black-forest-labs--FLUX.1-Kontext-dev" / "snapshots" / "0a"
+    files.write_official(root, STATES)
+    files.write_tokenizers(root)
+    finds(root, env)
+    assert any("calls itself FLUX.1 Kontext" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("my_kontext_style", True),
+        ("flux-canny-lora", True),
+        ("flux_depth_of_field", False),
+        ("depth-bokeh", False),
+    ],
+)
+def test_loras_of_kontext_and_its_like_are_named(tmp_path, caplog, name, named):
+    path = tmp_path / f"{name}.safetensors"
+    layer = "transformer.double_blocks.0.img_attn.qkv."
+    write.save(path, {layer + "lora_A.weight": z(2, 3072), layer + "lora_B.weight": z(9216, 2)})
+    assert read_lora(path, {}).terms
+    assert any("calls itself" in message for message in caplog.messages) is named
+    assert ("calls itself" in describe(path)) is named
+
+
 # --- names that today's tools write
 
 
@@ -214,7 +277,6 @@ def norms_as_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("_norm.scale", "_norm.weight"): tensor for name, tensor in state.items()}
 
 
-TRANSFORMER = STATES["transformer"]
 SPELLINGS = {
     "ComfyUI 0.14": norms_as_weights(TRANSFORMER),
     "ComfyUI 0.14, with a prefix": wrapped(norms_as_weights(TRANSFORMER), "model.diffusion_model."),
@@ -409,8 +471,8 @@ def test_plain_weights_win_over_a_variant(tmp_path):
     assert open_checkpoint(tmp_path).path.name == "model.safetensors"
 
 
-@pytest.mark.parametrize("name", ["flux1-dev.bfl", "flux1-schnell.diffusers", "ae.bfl", "vae.diffusers", "clip_l.hf",
-                                  "t5xxl.hf", "bokeh_adapter.all57-qk"])  # fmt: skip
+@pytest.mark.parametrize("name", ["flux1-dev.bfl", "flux1-schnell.diffusers", "ae.bfl", "vae.diffusers",
+                                  "clip_l.hf", "t5xxl.hf", "bokeh_adapter.all57-qk"])  # fmt: skip
 @pytest.mark.parametrize("dot", [".", "_"])
 def test_no_name_of_flux_is_that_of_another_model(name, dot):
     names = dict.fromkeys("lora_unet_" + n.replace(".", dot) for n in manifests.shapes(name))

@@ -138,6 +138,9 @@ def misfit(
             ours, its = network.seam.width(shapes), network.seam.wanted(transformer)
             if ours != its:
                 return f"does not fit: {network.seam.what} {ours} channels, the transformer expects {its}"
+        config = candidate.checkpoint.config()
+        if config is not None and network.codec.owns(config) and (faults := network.codec.faults(config)):
+            return f"does not fit: {'; '.join(faults)}"
     except CheckpointError as error:
-        return error.problems[0]
+        return f"does not fit: {error.problems[0]}"
     return None

@@ -20,6 +20,7 @@ from ..codec import UNSET, Codec, Field, Json
 from ..files.checkpoint import CheckpointError, NotFoundError, Shelf, holds_checkpoint, read_json
 from ..networks import NETWORKS, TRANSFORMER, adapter_for
 from ..parts import Part, open_part, part_of, shapes_of
+from ..relatives import is_named_after_another, task
 from ..tables import scheduler
 from .layouts import PARTS, TOKENIZERS, Candidate, Findings, misfit, scan
 
@@ -126,6 +127,12 @@ def complete(places: Iterable[Place], failure: str, advice: Sequence[str] = ()) 
         raise _incomplete(seen, set(chosen), config if home else None, failure, advice)
     for part, candidate in chosen.items():
         log.info("%s: %s", part, candidate.path)
+    if kind := task(chosen[TRANSFORMER.name].checkpoint):
+        log.warning(
+            "%s calls itself FLUX.1 %s, which edits a picture: it is used as FLUX.1-dev, from a prompt alone",
+            chosen[TRANSFORMER.name].path,
+            kind,
+        )
     return _snapshot(home.findings.root, chosen, config)
 
 
@@ -160,6 +167,8 @@ def _choice(place: Place, part: str, transformer: Candidate, config: MMDiTConfig
 
 
 def _one(place: Place, part: str, found: Sequence[Candidate]) -> Candidate | None:
+    if len(found) > 1:
+        found = [c for c in found if not is_named_after_another(c.checkpoint)] or found
     if len(found) > 1:
         names = ", ".join(sorted(c.path.name for c in found))
         raise CheckpointError(

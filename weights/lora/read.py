@@ -8,6 +8,7 @@ says W + strength * alpha / rank * up @ down; `apply.py` does it.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from ..tables import adapter
 from ..tables import lora as names
 from .alpha import Alphas
 
+log = logging.getLogger(__name__)
 Configs = Mapping[str, Any]
 """The config of each network, by the registry's names; one that is left out is FLUX.1-dev's."""
 PREFIXES = sorted(
@@ -87,6 +89,8 @@ def read_lora(path: str | Path, configs: Configs) -> Lora:
             f"{checkpoint.path} (LoRA)", *([f"was made for {model}"] if model else []), *problems
         )
     alphas.check_patterns(match.layers)
+    if kind := task(checkpoint):
+        log.warning("%s calls itself a LoRA of FLUX.1 %s: other models need not gain by it", path, kind)
     return Lora(
         path=checkpoint.path,
         terms={network: {m: tuple(t) for m, t in modules.items()} for network, modules in terms.items()},
