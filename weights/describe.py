@@ -132,6 +132,8 @@ def _network(
     lines.append(f"model: {_model(network, config)}")
     if network is TRANSFORMER and (kind := task(checkpoint)):
         lines.append(f"calls itself FLUX.1 {kind}, which edits a picture: used as FLUX.1-dev")
+    if network is TRANSFORMER and not config.guidance_embed:
+        lines.append("no guidance embedding: schnell, or a dev without distillation (--schedule dev)")
     lines += ["complete: nothing missing, nothing unexpected"]
     how = "linear weights stay as stored and are cast at use" if kept else "cast to the compute dtype"
     return [*lines, f"loading: {how}; about {_bytes(_memory(infos, kept))} when that is bf16"]

@@ -27,7 +27,7 @@ PHOTO = RefocusSettings(
 )
 MADE_BY = Provenance(
     model="m", vae="ae.sft", clip="c.sft", t5="t.sft", tokenizers="k",
-    adapter="a", loras=(("l", 0.5),), model_hash="h", adapter_hash="i",
+    adapter="a", schedule="dev", loras=(("l", 0.5),), model_hash="h", adapter_hash="i",
     lora_hashes=(("j", 0.5),), dtype="float32", compute="dtype", device="cpu", device_name="x", threads=2,
     torch="2", triton=None, version="1", attention="sdpa", memory="resident", max_rows=2, vae_tiling=True,
 )  # fmt: skip

@@ -9,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from bokehflux.app.replay import MODEL_FLAGS
+from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE
+from bokehflux.pipeline.load import load
+from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.text.tokenizers import CLIPTokenizer, TokenizerError
 from bokehflux.weights import manifests, networks, save
 from bokehflux.weights.describe import describe
 from bokehflux.weights.files import write
 from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from bokehflux.weights.find.resolve import ModelFiles, resolve_model
-from bokehflux.weights.find.snapshot import Snapshot
+from bokehflux.weights.find.snapshot import Snapshot, default_card
 from bokehflux.weights.lora.read import read_lora
 from bokehflux.weights.relatives import other_model
 from bokehflux.weights.tables import flux
@@ -477,3 +481,64 @@ def test_plain_weights_win_over_a_variant(tmp_path):
 def test_no_name_of_flux_is_that_of_another_model(name, dot):
     names = dict.fromkeys("lora_unet_" + n.replace(".", dot) for n in manifests.shapes(name))
     assert other_model(Checkpoint(Path("x"), names, {})) is None  # type: ignore[arg-type]
+
+
+# --- a transformer without guidance embedding
+
+UNGUIDED = {name: tensor for name, tensor in TRANSFORMER.items() if not name.startswith("guidance_in")}
+
+
+@pytest.fixture
+def unguided(tree: Path) -> Path:
+    path = tree / "models" / "unet" / "flux1-dev.safetensors"
+    path.unlink()
+    write.save(path, UNGUIDED)
+    return path
+
+
+def test_what_is_assumed_without_guidance_is_said(tree, unguided, env, caplog):
+    snapshot = resolve_model(tree, env)
+    assert (snapshot.schedule, snapshot.defaults) == (SCHNELL_SCHEDULE, default_card(False))
+    (said,) = caplog.messages
+    assert str(unguided) in said and "4 steps" in said and "--schedule dev" in said
+    assert "--schedule dev" in describe(unguided)
+
+
+@pytest.mark.parametrize(("name", "schedule"), [("dev", FLUX_SCHEDULE), ("schnell", SCHNELL_SCHEDULE)])
+def test_the_schedule_can_be_said(tree, unguided, env, caplog, name, schedule):
+    (unguided.parent / "bokehflux.json").write_text("{}")
+    snapshot = resolve_model(tree, env, schedule=name)
+    assert (snapshot.schedule, snapshot.defaults) == (schedule, default_card(name == "dev"))
+    assert not caplog.messages
+
+
+def test_a_card_holds_beside_a_schedule_that_was_said(tree, unguided, env):
+    (tree / "bokehflux.json").write_text('{"num_inference_steps": 9}')
+    defaults = resolve_model(tree, env, schedule="dev").defaults
+    assert (defaults.num_inference_steps, defaults.txt_length) == (9, 512)
+
+
+def test_a_dev_without_distillation_that_brings_its_schedule(tmp_path, env, caplog):
+    files.write_official(tmp_path, STATES)
+    save.save_network(networks.TRANSFORMER, tmp_path / "transformer", files.SCHNELL, UNGUIDED)
+    files.write_tokenizers(tmp_path)
+    (tmp_path / "bokehflux.json").unlink(missing_ok=True)
+    snapshot = resolve_model(tmp_path, env)
+    assert (snapshot.schedule, snapshot.defaults) == (FLUX_SCHEDULE, default_card(True))
+    assert not caplog.messages
+
+
+def test_schnell_by_its_name_is_no_guess(tree, unguided, env, caplog):
+    assert resolve_model("flux-schnell", env | {"BOKEHFLUX_MODELS": str(tree)}).schedule == SCHNELL_SCHEDULE
+    assert not caplog.messages
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="unknown schedule 'fast': expected one of"):
+        load("nano", schedule="fast")  # type: ignore[arg-type]
+
+
+def test_the_schedule_is_recorded_and_made_again():
+    pipe = load("nano", schedule="schnell", device="cpu")
+    assert pipe.schedule == SCHNELL_SCHEDULE
+    assert provenance_of(pipe).recipe()["schedule"] == "schnell" and "schedule" in MODEL_FLAGS

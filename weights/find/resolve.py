@@ -12,6 +12,7 @@ here (`bokehflux.app.fetch` does that). The environment is read when a function 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from ..files.checkpoint import (
 )
 from ..networks import NETWORKS, TRANSFORMER, VAE
 from .layouts import COMFYUI, TOKENIZERS, Candidate, Findings, candidates, scan
-from .snapshot import Place, Snapshot, complete, open_snapshot
+from .snapshot import Place, ScheduleName, Snapshot, complete, open_snapshot
 
 BUNDLED = {"nano": Path(__file__).parents[1] / "nano"}
 """Models that come with the package."""
@@ -48,6 +49,7 @@ _ADVICE = (
     "docs/files.md says which file goes where",
 )
 Env = Mapping[str, str]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,15 @@ def resolve_model(
     *,
     adapter: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    schedule: ScheduleName | None = None,
 ) -> Snapshot:
     """Every part of a model, opened, with the paths of its adapter and LoRAs, found by the functions below.
 
     model: the name of a bundled one, a path, a repository id such as "black-forest-labs/FLUX.1-dev", its
     short name, or `ModelFiles`. env: stands in for the environment. adapter: None takes the one that the
-    model's card names, if any. loras: name and strength of each.
+    model's card names, if any. loras: name and strength of each. schedule: whose schedule, steps and text
+    length hold; None: the model's own and, where no file tells, those that its guidance embedding implies,
+    which is logged where it is a guess.
     Raises NotFoundError that names every place that was searched.
     """
     env = os.environ if env is None else env
@@ -92,6 +97,17 @@ def resolve_model(
     else:
         failure = f"no complete model {model} found; bundled with bokehflux: {', '.join(BUNDLED)}"
         snapshot = complete(_Search(env).places(model), failure, _ADVICE)
+    if schedule is not None:
+        snapshot = snapshot.with_schedule(schedule)
+    elif snapshot.guessed:
+        defaults = snapshot.defaults
+        log.warning(
+            "%s has no guidance embedding and is taken for schnell: %d steps, no shift, %d T5 tokens. "
+            "If it is a dev without distillation, say --schedule dev",
+            snapshot.paths[TRANSFORMER.name],
+            defaults.num_inference_steps,
+            defaults.txt_length,
+        )
     if adapter is not None:
         snapshot = snapshot.with_adapter(resolve_adapter(adapter, env))
     return replace(snapshot, loras=tuple((resolve_lora(path, env), strength) for path, strength in loras))
@@ -273,7 +289,7 @@ class _Search:
             root = paths[TRANSFORMER.name].parent if TRANSFORMER.name in paths else Path()
             found = self._found(root, paths) if paths else None
             label = f"{transformer} and {autoencoder} of the environment"
-            yield Place(label=label, findings=found, has_model=repo in GUIDED)
+            yield Place(label=label, findings=found, has_model=repo in GUIDED, guided=GUIDED.get(repo or ""))
 
     def _found(self, root: Path, paths: Mapping[str, Path]) -> Findings:
         """What was named by its path."""

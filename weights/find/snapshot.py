@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, Defaults, MMDiTConfig, ScheduleConfig
 
@@ -27,6 +27,7 @@ from .layouts import PARTS, TOKENIZERS, Candidate, Findings, misfit, scan
 CARD = "bokehflux.json"
 SCHEDULER = f"scheduler/{scheduler.FILE}"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json")
+ScheduleName = Literal["dev", "schnell"]
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +45,9 @@ class Snapshot:
     """The transformer's."""
     schedule: ScheduleConfig
     defaults: Defaults
+    guessed: bool = False
+    """Whether schedule and defaults are schnell's only because the transformer has no guidance embedding. A dev
+    that was trained without distillation has none, either."""
     adapter: Path | None = None
     """File or folder of the adapter: the one that was given or, without it, the one that the card names."""
     loras: tuple[tuple[Path, float], ...] = ()
@@ -64,6 +68,11 @@ class Snapshot:
         """The same model with another adapter. Raises CheckpointError when there is none at `path`."""
         part = open_part(path, adapter_for(self.config))
         return dataclasses.replace(self, adapter=path, parts={**self.parts, part.network.name: part})
+
+    def with_schedule(self, name: ScheduleName) -> Snapshot:
+        """The same model with the publishers' schedule, steps and text length; what its card says holds."""
+        schedule, defaults = _scheduled(self.root, name == "dev")
+        return dataclasses.replace(self, schedule=schedule, defaults=defaults, guessed=False)
 
     def close(self) -> None:
         """Let go of the mapped files; what was read from headers stays."""
@@ -133,7 +142,7 @@ def complete(places: Iterable[Place], failure: str, advice: Sequence[str] = ()) 
             chosen[TRANSFORMER.name].path,
             kind,
         )
-    return _snapshot(home.findings.root, chosen, config)
+    return _snapshot(home, home.findings.root, chosen, config)
 
 
 def _transformer(place: Place) -> Candidate | None:
@@ -238,7 +247,7 @@ def _below(path: Path, root: Path) -> Path:
     return path.relative_to(root) if path.is_relative_to(root) else path
 
 
-def _snapshot(root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) -> Snapshot:
+def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) -> Snapshot:
     paths = {part: candidate.path for part, candidate in chosen.items()}
     settings = read_json(root / CARD) if (root / CARD).is_file() else {}
     adapter = root / str(settings["adapter"]) if "adapter" in settings else None
@@ -250,17 +259,31 @@ def _snapshot(root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) 
         problems.append(f"not found: {adapter}/*.safetensors, the adapter in {CARD}")
     if problems:
         raise CheckpointError(f"{root} is not a complete model folder", *problems)
-    schedule = FLUX_SCHEDULE if config.guidance_embed else SCHNELL_SCHEDULE
+    guided = config.guidance_embed
+    stated = None
     if has_schedule:
-        schedule = scheduler.CONFIG.from_json(read_json(root / SCHEDULER), root / SCHEDULER)
-    defaults = card(config.guidance_embed).from_json(settings, root / CARD)
+        stated = scheduler.CONFIG.from_json(read_json(root / SCHEDULER), root / SCHEDULER)
+        guided = guided or stated.dynamic  # schnell's is not: it is a dev without guidance embedding
+    schedule, defaults = _scheduled(root, guided)
     parts = {network.name: part_of(chosen[network.name].checkpoint, network) for network in NETWORKS}
     if mismatches := _mismatches(parts, config):
         raise CheckpointError(f"{root}: components of different models", *mismatches)
     snapshot = Snapshot(
-        root=root, paths=paths, parts=parts, config=config, schedule=schedule, defaults=defaults
+        root=root,
+        paths=paths,
+        parts=parts,
+        config=config,
+        schedule=stated or schedule,
+        defaults=defaults,
+        guessed=not (has_schedule or guided or place.guided is False),
     )
     return snapshot if adapter is None else snapshot.with_adapter(adapter)
+
+
+def _scheduled(root: Path, guided: bool) -> tuple[ScheduleConfig, Defaults]:
+    """The publishers' schedule of dev (guided) or schnell, and its defaults with what the card says."""
+    settings = read_json(root / CARD) if (root / CARD).is_file() else {}
+    return FLUX_SCHEDULE if guided else SCHNELL_SCHEDULE, card(guided).from_json(settings, root / CARD)
 
 
 def _mismatches(parts: Mapping[str, Part[Any, Any]], config: MMDiTConfig) -> list[str]:
