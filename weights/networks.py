@@ -51,6 +51,8 @@ class Tokenizer(NamedTuple):
     """Library and class that `model_index.json` names."""
     files: str
     """How errors name its files."""
+    marks: tuple[str, ...]
+    """Files of which one must be in its folder, where a folder of that name may be another model's."""
     read: Callable[[Any], Any]
     """Builds it from its folder. Raises TokenizerError."""
 
@@ -137,7 +139,7 @@ CLIP = Network(
     tokenizer=Tokenizer(
         "clip_tokenizer", "tokenizer", ("transformers", "CLIPTokenizer"),
         "tokenizer/ with vocab.json and merges.txt, or tokenizer.json, and tokenizer_config.json",
-        CLIPTokenizer.from_folder,
+        ("vocab.json", "tokenizer.json"), CLIPTokenizer.from_folder,
     ),
     lora=clip.TABLES,
     lora_prefixes=("text_encoders.clip_l.transformer.", "text_encoder.", "lora_te1_", "lora_te_"),
@@ -161,7 +163,8 @@ T5 = Network(
     ),
     tokenizer=Tokenizer(
         "t5_tokenizer", "tokenizer_2", ("transformers", "T5TokenizerFast"),
-        "tokenizer_2/ with tokenizer_config.json and tokenizer.json or spiece.model", T5Tokenizer.from_folder,
+        "tokenizer_2/ with tokenizer_config.json and tokenizer.json or spiece.model",
+        ("tokenizer.json", "spiece.model"), T5Tokenizer.from_folder,
     ),
     lora=(t5.HF,),
     # kohya keeps the number that T5 has in SD3.

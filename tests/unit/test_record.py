@@ -142,7 +142,7 @@ def test_what_decides_a_picture() -> None:
     """Every setting but the levels of the batch, and which model in which arithmetic; not the place."""
     decides = Record(settings=FULL, provenance=MADE_BY).decides()
     assert set(decides) == (set(FULL.fields()) - {"bokeh_targets"}) | {
-        "model_hash", "adapter_hash", "lora_hashes", "dtype", "compute",
+        "model_hash", "adapter_hash", "lora_hashes", "dtype", "compute", "schedule",
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -542,3 +543,103 @@ def test_the_schedule_is_recorded_and_made_again():
     pipe = load("nano", schedule="schnell", device="cpu")
     assert pipe.schedule == SCHNELL_SCHEDULE
     assert provenance_of(pipe).recipe()["schedule"] == "schnell" and "schedule" in MODEL_FLAGS
+
+
+# --- trees of other programs
+
+
+def lay_out(root: Path, homes: dict[str, str]) -> dict[str, Path]:
+    """The four files of a model in the folders of a program."""
+    paths = {part: root / home / f"{files.FILES[part]}.safetensors" for part, home in homes.items()}
+    for part, path in paths.items():
+        write.save(path, STATES[part])
+    return paths
+
+
+TREES = {
+    "Forge": ("Stable-diffusion", "VAE", "text_encoder"),
+    "A1111 with subfolders": ("Stable-diffusion/flux", "VAE/flux", "text_encoder/t5"),
+    "SwarmUI": ("diffusion_models", "VAE", "clip"),
+    "StabilityMatrix": ("DiffusionModels", "VAE", "TextEncoders"),
+}
+
+
+@pytest.mark.parametrize("program", TREES)
+@pytest.mark.parametrize("models", ["models", "Models"])
+def test_trees_of_other_programs(tmp_path, env, program, models):
+    transformer, vae, text = TREES[program]
+    paths = lay_out(tmp_path / models, {"transformer": transformer, "vae": vae, "clip": text, "t5": text})
+    files.write_tokenizers(tmp_path / models / text.split("/")[0])
+    for model in (tmp_path, tmp_path / models, paths["transformer"]):
+        assert finds(model, env).paths.items() >= paths.items()
+
+
+def write_invokeai(models: Path, homes: dict[str, str]) -> dict[str, Path]:
+    paths = lay_out(models, {part: homes[part] for part in ("transformer", "vae")})
+    save.save_network(networks.CLIP, models / homes["clip"] / "text_encoder", files.CLIP, STATES["clip"])
+    save.save_network(networks.T5, models / homes["t5"] / "text_encoder_2", files.T5, STATES["t5"])
+    files.write_tokenizers(models / "spare")
+    (models / "spare" / "tokenizer").rename(models / homes["clip"] / "tokenizer")
+    (models / "spare" / "tokenizer_2").rename(models / homes["t5"] / "tokenizer_2")
+    # A model of another kind, whose CLIP and tokenizers are not meant.
+    other = models / homes["transformer"] / ".." / "sdxl"
+    save.save_network(networks.CLIP, other / "text_encoder", files.CLIP, STATES["clip"])
+    (other / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    return paths
+
+
+@pytest.mark.parametrize(
+    "homes",
+    [
+        {
+            "transformer": "flux/main/dev",
+            "vae": "flux/vae/ae",
+            "clip": "any/clip_embed/clip-vit",
+            "t5": "any/t5_encoder/t5",
+        },
+        {"transformer": "0a", "vae": "1b", "clip": "2c", "t5": "3d"},
+    ],
+)
+def test_tree_of_invokeai(tmp_path, env, homes):
+    (tmp_path / "invokeai.yaml").write_text("schema_version: 4.0.2\n")
+    paths = write_invokeai(tmp_path / "models", homes)
+    for model in (tmp_path, paths["transformer"]):
+        snapshot = finds(model, env)
+        assert snapshot.paths.items() >= paths.items()
+        assert snapshot.paths["clip"].parent == tmp_path / "models" / homes["clip"] / "text_encoder"
+        assert snapshot.paths["t5_tokenizer"] == tmp_path / "models" / homes["t5"] / "tokenizer_2"
+    assert "sdxl is a snapshot for StableDiffusionXLPipeline" in describe(tmp_path)
+
+
+def test_links_are_followed_and_lead_to_one_file(tree, env, tmp_path):
+    models = tree / "models"
+    elsewhere = tmp_path / "disk"
+    elsewhere.mkdir()
+    (models / "unet" / "flux1-dev.safetensors").rename(elsewhere / "flux1-dev.safetensors")
+    (models / "unet" / "flux").symlink_to(elsewhere)
+    (models / "diffusion_models").symlink_to(models / "unet")  # the two names of one folder
+    (elsewhere / "round").symlink_to(models)  # and no end of links
+    (models / "vae" / "again.safetensors").symlink_to(models / "vae" / "ae.safetensors")
+    found = finds(tree, env).paths
+    assert found["transformer"].samefile(elsewhere / "flux1-dev.safetensors")
+    assert found["vae"].samefile(models / "vae" / "ae.safetensors")
+    assert finds(models / "unet" / "flux" / "flux1-dev.safetensors", env)
+
+
+def test_a_link_that_became_text_is_named(tree, env):
+    path = tree / "models" / "vae" / "ae.safetensors"
+    path.write_text("../../blobs/0123456789abcdef0123456789abcdef")
+    assert "what became of a link" in refusal(tree, env)
+
+
+# --- owners of single files
+
+
+def test_only_the_tokenizers_are_missing(tree, env):
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.rmtree(tree / "models" / name)
+    message = refusal(tree, env)
+    assert "all else was found: `bokehflux fetch flux-dev --tokenizers-only`" in message and "3 MB" in message
+    assert "not found: tokenizer/" in message and "not found: vae" not in message
+    (tree / "models" / "vae" / "ae.safetensors").unlink()
+    assert "all else was found" not in refusal(tree, env)

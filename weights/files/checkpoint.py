@@ -51,6 +51,7 @@ _LOOKALIKES = (
     (b"PK\x03\x04", "it is a PyTorch pickle file: convert it to .safetensors, pickles are never read"),
     (b"\x80", "it is a Python pickle: convert it to .safetensors, pickles are never read"),
     (b"GGUF", "it is a GGUF file: give it a name that ends in .gguf"),
+    (b"../", "it is what became of a link when a cache was copied: copy the file that it names"),
     (b"{", "it is a JSON file: pass the .safetensors file, the shard index or the folder"),
 )
 
@@ -234,6 +235,11 @@ def holds_checkpoint(folder: Path) -> bool:
     return os.path.isdir(folder) and any(p.suffix in SUFFIXES for p in folder.iterdir())
 
 
+def is_index(path: Path) -> bool:
+    """Whether a file's name is that of a shard index, of any variant."""
+    return _INDEX.search(path.name) is not None
+
+
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors, in file order, and metadata of one .safetensors or .gguf file; the data is not read.
 
@@ -312,7 +318,7 @@ def _diagnosis(path: Path, refusal: str) -> str:
 
 def _inside(folder: Path) -> Path:
     """The one checkpoint of a folder; variants such as `model.fp16.safetensors` yield to the plain name."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES or _INDEX.search(p.name))
+    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES or is_index(p))
     indexes = [p for p in files if p.suffix == ".json"]
     candidates = indexes + [
         p for p in files if p not in indexes and not re.search(r"-\d{5}-of-\d{5}\.", p.name)

@@ -28,7 +28,7 @@ from ..files.checkpoint import (
     read_json,
 )
 from ..networks import NETWORKS, TRANSFORMER, VAE
-from .layouts import COMFYUI, TOKENIZERS, Candidate, Findings, candidates, scan
+from .layouts import TOKENIZERS, Candidate, Findings, candidates, scan, tree_of
 from .snapshot import Place, ScheduleName, Snapshot, complete, open_snapshot
 
 BUNDLED = {"nano": Path(__file__).parents[1] / "nano"}
@@ -254,9 +254,8 @@ class _Search:
         return Place(label=str(path), findings=replace(found, parts={**parts, **found.parts}))
 
     def _around(self, path: Path) -> Place:
-        """The folder of a file or, when it lies in a ComfyUI tree, the tree."""
-        trees = [p.parent for p in path.absolute().parents if p.name in COMFYUI]
-        folder = trees[0] if trees else path.absolute().parent
+        """The folder of a file or, when it lies in the tree of a program, the tree."""
+        folder = tree_of(path) or path.absolute().parent
         return Place(label=str(folder), findings=scan(folder, self._shelf), has_model=False)
 
     def _own_folders(self, repo: str | None) -> Iterator[Place]:

@@ -46,8 +46,8 @@ class Snapshot:
     schedule: ScheduleConfig
     defaults: Defaults
     guessed: bool = False
-    """Whether schedule and defaults are schnell's only because the transformer has no guidance embedding. A dev
-    that was trained without distillation has none, either."""
+    """Whether schedule and defaults are schnell's only because the transformer has no guidance embedding.
+    A dev that was trained without distillation has none, either."""
     adapter: Path | None = None
     """File or folder of the adapter: the one that was given or, without it, the one that the card names."""
     loras: tuple[tuple[Path, float], ...] = ()
