@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from .files.checkpoint import Checkpoint
+from .tables.flux import image_input
 
 _START = r"(?:^|[._])"
 
@@ -46,12 +47,6 @@ FORMS: tuple[tuple[str, str], ...] = (
     (r"_weight_qdata$|\.weight\.(?:qdata|tensor_impl)", "torchao"),
 )
 """(pattern of a name, what stores weights so)."""
-ENGINES = {
-    ".engine": "a TensorRT engine", ".plan": "a TensorRT engine", ".trt": "a TensorRT engine",
-    ".onnx": "an ONNX graph", **dict.fromkeys((".bin", ".ckpt", ".pt", ".pth"), "a PyTorch pickle"),
-}  # fmt: skip
-"""Endings of files that may hold a model and are not opened."""
-_IMAGE_INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}
 _MODELS = [(re.compile(_START + f"(?:{pattern})", re.M), what) for pattern, what in MODELS]
 _FORMS = [(re.compile(pattern, re.M), what) for pattern, what in FORMS]
 _OTHERS = re.compile(
@@ -68,9 +63,9 @@ def stranger(checkpoint: Checkpoint) -> str | None:
     """Why no network of a checkpoint can be used: another model, or a form that cannot be read. None for all
     others, ours and unknown ones."""
     names = "\n".join(checkpoint.tensors)
-    for pattern, what in _FORMS:
+    for pattern, form in _FORMS:
         if pattern.search(names):
-            return f"is stored by {what}, which cannot be used: take a file in bf16, fp16, fp8 or GGUF"
+            return f"is stored by {form}, which cannot be used: take a file in bf16, fp16, fp8 or GGUF"
     if what := other_model(checkpoint):
         return f"is {what}: not supported, a model of FLUX.1 dev or schnell is needed"
     for prefix in ("", "model.diffusion_model.", "diffusion_model."):
@@ -87,15 +82,6 @@ def other_model(checkpoint: Checkpoint) -> str | None:
     """Which other model a checkpoint or a LoRA is of, if its names tell."""
     names = "\n".join(checkpoint.tensors)
     return next((what for pattern, what in _MODELS if pattern.search(names)), None)
-
-
-def image_input(channels: int, out_channels: int) -> str | None:
-    """What a transformer is that takes more channels than it returns."""
-    if channels <= out_channels:
-        return None
-    what = _IMAGE_INPUTS.get(channels, "a variant of FLUX.1")
-    sizes = f"(in_channels = {channels}, out_channels = {out_channels})"
-    return f"{what} {sizes}, which needs an image as input: not supported"
 
 
 def is_named_after_another(checkpoint: Checkpoint) -> bool:

@@ -14,12 +14,12 @@ from bokehflux.app.replay import MODEL_FLAGS
 from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE
 from bokehflux.pipeline.load import load
 from bokehflux.pipeline.provenance import provenance_of
-from bokehflux.text.tokenizers import CLIPTokenizer, TokenizerError
+from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer, TokenizerError
 from bokehflux.weights import manifests, networks, save
 from bokehflux.weights.describe import describe
 from bokehflux.weights.files import write
 from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from bokehflux.weights.find.resolve import ModelFiles, resolve_model
+from bokehflux.weights.find.resolve import VOCABULARIES, ModelFiles, resolve_model
 from bokehflux.weights.find.snapshot import Snapshot, default_card
 from bokehflux.weights.lora.read import read_lora
 from bokehflux.weights.relatives import other_model
@@ -161,6 +161,7 @@ def test_other_formats_are_named_by_their_endings(tree, env, name):
     assert finds(tree, env)
     (tree / "models" / "unet" / "flux1-dev.safetensors").unlink()
     assert f"unet/{name} is there, but it is a" in refusal(tree, env)
+    assert "which cannot be read: take a .safetensors" in refusal(other, env)
 
 
 VAE_MARK = {
@@ -643,3 +644,44 @@ def test_only_the_tokenizers_are_missing(tree, env):
     assert "not found: tokenizer/" in message and "not found: vae" not in message
     (tree / "models" / "vae" / "ae.safetensors").unlink()
     assert "all else was found" not in refusal(tree, env)
+
+
+def test_single_files_need_no_tokenizers(tmp_path, env):
+    """The vocabularies of the published encoders come with the package."""
+    models = tmp_path / "ComfyUI" / "models"
+    homes = {"flux1-dev.bfl": "unet", "ae.bfl": "vae", "clip_l.hf": "clip", "t5xxl.hf": "clip"}
+    for name, home in homes.items():
+        (models / home).mkdir(parents=True, exist_ok=True)
+        files.write_sparse(models / home / f"{name}.safetensors", manifests.shapes(name))
+    snapshot = resolve_model(tmp_path / "ComfyUI", env)
+    paths = [snapshot.paths[name] for name in ("clip_tokenizer", "t5_tokenizer")]
+    assert paths == [VOCABULARIES / "tokenizer", VOCABULARIES / "tokenizer_2"]
+    # Those of the model itself come first.
+    files.write_tokenizers(models)
+    assert resolve_model(tmp_path / "ComfyUI", env).paths["t5_tokenizer"] == models / "tokenizer_2"
+
+
+def test_the_vocabularies_are_the_published_ones():
+    clip = CLIPTokenizer.from_folder(VOCABULARIES / "tokenizer")
+    t5 = T5Tokenizer.from_folder(VOCABULARIES / "tokenizer_2")
+    assert clip(["a photo of a cat"])[0, :7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert t5(["a photo of a cat"])[0, :7].tolist() == [3, 9, 1202, 13, 3, 9, 1712]
+    assert (clip.vocab_size, clip.length, t5.length) == (49408, 77, 512)
+    assert "OpenAI" in (VOCABULARIES / "tokenizer" / "LICENSE").read_text()
+
+
+SHARED = Path(__file__).parents[3] / "shared" / "flux1-dev-snapshot"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data")
+def test_the_vocabularies_read_as_those_of_the_snapshot():
+    prompts = [
+        "a red  cup, 2 cats",
+        "",
+        "don't | a LAMP é 猫",
+        "a </s> cup <extra_id_0> <pad> x",
+        "— “q”\n\ttab",
+    ]
+    for read, folder in ((CLIPTokenizer, "tokenizer"), (T5Tokenizer, "tokenizer_2")):
+        here, there = (read.from_folder(base / folder) for base in (VOCABULARIES, SHARED))
+        assert torch.equal(here(prompts), there(prompts))

@@ -29,6 +29,11 @@ SUFFIXES = (".safetensors", ".sft")
 GGUF_SUFFIX = ".gguf"
 FILE_SUFFIXES = (*SUFFIXES, GGUF_SUFFIX)
 """Endings of the files that can be opened."""
+CLOSED_SUFFIXES = {
+    ".engine": "a TensorRT engine", ".plan": "a TensorRT engine", ".trt": "a TensorRT engine",
+    ".onnx": "an ONNX graph", **dict.fromkeys((".bin", ".ckpt", ".pt", ".pth"), "a PyTorch pickle"),
+}  # fmt: skip
+"""Endings of files that may hold a model and are not opened."""
 INDEX_SUFFIX = ".safetensors.index.json"
 _INDEX = re.compile(r"\.safetensors\.index(?:\.[\w-]+)?\.json$")
 """With the variant, as in `model.safetensors.index.bf16.json`."""
@@ -286,6 +291,10 @@ def _gguf_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _diagnosis(path: Path, refusal: str) -> str:
     """Why the library refused a file, in words that help; the library's own where we know no better."""
+    if path.suffix in CLOSED_SUFFIXES:
+        return (
+            f"it is {CLOSED_SUFFIXES[path.suffix]}, which cannot be read: take a .safetensors or .gguf file"
+        )
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)

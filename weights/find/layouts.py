@@ -22,6 +22,7 @@ from bokehflux.configs import MMDiTConfig
 
 from ..codec import Shapes
 from ..files.checkpoint import (
+    CLOSED_SUFFIXES,
     FILE_SUFFIXES,
     Checkpoint,
     CheckpointError,
@@ -33,7 +34,7 @@ from ..files.checkpoint import (
 )
 from ..networks import NETWORKS, Network
 from ..parts import prefixes, shapes_of
-from ..relatives import ENGINES, stranger
+from ..relatives import stranger
 
 TREE = frozenset({
     "unet", "diffusionmodels", "checkpoints", "stablediffusion", "vae", "clip", "textencoder", "textencoders",
@@ -183,11 +184,13 @@ class _Sorted:
 
     def add(self, file: Path) -> None:
         """One file, or the index of one checkpoint."""
-        known = file.suffix in FILE_SUFFIXES or file.suffix in ENGINES or is_index(file)
+        known = file.suffix in FILE_SUFFIXES or file.suffix in CLOSED_SUFFIXES or is_index(file)
         if not known or _SHARD.search(file.name) or not self._is_new(file):
             return
-        if file.suffix in ENGINES:
-            self.passed_over.append((file, f"is {ENGINES[file.suffix]}, which cannot be read: {_TAKE}"))
+        if file.suffix in CLOSED_SUFFIXES:
+            self.passed_over.append(
+                (file, f"is {CLOSED_SUFFIXES[file.suffix]}, which cannot be read: {_TAKE}")
+            )
             return
         try:
             checkpoint = self._shelf.open(file)

@@ -4,6 +4,7 @@
 2. `BOKEHFLUX_MODELS`: one or more folders of models, separated as in PATH.
 3. `FLUX_MODEL` and `FLUX_AE`, files, as BFL's code has them; then the older `FLUX_DEV`, `FLUX_SCHNELL`, `AE`.
 4. The Hugging Face cache: `HF_HUB_CACHE`, `HF_HOME`/hub, or ~/.cache/huggingface/hub.
+5. For the tokenizers of CLIP-L and T5-XXL: the package.
 
 The transformer of a model that was given as a path comes from that path alone; text encoders, autoencoder and
 tokenizers, which all FLUX.1 models share, are looked for in the later places as well. Nothing is downloaded
@@ -33,6 +34,8 @@ from .snapshot import Place, ScheduleName, Snapshot, complete, open_snapshot
 
 BUNDLED = {"nano": Path(__file__).parents[1] / "nano"}
 """Models that come with the package."""
+VOCABULARIES = Path(__file__).parents[1] / "vocabularies"
+"""The tokenizers of CLIP-L and T5-XXL, which come with the package (NOTICE)."""
 DEV, SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
 ADAPTER_REPO = "atfortes/BokehDiffusion"
 NAMES = {
@@ -236,6 +239,8 @@ class _Search:
                 folder = cached_snapshot(name, env)
                 found = scan(folder, self._shelf) if folder is not None else None
                 yield Place(label=label, findings=found, has_model=name == repo)
+        words = self._found(VOCABULARIES, {row.name: VOCABULARIES / row.folder for row in TOKENIZERS})
+        yield Place(label="what comes with bokehflux", findings=words, has_model=False, bundled=True)
 
     def _explicit(self, model: ModelFiles) -> Place:
         """All but the transformer, whose place is looked at like any model's."""

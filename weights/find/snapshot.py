@@ -90,6 +90,8 @@ class Place:
     """None where there is nothing."""
     has_model: bool = True
     """Whether the transformer may come from here; the other parts always may."""
+    bundled: bool = False
+    """Whether it holds the tokenizers that come with bokehflux: they serve the published text encoders."""
     guided: bool | None = None
     """Take only transformers with (True: dev) or without (False: schnell) guidance embedding."""
 
@@ -128,7 +130,9 @@ def complete(places: Iterable[Place], failure: str, advice: Sequence[str] = ()) 
         # The transformer decides what fits; places before its own may hold the rest.
         for earlier in seen if place is home else [place]:
             for part in PARTS:
-                if part not in chosen and (found := _choice(earlier, part, chosen[TRANSFORMER.name], config)):
+                if part in chosen or (earlier.bundled and not _reads_for(part, chosen)):
+                    continue
+                if found := _choice(earlier, part, chosen[TRANSFORMER.name], config):
                     chosen[part] = found
         if len(chosen) == len(PARTS):
             break
@@ -173,6 +177,15 @@ def _choice(place: Place, part: str, transformer: Candidate, config: MMDiTConfig
     together = [c for c in found if c.path == transformer.path]
     alone = [c for c in found if not c.prefix]
     return _one(place, part, together or alone or list(found))
+
+
+def _reads_for(part: str, chosen: Mapping[str, Candidate]) -> bool:
+    """Whether the published tokenizer of this name reads for the text encoder that was found."""
+    for network in NETWORKS:
+        if network.tokenizer is not None and network.tokenizer.name == part and network.name in chosen:
+            published = next(iter(network.presets.values())).vocab_size
+            return part_of(chosen[network.name].checkpoint, network).config().vocab_size == published
+    return False
 
 
 def _one(place: Place, part: str, found: Sequence[Candidate]) -> Candidate | None:

@@ -24,9 +24,10 @@ from bokehflux.models.linear import Linear, LowRankTerm
 from ..files.checkpoint import Checkpoint, CheckpointError, fold, open_checkpoint
 from ..mapping import SAME, Transform, resolve
 from ..networks import NETWORKS, TRANSFORMER
-from ..relatives import image_input, other_model, stranger, task
+from ..relatives import other_model, stranger, task
 from ..tables import adapter
 from ..tables import lora as names
+from ..tables.flux import image_input
 from .alpha import Alphas
 
 log = logging.getLogger(__name__)
@@ -103,8 +104,8 @@ def made_for(checkpoint: Checkpoint) -> str | None:
         return model
     for name, info in checkpoint.tensors.items():
         if re.search(r"(img_in|x_embedder)\W\w*(down|lora_A)\b", name) and len(info.shape) == 2:
-            if model := image_input(info.shape[1], _LATENT_CHANNELS):
-                return model
+            if variant := image_input(info.shape[1], _LATENT_CHANNELS):
+                return variant
     found = task(checkpoint)
     return f"FLUX.1 {found}" if found else None
 
@@ -176,8 +177,8 @@ def _layers(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
             raise CheckpointError(checkpoint.path, problem)
         layer[role] = name
     if not layers:
-        if problem := stranger(checkpoint):
-            raise CheckpointError(checkpoint.path, f"is not a LoRA: it {problem}")
+        if reason := stranger(checkpoint):
+            raise CheckpointError(checkpoint.path, f"is not a LoRA: it {reason}")
         some = ", ".join(sorted(checkpoint.tensors)[:3]) or "nothing"
         raise CheckpointError(
             checkpoint.path,

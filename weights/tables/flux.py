@@ -8,7 +8,6 @@ from bokehflux.configs import MMDiTConfig
 
 from ..codec import Codec, Field, Json, Shapes, numbers
 from ..mapping import SWAP_HALVES, Rule, Table, concat
-from ..relatives import image_input
 
 _D, _S = "transformer_blocks.{i}.", "single_transformer_blocks.{i}."
 
@@ -81,6 +80,7 @@ DIFFUSERS = Table(
 )
 
 TABLES = (DIFFUSERS, BFL)
+_IMAGE_INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}
 
 
 def _head_dim(s: Shapes) -> int:
@@ -98,6 +98,15 @@ def _mlp_ratio(s: Shapes) -> float:
     if "double_blocks.0.img_mlp.0.weight" in s:
         return s.size("double_blocks.0.img_mlp.0.weight") / width
     return (s.size("single_blocks.0.linear2.weight", 1) - width) / width
+
+
+def image_input(channels: int, out_channels: int) -> str | None:
+    """What a transformer is that takes more channels than it returns."""
+    if channels <= out_channels:
+        return None
+    what = _IMAGE_INPUTS.get(channels, "a variant of FLUX.1")
+    sizes = f"(in_channels = {channels}, out_channels = {out_channels})"
+    return f"{what} {sizes}, which needs an image as input: not supported"
 
 
 def _faults(config: Json) -> list[str]:
