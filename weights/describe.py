@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from bokehflux.configs import FLUX_DEV, FLUX_VAE, BokehConfig
+from bokehflux.configs import FLUX_DEV, FLUX_VAE, BokehConfig, MMDiTConfig
 from bokehflux.models.linear import NARROW, Linear
 
 from .files.checkpoint import Checkpoint, CheckpointError, Shelf, TensorInfo, fold, holds_checkpoint
 from .files.pickled import pickle_in
 from .files.unpack import FORMATS
 from .find.layouts import PARTS, Candidate, Findings, misfit, scan
+from .find.snapshot import likely
 from .lora.read import PREFIXES, made_for, match_layers
 from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, Network, adapter_for
 from .parts import is_left_over, open_any, part_of, prefixes, strangers
@@ -213,10 +214,19 @@ def _folder(findings: Findings) -> list[str]:
     lines: list[str] = []
     missing: list[str] = []
     networks = {network.name: network for network in NETWORKS}
+    passed_over = dict(findings.passed_over)
+    config: MMDiTConfig | None = None
+    several: list[str] = []
     for part, what in PARTS.items():
         found, network = findings.parts.get(part, ()), networks.get(part)
-        if network is TRANSFORMER:
-            found = tuple(candidate for candidate in found if misfit(candidate, network) is None)
+        if network is not None:
+            reasons = {c.path: reason for c in found if (reason := misfit(c, network, config))}
+            passed_over |= reasons
+            found = tuple(likely([c for c in found if c.path not in reasons]))
+            # A whole model in one file yields to files of single parts.
+            several += [part] if len([c for c in found if network is TRANSFORMER or not c.prefix]) > 1 else []
+        if network is TRANSFORMER and len(found) == 1:
+            config = _config(found[0])
         if not found:
             missing.append(part)
             lines.append(f"{part}: missing; looked for {what}")
@@ -226,9 +236,11 @@ def _folder(findings: Findings) -> list[str]:
             if network is not None:
                 lines += _indented(_component(candidate, network))
     lines += [f"unreadable: {problem}" for problem in findings.unreadable]
-    lines += [f"passed over: {path.relative_to(findings.root)} {why}" for path, why in findings.passed_over]
+    lines += [f"passed over: {path.relative_to(findings.root)} {why}" for path, why in passed_over.items()]
     if _is_faulty(lines):
         lines.append("use: none as it is, a part has a problem")
+    elif several:
+        lines.append(f"use: none as it is; name the {' and the '.join(several)} that you mean by its path")
     elif not missing:
         lines.append("use: --model with this folder")
     elif TRANSFORMER.name in missing:
@@ -236,6 +248,13 @@ def _folder(findings: Findings) -> list[str]:
     else:
         lines.append(f"use: --model with this folder; {', '.join(missing)} must lie in another known place")
     return _indented(lines)
+
+
+def _config(transformer: Candidate) -> MMDiTConfig | None:
+    try:
+        return part_of(transformer.checkpoint, TRANSFORMER).config()
+    except CheckpointError:
+        return None
 
 
 def _component(candidate: Candidate, network: Network[Any, Any]) -> list[str]:

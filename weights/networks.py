@@ -38,6 +38,16 @@ class Seam(NamedTuple):
     """As in "CLIP vectors have 4 channels"."""
     width: Callable[[Shapes], int]
     wanted: Callable[[MMDiTConfig], int]
+    known: Mapping[int, str] = {}
+    """Widths of other models, and which these are."""
+
+    def problem(self, shapes: Shapes, transformer: MMDiTConfig) -> str | None:
+        """What keeps a network from meeting the transformer. Raises CheckpointError for missing tensors."""
+        ours, its = self.width(shapes), self.wanted(transformer)
+        if ours == its:
+            return None
+        whose = f" (those of {self.known[ours]})" if ours in self.known else ""
+        return f"{self.what} {ours} channels{whose}, the transformer expects {its}"
 
 
 class Tokenizer(NamedTuple):
@@ -119,6 +129,7 @@ VAE = Network(
         "the autoencoder's packed latents have",
         lambda s: 4 * s.size("decoder.conv_in.weight", 1),
         lambda transformer: transformer.in_channels,
+        {16: "Stable Diffusion 1, 2 or XL", 128: "FLUX.2"},
     ),
 )
 CLIP = Network(
@@ -135,6 +146,7 @@ CLIP = Network(
         "CLIP vectors have",
         lambda s: s.size("text_model.final_layer_norm.weight"),
         lambda transformer: transformer.pooled_dim,
+        {1280: "CLIP-G", 1024: "CLIP-H"},
     ),
     tokenizer=Tokenizer(
         "clip_tokenizer", "tokenizer", ("transformers", "CLIPTokenizer"),

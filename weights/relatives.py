@@ -47,6 +47,7 @@ FORMS: tuple[tuple[str, str], ...] = (
     (r"_weight_qdata$|\.weight\.(?:qdata|tensor_impl)", "torchao"),
 )
 """(pattern of a name, what stores weights so)."""
+_FIRST_OF_DECODER = ("decoder.conv_in.weight", "decoder.conv1.weight", "decoder.conv_in.conv.weight")
 _MODELS = [(re.compile(_START + f"(?:{pattern})", re.M), what) for pattern, what in MODELS]
 _FORMS = [(re.compile(pattern, re.M), what) for pattern, what in FORMS]
 _OTHERS = re.compile(
@@ -68,6 +69,9 @@ def stranger(checkpoint: Checkpoint) -> str | None:
             return f"is stored by {form}, which cannot be used: take a file in bf16, fp16, fp8 or GGUF"
     if what := other_model(checkpoint):
         return f"is {what}: not supported, a model of FLUX.1 dev or schnell is needed"
+    for name, info in checkpoint.tensors.items():
+        if name.endswith(_FIRST_OF_DECODER) and len(info.shape) == 5:
+            return "is the autoencoder of a video model or of Qwen-Image: not supported, FLUX.1's is needed"
     for prefix in ("", "model.diffusion_model.", "diffusion_model."):
         for first, last in (("img_in", "final_layer.linear"), ("x_embedder", "proj_out")):
             taken = checkpoint.tensors.get(f"{prefix}{first}.weight")

@@ -180,6 +180,42 @@ def test_an_autoencoder_of_another_model_is_passed_over(tree, env, layout):
     assert "vae/sdxl_vae.safetensors is there, but it does not fit" in message and "16 channels" in message
 
 
+NEIGHBOURS = {
+    "vae/flux2-vae": {VAE_MARK["bfl"]: z(8, 8, 3, 3), "decoder.conv_in.weight": z(8, 32, 3, 3)},
+    "vae/qwen_image_vae": {"decoder.conv_in.weight": z(8, 16, 3, 3, 3),
+                           VAE_MARK["diffusers"]: z(8, 8, 3, 3, 3)},
+    "vae/wan_2.1_vae": {"decoder.conv1.weight": z(8, 16, 3, 3, 3)},
+    "clip/qwen_2.5_vl_7b": {"model.layers.0.self_attn.q_proj.weight": z(8, 8)},
+    "clip/clip_g": {"text_model.final_layer_norm.weight": z(80),
+                    "text_model.embeddings.token_embedding.weight": z(99, 80)},
+    "clip/umt5": STATES["t5"]
+    | {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight": z(8, 2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_inspect_and_load_agree_on_a_neighbour(tree, env, name):
+    write.save(tree / "models" / f"{name}.safetensors", NEIGHBOURS[name])
+    assert finds(tree, env)
+    said = describe(tree)
+    assert f"passed over: models/{name}.safetensors " in said and "use: --model with this folder" in said
+
+
+def test_inspect_and_load_agree_on_a_choice(tree, env):
+    write.save(tree / "models" / "unet" / "flux1-dev-finetune.safetensors", TRANSFORMER)
+    assert "holds several transformer files" in refusal(tree, env)
+    assert "use: none as it is; name the transformer that you mean by its path" in describe(tree)
+
+
+@pytest.mark.parametrize(("channels", "whose"), [(4, "Stable Diffusion 1, 2 or XL"), (32, r"FLUX\.2")])
+def test_an_autoencoder_that_was_asked_for_is_named(tree, env, channels, whose):
+    vae = {VAE_MARK["bfl"]: z(8, 8, 3, 3), "decoder.conv_in.weight": z(8, channels, 3, 3)}
+    path = tree / "other.safetensors"
+    write.save(path, vae)
+    with pytest.raises(CheckpointError, match=f"those of {whose}"):
+        resolve_model(ModelFiles({"transformer": tree, "vae": path}), env)
+
+
 def test_an_autoencoder_in_diffusers_layout_needs_no_config(tree, env):
     (tree / "models" / "vae" / "ae.safetensors").unlink()
     folder = tree.parent / "vae"

@@ -248,9 +248,8 @@ def misfit(
         if not network.is_ours(shapes):
             return f"is a {network.codec.what} of another model"
         if network.seam is not None and transformer is not None:
-            ours, its = network.seam.width(shapes), network.seam.wanted(transformer)
-            if ours != its:
-                return f"does not fit: {network.seam.what} {ours} channels, the transformer expects {its}"
+            if problem := network.seam.problem(shapes, transformer):
+                return f"does not fit: {problem}"
         config = candidate.checkpoint.config()
         if config is not None and network.codec.owns(config) and (faults := network.codec.faults(config)):
             return f"does not fit: {'; '.join(faults)}"

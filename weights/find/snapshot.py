@@ -188,9 +188,15 @@ def _reads_for(part: str, chosen: Mapping[str, Candidate]) -> bool:
     return False
 
 
+def likely(found: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Of files that fit alike those that are not named after another model, if that leaves any."""
+    if len(found) < 2:
+        return found
+    return [c for c in found if not is_named_after_another(c.checkpoint)] or found
+
+
 def _one(place: Place, part: str, found: Sequence[Candidate]) -> Candidate | None:
-    if len(found) > 1:
-        found = [c for c in found if not is_named_after_another(c.checkpoint)] or found
+    found = likely(found)
     if len(found) > 1:
         names = ", ".join(sorted(c.path.name for c in found))
         raise CheckpointError(
@@ -303,9 +309,8 @@ def _mismatches(parts: Mapping[str, Part[Any, Any]], config: MMDiTConfig) -> lis
     problems = []
     for part in parts.values():
         if (seam := part.network.seam) is not None:
-            ours, its = seam.width(shapes_of(part.checkpoint, part.network)), seam.wanted(config)
-            if ours != its:
-                problems.append(f"{seam.what} {ours} channels, the transformer expects {its}")
+            problem = seam.problem(shapes_of(part.checkpoint, part.network), config)
+            problems += [problem] if problem else []
     return problems
 
 
