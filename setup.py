@@ -26,6 +26,6 @@ setup(
     package_data={
         "bokehflux": ["py.typed"],
         "bokehflux.pictures": ["page.css", "page.html", "page.js", "fonts/*"],
-        "bokehflux.weights": ["manifests/*.json", "nano/**/*"],
+        "bokehflux.weights": ["manifests/*.json", "nano/**/*", "vocabularies/**/*"],
     },
 )

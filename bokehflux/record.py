@@ -373,6 +373,8 @@ class Provenance(_Fields):
     """As it was given; None where there was none, or where the model brought its own."""
     loras: tuple[tuple[str, float], ...] = setting((), WEIGHTED, decides=False)
     """File and strength of each, as given."""
+    schedule: str | None = setting(None, TEXT, sparse=True)
+    """"dev" or "schnell", where it was given."""
     model_hash: str | None = setting(None, TEXT, matters=True)
     adapter_hash: str | None = setting(None, TEXT, matters=True)
     lora_hashes: tuple[tuple[str, float], ...] = setting((), WEIGHTED, matters=True)

@@ -14,16 +14,18 @@ from typing import Any
 
 import torch
 
-from bokehflux.configs import FLUX_DEV, FLUX_VAE, BokehConfig
+from bokehflux.configs import FLUX_DEV, FLUX_VAE, BokehConfig, MMDiTConfig
 from bokehflux.models.linear import NARROW, Linear
 
-from .files.checkpoint import Checkpoint, CheckpointError, Shelf, TensorInfo, holds_checkpoint
+from .files.checkpoint import Checkpoint, CheckpointError, Shelf, TensorInfo, fold, holds_checkpoint
 from .files.pickled import pickle_in
 from .files.unpack import FORMATS
-from .find.layouts import PARTS, Candidate, Findings, fits, scan
-from .lora.read import PREFIXES, match_layers
+from .find.layouts import PARTS, Candidate, Findings, misfit, scan
+from .find.snapshot import likely
+from .lora.read import PREFIXES, made_for, match_layers
 from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, Network, adapter_for
-from .parts import LEFT_OVER, open_any, part_of, prefixes, strangers
+from .parts import is_left_over, open_any, part_of, prefixes, strangers
+from .relatives import stranger, task
 from .tables import adapter
 from .tables import lora as lora_names
 
@@ -53,6 +55,9 @@ def describe(path: str | Path) -> str:
 def _checkpoint(checkpoint: Checkpoint) -> list[str]:
     size = sum(file.stat().st_size for file in {info.file for info in checkpoint.tensors.values()})
     facts = f"{_bytes(size)}, {len(checkpoint.tensors)} tensors"
+    if (problem := stranger(checkpoint)) and not _lora(checkpoint):
+        precision = _precision(checkpoint.tensors.values(), False)
+        return [f"{problem.removeprefix('is ')}, {facts}", f"precision: {precision}", "use: none"]
     found = prefixes(checkpoint)
     if found:
         return _networks(checkpoint, found, facts)
@@ -77,19 +82,23 @@ def _checkpoint(checkpoint: Checkpoint) -> list[str]:
 def _networks(checkpoint: Checkpoint, found: dict[str, str], facts: str) -> list[str]:
     held = [network for network in NETWORKS if network.name in found]
     if len(held) == 1 and not any(found.values()):
-        return [f"{held[0].codec.what}, {facts}", *_network(checkpoint, held[0]), _use(held[0])]
+        return [
+            f"{held[0].codec.what}, {facts}",
+            *(lines := _network(checkpoint, held[0])),
+            _use(held[0], lines),
+        ]
     lines = [f"all-in-one checkpoint, {facts}"]
     for network in held:
         lines.append(f"{network.codec.what}, under {found[network.name]!r}")
         # Alone: strangers are reported once, not as the fault of every network.
         lines += _indented(_network(checkpoint.under(found[network.name]), network))
     lines += [f"unexpected: {name}" for name in strangers(checkpoint, found)[:_SHOWN]]
-    left = [name for name in checkpoint.tensors if name in LEFT_OVER]
+    left = fold((name, "") for name in checkpoint.tensors if is_left_over(name))
     lines += [f"ignored: {', '.join(left)}"] if left else []
     lacking = [network.codec.what for network in NETWORKS if network not in held]
     if lacking:
         lines.append(f"not in this file: {', '.join(lacking)}")
-    return [*lines, _use(held[0])]
+    return [*lines, _use(held[0], lines)]
 
 
 def _network(
@@ -99,7 +108,7 @@ def _network(
     lines: list[str] = []
     try:
         part = part_of(checkpoint, network)
-        infos = [i for name, i in part.checkpoint.tensors.items() if name not in part.table.ignored]
+        infos = [i for name, i in part.checkpoint.tensors.items() if not part.table.ignores(name)]
         lines = [
             f"layout: {part.table.name}",
             f"parameters: {_count(sum(math.prod(info.shape) for info in infos))}",
@@ -121,7 +130,12 @@ def _network(
         for info in (part.checkpoint.tensors[name] for name in entry.src)
         if info.dtype in NARROW or info.packing in FORMATS
     ]
-    lines += [f"model: {_model(network, config)}", "complete: nothing missing, nothing unexpected"]
+    lines.append(f"model: {_model(network, config)}")
+    if network is TRANSFORMER and (kind := task(checkpoint)):
+        lines.append(f"calls itself FLUX.1 {kind}, which edits a picture: used as FLUX.1-dev")
+    if network is TRANSFORMER and not config.guidance_embed:
+        lines.append("no guidance embedding: schnell, or a dev without distillation (--schedule dev)")
+    lines += ["complete: nothing missing, nothing unexpected"]
     how = "linear weights stay as stored and are cast at use" if kept else "cast to the compute dtype"
     return [*lines, f"loading: {how}; about {_bytes(_memory(infos, kept))} when that is bf16"]
 
@@ -165,9 +179,9 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
         for pattern, kind in lora_names.OTHER_KINDS
         if any(re.search(pattern, name) for name in checkpoint.tensors)
     ]
-    ends = [end for end, _ in lora_names.ROLES if end != ".alpha"]
-    matrices = [n for n in checkpoint.tensors if any(n.endswith(end) for end in ends)]
-    downs = [n for n in matrices if any(n.endswith(end) for end, role in lora_names.ROLES if role == "down")]
+    roles = {name: found[1] for name in checkpoint.tensors if (found := lora_names.role(name))}
+    matrices = [name for name, role in roles.items() if role != "alpha"]
+    downs = [name for name, role in roles.items() if role == "down"]
     if not matrices and not relatives:
         return None
     precision = f"precision: {_precision(checkpoint.tensors.values(), False)}"
@@ -187,20 +201,34 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
     except CheckpointError as error:
         problems = list(error.problems)
     if not problems:
-        return [*lines, "model: for FLUX.1, every layer has its place", "use: --lora"]
-    shown = [f"not for FLUX.1: {problem}" for problem in problems[:_SHOWN]]
+        kind = task(checkpoint)
+        note = [f"calls itself a LoRA of FLUX.1 {kind}"] if kind else []
+        return [*lines, "model: for FLUX.1, every layer has its place", *note, "use: --lora"]
+    shown = [f"model: {model}"] if (model := made_for(checkpoint)) else []
+    shown += [f"not for FLUX.1: {problem}" for problem in problems[:_SHOWN]]
     shown += [f"not for FLUX.1: {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     return [*lines, *shown, "use: none with FLUX.1; it was made for another model"]
 
 
 def _folder(findings: Findings) -> list[str]:
-    lines = []
+    lines: list[str] = []
+    missing: list[str] = []
     networks = {network.name: network for network in NETWORKS}
+    passed_over = dict(findings.passed_over)
+    config: MMDiTConfig | None = None
+    several: list[str] = []
     for part, what in PARTS.items():
         found, network = findings.parts.get(part, ()), networks.get(part)
-        if network is TRANSFORMER:
-            found = tuple(candidate for candidate in found if fits(candidate, network))
+        if network is not None:
+            reasons = {c.path: reason for c in found if (reason := misfit(c, network, config))}
+            passed_over |= reasons
+            found = tuple(likely([c for c in found if c.path not in reasons]))
+            # A whole model in one file yields to files of single parts.
+            several += [part] if len([c for c in found if network is TRANSFORMER or not c.prefix]) > 1 else []
+        if network is TRANSFORMER and len(found) == 1:
+            config = _config(found[0])
         if not found:
+            missing.append(part)
             lines.append(f"{part}: missing; looked for {what}")
         for candidate in found:
             shown = candidate.path.relative_to(findings.root)
@@ -208,14 +236,25 @@ def _folder(findings: Findings) -> list[str]:
             if network is not None:
                 lines += _indented(_component(candidate, network))
     lines += [f"unreadable: {problem}" for problem in findings.unreadable]
-    missing = [part for part in PARTS if not findings.parts.get(part)]
-    if not missing:
+    lines += [f"passed over: {path.relative_to(findings.root)} {why}" for path, why in passed_over.items()]
+    if _is_faulty(lines):
+        lines.append("use: none as it is, a part has a problem")
+    elif several:
+        lines.append(f"use: none as it is; name the {' and the '.join(several)} that you mean by its path")
+    elif not missing:
         lines.append("use: --model with this folder")
     elif TRANSFORMER.name in missing:
         lines.append("use: none as a model, it has no transformer")
     else:
         lines.append(f"use: --model with this folder; {', '.join(missing)} must lie in another known place")
     return _indented(lines)
+
+
+def _config(transformer: Candidate) -> MMDiTConfig | None:
+    try:
+        return part_of(transformer.checkpoint, TRANSFORMER).config()
+    except CheckpointError:
+        return None
 
 
 def _component(candidate: Candidate, network: Network[Any, Any]) -> list[str]:
@@ -228,7 +267,13 @@ def _component(candidate: Candidate, network: Network[Any, Any]) -> list[str]:
     return _network(checkpoint.under(prefixes(checkpoint)[network.name]), network)
 
 
-def _use(network: Network[Any, Any]) -> str:
+def _is_faulty(lines: Iterable[str]) -> bool:
+    return any(line.lstrip().startswith(("problem: ", "unexpected: ")) for line in lines)
+
+
+def _use(network: Network[Any, Any], lines: Iterable[str]) -> str:
+    if _is_faulty(lines):
+        return "use: none as it is"
     if network is TRANSFORMER:
         return "use: --model; parts that are not in it are looked for beside it and in the known places"
     return "use: beside a transformer, in one folder or a ComfyUI tree, or named as a part of the model"

@@ -29,7 +29,7 @@ from bokehflux.text.encode import TextEncoders
 
 from .files.checkpoint import CheckpointError
 from .find.resolve import Env, ModelFiles, resolve_model
-from .find.snapshot import Snapshot
+from .find.snapshot import ScheduleName, Snapshot
 from .lora.apply import attach
 from .lora.read import read_lora
 from .mapping import Entry, Shape
@@ -94,6 +94,7 @@ def load_components(
     adapter: str | Path | None = None,
     *,
     loras: Sequence[LoraChoice] = (),
+    schedule: ScheduleName | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     fp8_on: torch.device | None = None,
@@ -105,13 +106,14 @@ def load_components(
 
     `adapter`: folder, file or repository id; None takes the one that the model's card names, if any.
     `loras`: attached beside the weights of the transformer and the text encoders, where they add up.
+    `schedule`: as in `resolve_model`.
     `fp8_on`: as in `load_transformer`.
     `env`: stands in for the environment. Weights that are stored narrow stay so; `dtype` is computed in.
     `on_found`: called when every part is found, before a weight is read.
     `on_progress`: hears of every parameter of the networks and the adapter.
     Raises CheckpointError or TokenizerError before the transformer, the largest part, is read.
     """
-    snapshot = resolve_model(model, env, adapter=adapter, loras=loras)
+    snapshot = resolve_model(model, env, adapter=adapter, loras=loras, schedule=schedule)
     if on_found is not None:
         on_found(snapshot)
     parts = snapshot.parts

@@ -87,8 +87,14 @@ class Table:
     rules: tuple[Rule, ...] = ()
     ignored: frozenset[str] = frozenset()
     """Tensors that a file may hold and that we do not need."""
+    ignored_below: tuple[str, ...] = ()
+    """The same, by what their names start with: halves of a model that we do not use."""
     needs_config: bool = False
     """Whether its files are nothing without a `config.json`; the shapes of others tell all of it."""
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor of a file is one that we do not need."""
+        return name in self.ignored or name.startswith(self.ignored_below)
 
     def marks(self, names: Collection[str], prefix: str = "") -> bool:
         """Whether a file with these tensors, all below `prefix`, has this layout."""
@@ -153,7 +159,9 @@ def plan(
             elif tuple(theirs[name]) != shape:
                 misshaped.append((name, f"is {list(theirs[name])}, expected {list(shape)}"))
         entries.append(entry)
-    unexpected = [(name, str(list(theirs[name]))) for name in theirs if name not in used | table.ignored]
+    unexpected = [
+        (name, str(list(theirs[name]))) for name in theirs if name not in used and not table.ignores(name)
+    ]
     problems = [f"missing: {line}" for line in fold(missing)]
     problems += [f"unexpected: {line}" for line in fold(unexpected)]
     problems += [f"wrong shape: {line}" for line in fold(misshaped)]
@@ -186,7 +194,8 @@ def resolve(table: Table, ours: Mapping[str, Shape]) -> list[Entry]:
         sources = (rule.src,) if isinstance(rule.src, str) else rule.src
         if any("{ri}" in source for source in sources):
             values["ri"] = str(_count_after(name[: match.start("i")], ours) - 1 - int(values["i"]))
-        entries.append(Entry(name, tuple(s.format(**values) for s in sources), rule.transform, rule.tied))
+        source, tied = (tuple(s.format(**values) for s in group) for group in (sources, rule.tied))
+        entries.append(Entry(name, source, rule.transform, tied))
     uses = Counter(name for entry in entries for name in (*entry.src, *entry.tied))
     twice = [name for name, count in uses.items() if count > 1]
     if twice:
@@ -197,13 +206,13 @@ def resolve(table: Table, ours: Mapping[str, Shape]) -> list[Entry]:
 def renamed(table: Table, names: Mapping[str, Value]) -> dict[str, Value]:
     """A file's tensors by our names, where one of theirs makes one of ours: enough to tell a config."""
     # Numbers that are counted from the end have no meaning before all names are known.
-    sources = ((rule.src, rule.dst) for rule in table.rules if isinstance(rule.src, str))
+    sources = [(rule.src, rule.dst) for rule in table.rules if isinstance(rule.src, str)]
+    sources += [(name, rule.dst) for rule in table.rules for name in rule.tied]
     rules = [(_pattern(src), dst) for src, dst in sources if "{ri}" not in src]
-    tied = {name: rule.dst for rule in table.rules for name in rule.tied}
     result = {}
     for name, value in names.items():
         hits = [(match, dst) for pattern, dst in rules if (match := pattern.fullmatch(name))]
-        result[hits[0][1].format(**hits[0][0].groupdict()) if hits else tied.get(name, name)] = value
+        result[hits[0][1].format(**hits[0][0].groupdict()) if hits else name] = value
     return result
 
 

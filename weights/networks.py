@@ -38,6 +38,16 @@ class Seam(NamedTuple):
     """As in "CLIP vectors have 4 channels"."""
     width: Callable[[Shapes], int]
     wanted: Callable[[MMDiTConfig], int]
+    known: Mapping[int, str] = {}
+    """Widths of other models, and which these are."""
+
+    def problem(self, shapes: Shapes, transformer: MMDiTConfig) -> str | None:
+        """What keeps a network from meeting the transformer. Raises CheckpointError for missing tensors."""
+        ours, its = self.width(shapes), self.wanted(transformer)
+        if ours == its:
+            return None
+        whose = f" (those of {self.known[ours]})" if ours in self.known else ""
+        return f"{self.what} {ours} channels{whose}, the transformer expects {its}"
 
 
 class Tokenizer(NamedTuple):
@@ -51,6 +61,8 @@ class Tokenizer(NamedTuple):
     """Library and class that `model_index.json` names."""
     files: str
     """How errors name its files."""
+    marks: tuple[str, ...]
+    """Files of which one must be in its folder, where a folder of that name may be another model's."""
     read: Callable[[Any], Any]
     """Builds it from its folder. Raises TokenizerError."""
 
@@ -117,6 +129,7 @@ VAE = Network(
         "the autoencoder's packed latents have",
         lambda s: 4 * s.size("decoder.conv_in.weight", 1),
         lambda transformer: transformer.in_channels,
+        {16: "Stable Diffusion 1, 2 or XL", 128: "FLUX.2"},
     ),
 )
 CLIP = Network(
@@ -133,10 +146,12 @@ CLIP = Network(
         "CLIP vectors have",
         lambda s: s.size("text_model.final_layer_norm.weight"),
         lambda transformer: transformer.pooled_dim,
+        {1280: "CLIP-G", 1024: "CLIP-H"},
     ),
     tokenizer=Tokenizer(
         "clip_tokenizer", "tokenizer", ("transformers", "CLIPTokenizer"),
-        "tokenizer/ with vocab.json, merges.txt and tokenizer_config.json", CLIPTokenizer.from_folder,
+        "tokenizer/ with vocab.json and merges.txt, or tokenizer.json, and tokenizer_config.json",
+        ("vocab.json", "tokenizer.json"), CLIPTokenizer.from_folder,
     ),
     lora=clip.TABLES,
     lora_prefixes=("text_encoders.clip_l.transformer.", "text_encoder.", "lora_te1_", "lora_te_"),
@@ -160,7 +175,8 @@ T5 = Network(
     ),
     tokenizer=Tokenizer(
         "t5_tokenizer", "tokenizer_2", ("transformers", "T5TokenizerFast"),
-        "tokenizer_2/ with tokenizer_config.json and tokenizer.json or spiece.model", T5Tokenizer.from_folder,
+        "tokenizer_2/ with tokenizer_config.json and tokenizer.json or spiece.model",
+        ("tokenizer.json", "spiece.model"), T5Tokenizer.from_folder,
     ),
     lora=(t5.HF,),
     # kohya keeps the number that T5 has in SD3.

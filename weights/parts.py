@@ -24,15 +24,17 @@ from .files.pickled import pickle_in
 from .mapping import Entry, Shape, Table, plan, recognise, renamed
 from .networks import NETWORKS, C, N, Network
 from .precision import separate
+from .relatives import stranger
 from .tables import adapter
 
-LEFT_OVER = frozenset(
+_LEFT_OVER = frozenset(
     network.prefixes[-1] + name
     for network in NETWORKS
     if network.tokenizer is not None
     for name in ("logit_scale", "text_projection", "text_projection.weight")
 )
-"""Tensors that all-in-one files hold beside the networks, and that no picture needs."""
+_AVERAGES = ("model_ema.", "ema_model.", "ema.")
+"""What the names of a running average start with, where it is saved beside the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Part(Generic[C, N]):
     def num_bytes(self) -> int:
         """Bytes that loading it reads."""
         tensors = self.checkpoint.tensors.items()
-        return sum(info.num_bytes for name, info in tensors if name not in self.table.ignored)
+        return sum(info.num_bytes for name, info in tensors if not self.table.ignores(name))
 
     def config(self) -> C:
         """From its `config.json` or, without one, from its shapes. Raises CheckpointError."""
@@ -94,15 +96,20 @@ def prefixes(checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
+def is_left_over(name: str) -> bool:
+    """Whether files hold a tensor of this name beside the networks, and no picture needs it."""
+    return name in _LEFT_OVER or name.startswith(_AVERAGES)
+
+
 def strangers(checkpoint: Checkpoint, found: Mapping[str, str]) -> list[str]:
     """Names in an all-in-one file that belong to none of its networks."""
     starts = tuple(found.values())
-    return [n for n in checkpoint.tensors if not n.startswith(starts) and n not in LEFT_OVER]
+    return [n for n in checkpoint.tensors if not n.startswith(starts) and not is_left_over(n)]
 
 
 def shapes_of(checkpoint: Checkpoint, network: Network[Any, Any]) -> Shapes:
-    """The shapes of a checkpoint with the network's marker, by our names."""
-    table = next(table for table in network.tables if table.marks(checkpoint.tensors))
+    """The shapes of a checkpoint by our names. Raises CheckpointError without the network's marker."""
+    table = recognise(network.tables, checkpoint.tensors, checkpoint.path, network.codec.what)
     return Shapes(renamed(table, checkpoint.shapes), network.codec.what, checkpoint.path)
 
 
@@ -133,11 +140,14 @@ def open_part(path: str | Path, network: Network[C, N]) -> Part[C, N]:
 
 def part_of(checkpoint: Checkpoint, network: Network[C, N]) -> Part[C, N]:
     """As `open_part`, of an opened checkpoint."""
+    if problem := stranger(checkpoint):
+        raise CheckpointError(checkpoint.path, problem)
     found = prefixes(checkpoint)
     prefix = found.get(network.name, "")
     if prefix and (odd := strangers(checkpoint, found)):
         lines = fold((name, str(list(checkpoint.tensors[name].shape))) for name in odd)
         raise CheckpointError(checkpoint.path, *(f"unexpected: {line}" for line in lines))
+    checkpoint = checkpoint.without([name for name in checkpoint.tensors if name.startswith(_AVERAGES)])
     bare, scales = separate(checkpoint.under(prefix))
     table = recognise(network.tables, bare.tensors, bare.path, network.codec.what)
     return Part(network=network, table=table, prefix=prefix, checkpoint=bare, scales=scales)

@@ -32,8 +32,6 @@ INPUT_SCALES = (".scale_input", ".input_scale")
 FORMAT = ".comfy_quant"
 METADATA = "_quantization_metadata"
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
-BITSANDBYTES = ".absmax"
-"""How a tensor's name ends in every file of that library."""
 _MAX_FORMAT_BYTES = 4096
 
 
@@ -98,8 +96,6 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
                 )
             scales[weight] = name
     problems += fold(orphans)
-    if any(name.endswith(BITSANDBYTES) for name in names):
-        problems.append("is stored by bitsandbytes (NF4, FP4), which cannot be used: take fp8 or GGUF")
     for packing in sorted({info.packing for info in names.values() if info.packing} - set(FORMATS)):
         try:
             check_decoder(packing)

@@ -271,6 +271,9 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add("--adapter", metavar="PATH", help="folder or file of a bokeh adapter; nano brings its own")
     add("--lora", dest="loras", nargs="+", action="append", default=[], metavar=("PATH", "SCALE"),
         help="a LoRA file and its strength (default: 1); may be given several times, effects add up")
+    add("--schedule", choices=("dev", "schnell"),
+        help="whose noise schedule, steps and text length (default: the model's own; a transformer without "
+             "guidance embedding is taken for schnell)")
     add = parser.add_argument_group("how it runs").add_argument
     add("--max-rows", type=int, metavar="N",
         help="pictures that go through the network together (default: all that fit)")

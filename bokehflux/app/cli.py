@@ -276,6 +276,7 @@ def _open(
             model_from(args),
             adapter=args.adapter,
             loras=loras_from(args),
+            schedule=args.schedule,
             device=args.device,
             dtype=args.dtype,
             compute=args.compute,

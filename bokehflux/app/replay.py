@@ -12,8 +12,8 @@ from bokehflux.record import MAX_THREADS, GenerateSettings, Provenance, Record
 logger = logging.getLogger(__name__)
 
 MODEL_FLAGS = (
-    "model", "vae", "clip", "t5", "tokenizers", "adapter", "loras", "device", "dtype", "compute", "max_rows",
-    "vae_tiling",
+    "model", "vae", "clip", "t5", "tokenizers", "adapter", "loras", "schedule", "device", "dtype", "compute",
+    "max_rows", "vae_tiling",
 )  # fmt: skip
 """Facts of a record that a flag of the same name asks for."""
 

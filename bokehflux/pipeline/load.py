@@ -27,7 +27,7 @@ from bokehflux.pipeline.provenance import Source
 from bokehflux.pipeline.run import check_levels
 from bokehflux.record import Settings
 from bokehflux.weights.find.resolve import ModelFiles
-from bokehflux.weights.find.snapshot import Snapshot
+from bokehflux.weights.find.snapshot import ScheduleName, Snapshot
 from bokehflux.weights.load import load_components
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def load(
     *,
     adapter: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    schedule: ScheduleName | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     compute: Compute = "dtype",
@@ -52,6 +53,8 @@ def load(
         (`weights/resolve.py`), part by part. The pipeline's `name` is this as text.
     adapter: an adapter's folder, file or repository; None takes the model's own, if it has one.
     loras: (file, strength) of each, in any of the known key families; their effects add up.
+    schedule: "dev" or "schnell": whose noise schedule, steps and text length; None takes the model's own. A
+        transformer without guidance embedding is taken for schnell where no file tells, with a warning.
     device: None takes CUDA, then MPS, then the CPU. dtype: "bfloat16", "float32" or "float16"; None takes
         bfloat16 on a GPU and on a CPU that multiplies it in hardware, float32 on any other CPU.
     compute: "fp8" multiplies in e4m3 with rowwise scales in the transformer's blocks (`models/fp8.py`), which
@@ -73,6 +76,8 @@ def load(
         check_fp8(where, kind)
         if where.type == "cpu":
             logger.warning("compute 'fp8' on a CPU is for trying it out: it is slower than the dtype")
+    if schedule not in (None, *get_args(ScheduleName)):
+        raise ValueError(f"unknown schedule {schedule!r}: expected one of {get_args(ScheduleName)}")
     if memory not in (*MODES, "auto"):
         raise ValueError(f"unknown memory mode {memory!r}: expected 'auto' or one of {MODES}")
     resident = memory == "resident" or where.type != "cuda"
@@ -85,6 +90,7 @@ def load(
             model,
             adapter=adapter,
             loras=loras,
+            schedule=schedule,
             device=home,
             dtype=kind,
             fp8_on=where if compute == "fp8" else None,
@@ -106,7 +112,7 @@ def load(
         vae=parts.vae,
         schedule=parts.snapshot.schedule,
         defaults=parts.snapshot.defaults,
-        source=Source.of(model, adapter, loras, parts.snapshot),
+        source=Source.of(model, adapter, loras, parts.snapshot, schedule),
         memory=placement,
     )
 

@@ -35,6 +35,8 @@ class Source:
     """As given; None where there was none, or the model brought its own."""
     loras: tuple[tuple[str, float], ...] = ()
     """File and strength of each, as given."""
+    schedule: str | None = None
+    """As given; None: the model's own."""
     snapshot: Snapshot | None = None
     """None for a model that was not loaded from files."""
 
@@ -45,6 +47,7 @@ class Source:
         adapter: str | Path | None,
         loras: Sequence[tuple[str | Path, float]],
         snapshot: Snapshot,
+        schedule: str | None = None,
     ) -> Source:
         """What `bokehflux.load` was given, and what it found."""
         given = model.files if isinstance(model, ModelFiles) else {TRANSFORMER.name: model}
@@ -54,6 +57,7 @@ class Source:
             parts=parts,
             adapter=None if adapter is None else str(adapter),
             loras=tuple((str(path), float(strength)) for path, strength in loras),
+            schedule=schedule,
             snapshot=snapshot,
         )
 
@@ -79,6 +83,7 @@ def provenance_of(model: Model, backend: str = "auto") -> Provenance:
         model=source.model,
         adapter=source.adapter,
         loras=source.loras,
+        schedule=source.schedule,
         model_hash=model_hash,
         adapter_hash=adapter_hash,
         lora_hashes=lora_hashes,

@@ -72,29 +72,30 @@ class CLIPTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> CLIPTokenizer:
-        """Read `vocab.json`, `merges.txt`, `tokenizer_config.json` and any `special_tokens_map.json`.
+        """Read `vocab.json` and `merges.txt`, `tokenizer_config.json` and any `special_tokens_map.json`.
 
+        transformers 5 writes a `tokenizer.json` in place of the first two.
         Raises TokenizerError for a missing or damaged file.
         """
         folder = Path(folder)
         config = _read_json(folder / "tokenizer_config.json")
-        vocab = _read_json(folder / "vocab.json")
+        fast = (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file()
+        vocab, merges, listed = _read_fast(folder / "tokenizer.json") if fast else _read_slow(folder)
         special = _special_tokens(
             folder, config, bos_token=START, eos_token=END, unk_token=END, pad_token=END
         )
-        added = {token.content: token_id for token_id, token in _added_tokens(folder, config).items()}
-        merges = _read_merges(folder / "merges.txt")
+        added = listed | {token.content: i for i, token in _added_tokens(folder, config).items()}
         length = _length(folder, config)
         strange = [token_id for token_id in [*vocab.values(), *added.values()] if not _is_id(token_id)]
         if strange:
             raise TokenizerError(f"{folder}: ids must be numbers below {MAX_ID}, found {strange[0]!r:.80}")
         unknown = [token for token in special.values() if token not in vocab and token not in added]
         if unknown:
-            raise TokenizerError(f"{folder}: special tokens {unknown} have no id in vocab.json")
+            raise TokenizerError(f"{folder}: special tokens {unknown} have no id in its vocabulary")
         try:
             return cls(vocab=vocab, merges=merges, special=special, added=added, length=length)
         except Exception as error:  # what `tokenizers` raises has no class of its own
-            problem = f"vocab.json and merges.txt do not fit together: {error}"
+            problem = f"vocabulary and merges do not fit together: {error}"
             raise TokenizerError(f"{folder}: {problem}; fetch them again") from error
 
     def __call__(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
@@ -303,6 +304,33 @@ def _length(folder: Path, config: dict[str, Any]) -> int:
             f"{path}: model_max_length must be a number of tokens from 2 to 1,000,000, found {length!r}"
         )
     return length
+
+
+_Words = tuple[dict[str, int], list[tuple[str, str]], dict[str, int]]
+"""Vocabulary, merges, and ids of tokens beside them."""
+
+
+def _read_slow(folder: Path) -> _Words:
+    return _read_json(folder / "vocab.json"), _read_merges(folder / "merges.txt"), {}
+
+
+def _read_fast(path: Path) -> _Words:
+    """From a `tokenizer.json`. How a prompt is cleaned and cut is CLIP's, whatever the file says of it."""
+    content = _read_json(path)
+    try:
+        model = content["model"]
+        kind, ending = model["type"], model["end_of_word_suffix"]
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merges = [(first, second) for first, second in pairs]
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        vocab = dict(model["vocab"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"expected a vocabulary and merges of byte pairs ({error!r}); fetch it again"
+        raise TokenizerError(f"{path}: {problem}") from error
+    if (kind, ending) != ("BPE", "</w>"):
+        problem = f"CLIP's is BPE with the ending '</w>', found {kind!r:.80} with {ending!r:.80}"
+        raise TokenizerError(f"{path}: {problem}")
+    return vocab, merges, added
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:

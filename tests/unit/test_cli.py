@@ -133,7 +133,7 @@ def test_published_defaults(fake: Fake) -> None:
     assert callable(fake.loaded.pop("on_progress")) and callable(fake.loaded.pop("on_found"))
     assert fake.loaded == {
         "model": "nano", "adapter": None, "loras": [], "device": None, "dtype": None, "memory": "auto",
-        "compute": "dtype",
+        "compute": "dtype", "schedule": None,
     }  # fmt: skip
     assert Path("results/bokeh-15.0.png").is_file()
 
@@ -161,12 +161,12 @@ def test_every_flag_reaches_the_pipeline(fake: Fake, spelling: str) -> None:
 
 def test_model_flags_reach_load(fake: Fake) -> None:
     argv = ["--model", "m_1", "--adapter", "a", "--device", "cpu", "--dtype", "float32", "--memory", "stream"]
-    argv += ["--compute", "fp8"]
+    argv += ["--compute", "fp8", "--schedule", "dev"]
     assert cli.main([*SWEEP, *argv, "--lora", "x_1", "--lora", "y", "0.5"]) == 0
     assert callable(fake.loaded.pop("on_progress")) and callable(fake.loaded.pop("on_found"))
     assert fake.loaded == {
         "model": "m_1", "adapter": "a", "loras": [("x_1", 1.0), ("y", 0.5)], "device": "cpu",
-        "dtype": "float32", "compute": "fp8", "memory": "stream",
+        "dtype": "float32", "compute": "fp8", "memory": "stream", "schedule": "dev",
     }  # fmt: skip
 
 

@@ -49,6 +49,7 @@ COMMON: dict[str, list[str]] = {
     "--tokenizers": ["snapshot"],
     "--adapter": ["ada"],
     "--lora": ["style.safetensors", "0.5"],
+    "--schedule": ["schnell"],
     "--memory": ["stream"],
     "--device": ["cpu:0"],
     "--dtype": ["bfloat16"],
@@ -65,6 +66,7 @@ REFOCUS = (
     "--prompt", "--bokeh-targets", "--num-grounding-steps", "--num-inference-steps", "--guidance-scale",
     "--max-rows", "--vae-tiling", "--model", "--vae", "--clip", "--t5", "--tokenizers", "--adapter", "--lora",
     "--memory", "--device", "--dtype", "--compute", "--output", "--format", "--max-sequence-length", "--c2pa",
+    "--schedule",
 )  # fmt: skip
 FLAGS = {
     "refocus": {flag: COMMON[flag] for flag in REFOCUS}
@@ -91,10 +93,10 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
     def load(
         model: str | ModelFiles, *, adapter: Any, loras: Any, device: Any, dtype: Any, compute: str,
-        memory: str, on_found: Any, on_progress: Any,
+        memory: str, schedule: Any, on_found: Any, on_progress: Any,
     ) -> Pipeline:  # fmt: skip
         loaded.update(model=model, adapter=adapter, loras=loras, device=device, dtype=dtype, memory=memory)
-        loaded.update(compute=compute)
+        loaded.update(compute=compute, schedule=schedule)
         parts = {}
         if isinstance(model, ModelFiles):
             parts = {name: str(path) for name, path in model.files.items()}

@@ -381,7 +381,6 @@ def test_no_config_no_guess(tmp_path):
     write_snapshot(tmp_path)
     for folder, loader in (
         ("transformer", load.load_transformer),
-        ("vae", files.load_vae),
         ("text_encoder", files.load_clip),
     ):
         (tmp_path / folder / "config.json").unlink()

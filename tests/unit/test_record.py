@@ -27,7 +27,7 @@ PHOTO = RefocusSettings(
 )
 MADE_BY = Provenance(
     model="m", vae="ae.sft", clip="c.sft", t5="t.sft", tokenizers="k",
-    adapter="a", loras=(("l", 0.5),), model_hash="h", adapter_hash="i",
+    adapter="a", schedule="dev", loras=(("l", 0.5),), model_hash="h", adapter_hash="i",
     lora_hashes=(("j", 0.5),), dtype="float32", compute="dtype", device="cpu", device_name="x", threads=2,
     torch="2", triton=None, version="1", attention="sdpa", memory="resident", max_rows=2, vae_tiling=True,
 )  # fmt: skip
@@ -142,7 +142,7 @@ def test_what_decides_a_picture() -> None:
     """Every setting but the levels of the batch, and which model in which arithmetic; not the place."""
     decides = Record(settings=FULL, provenance=MADE_BY).decides()
     assert set(decides) == (set(FULL.fields()) - {"bokeh_targets"}) | {
-        "model_hash", "adapter_hash", "lora_hashes", "dtype", "compute",
+        "model_hash", "adapter_hash", "lora_hashes", "dtype", "compute", "schedule",
     }  # fmt: skip
 
 

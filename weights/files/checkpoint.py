@@ -29,8 +29,17 @@ SUFFIXES = (".safetensors", ".sft")
 GGUF_SUFFIX = ".gguf"
 FILE_SUFFIXES = (*SUFFIXES, GGUF_SUFFIX)
 """Endings of the files that can be opened."""
+CLOSED_SUFFIXES = {
+    ".engine": "a TensorRT engine", ".plan": "a TensorRT engine", ".trt": "a TensorRT engine",
+    ".onnx": "an ONNX graph", **dict.fromkeys((".bin", ".ckpt", ".pt", ".pth"), "a PyTorch pickle"),
+}  # fmt: skip
+"""Endings of files that may hold a model and are not opened."""
 INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX = re.compile(r"\.safetensors\.index(?:\.[\w-]+)?\.json$")
+"""With the variant, as in `model.safetensors.index.bf16.json`."""
 _SHOWN_PROBLEMS = 40
+_WRAPPERS = re.compile(r"(?<![^._])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]")
+"""What `torch.compile`, FSDP and activation checkpointing add to names; in LoRAs with underscores, too."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -47,6 +56,7 @@ _LOOKALIKES = (
     (b"PK\x03\x04", "it is a PyTorch pickle file: convert it to .safetensors, pickles are never read"),
     (b"\x80", "it is a Python pickle: convert it to .safetensors, pickles are never read"),
     (b"GGUF", "it is a GGUF file: give it a name that ends in .gguf"),
+    (b"../", "it is what became of a link when a cache was copied: copy the file that it names"),
     (b"{", "it is a JSON file: pass the .safetensors file, the shard index or the folder"),
 )
 
@@ -230,6 +240,11 @@ def holds_checkpoint(folder: Path) -> bool:
     return os.path.isdir(folder) and any(p.suffix in SUFFIXES for p in folder.iterdir())
 
 
+def is_index(path: Path) -> bool:
+    """Whether a file's name is that of a shard index, of any variant."""
+    return _INDEX.search(path.name) is not None
+
+
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors, in file order, and metadata of one .safetensors or .gguf file; the data is not read.
 
@@ -250,9 +265,18 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     ]
     if odd:
         raise CheckpointError(path, *odd)
+    plain = _unwrapped([name for name, _, _ in found])
     return {
-        n: TensorInfo(path, DTYPES[dtype], shape, i, n) for i, (n, dtype, shape) in enumerate(found)
+        plain[n]: TensorInfo(path, DTYPES[dtype], shape, i, n) for i, (n, dtype, shape) in enumerate(found)
     }, metadata
+
+
+def _unwrapped(names: Collection[str]) -> dict[str, str]:
+    """Names of a file -> the same without what PyTorch's wrappers add to them."""
+    plain = {name: _WRAPPERS.sub("", name) for name in names}
+    if all(name.startswith("module.") for name in names):  # DistributedDataParallel
+        plain = {name: short.removeprefix("module.") for name, short in plain.items()}
+    return plain if len(set(plain.values())) == len(plain) else {name: name for name in names}
 
 
 def _gguf_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -267,6 +291,10 @@ def _gguf_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _diagnosis(path: Path, refusal: str) -> str:
     """Why the library refused a file, in words that help; the library's own where we know no better."""
+    if path.suffix in CLOSED_SUFFIXES:
+        return (
+            f"it is {CLOSED_SUFFIXES[path.suffix]}, which cannot be read: take a .safetensors or .gguf file"
+        )
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
@@ -299,12 +327,12 @@ def _diagnosis(path: Path, refusal: str) -> str:
 
 def _inside(folder: Path) -> Path:
     """The one checkpoint of a folder; variants such as `model.fp16.safetensors` yield to the plain name."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES or p.name.endswith(INDEX_SUFFIX))
-    indexes = [p for p in files if p.name.endswith(INDEX_SUFFIX)]
+    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES or is_index(p))
+    indexes = [p for p in files if p.suffix == ".json"]
     candidates = indexes + [
         p for p in files if p not in indexes and not re.search(r"-\d{5}-of-\d{5}\.", p.name)
     ]
-    plain = [p for p in candidates if "." not in p.name.split(".safetensors")[0]]
+    plain = [p for p in candidates if "." not in p.name.removesuffix(INDEX_SUFFIX).removesuffix(p.suffix)]
     for group in (plain, candidates):
         if len(group) == 1:
             return group[0]
@@ -342,6 +370,7 @@ def _open_index(path: Path) -> Checkpoint:
             except CheckpointError as error:
                 problems += [f"shard {file}: {problem}" for problem in error.problems]
                 continue
+            expected = {_WRAPPERS.sub("", name) for name in expected}
             problems += [
                 f"shard {file} lacks {name}" for name in fold((n, "") for n in expected - set(found))
             ]

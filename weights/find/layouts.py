@@ -2,14 +2,16 @@
 
 - Official snapshot: `transformer/ vae/ text_encoder/ text_encoder_2/ tokenizer/ tokenizer_2/ scheduler/`.
 - Files in the folder itself: BFL's `flux1-dev.safetensors` and `ae.safetensors`, text encoders, all-in-ones.
-- ComfyUI tree: the same files below `unet/ diffusion_models/ checkpoints/ vae/ clip/ text_encoders/`, in the
-  folder or in `models/` below it.
+- Tree of a program: the same files below `unet/ diffusion_models/ checkpoints/ vae/ clip/ text_encoders/`
+  (ComfyUI) or `Stable-diffusion/ VAE/ text_encoder/` (Forge, A1111), in the folder or in `models/` below it;
+  InvokeAI's `models/`. Links are followed.
 
 They mix. Files are recognised by their headers, never by their names; only headers are read.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,15 +21,30 @@ from typing import Any
 from bokehflux.configs import MMDiTConfig
 
 from ..codec import Shapes
-from ..files.checkpoint import FILE_SUFFIXES, Checkpoint, CheckpointError, Shelf, holds_checkpoint
+from ..files.checkpoint import (
+    CLOSED_SUFFIXES,
+    FILE_SUFFIXES,
+    Checkpoint,
+    CheckpointError,
+    Shelf,
+    holds_checkpoint,
+    is_index,
+    located,
+    read_json,
+)
 from ..networks import NETWORKS, Network
 from ..parts import prefixes, shapes_of
+from ..relatives import stranger
 
-COMFYUI = ("unet", "diffusion_models", "checkpoints", "vae", "clip", "text_encoders")
-"""Folders of a ComfyUI tree that hold parts of a model."""
+TREE = frozenset({
+    "unet", "diffusionmodels", "checkpoints", "stablediffusion", "vae", "clip", "textencoder", "textencoders",
+})  # fmt: skip
+"""Folders of a tree of ComfyUI, Forge, A1111 and their like that hold parts of a model, spelled plainly."""
 TOKENIZERS = tuple(network.tokenizer for network in NETWORKS if network.tokenizer is not None)
 PARTS = {row.name: row.files for row in NETWORKS} | {row.name: row.files for row in TOKENIZERS}
 """Every part of a model -> how errors name its files."""
+_OFFICIAL = ("vae", "text_encoder")
+_TAKE = "take a .safetensors or .gguf file"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
@@ -59,6 +76,8 @@ class Findings:
     """Keys: those of `PARTS`."""
     unreadable: tuple[str, ...] = ()
     """Files that look like checkpoints but cannot be opened, with the reason."""
+    passed_over: tuple[tuple[Path, str], ...] = ()
+    """Files that no network can come from, with the reason: other models, formats that cannot be read."""
 
 
 def scan(root: Path, shelf: Shelf) -> Findings:
@@ -69,39 +88,147 @@ def scan(root: Path, shelf: Shelf) -> Findings:
         raise CheckpointError(root, f"cannot be looked through: {error}") from error
 
 
+def tree_of(path: Path) -> Path | None:
+    """The tree of a program that a file lies in, as deep as may be."""
+    parents = path.absolute().parents
+    named = (folder.parent for folder in parents if _plain(folder.name) in TREE)
+    return next(named, None) or next((folder for folder in parents if _is_invokeai(folder)), None)
+
+
 def _scan(root: Path, shelf: Shelf) -> Findings:
     parts: dict[str, tuple[Candidate, ...]] = {}
-    tree = [base / name for base in (root, root / "models") for name in COMFYUI if (base / name).is_dir()]
-    # A lone `vae/` is the official one; ComfyUI's has others beside it.
-    comfyui = any(folder.name != "vae" for folder in tree)
-    if not comfyui:
+    tree = _tree(root)
+    # Alone, these are folders of the official layout; a program's tree has others beside them.
+    if all(folder.name in _OFFICIAL for folder in tree):
+        tree = []
         parts = {
             row.name: (Candidate(path=root / row.folder, shelf=shelf),)
             for row in NETWORKS
             if holds_checkpoint(root / row.folder)
         }
-    homes = [root, root / "models", *(f for f in tree if comfyui and f.name in ("clip", "text_encoders"))]
+    official = set(parts)
+    seen = _Sorted(shelf)
+    for file in sorted(root.iterdir()):
+        seen.add(file)
+    for folder in tree:
+        seen.walk(folder)
+    homes = [
+        root,
+        root / "models",
+        *(f for f in tree if _plain(f.name) in ("clip", "textencoder", "textencoders")),
+    ]
     for tokenizer in TOKENIZERS:
         folders = [home / tokenizer.folder for home in homes if (home / tokenizer.folder).is_dir()]
+        folders = folders or seen.tokenizers.get(tokenizer.name, [])[:1]
         parts[tokenizer.name] = tuple(Candidate(path=folder, shelf=shelf) for folder in folders)
-    files = sorted(p for p in root.iterdir() if p.suffix in FILE_SUFFIXES)
-    for folder in tree if comfyui else ():
-        files += sorted(p for p in folder.rglob("*") if p.suffix in FILE_SUFFIXES)
-    unreadable = []
-    official = set(parts)
-    loose: dict[str, list[Candidate]] = {}
-    for file in files:
-        if _SHARD.search(file.name):
-            continue
+    parts |= {name: tuple(found) for name, found in seen.parts.items() if name not in official}
+    return Findings(
+        root=root, parts=parts, unreadable=tuple(seen.unreadable), passed_over=tuple(seen.passed_over)
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def _tree(root: Path) -> list[Path]:
+    """The folders of a program's tree that hold parts of a model."""
+    bases = [root, *(folder for folder in _folders(root) if folder.name.lower() == "models")]
+    tree = [folder for base in bases for folder in _folders(base) if _plain(folder.name) in TREE]
+    if _is_invokeai(root):
+        tree.append(root / "models" if (root / "models").is_dir() else root)
+    return tree
+
+
+def _is_invokeai(folder: Path) -> bool:
+    # Its models lie in folders by base and kind, or by numbers, and say for themselves what they are.
+    marks = ("invokeai.yaml", "databases/invokeai.db", "flux/main", "models/flux/main")
+    return any((folder / mark).exists() for mark in marks)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+class _Sorted:
+    """Files by the parts of a model that they hold."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.parts: dict[str, list[Candidate]] = {}
+        self.tokenizers: dict[str, list[Path]] = {}
+        self.unreadable: list[str] = []
+        self.passed_over: list[tuple[Path, str]] = []
+        self._shelf = shelf
+        self._seen: set[str] = set()
+
+    def walk(self, top: Path) -> None:
+        """All below a folder, through links; what two links lead to counts once."""
+        if not self._is_new(top):
+            return
+        for tokenizer in TOKENIZERS:
+            if top.name == tokenizer.folder and any((top / mark).is_file() for mark in tokenizer.marks):
+                self.tokenizers.setdefault(tokenizer.name, []).append(top)
+        if (kind := _pipeline(top)) is not None:
+            self.passed_over.append((top, f"is a snapshot for {kind}, not for FLUX.1"))
+            return
+        inside = sorted(top.iterdir())
+        if (top / "config.json").is_file() and (component := _component(top)) is not None:
+            self.add(component)
+            inside = [path for path in inside if path.is_dir()]
+        for path in inside:
+            if path.is_dir():
+                if not path.name.startswith("."):
+                    self.walk(path)
+            else:
+                self.add(path)
+
+    def add(self, file: Path) -> None:
+        """One file, or the index of one checkpoint."""
+        known = file.suffix in FILE_SUFFIXES or file.suffix in CLOSED_SUFFIXES or is_index(file)
+        if not known or _SHARD.search(file.name) or not self._is_new(file):
+            return
+        if file.suffix in CLOSED_SUFFIXES:
+            self.passed_over.append(
+                (file, f"is {CLOSED_SUFFIXES[file.suffix]}, which cannot be read: {_TAKE}")
+            )
+            return
         try:
-            found = candidates(file, shelf)
+            checkpoint = self._shelf.open(file)
+            problem = stranger(checkpoint)
+            found = {} if problem else candidates(file, self._shelf)
         except CheckpointError as error:
-            unreadable.append(str(error))
-            continue
+            self.unreadable.append(str(error))
+            return
+        if not found:
+            some = ", ".join(list(checkpoint.tensors)[:3]) or "nothing"
+            reason = problem or f"holds no network of a model, but tensors such as {some}"
+            self.passed_over.append((file, reason))
         for name, candidate in found.items():
-            loose.setdefault(name, []).append(candidate)
-    parts |= {name: tuple(found) for name, found in loose.items() if name not in official}
-    return Findings(root=root, parts=parts, unreadable=tuple(unreadable))
+            self.parts.setdefault(name, []).append(candidate)
+
+    def _is_new(self, path: Path) -> bool:
+        real = os.path.realpath(path)
+        new = real not in self._seen
+        self._seen.add(real)
+        return new
+
+
+def _component(folder: Path) -> Path | None:
+    """The checkpoint of a folder that holds one, whatever its variants."""
+    try:
+        return located(folder)
+    except CheckpointError:
+        return None
+
+
+def _pipeline(folder: Path) -> str | None:
+    """The class of a snapshot of another model."""
+    index = folder / "model_index.json"
+    try:
+        kind = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+    except CheckpointError:
+        return None
+    return kind if kind and not re.match(r"Flux(?!2)", kind) else None
 
 
 def candidates(file: Path, shelf: Shelf) -> dict[str, Candidate]:
@@ -110,14 +237,22 @@ def candidates(file: Path, shelf: Shelf) -> dict[str, Candidate]:
     return {name: Candidate(path=file, shelf=shelf, prefix=prefix) for name, prefix in found.items()}
 
 
-def fits(candidate: Candidate, network: Network[Any, Any], transformer: MMDiTConfig | None = None) -> bool:
-    """Whether a file is the network, not a relative (UMT5), and as wide as the transformer (not CLIP-G)."""
+def misfit(
+    candidate: Candidate, network: Network[Any, Any], transformer: MMDiTConfig | None = None
+) -> str | None:
+    """Why a file is not the network but a relative (UMT5), or does not meet the transformer (CLIP-G)."""
     if candidate.prefix is None:
-        return True
-    shapes = candidate.shapes(network)
-    if network.seam is None or transformer is None or not network.is_ours(shapes):
-        return network.is_ours(shapes)
+        return None
     try:
-        return network.seam.width(shapes) == network.seam.wanted(transformer)
-    except CheckpointError:
-        return False
+        shapes = candidate.shapes(network)
+        if not network.is_ours(shapes):
+            return f"is a {network.codec.what} of another model"
+        if network.seam is not None and transformer is not None:
+            if problem := network.seam.problem(shapes, transformer):
+                return f"does not fit: {problem}"
+        config = candidate.checkpoint.config()
+        if config is not None and network.codec.owns(config) and (faults := network.codec.faults(config)):
+            return f"does not fit: {'; '.join(faults)}"
+    except CheckpointError as error:
+        return f"does not fit: {error.problems[0]}"
+    return None

@@ -4,6 +4,7 @@
 2. `BOKEHFLUX_MODELS`: one or more folders of models, separated as in PATH.
 3. `FLUX_MODEL` and `FLUX_AE`, files, as BFL's code has them; then the older `FLUX_DEV`, `FLUX_SCHNELL`, `AE`.
 4. The Hugging Face cache: `HF_HUB_CACHE`, `HF_HOME`/hub, or ~/.cache/huggingface/hub.
+5. For the tokenizers of CLIP-L and T5-XXL: the package.
 
 The transformer of a model that was given as a path comes from that path alone; text encoders, autoencoder and
 tokenizers, which all FLUX.1 models share, are looked for in the later places as well. Nothing is downloaded
@@ -12,6 +13,7 @@ here (`bokehflux.app.fetch` does that). The environment is read when a function 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +29,13 @@ from ..files.checkpoint import (
     read_json,
 )
 from ..networks import NETWORKS, TRANSFORMER, VAE
-from .layouts import COMFYUI, TOKENIZERS, Candidate, Findings, candidates, scan
-from .snapshot import Place, Snapshot, complete, open_snapshot
+from .layouts import TOKENIZERS, Candidate, Findings, candidates, scan, tree_of
+from .snapshot import Place, ScheduleName, Snapshot, complete, open_snapshot
 
 BUNDLED = {"nano": Path(__file__).parents[1] / "nano"}
 """Models that come with the package."""
+VOCABULARIES = Path(__file__).parents[1] / "vocabularies"
+"""The tokenizers of CLIP-L and T5-XXL, which come with the package (NOTICE)."""
 DEV, SCHNELL = "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell"
 ADAPTER_REPO = "atfortes/BokehDiffusion"
 NAMES = {
@@ -48,6 +52,7 @@ _ADVICE = (
     "docs/files.md says which file goes where",
 )
 Env = Mapping[str, str]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,15 @@ def resolve_model(
     *,
     adapter: str | Path | None = None,
     loras: Sequence[tuple[str | Path, float]] = (),
+    schedule: ScheduleName | None = None,
 ) -> Snapshot:
     """Every part of a model, opened, with the paths of its adapter and LoRAs, found by the functions below.
 
     model: the name of a bundled one, a path, a repository id such as "black-forest-labs/FLUX.1-dev", its
     short name, or `ModelFiles`. env: stands in for the environment. adapter: None takes the one that the
-    model's card names, if any. loras: name and strength of each.
+    model's card names, if any. loras: name and strength of each. schedule: whose schedule, steps and text
+    length hold; None: the model's own and, where no file tells, those that its guidance embedding implies,
+    which is logged where it is a guess.
     Raises NotFoundError that names every place that was searched.
     """
     env = os.environ if env is None else env
@@ -92,6 +100,17 @@ def resolve_model(
     else:
         failure = f"no complete model {model} found; bundled with bokehflux: {', '.join(BUNDLED)}"
         snapshot = complete(_Search(env).places(model), failure, _ADVICE)
+    if schedule is not None:
+        snapshot = snapshot.with_schedule(schedule)
+    elif snapshot.guessed:
+        defaults = snapshot.defaults
+        log.warning(
+            "%s has no guidance embedding and is taken for schnell: %d steps, no shift, %d T5 tokens. "
+            "If it is a dev without distillation, say --schedule dev",
+            snapshot.paths[TRANSFORMER.name],
+            defaults.num_inference_steps,
+            defaults.txt_length,
+        )
     if adapter is not None:
         snapshot = snapshot.with_adapter(resolve_adapter(adapter, env))
     return replace(snapshot, loras=tuple((resolve_lora(path, env), strength) for path, strength in loras))
@@ -220,6 +239,8 @@ class _Search:
                 folder = cached_snapshot(name, env)
                 found = scan(folder, self._shelf) if folder is not None else None
                 yield Place(label=label, findings=found, has_model=name == repo)
+        words = self._found(VOCABULARIES, {row.name: VOCABULARIES / row.folder for row in TOKENIZERS})
+        yield Place(label="what comes with bokehflux", findings=words, has_model=False, bundled=True)
 
     def _explicit(self, model: ModelFiles) -> Place:
         """All but the transformer, whose place is looked at like any model's."""
@@ -238,9 +259,8 @@ class _Search:
         return Place(label=str(path), findings=replace(found, parts={**parts, **found.parts}))
 
     def _around(self, path: Path) -> Place:
-        """The folder of a file or, when it lies in a ComfyUI tree, the tree."""
-        trees = [p.parent for p in path.absolute().parents if p.name in COMFYUI]
-        folder = trees[0] if trees else path.absolute().parent
+        """The folder of a file or, when it lies in the tree of a program, the tree."""
+        folder = tree_of(path) or path.absolute().parent
         return Place(label=str(folder), findings=scan(folder, self._shelf), has_model=False)
 
     def _own_folders(self, repo: str | None) -> Iterator[Place]:
@@ -273,7 +293,7 @@ class _Search:
             root = paths[TRANSFORMER.name].parent if TRANSFORMER.name in paths else Path()
             found = self._found(root, paths) if paths else None
             label = f"{transformer} and {autoencoder} of the environment"
-            yield Place(label=label, findings=found, has_model=repo in GUIDED)
+            yield Place(label=label, findings=found, has_model=repo in GUIDED, guided=GUIDED.get(repo or ""))
 
     def _found(self, root: Path, paths: Mapping[str, Path]) -> Findings:
         """What was named by its path."""

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, Defaults, MMDiTConfig, ScheduleConfig
 
@@ -20,12 +20,14 @@ from ..codec import UNSET, Codec, Field, Json
 from ..files.checkpoint import CheckpointError, NotFoundError, Shelf, holds_checkpoint, read_json
 from ..networks import NETWORKS, TRANSFORMER, adapter_for
 from ..parts import Part, open_part, part_of, shapes_of
+from ..relatives import is_named_after_another, task
 from ..tables import scheduler
-from .layouts import PARTS, TOKENIZERS, Candidate, Findings, fits, scan
+from .layouts import PARTS, TOKENIZERS, Candidate, Findings, misfit, scan
 
 CARD = "bokehflux.json"
 SCHEDULER = f"scheduler/{scheduler.FILE}"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json")
+ScheduleName = Literal["dev", "schnell"]
 log = logging.getLogger(__name__)
 
 
@@ -43,6 +45,9 @@ class Snapshot:
     """The transformer's."""
     schedule: ScheduleConfig
     defaults: Defaults
+    guessed: bool = False
+    """Whether schedule and defaults are schnell's only because the transformer has no guidance embedding.
+    A dev that was trained without distillation has none, either."""
     adapter: Path | None = None
     """File or folder of the adapter: the one that was given or, without it, the one that the card names."""
     loras: tuple[tuple[Path, float], ...] = ()
@@ -64,6 +69,11 @@ class Snapshot:
         part = open_part(path, adapter_for(self.config))
         return dataclasses.replace(self, adapter=path, parts={**self.parts, part.network.name: part})
 
+    def with_schedule(self, name: ScheduleName) -> Snapshot:
+        """The same model with the publishers' schedule, steps and text length; what its card says holds."""
+        schedule, defaults = _scheduled(self.root, name == "dev")
+        return dataclasses.replace(self, schedule=schedule, defaults=defaults, guessed=False)
+
     def close(self) -> None:
         """Let go of the mapped files; what was read from headers stays."""
         for part in self.parts.values():
@@ -80,6 +90,8 @@ class Place:
     """None where there is nothing."""
     has_model: bool = True
     """Whether the transformer may come from here; the other parts always may."""
+    bundled: bool = False
+    """Whether it holds the tokenizers that come with bokehflux: they serve the published text encoders."""
     guided: bool | None = None
     """Take only transformers with (True: dev) or without (False: schnell) guidance embedding."""
 
@@ -118,15 +130,23 @@ def complete(places: Iterable[Place], failure: str, advice: Sequence[str] = ()) 
         # The transformer decides what fits; places before its own may hold the rest.
         for earlier in seen if place is home else [place]:
             for part in PARTS:
-                if part not in chosen and (found := _choice(earlier, part, chosen[TRANSFORMER.name], config)):
+                if part in chosen or (earlier.bundled and not _reads_for(part, chosen)):
+                    continue
+                if found := _choice(earlier, part, chosen[TRANSFORMER.name], config):
                     chosen[part] = found
         if len(chosen) == len(PARTS):
             break
     if home is None or home.findings is None or len(chosen) < len(PARTS):
-        raise _incomplete(seen, set(chosen), failure, advice)
+        raise _incomplete(seen, set(chosen), config if home else None, failure, advice)
     for part, candidate in chosen.items():
         log.info("%s: %s", part, candidate.path)
-    return _snapshot(home.findings.root, chosen, config)
+    if kind := task(chosen[TRANSFORMER.name].checkpoint):
+        log.warning(
+            "%s calls itself FLUX.1 %s, which edits a picture: it is used as FLUX.1-dev, from a prompt alone",
+            chosen[TRANSFORMER.name].path,
+            kind,
+        )
+    return _snapshot(home, home.findings.root, chosen, config)
 
 
 def _transformer(place: Place) -> Candidate | None:
@@ -135,7 +155,8 @@ def _transformer(place: Place) -> Candidate | None:
     found = [
         candidate
         for candidate in place.findings.parts.get(TRANSFORMER.name, ())
-        if fits(candidate, TRANSFORMER) and place.guided in (None, _is_guided(candidate, place.guided))
+        if misfit(candidate, TRANSFORMER) is None
+        and place.guided in (None, _is_guided(candidate, place.guided))
     ]
     return _one(place, TRANSFORMER.name, found)
 
@@ -151,14 +172,31 @@ def _choice(place: Place, part: str, transformer: Candidate, config: MMDiTConfig
     found = place.findings.parts.get(part, ()) if place.findings is not None else ()
     for network in NETWORKS:
         if network.name == part:
-            found = tuple(candidate for candidate in found if fits(candidate, network, config))
+            found = tuple(c for c in found if misfit(c, network, config) is None)
     # What comes in one file belongs together; apart from that a file of its own is meant.
     together = [c for c in found if c.path == transformer.path]
     alone = [c for c in found if not c.prefix]
     return _one(place, part, together or alone or list(found))
 
 
+def _reads_for(part: str, chosen: Mapping[str, Candidate]) -> bool:
+    """Whether the published tokenizer of this name reads for the text encoder that was found."""
+    for network in NETWORKS:
+        if network.tokenizer is not None and network.tokenizer.name == part and network.name in chosen:
+            published = next(iter(network.presets.values())).vocab_size
+            return part_of(chosen[network.name].checkpoint, network).config().vocab_size == published
+    return False
+
+
+def likely(found: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Of files that fit alike those that are not named after another model, if that leaves any."""
+    if len(found) < 2:
+        return found
+    return [c for c in found if not is_named_after_another(c.checkpoint)] or found
+
+
 def _one(place: Place, part: str, found: Sequence[Candidate]) -> Candidate | None:
+    found = likely(found)
     if len(found) > 1:
         names = ", ".join(sorted(c.path.name for c in found))
         raise CheckpointError(
@@ -168,22 +206,67 @@ def _one(place: Place, part: str, found: Sequence[Candidate]) -> Candidate | Non
 
 
 def _incomplete(
-    seen: Sequence[Place], chosen: set[str], failure: str, advice: Sequence[str]
+    seen: Sequence[Place],
+    chosen: set[str],
+    transformer: MMDiTConfig | None,
+    failure: str,
+    advice: Sequence[str],
 ) -> NotFoundError:
-    missing = [what for part, what in PARTS.items() if part not in chosen]
+    if transformer is None:  # which decides what fits; what may fit is not missing
+        chosen = {part for place in seen if place.findings for part in _present(place.findings)}
+    missing = [part for part in PARTS if part not in chosen]
     anything = any(place.findings is not None for place in seen)
-    problems = [f"not found: {what}" for what in missing] if anything else []
+    problems = [f"not found: {PARTS[part]}" for part in missing] if anything else []
     for place in seen:
         if len(seen) > 1 or place.findings is None:
             problems.append(f"looked in {place.label}{'' if place.findings else ': nothing there'}")
-        problems += place.findings.unreadable if place.findings is not None else ()
+        if place.findings is not None:
+            problems += place.findings.unreadable
+            problems += _refused(place, place.findings, missing, transformer)
     roots = [place.findings.root for place in seen if place.findings is not None and place.has_model]
     if len(seen) == 1 and roots and not (roots[0] / SCHEDULER).is_file():
         problems.append(f"not found: {SCHEDULER}")
+    if anything and missing and set(missing) <= {row.name for row in TOKENIZERS}:
+        problems.append("all else was found: `bokehflux fetch flux-dev --tokenizers-only` gets these 3 MB")
     return NotFoundError(failure, *problems, *advice)
 
 
-def _snapshot(root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) -> Snapshot:
+def _present(findings: Findings) -> set[str]:
+    """The parts, apart from the transformer, that a place may provide."""
+    networks = {network.name: network for network in NETWORKS}
+    return {
+        part
+        for part, found in findings.parts.items()
+        if part != TRANSFORMER.name
+        and any(part not in networks or misfit(candidate, networks[part]) is None for candidate in found)
+    }
+
+
+def _refused(
+    place: Place, findings: Findings, missing: Sequence[str], transformer: MMDiTConfig | None
+) -> list[str]:
+    """The files of a place that are not what is missing, and why."""
+    reasons = dict(findings.passed_over)
+    for network in NETWORKS:
+        for candidate in findings.parts.get(network.name, ()) if network.name in missing else ():
+            reason = misfit(candidate, network, transformer)
+            if reason is None and network is TRANSFORMER and place.guided is not None:
+                kinds = (
+                    ("dev, with", "schnell, without")
+                    if not place.guided
+                    else ("schnell, without", "dev, with")
+                )
+                reason = f"is {kinds[0]} guidance embedding; asked for was {kinds[1]}"
+            if reason is not None:
+                reasons[candidate.path] = reason
+    return [f"{_below(path, findings.root)} is there, but it {reason}" for path, reason in reasons.items()]
+
+
+def _below(path: Path, root: Path) -> Path:
+    return path.relative_to(root) if path.is_relative_to(root) else path
+
+
+def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) -> Snapshot:
     paths = {part: candidate.path for part, candidate in chosen.items()}
     settings = read_json(root / CARD) if (root / CARD).is_file() else {}
     adapter = root / str(settings["adapter"]) if "adapter" in settings else None
@@ -195,26 +278,39 @@ def _snapshot(root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) 
         problems.append(f"not found: {adapter}/*.safetensors, the adapter in {CARD}")
     if problems:
         raise CheckpointError(f"{root} is not a complete model folder", *problems)
-    schedule = FLUX_SCHEDULE if config.guidance_embed else SCHNELL_SCHEDULE
+    guided = config.guidance_embed
+    stated = None
     if has_schedule:
-        schedule = scheduler.CONFIG.from_json(read_json(root / SCHEDULER), root / SCHEDULER)
-    defaults = card(config.guidance_embed).from_json(settings, root / CARD)
+        stated = scheduler.CONFIG.from_json(read_json(root / SCHEDULER), root / SCHEDULER)
+        guided = guided or stated.dynamic  # schnell's is not: it is a dev without guidance embedding
+    schedule, defaults = _scheduled(root, guided)
     parts = {network.name: part_of(chosen[network.name].checkpoint, network) for network in NETWORKS}
     if mismatches := _mismatches(parts, config):
         raise CheckpointError(f"{root}: components of different models", *mismatches)
     snapshot = Snapshot(
-        root=root, paths=paths, parts=parts, config=config, schedule=schedule, defaults=defaults
+        root=root,
+        paths=paths,
+        parts=parts,
+        config=config,
+        schedule=stated or schedule,
+        defaults=defaults,
+        guessed=not (has_schedule or guided or place.guided is False),
     )
     return snapshot if adapter is None else snapshot.with_adapter(adapter)
+
+
+def _scheduled(root: Path, guided: bool) -> tuple[ScheduleConfig, Defaults]:
+    """The publishers' schedule of dev (guided) or schnell, and its defaults with what the card says."""
+    settings = read_json(root / CARD) if (root / CARD).is_file() else {}
+    return FLUX_SCHEDULE if guided else SCHNELL_SCHEDULE, card(guided).from_json(settings, root / CARD)
 
 
 def _mismatches(parts: Mapping[str, Part[Any, Any]], config: MMDiTConfig) -> list[str]:
     problems = []
     for part in parts.values():
         if (seam := part.network.seam) is not None:
-            ours, its = seam.width(shapes_of(part.checkpoint, part.network)), seam.wanted(config)
-            if ours != its:
-                problems.append(f"{seam.what} {ours} channels, the transformer expects {its}")
+            problem = seam.problem(shapes_of(part.checkpoint, part.network), config)
+            problems += [problem] if problem else []
     return problems
 
 

@@ -8,6 +8,7 @@ says W + strength * alpha / rank * up @ down; `apply.py` does it.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,15 +18,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bokehflux.configs import FLUX_DEV
 from bokehflux.models.linear import Linear, LowRankTerm
 
 from ..files.checkpoint import Checkpoint, CheckpointError, fold, open_checkpoint
 from ..mapping import SAME, Transform, resolve
 from ..networks import NETWORKS, TRANSFORMER
+from ..relatives import other_model, stranger, task
 from ..tables import adapter
 from ..tables import lora as names
+from ..tables.flux import image_input
 from .alpha import Alphas
 
+log = logging.getLogger(__name__)
 Configs = Mapping[str, Any]
 """The config of each network, by the registry's names; one that is left out is FLUX.1-dev's."""
 PREFIXES = sorted(
@@ -33,6 +38,7 @@ PREFIXES = sorted(
     key=lambda item: -len(item[0]),
 )
 """(prefix of a name, the network that the rest belongs to), in the order in which they are tried."""
+_LATENT_CHANNELS = FLUX_DEV.in_channels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,12 +85,29 @@ def read_lora(path: str | Path, configs: Configs) -> Lora:
         term = LowRankTerm(down=down, up=up, strength=scale, first=place.first)
         terms.setdefault(place.network, {}).setdefault(place.module, []).append(term)
     if problems:
-        raise CheckpointError(f"{checkpoint.path} (LoRA)", *problems)
+        model = made_for(checkpoint)
+        raise CheckpointError(
+            f"{checkpoint.path} (LoRA)", *([f"was made for {model}"] if model else []), *problems
+        )
     alphas.check_patterns(match.layers)
+    if kind := task(checkpoint):
+        log.warning("%s calls itself a LoRA of FLUX.1 %s: other models need not gain by it", path, kind)
     return Lora(
         path=checkpoint.path,
         terms={network: {m: tuple(t) for m, t in modules.items()} for network, modules in terms.items()},
     )
+
+
+def made_for(checkpoint: Checkpoint) -> str | None:
+    """The model that a LoRA is for, where it tells of one that is not FLUX.1 dev or schnell."""
+    if model := other_model(checkpoint):
+        return model
+    for name, info in checkpoint.tensors.items():
+        if re.search(r"(img_in|x_embedder)\W\w*(down|lora_A)\b", name) and len(info.shape) == 2:
+            if variant := image_input(info.shape[1], _LATENT_CHANNELS):
+                return variant
+    found = task(checkpoint)
+    return f"FLUX.1 {found}" if found else None
 
 
 class Match(NamedTuple):
@@ -143,17 +166,19 @@ def _layers(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
     layers: dict[str, dict[str, str]] = {}
     odd = []
     for name in checkpoint.tensors:
-        ends = [(end, role) for end, role in names.ROLES if name.endswith(end) and name != end]
-        if not ends:
+        found = names.role(name)
+        if found is None:
             odd.append((name, ""))
             continue
-        end, role = max(ends, key=lambda item: len(item[0]))
-        layer = layers.setdefault(name.removesuffix(end), {})
+        stem, role = found
+        layer = layers.setdefault(stem, {})
         if role in layer:
             problem = f"{layer[role]} and {name} are the same matrix of one layer"
             raise CheckpointError(checkpoint.path, problem)
         layer[role] = name
     if not layers:
+        if reason := stranger(checkpoint):
+            raise CheckpointError(checkpoint.path, f"is not a LoRA: it {reason}")
         some = ", ".join(sorted(checkpoint.tensors)[:3]) or "nothing"
         raise CheckpointError(
             checkpoint.path,

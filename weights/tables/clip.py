@@ -1,21 +1,46 @@
-"""CLIP's text encoder: transformers `CLIPTextModel`, whose names are ours."""
+"""CLIP's text encoder: transformers `CLIPTextModel`, whose names are ours.
+
+transformers writes them without `text_model.` since 5.6. The file of a whole CLIP has its image encoder, too.
+"""
 
 from __future__ import annotations
 
 from bokehflux.configs import CLIPConfig
 
 from ..codec import Codec, Field, Shapes
-from ..mapping import Table
+from ..mapping import Rule, Table
+
+_LOSS = ("text_projection.weight", "visual_projection.weight", "logit_scale")
+_VISION = ("vision_model.",)
 
 HF = Table(
     "CLIP text encoder",
     marker="text_model.final_layer_norm.weight",
     # position_ids is 0 ... 76, saved by older files; FLUX pools before the projection; the logit scale
     # belongs to CLIP's loss.
-    ignored=frozenset({"text_model.embeddings.position_ids", "text_projection.weight", "logit_scale"}),
+    ignored=frozenset({"text_model.embeddings.position_ids", *_LOSS}),
+    ignored_below=_VISION,
 )
 
-TABLES = (HF,)
+_LAYERS = (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2", "layer_norm1",
+           "layer_norm2")  # fmt: skip
+FLAT = Table(
+    "CLIP text encoder, names of transformers 5.6",
+    marker="embeddings.token_embedding.weight",
+    rules=tuple(
+        Rule(f"text_model.{name}", name)
+        for name in (
+            "embeddings.token_embedding.weight",
+            "embeddings.position_embedding.weight",
+            *(f"encoder.layers.{{i}}.{layer}.{{p}}" for layer in _LAYERS),
+            "final_layer_norm.{p}",
+        )
+    ),
+    ignored=frozenset({"embeddings.position_ids", *_LOSS}),
+    ignored_below=_VISION,
+)
+
+TABLES = (HF, FLAT)
 _TOKENS = "text_model.embeddings.token_embedding.weight"
 _HEAD_DIM = 64
 """The same in every published CLIP."""

@@ -6,12 +6,27 @@ from typing import Any
 
 from bokehflux.configs import MMDiTConfig
 
-from ..codec import Codec, Field, Shapes, numbers
+from ..codec import Codec, Field, Json, Shapes, numbers
 from ..mapping import SWAP_HALVES, Rule, Table, concat
 
 _D, _S = "transformer_blocks.{i}.", "single_transformer_blocks.{i}."
 
-BFL = Table("FLUX transformer, BFL layout", marker="final_layer.adaLN_modulation.1.weight")
+_NORMS = tuple(
+    f"{layer}.{norm}"
+    for layer in (
+        "double_blocks.{i}.img_attn.norm",
+        "double_blocks.{i}.txt_attn.norm",
+        "single_blocks.{i}.norm",
+    )
+    for norm in ("query_norm", "key_norm")
+)
+
+BFL = Table(
+    "FLUX transformer, BFL layout",
+    marker="final_layer.adaLN_modulation.1.weight",
+    # ComfyUI writes `weight` since 0.14.
+    rules=tuple(Rule(f"{norm}.scale", f"{norm}.scale", tied=(f"{norm}.weight",)) for norm in _NORMS),
+)
 
 DIFFUSERS = Table(
     "FLUX transformer, diffusers layout",
@@ -65,6 +80,7 @@ DIFFUSERS = Table(
 )
 
 TABLES = (DIFFUSERS, BFL)
+_IMAGE_INPUTS = {384: "FLUX.1 Fill", 128: "FLUX.1 Canny or Depth"}
 
 
 def _head_dim(s: Shapes) -> int:
@@ -82,6 +98,21 @@ def _mlp_ratio(s: Shapes) -> float:
     if "double_blocks.0.img_mlp.0.weight" in s:
         return s.size("double_blocks.0.img_mlp.0.weight") / width
     return (s.size("single_blocks.0.linear2.weight", 1) - width) / width
+
+
+def image_input(channels: int, out_channels: int) -> str | None:
+    """What a transformer is that takes more channels than it returns."""
+    if channels <= out_channels:
+        return None
+    what = _IMAGE_INPUTS.get(channels, "a variant of FLUX.1")
+    sizes = f"(in_channels = {channels}, out_channels = {out_channels})"
+    return f"{what} {sizes}, which needs an image as input: not supported"
+
+
+def _faults(config: Json) -> list[str]:
+    taken, given = config.get("in_channels"), config.get("out_channels")
+    problem = image_input(taken, given) if isinstance(taken, int) and isinstance(given, int) else None
+    return [f"it is {problem}"] if problem else []
 
 
 def _config(head_dim: Any, num_heads: Any, **fields: Any) -> MMDiTConfig:
@@ -105,4 +136,5 @@ CONFIG = Codec(
     ),
     fixed={"_class_name": "FluxTransformer2DModel", "patch_size": 1},
     implied=lambda config: {"out_channels": (None, config.in_channels)},
+    faults=_faults,
 )

@@ -8,6 +8,8 @@ or underscores.
 
 from __future__ import annotations
 
+import re
+
 from ..mapping import Rule, Table, concat
 
 _QKV = (1, 1, 1)
@@ -48,13 +50,11 @@ XLABS = Table(
 
 ROLES: tuple[tuple[str, str], ...] = (
     (".lora_A.weight", "down"),
-    (".lora_A.default.weight", "down"),
     (".lora_down.weight", "down"),
     (".lora.down.weight", "down"),
     (".lora_linear_layer.down.weight", "down"),
     (".down.weight", "down"),
     (".lora_B.weight", "up"),
-    (".lora_B.default.weight", "up"),
     (".lora_up.weight", "up"),
     (".lora.up.weight", "up"),
     (".lora_linear_layer.up.weight", "up"),
@@ -62,6 +62,19 @@ ROLES: tuple[tuple[str, str], ...] = (
     (".alpha", "alpha"),
 )
 """(end of a name, what the tensor is); the longest that fits counts."""
+_PEFT = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
+"""PEFT's names while an adapter is loaded, with the adapter's own name."""
+
+
+def role(name: str) -> tuple[str, str] | None:
+    """A layer, as the file spells it, and what the tensor is to it; None for tensors of another kind."""
+    name = _PEFT.sub(r".\1.weight", name)
+    ends = [(end, role) for end, role in ROLES if name.endswith(end) and name != end]
+    if not ends:
+        return None
+    end, found = max(ends, key=lambda item: len(item[0]))
+    return name.removesuffix(end), found
+
 
 OTHER_KINDS: tuple[tuple[str, str], ...] = (
     (r"\.lokr_(w1|w2|t2)\w*$", "LoKr"),

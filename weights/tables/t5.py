@@ -18,6 +18,8 @@ HF = Table(
     marker="encoder.final_layer_norm.weight",
     # One tensor under two names; files hold either or both.
     rules=(Rule("shared.weight", "shared.weight", tied=("encoder.embed_tokens.weight",)),),
+    # A whole T5 has its other half, too.
+    ignored_below=("decoder.", "lm_head."),
 )
 
 GGUF = Table(

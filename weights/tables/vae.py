@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bokehflux.configs import VAEConfig
 
-from ..codec import Codec, Field, Shapes, numbers, refused
+from ..codec import Codec, Field, Json, Shapes, numbers, refused
 from ..mapping import LINEAR_TO_CONV, Rule, Table
 
 BFL = Table("FLUX autoencoder, BFL layout", marker="decoder.mid.block_1.conv1.weight")
@@ -36,7 +36,6 @@ def _both_sides(side: str) -> tuple[Rule, ...]:
 DIFFUSERS = Table(
     "FLUX autoencoder, diffusers layout",
     marker="decoder.mid_block.resnets.0.conv1.weight",
-    needs_config=True,
     rules=(
         *_both_sides("encoder"),
         *_residual("encoder.down.{i}.block.{j}", "encoder.down_blocks.{i}.resnets.{j}"),
@@ -63,6 +62,17 @@ def _latent_channels(s: Shapes) -> int:
     return channels
 
 
+_SD3_SCALE = 1.5305
+
+
+def _faults(config: Json) -> list[str]:
+    # An absent key means true: the older autoencoders have these two convolutions.
+    problems = refused(_NO_QUANT, {**dict.fromkeys(_NO_QUANT, True), **config})
+    if config.get("scaling_factor") == _SD3_SCALE:
+        problems.append(f"scaling_factor = {_SD3_SCALE}: the autoencoder of Stable Diffusion 3, not FLUX.1's")
+    return problems
+
+
 _NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 CONFIG = Codec(
@@ -85,6 +95,5 @@ CONFIG = Codec(
         "up_block_types": ["UpDecoderBlock2D"] * len(config.channels),
     },
     extra=lambda config: {"force_upcast": True, **_NO_QUANT},
-    # An absent key means true: the older autoencoders have these two convolutions.
-    faults=lambda config: refused(_NO_QUANT, {**dict.fromkeys(_NO_QUANT, True), **config}),
+    faults=_faults,
 )  # fmt: skip
