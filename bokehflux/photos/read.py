@@ -162,14 +162,22 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
 
 
+def _changes_nothing(to_srgb: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a profile is sRGB, whose pixels stay bit by bit: its colours tell, its name may not."""
+    colors = np.indices((16, 16, 16), np.uint8).reshape(3, 64, 64).transpose(1, 2, 0) * 17
+    seen = np.asarray(ImageCms.applyTransform(Image.fromarray(colors), to_srgb))
+    return int(np.abs(seen.astype(int) - colors).max()) <= 2
+
+
 def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """Colours of an ICC profile in sRGB; as they are, with a notice, where the profile does not fit."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source) and image.mode == "RGB":
-            return image
         target = ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+        to_srgb = ImageCms.buildTransform(source, target, image.mode, "RGB")
+        if image.mode == "RGB" and _changes_nothing(to_srgb):
+            return image
+        converted = ImageCms.applyTransform(image, to_srgb)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
         logger.warning(
             "the photograph's colour profile cannot be used (%s): colours are taken as sRGB", error

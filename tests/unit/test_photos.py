@@ -19,8 +19,8 @@ RAMP = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(32, 0)
 GREEN = (60, 200, 60)
 
 
-def display_p3() -> bytes:
-    """The profile of phones: sRGB's, with the primaries of Display P3."""
+def display_p3(name: bytes = b"D\0P\0/\x003") -> bytes:
+    """The profile of phones: sRGB's, with the primaries of Display P3 and (in UTF-16) another name."""
     icc = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     primaries = {
         b"rXYZ": (0.51512, 0.24120, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189),
@@ -29,7 +29,7 @@ def display_p3() -> bytes:
     for tag, xyz in primaries.items():
         (offset,) = struct.unpack(">I", icc[(at := icc.index(tag, 128)) + 4 : at + 8])
         icc[offset + 8 : offset + 20] = struct.pack(">3i", *(round(v * 65536) for v in xyz))
-    return bytes(icc).replace(b"s\0R\0G\0B", b"D\0P\0/\x003")
+    return bytes(icc).replace(b"s\0R\0G\0B", name)
 
 
 def saved(tmp_path: Path, image: Image.Image, name: str, **options: object) -> Image.Image:
@@ -75,9 +75,9 @@ def test_transparent_parts_are_white(tmp_path: Path, mode: str) -> None:
     assert got.getpixel((4, 4)) == (255, 255, 255) and got.getpixel((28, 4)) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("icc", [display_p3(), display_p3(b"s\0R\0G\0B")], ids=["named", "named sRGB"])
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
-def test_other_primaries_become_srgb(tmp_path: Path, kind: str) -> None:
-    icc = display_p3()
+def test_other_primaries_become_srgb(tmp_path: Path, kind: str, icc: bytes) -> None:
     image = Image.new("RGB", (32, 32), GREEN)
     source = ImageCms.ImageCmsProfile(io.BytesIO(icc))
     wanted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
