@@ -291,20 +291,18 @@ def _gguf_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _diagnosis(path: Path, refusal: str) -> str:
     """Why the library refused a file, in words that help; the library's own where we know no better."""
-    if path.suffix in CLOSED_SUFFIXES:
-        return (
-            f"it is {CLOSED_SUFFIXES[path.suffix]}, which cannot be read: take a .safetensors or .gguf file"
-        )
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(9)
+        hint = next((text for start, text in _LOOKALIKES if head.startswith(start)), None)
+        if hint is None and (what := CLOSED_SUFFIXES.get(path.suffix)):
+            return f"it is {what}, which cannot be read: take a .safetensors or .gguf file"
         if len(head) < 9:
             what = "it is empty" if not head else f"it holds {size} bytes"
             return f"not a .safetensors file: {what}; the download is incomplete"
         length = int.from_bytes(head[:8], "little")
         if head[8:] != b"{" or length > MAX_HEADER_BYTES:
-            hints = (text for start, text in _LOOKALIKES if head.startswith(start))
-            return f"not a .safetensors file: {next(hints, refusal)}"
+            return f"not a .safetensors file: {hint or refusal}"
         if 8 + length > size:
             return f"truncated: the header alone needs {8 + length} bytes, the file holds {size}"
         file.seek(8)

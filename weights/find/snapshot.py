@@ -189,7 +189,7 @@ def _reads_for(part: str, chosen: Mapping[str, Candidate]) -> bool:
 
 
 def likely(found: Sequence[Candidate]) -> Sequence[Candidate]:
-    """Of files that fit alike those that are not named after another model, if that leaves any."""
+    """The files that are not named after another model, among those that fit alike; all, if none is left."""
     if len(found) < 2:
         return found
     return [c for c in found if not is_named_after_another(c.checkpoint)] or found
@@ -212,6 +212,7 @@ def _incomplete(
     failure: str,
     advice: Sequence[str],
 ) -> NotFoundError:
+    seen = [place for place in seen if not place.bundled]
     if transformer is None:  # which decides what fits; what may fit is not missing
         chosen = {part for place in seen if place.findings for part in _present(place.findings)}
     missing = [part for part in PARTS if part not in chosen]
