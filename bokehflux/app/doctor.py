@@ -6,9 +6,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from bokehflux.weights.find.resolve import (
     resolve_adapter,
     resolve_model,
 )
+from bokehflux.weights.find.snapshot import Snapshot
 
 REQUIRED = ("torch", "einops", "safetensors", "sentencepiece", "tokenizers", "numpy", "pillow")
 OPTIONAL = {
@@ -110,7 +112,8 @@ def _path(device: torch.device, choice: select.Choice) -> str:
 
 
 def _models(environment: Mapping[str, str]) -> Iterator[str]:
-    """Models that load by name, then every folder in BOKEHFLUX_MODELS and the Hugging Face cache."""
+    """Models that load by name, those in BOKEHFLUX_MODELS (a tree, or folders in it) and in the Hugging Face
+    cache; at the end, what to do next."""
     for variable in ("BOKEHFLUX_MODELS", "FLUX_MODEL", "FLUX_AE", "FLUX_DEV", "FLUX_SCHNELL", "AE"):
         if environment.get(variable):
             paths = [Path(os.path.expanduser(entry)) for entry in environment[variable].split(os.pathsep)]
@@ -122,7 +125,11 @@ def _models(environment: Mapping[str, str]) -> Iterator[str]:
         if entry
     ]
     folders = [
-        folder for root in own if root.is_dir() for folder in sorted(root.iterdir()) if folder.is_dir()
+        folder
+        for root in own
+        if root.is_dir()
+        for folder in ([root] if not isinstance(_usable(root, environment), str) else sorted(root.iterdir()))
+        if folder.is_dir()
     ]
     folders += sorted(
         path
@@ -130,25 +137,51 @@ def _models(environment: Mapping[str, str]) -> Iterator[str]:
         if "flux" in path.parts[-3].lower()
     )
     models: list[str | Path] = [*BUNDLED, DEV, SCHNELL, *folders]
+    usable: list[tuple[str, bool]] = []
     for model in models:
-        yield f"model {model}: {_state(model, environment)}"
+        found = _usable(model, environment)
+        if isinstance(found, str):
+            yield f"model {model}: not usable: {found or 'no part of it was found'}"
+            continue
+        config, adapter = found.config, "with" if found.adapter else "without"
+        shape = f"{config.num_double} + {config.num_single} blocks of width {config.hidden_size}"
+        yield f"model {model}: complete, {shape}, {adapter} its own adapter"
+        if model not in BUNDLED:
+            usable.append((str(model), found.adapter is not None))
     try:
         yield f"adapter {ADAPTER_REPO}: {resolve_adapter(ADAPTER_REPO, environment)}"
+        adapter_found = True
     except ValueError:
         yield f"adapter {ADAPTER_REPO}: not found"
+        adapter_found = False
     yield f"disk: {shutil.disk_usage('.').free / 2**30:.0f} GiB free in {Path.cwd()}"
+    yield f"next: {_next_step(usable, adapter_found)}"
 
 
-def _state(model: str | Path, environment: Mapping[str, str]) -> str:
+def _usable(model: str | Path, environment: Mapping[str, str]) -> Snapshot | str:
+    """The files of a model, or what is wrong with it: not where it was looked for, the line names it."""
     try:
-        parts = resolve_model(model, environment)
+        return resolve_model(model, environment)
+    except NotFoundError as error:
+        lacks = [
+            said.removeprefix("not found: ").split("/")[0] for said in error.problems if "not found: " in said
+        ]
+        there = [said for said in error.problems if " is there, but " in said]
+        return "; ".join([*([f"lacks {', '.join(lacks)}"] if lacks else []), *there])
     except (ValueError, OSError) as error:
-        # What is wrong with it fits on a line; where it was looked for does not. The line names it already.
-        said = "; ".join(error.problems) if isinstance(error, NotFoundError) else " ".join(str(error).split())
-        return "not usable: " + said[:200]
-    config, adapter = parts.config, "with" if parts.adapter else "without"
-    shape = f"{config.num_double} + {config.num_single} blocks of width {config.hidden_size}"
-    return f"complete, {shape}, {adapter} its own adapter"
+        return " ".join(str(error).split())
+
+
+def _next_step(usable: Sequence[tuple[str, bool]], adapter_found: bool) -> str:
+    """The command that gets furthest with models (and whether each has its adapter) that were found."""
+    make = 'bokehflux generate --prompt "a red ball" --bokeh-targets 0 8 28 --bokeh-pivot 15'
+    for model, has_adapter in sorted(usable, key=lambda one: not one[1]):
+        if has_adapter or adapter_found:
+            adapter = "" if has_adapter else f" --adapter {ADAPTER_REPO}"
+            return f"{make} --model {shlex.quote(model)}{adapter}"
+    if usable:
+        return f"bokehflux fetch {ADAPTER_REPO}, the adapter that gives FLUX its levels"
+    return f"{make}, with the small model that is bundled; for FLUX, --model PATH or `bokehflux fetch`"
 
 
 def _version(name: str) -> str:

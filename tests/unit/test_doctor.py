@@ -44,10 +44,9 @@ def test_models_are_looked_for_where_people_keep_them(tmp_path: Path) -> None:
     lines = list(doctor.report(environment))
     assert f"BOKEHFLUX_MODELS={tmp_path / 'models'}: exists" in lines and "AE=/no/ae: does not exist" in lines
     for folder in (snapshot, tmp_path / "models" / "mine"):
-        assert any(line.startswith(f"model {folder}: not usable: ") for line in lines)
+        assert any(line.startswith(f"model {folder}: not usable: no part of it was found") for line in lines)
+    assert lines[-1].startswith("next: bokehflux generate ") and "small model" in lines[-1]
     del environment["AE"]
-    state = f"model {tmp_path / 'models' / 'mine'}: not usable: not found: transformer/"
-    assert any(line.startswith(state) and len(line) < len(state) + 200 for line in doctor.report(environment))
     assert not any("openai" in line for line in lines)
     assert any(str(snapshot) in line for line in doctor.report({"HF_HUB_CACHE": str(tmp_path / "hub")}))
 
@@ -123,3 +122,11 @@ def test_a_complete_model_is_described(tmp_path: Path) -> None:
     lines = list(doctor.report({"BOKEHFLUX_MODELS": str(tmp_path)}))
     state = "complete, 2 + 2 blocks of width 12, with its own adapter"
     assert f"model {tmp_path / 'mine'}: {state}" in lines
+    assert lines[-1].endswith(f"--model {tmp_path / 'mine'}") and lines[-1].startswith(
+        "next: bokehflux generate"
+    )
+    # A tree that is a model is named itself, not its folders.
+    lines = list(doctor.report({"BOKEHFLUX_MODELS": str(tmp_path / "mine")}))
+    assert [line for line in lines if str(tmp_path) in line and line.startswith("model ")] == [
+        f"model {tmp_path / 'mine'}: {state}"
+    ]
