@@ -44,9 +44,11 @@ def test_models_are_looked_for_where_people_keep_them(tmp_path: Path) -> None:
     lines = list(doctor.report(environment))
     assert f"BOKEHFLUX_MODELS={tmp_path / 'models'}: exists" in lines and "AE=/no/ae: does not exist" in lines
     for folder in (snapshot, tmp_path / "models" / "mine"):
-        assert any(line.startswith(f"model {folder}: not usable: no part of it was found") for line in lines)
+        assert any(line.startswith(f"model {folder}: not usable: /no/ae: ") for line in lines)
     assert lines[-1].startswith("next: bokehflux generate ") and "small model" in lines[-1]
     del environment["AE"]
+    lacks = f"model {tmp_path / 'models' / 'mine'}: not usable: lacks transformer, vae, "
+    assert any(line.startswith(lacks) for line in doctor.report(environment))
     assert not any("openai" in line for line in lines)
     assert any(str(snapshot) in line for line in doctor.report({"HF_HUB_CACHE": str(tmp_path / "hub")}))
 
