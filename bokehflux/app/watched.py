@@ -15,7 +15,9 @@ from bokehflux.app.preview import Preview, fit_rgb_map
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.progress import Progress
 from bokehflux.pipeline.run import Options, Plan, Result, Stopped, execute, with_fewer_rows
+from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.samplers import StepInfo
+from bokehflux.weights.find.resolve import BUNDLED
 from bokehflux.weights.load import load_tiny_decoder
 
 logger = logging.getLogger(__name__)
@@ -53,8 +55,10 @@ class Watched:
         """
         settings = plan.settings
         if settings.prompt not in self._read:
-            self._read.add(settings.prompt)
             warn_of_words(self.model, settings.prompt)
+            if not self._read:  # all plans of a command are of one size
+                warn_of_size(self.model, plan.grid)
+            self._read.add(settings.prompt)
         shown = self._preview(plan)
         latest: StepInfo | None = None
         try:
@@ -104,7 +108,16 @@ def warn_of_words(model: Model, prompt: str) -> None:
     if unknown := model.text.unknown_words(prompt):
         some = ", ".join(f"{word!r:.40}" for word in unknown[:8])
         more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-        logger.warning("%s does not know %s%s: expect a picture without them", model.name, some, more)
+        said = "%s draws a few things, and does not know %s%s: expect a picture without them"
+        logger.warning(said, model.name, some, more)
+
+
+def warn_of_size(model: Model, grid: LatentGrid) -> None:
+    """Say when a model of one size, such as nano, is asked for another."""
+    own, asked = model.defaults, f"{grid.width_px} x {grid.height_px}"
+    if model.name in BUNDLED and (grid.width_px, grid.height_px) != (own.width_px, own.height_px):
+        said = "%s knows pictures of %d x %d only: expect less of %s"
+        logger.warning(said, model.name, own.width_px, own.height_px, asked)
 
 
 def _to_rgb(model: Model, preview: PreviewFile) -> Callable[[Tensor], Tensor]:

@@ -344,11 +344,11 @@ class UnknownWords(FakeText):
     ("unknown", "says"),
     [
         ([], []),
-        (["Mars"], ["nano does not know 'Mars': expect a picture without them"]),
+        (["Mars"], ["nano draws a few things, and does not know 'Mars': expect a picture without them"]),
         (
             ["a\x1bb", *"ABCDEFGHI"],
-            ["nano does not know 'a\\x1bb', 'A', 'B', 'C', 'D', 'E', 'F', 'G' and 2 more: "
-             "expect a picture without them"],
+            ["nano draws a few things, and does not know 'a\\x1bb', 'A', 'B', 'C', 'D', 'E', 'F', 'G' "
+             "and 2 more: expect a picture without them"],
         ),
     ],
 )  # fmt: skip
@@ -361,6 +361,17 @@ def test_words_that_the_model_does_not_know_are_named_once_a_prompt(
     caplog.clear()
     assert cli.main(["sweep", "--prompt", "p", "--seeds", "1", "2", "--bokeh-targets", "3"]) == 0
     assert [record.getMessage() for record in caplog.records] == says
+
+
+def test_a_size_that_is_not_the_models_own_is_said_once(fake: Fake, caplog: pytest.LogCaptureFixture) -> None:
+    own = fake.pipe.defaults
+    for width, says in ((own.width_px, 0), (own.width_px + 16, 1)):
+        caplog.clear()
+        size = ["--size", f"{width}x{own.height_px}"]
+        assert cli.main(["sweep", "--prompt", "p", "--seeds", "1", "2", "--bokeh-targets", "3", *size]) == 0
+        said = [record.getMessage() for record in caplog.records]
+        assert said == [f"nano knows pictures of {own.width_px} x {own.height_px} only: "
+                        f"expect less of {width} x {own.height_px}"] * says  # fmt: skip
 
 
 def test_broken_weights_are_one_line(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
