@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bokehflux.lens import check_level
+from bokehflux.lens import TRAINING_SIDE_PX, check_level
 
-LEVEL_SIDE_PX = 512
-"""The shorter side of the pictures that levels are defined for; blur grows with the picture."""
 NEAREST_M = 1e-6
 """Depth at most this is unknown."""
 POINT_PX = 5
@@ -125,7 +123,7 @@ def radius_map(disparity: Tensor, focus: Focus, level: Tensor | float) -> Tensor
         for end in (focus.far, focus.near)
     )
     beyond = disparity - disparity.clamp(far, near)
-    return levels * beyond * (min(disparity.shape) / LEVEL_SIDE_PX)
+    return levels * beyond * (min(disparity.shape) / TRAINING_SIDE_PX)
 
 
 def quantile(values: Tensor, share: float) -> Tensor:
