@@ -14,7 +14,7 @@ from typing import Literal, TypeVar, get_args
 MAX_LEVEL = 30.0
 """The strongest defocus; the training data was clipped here. 0 is sharp everywhere."""
 TRAINING_SIDE_PX = 512
-"""Shorter side of the published adapter's training pictures, which levels mean; blur grows with the picture."""
+"""Shorter side of the published adapter's training pictures, which levels mean: blur grows with it."""
 FULL_FRAME_DIAGONAL_MM = 43.27
 """The diagonal of a 36 x 24 mm frame, to which the "35 mm equivalent" focal length refers."""
 Number = TypeVar("Number")

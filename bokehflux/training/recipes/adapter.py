@@ -254,7 +254,7 @@ def _data(recipe: AdapterRecipe, encode: Encode) -> tuple[LatentFolder, LatentFo
 def check_data(
     recipe: AdapterRecipe, mmdit: MMDiTConfig, groups: LatentFolder, photographs: LatentFolder
 ) -> None:
-    """Raise ValueError unless the latents fit the model and each other, and the batch its groups and processes."""
+    """Raise ValueError unless the latents fit the model and each other, the batch groups and processes."""
     if groups.num_renders < recipe.group:
         raise ValueError(
             f"a group takes {recipe.group} renders of a scene, {recipe.groups} has {groups.num_renders}"
