@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -412,3 +413,16 @@ def test_overflow_is_named_by_layer_and_step() -> None:
     layer.register_forward_hook(overflow)
     with pytest.raises(NonFiniteError, match="^single_blocks.0.linear2 .* at step 3, from finite weights"):
         broken.generate(PROMPT, [0], num_inference_steps=5)
+
+
+def test_threads_that_share_a_pipeline_get_the_bits_of_one(pipe: Pipeline) -> None:
+    """Of different sizes and batches, so that whatever a run left in the networks would show in another."""
+
+    def run(i: int) -> torch.Tensor:
+        size = 32 + 16 * (i % 3)
+        asked = {"bokeh_pivot": 12.0} if i % 2 else {}
+        return pipe.generate(PROMPT, [0, 30][: 1 + i % 2], seed=i, height=size, width=64, **asked).latents
+
+    alone = [run(i) for i in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        assert all(torch.equal(a, b) for a, b in zip(alone, threads.map(run, range(6)), strict=True))
