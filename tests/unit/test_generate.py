@@ -416,7 +416,7 @@ def test_overflow_is_named_by_layer_and_step() -> None:
 
 
 def test_threads_that_share_a_pipeline_get_the_bits_of_one(pipe: Pipeline) -> None:
-    """Of different sizes and batches, so that whatever a run left in the networks would show in another."""
+    """Sizes and batches differ, so that whatever a run left in the networks would show in another."""
 
     def run(i: int) -> torch.Tensor:
         size = 32 + 16 * (i % 3)
