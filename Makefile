@@ -63,7 +63,7 @@ format: .venv/installed-dev ## let ruff mend and format every file
 	$(BIN)/ruff format .
 
 bench: .venv/installed ## seconds that nano needs for a picture here; BENCH="step --arms ours" etc. runs others
-	$(BIN)/python -m benchmarks.run $(or $(BENCH),nano)
+	$(BIN)/python -m benchmarks.run $(or $(BENCH),nano_seconds)
 
 clean: ## remove build products, not the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

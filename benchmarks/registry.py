@@ -13,7 +13,7 @@ from benchmarks.timing import Budget, Row
 
 NAMES = (
     "attention", "step", "generate", "memory", "train_attention", "pointwise", "profile_step",
-    "full_size_error", "tiles", "nano",
+    "full_size_error", "tiles", "nano_seconds",
 )  # fmt: skip
 Item = TypeVar("Item")
 

@@ -182,6 +182,9 @@ def run_each(args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
         registry.find(name)
     documents: dict[str, Any] = {}
     for name in args.names:
+        if budget.spent:
+            documents[name] = {"passed": False, "problem": "out of time"}
+            continue
         print(f"== {name}", flush=True)
         options = ["--out", str(args.out), *(["--tiny"] if args.tiny else [])]
         last, status = in_child(name, options, budget, echo=True)

@@ -137,10 +137,8 @@ class BokehConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
-            raise ValueError(f"blocks must be ascending, distinct and non-negative, got {self.blocks}")
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if list(self.blocks) != sorted(set(self.blocks)):
+            raise ValueError(f"blocks must be ascending and distinct, got {self.blocks}")
 
     @property
     def low_rank_scale(self) -> float:

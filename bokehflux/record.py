@@ -7,179 +7,34 @@ and replay all derive from the fields below: a further setting is one field here
 from __future__ import annotations
 
 import dataclasses
-import math
-import operator
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS, MAX_TXT_LENGTH, Defaults
-from bokehflux.lens import check_level
+from bokehflux.fields import (
+    LEVEL,
+    LEVELS,
+    NUMBER,
+    PHOTO_LEVEL,
+    SEED,
+    SWITCH,
+    TEXT,
+    WEIGHTED,
+    WHOLE,
+    Checked,
+    Recipe,
+    convert,
+    random_seed,
+    setting,
+)
 
 DEFAULT_SEED = 65578
 NEGATIVE_PROMPT = "bad quality, low resolution"
 """What the second pass steers away from when nothing else is said (published)."""
 MAX_PROMPT = 20_000
 """Characters; far above what the text encoders read, and small enough for every file format's metadata."""
-MAX_TARGETS = 1000
 MAX_THREADS = 256
-Recipe = dict[str, Any]
-"""A record as JSON: what is written into a picture."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a value is checked and made plain, whether it comes from Python, JSON or the command line."""
-
-    what: str
-    """What a message says was expected."""
-    convert: Callable[[Any], Any]
-    """Raises TypeError or OverflowError for anything else, ValueError where it has words of its own."""
-    parse: Callable[[str], Any] = str
-    """What argparse makes of one word."""
-    many: bool = False
-    """Whether a flag takes several words."""
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError
-    return operator.index(value)
-
-
-def _real(value: Any) -> float:
-    if isinstance(value, bool | str | bytes | bytearray):
-        raise TypeError
-    return float(value)
-
-
-def _number(value: Any) -> float:
-    if not math.isfinite(number := _real(value)):
-        raise TypeError
-    return number
-
-
-def _level(value: Any) -> float:
-    check_level(level := _real(value))
-    return level
-
-
-def _levels(value: Any) -> tuple[float, ...]:
-    if isinstance(value, str | bytes | Mapping):
-        raise TypeError
-    levels = tuple(_level(level) for level in value)
-    if not 0 < len(levels) <= MAX_TARGETS:
-        raise TypeError
-    return levels
-
-
-def _switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _weighted(value: Any) -> tuple[tuple[str, float], ...]:
-    if isinstance(value, str) or any(isinstance(pair, str) or len(pair) != 2 for pair in value):
-        raise TypeError
-    return tuple((_text(name), _number(strength)) for name, strength in value)
-
-
-def _seed_word(word: str) -> int:
-    return random_seed() if word == "random" else int(word)
-
-
-def level_or_auto(word: str) -> float | str:
-    return word if word == "auto" else float(word)
-
-
-TEXT = Kind("text", _text, str)
-WHOLE = Kind("a whole number", _whole, int)
-SEED = Kind("a whole number, or None for a random one", _whole, _seed_word)
-NUMBER = Kind("a finite number", _number, float)
-LEVEL = Kind("a level from 0 (all sharp) to 30", _level, float)
-PHOTO_LEVEL = Kind(LEVEL.what, _level, level_or_auto)
-"""On the command line it may be "auto", which the program replaces by what the photograph's EXIF says."""
-LEVELS = Kind(f"a sequence of 1 to {MAX_TARGETS} levels", _levels, float, many=True)
-SWITCH = Kind("true or false", _switch)
-WEIGHTED = Kind("pairs of text and strength", _weighted)
-
-
-def setting(
-    default: Any,
-    kind: Kind,
-    *,
-    help: str = "",
-    metavar: str | None = None,
-    flag: str | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    decides: bool = True,
-    matters: bool = False,
-    sparse: bool = False,
-    optional: bool = False,
-) -> Any:
-    """A field of a record. A default of None, or `optional`, means that None is allowed.
-
-    help, metavar, flag: of its command-line flag (default: the field's name). least, most: its range.
-    decides: whether another value is another picture. matters: of a fact, whether it may change the bits of a
-    picture, so that a replay warns of another value. sparse: left out of the recipe while it is None.
-    """
-    about = {
-        "kind": kind, "help": help, "metavar": metavar, "flag": flag, "least": least, "most": most,
-        "decides": decides, "matters": matters, "sparse": sparse, "optional": optional,
-    }  # fmt: skip
-    if default is dataclasses.MISSING:
-        return dataclasses.field(metadata=about)
-    return dataclasses.field(default=default, metadata=about)
-
-
-class _Fields:
-    """What settings and provenance share: checked values, and JSON to and fro."""
-
-    def __post_init__(self) -> None:
-        for field in self.fields().values():
-            value = getattr(self, field.name)
-            if value is not None or not (field.default is None or field.metadata["optional"]):
-                object.__setattr__(self, field.name, _checked(field, value))
-
-    @classmethod
-    def fields(cls) -> dict[str, dataclasses.Field[Any]]:
-        return {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
-        """The part of a recipe that this class describes; what the recipe lacks takes its default.
-
-        Raises ValueError for values that no run could have had.
-        """
-        given = {name: recipe[name] for name in cls.fields() if name in recipe}
-        for name, field in cls.fields().items():
-            if field.default is dataclasses.MISSING and name not in given:
-                raise ValueError(f"the recipe lacks {name!r}: it was not written by bokehflux")
-        try:
-            return cls(**given)
-        except ValueError as error:
-            raise ValueError(f"the recipe cannot be used: {error}") from error
-
-    def recipe(self) -> Recipe:
-        """As JSON, all plain lists, numbers and text."""
-        return {
-            name: _plain(getattr(self, name))
-            for name, field in self.fields().items()
-            if not (field.metadata["sparse"] and getattr(self, name) is None)
-        }
-
-    def marked(self, mark: str) -> Recipe:
-        """Those values of the recipe whose fields carry a mark: "decides" or "matters"."""
-        return {name: value for name, value in self.recipe().items() if self.fields()[name].metadata[mark]}
 
 
 class Numbers(NamedTuple):
@@ -192,7 +47,7 @@ class Numbers(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(_Fields):
+class Settings(Checked):
     """What was asked of a run, whatever it begins with. None is the model's own value.
 
     Raises ValueError for values that no model could serve, so that they are found before one is loaded.
@@ -298,11 +153,6 @@ class Settings(_Fields):
             raise ValueError(f"num_grounding_steps must be at most the {steps} steps, got {grounded}")
 
 
-def random_seed() -> int:
-    """A seed that nobody has chosen, short enough to be typed again."""
-    return secrets.randbits(32)
-
-
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings(Settings):
     """Pictures of a prompt, from noise."""
@@ -360,7 +210,7 @@ class RefocusSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Provenance(_Fields):
+class Provenance(Checked):
     """What made a picture: which model, and where and how it ran. All optional: older recipes lack some."""
 
     model: str | None = setting(None, TEXT, decides=False)
@@ -418,8 +268,8 @@ class Record:
         return cls(
             settings=settings,
             provenance=provenance,
-            role=None if recipe.get("role") is None else _convert("role", TEXT, recipe["role"]),
-            bokeh_level=None if level is None else _convert("bokeh_level", LEVEL, level),
+            role=None if recipe.get("role") is None else convert("role", TEXT, recipe["role"]),
+            bokeh_level=None if level is None else convert("bokeh_level", LEVEL, level),
         )
 
     def of(self, role: str, bokeh_level: float | None = None) -> Record:
@@ -439,29 +289,3 @@ class Record:
         """What decides the picture beside its level. Where it was made is not part of it: a sweep may be
         continued elsewhere."""
         return {**self.settings.marked("decides"), **self.provenance.marked("decides")}
-
-
-def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """The value of a field made plain. Raises ValueError for another type, or outside its range."""
-    kind = field.metadata["kind"]
-    value = _convert(field.name, kind, value)
-    least, most = field.metadata["least"], field.metadata["most"]
-    if (least is not None and value < least) or (most is not None and value > most):
-        bounds = [f"at least {least}"] if least is not None else []
-        bounds += [f"at most {most}"] if most is not None else []
-        hint = " (for a random one: `random` on the command line, None in Python)" if value == -1 else ""
-        raise ValueError(
-            f"{field.name} must be {' and '.join(bounds)}, got {value}{hint if kind is SEED else ''}"
-        )
-    return value
-
-
-def _convert(name: str, kind: Kind, value: Any) -> Any:
-    try:
-        return kind.convert(value)
-    except (TypeError, OverflowError):
-        raise ValueError(f"{name} must be {kind.what}, got {value!r:.80}") from None
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,7 +1,8 @@
 """Where our Triton kernels run: what every folder here asks before conditions of its own.
 
-Users cannot pick a kernel of `pointwise` or `group_norm`: `takes` decides, and logs once where it decides
-against ours. `attention` and `fp8`, where they can, have a `why_not` that gives the reason.
+Users cannot pick a kernel of `pointwise`, `group_norm` or `scatter`: the folder's `takes` decides, and
+`runs_triton` warns once of a GPU where none of ours runs. `attention` and `fp8`, where they can, have a
+`why_not...` that gives the reason.
 """
 
 from __future__ import annotations

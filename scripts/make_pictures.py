@@ -21,6 +21,7 @@ from bokehflux.app import cli
 from bokehflux.models.vae import to_uint8
 from bokehflux.nano.captions import held_out
 from bokehflux.nano.scenes import build_scenes, render
+from bokehflux.pictures.plot import joined
 from bokehflux.pictures.sheet import Tile, contact_sheet
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -54,10 +55,7 @@ def sweep(prompts: Sequence[str]) -> Image.Image:
     """What `bokehflux sweep` makes of three prompts: its sheets, below each other."""
     levels = [str(level) for level in LEVELS]
     sheets = [swept_sheet(prompts[i], "--bokeh-targets", *levels, "--bokeh-pivot", "15") for i in SWEPT]
-    picture = Image.new("RGB", (sheets[0].width, sum(sheet.height for sheet in sheets)))
-    for i, sheet in enumerate(sheets):
-        picture.paste(sheet, (0, sum(above.height for above in sheets[:i])))
-    return picture
+    return joined(sheets, "down")
 
 
 def levels(prompts: Sequence[str]) -> Image.Image:

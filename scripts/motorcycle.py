@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from bokehflux.app import cli
+from bokehflux.lens import FULL_FRAME_DIAGONAL_MM
 from bokehflux.photos.focus import SHARPEST, laplacian_energy
 from bokehflux.photos.labels import MAPS, read_labels
 from bokehflux.pictures.sheet import Tile, contact_sheet
@@ -46,7 +47,7 @@ def write_photograph(folder: Path) -> None:
         disparity_px = file["arr_0"]
     depth_m = np.where(np.isfinite(disparity_px), FOCAL_PX * BASELINE_M / (disparity_px + OFFSET_PX), np.nan)
     exif = Image.Exif()
-    equivalent_mm = round(FOCAL_PX / np.hypot(*image.size) * 43.27)
+    equivalent_mm = round(FOCAL_PX / np.hypot(*image.size) * FULL_FRAME_DIAGONAL_MM)
     exif.get_ifd(0x8769).update({0x829D: F_NUMBER, 0x920A: FOCAL_MM, 0xA405: equivalent_mm})
     folder.mkdir(parents=True, exist_ok=True)
     image.save(folder / "motorcycle.jpg", quality=95, exif=exif)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -121,7 +122,6 @@ def test_a_wheel_imports_without_the_checkout(wheel: Path, tmp_path: Path) -> No
 
 
 def test_dependencies_are_what_the_code_imports() -> None:
-    tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=;\s]", text)[0] for text in project["dependencies"]}
     imported = set()
@@ -140,7 +140,6 @@ def test_dependencies_are_what_the_code_imports() -> None:
 
 def test_every_tested_version_is_pinned() -> None:
     """An unpinned torch in `make` would bring gigabytes; the rest would make CI depend on the day."""
-    tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["test"], *extras["oracle"], *extras["dev"]]

@@ -96,9 +96,15 @@ class Codec(Generic[Config]):
     """True: shapes always tell, and a `config.json` must agree with them and may add to them."""
 
     def owns(self, config: Json) -> bool:
-        """Whether a `config.json` belongs to this network: it does unless it names another class."""
+        """Whether a `config.json` belongs to this network: by its class or, where it names none, by its keys.
+
+        An empty one does. The adapter's names no class, and people keep it in one folder with all the rest.
+        """
         declared, ours = (c.get("_class_name", c.get("model_type")) for c in (config, self.fixed))
-        return declared in (None, ours)
+        if declared is not None:
+            return bool(declared == ours)
+        keys = {row.key for row in self.fields} | set(self.fixed)
+        return not config or not keys.isdisjoint(config)
 
     def from_json(self, config: Json, where: object = "config.json") -> Config:
         """Raises CheckpointError with every key that is missing or cannot be honoured."""

@@ -89,7 +89,7 @@ def separate(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, str]]:
         elif end in WEIGHT_SCALES:
             if weight in scales:
                 problems.append(f"{scales[weight]} and {name} scale the same weight")
-            if math.prod(info.shape) not in (1, names[weight].shape[0]) or not info.dtype.is_floating_point:
+            if math.prod(info.shape) not in (1, *names[weight].shape[:1]) or not info.dtype.is_floating_point:
                 problems.append(
                     f"{name} is {info.dtype} {list(info.shape)}, expected one number, or one per row of "
                     f"{weight} {list(names[weight].shape)}"

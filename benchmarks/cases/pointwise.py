@@ -93,11 +93,12 @@ def measure_pass(session: Session, name: str, sets: list[Arguments], moved: int)
 
 def measure(session: Session) -> Iterator[list[Row]]:
     width, dim = (64, 16) if session.tiny else (3072, 128)
-    for (rows, length), group in itertools.groupby(session.cases.items(), key=lambda case: case[1][:2]):
+    cases = session.until_spent(session.cases.items())
+    for (rows, length), group in itertools.groupby(cases, key=lambda case: case[1][:2]):
         moved = rows * length * width * session.half.itemsize
         count = num_sets(12 * moved, session.device)
         sets = [inputs(rows, length, width, dim, session.device, session.half) for _ in range(count)]
-        for case, (_, _, name) in session.until_spent(group):
+        for case, (_, _, name) in group:
             yield [{"case": case, **row} for row in measure_pass(session, name, sets, moved)]
 
 

@@ -45,9 +45,9 @@ def draw_batches(session: Session) -> dict[str, Batch]:
 
 
 def rules_of(arms: Sequence[StepArm]) -> Rules:
-    """Rivals are the yardstick; without any, the last arm."""
+    """Rivals are the yardstick; without any, the best arm of ours."""
     rivals = [arm.name for arm in arms if not arm.is_ours]
-    return Rules(error_of=rivals or [arm.name for arm in arms[-1:]], max_error=SANE_ERROR, speed_of=rivals)
+    return Rules(error_of=rivals or [arm.name for arm in arms], max_error=SANE_ERROR, speed_of=rivals)
 
 
 def with_arms(

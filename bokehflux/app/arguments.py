@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from bokehflux.app import photos, train
-from bokehflux.record import DEFAULT_SEED, SEED, GenerateSettings, RefocusSettings, Settings
+from bokehflux.fields import SEED
+from bokehflux.record import DEFAULT_SEED, GenerateSettings, RefocusSettings, Settings
 from bokehflux.version import __version__
 
 if TYPE_CHECKING:
@@ -207,6 +208,16 @@ class _Flat(argparse.Action):
         setattr(args, self.dest, [item for value in values for item in value])
 
 
+class _Anew(argparse.Action):
+    """Collects what is given, in place of the default: a recipe's LoRAs do not join those that are typed."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, args: argparse.Namespace, values: Any, flag: str | None = None
+    ) -> None:
+        given = getattr(args, self.dest)
+        setattr(args, self.dest, [*([] if given is self.default else given), values])
+
+
 def _settings_flags(
     parser: argparse._ActionsContainer, kind: type[Settings], without: Sequence[str] = ()
 ) -> None:
@@ -269,7 +280,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add("--tokenizers", metavar="FOLDER",
         help="folder that holds tokenizer/ and tokenizer_2/, where they are not the model's own")
     add("--adapter", metavar="PATH", help="folder or file of a bokeh adapter; nano brings its own")
-    add("--lora", dest="loras", nargs="+", action="append", default=[], metavar=("PATH", "SCALE"),
+    add("--lora", dest="loras", nargs="+", action=_Anew, default=[], metavar=("PATH", "SCALE"),
         help="a LoRA file and its strength (default: 1); may be given several times, effects add up")
     add("--schedule", choices=("dev", "schnell"),
         help="whose noise schedule, steps and text length (default: the model's own; a transformer without "

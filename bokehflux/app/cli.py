@@ -101,7 +101,7 @@ def sweep(args: argparse.Namespace) -> int:
         args,
         GenerateSettings,
         prompt=lines[0]["prompt"],
-        bokeh_targets=args.bokeh_targets or sweeps.LEVELS,
+        bokeh_targets=sweeps.LEVELS if args.bokeh_targets is None else args.bokeh_targets,
         bokeh_pivot=sweeps.PIVOT if args.bokeh_pivot is None else args.bokeh_pivot,
         seed=args.seeds[0],
     )
@@ -147,7 +147,7 @@ def refocus(args: argparse.Namespace) -> int:
     """A photograph at other levels, and a contact sheet; prints their paths."""
     from bokehflux.app.sweep import LEVELS
 
-    levels = args.bokeh_targets or LEVELS
+    levels = LEVELS if args.bokeh_targets is None else args.bokeh_targets
     if args.bokeh_pivot == "auto":
         args.bokeh_pivot = photos.photo_level_of(Path(args.photo))
     settings = settings_from(args, RefocusSettings, bokeh_targets=levels, photo=None)
@@ -219,17 +219,23 @@ def _said(error: Exception) -> str:
 
 def _checked(args: argparse.Namespace, asked: Sequence[Settings]) -> Options:
     """How runs are carried out, once all is refused that would fail after minutes of loading."""
+    from PIL import Image
+
     from bokehflux.pictures.files import check_folder
+    from bokehflux.pictures.metadata import encode
 
     loras_from(args)
     # Three bytes a pixel, and as much again for sheets and views: no format of ours takes more.
-    pixels = sum(one.num_rows * (one.height or 256) * (one.width or 256) for one in asked)
+    pixels = sum(one.num_rows * (one.height or 512) * (one.width or 512) for one in asked)
     num_bytes = 6 * pixels
     for name in ("model", "adapter", "vae", "clip", "t5", "tokenizers", "output"):
         if getattr(args, name) == "":
             raise ValueError(f"--{name} is empty: give a path, or leave it out")
     options = options_from(args)
     _signer(args)
+    if args.format == "jpeg":  # the one format that has no room for every recipe
+        for one in asked:
+            encode(Image.new("RGB", (16, 16)), one.recipe(), args.format)
     check_folder(Path(args.output), num_bytes)
     return options
 

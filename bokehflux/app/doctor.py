@@ -124,13 +124,7 @@ def _models(environment: Mapping[str, str]) -> Iterator[str]:
         for entry in environment.get("BOKEHFLUX_MODELS", "").split(os.pathsep)
         if entry
     ]
-    folders = [
-        folder
-        for root in own
-        if root.is_dir()
-        for folder in ([root] if not isinstance(_usable(root, environment), str) else sorted(root.iterdir()))
-        if folder.is_dir()
-    ]
+    folders = [folder for root in own if root.is_dir() for folder in _trees(root, environment)]
     folders += sorted(
         path
         for path in hub_cache(environment).glob("models--*/snapshots/*")
@@ -158,16 +152,20 @@ def _models(environment: Mapping[str, str]) -> Iterator[str]:
     yield f"next: {_next_step(usable, adapter_found)}"
 
 
+def _trees(root: Path, environment: Mapping[str, str]) -> list[Path]:
+    """The folder itself where it is a model or cannot be listed, otherwise its folders."""
+    if not isinstance(_usable(root, environment), str) or not os.access(root, os.R_OK | os.X_OK):
+        return [root]
+    return sorted(path for path in root.iterdir() if path.is_dir())
+
+
 def _usable(model: str | Path, environment: Mapping[str, str]) -> Snapshot | str:
     """The files of a model, or what is wrong with it: not where it was looked for, the line names it."""
     try:
         return resolve_model(model, environment)
     except NotFoundError as error:
-        lacks = [
-            said.removeprefix("not found: ").split("/")[0] for said in error.problems if "not found: " in said
-        ]
-        there = [said for said in error.problems if " is there, but " in said]
-        return "; ".join([*([f"lacks {', '.join(lacks)}"] if lacks else []), *there])
+        lacks = [f"lacks {', '.join(error.missing)}"] if error.missing else []
+        return "; ".join([*lacks, *error.refused])
     except (ValueError, OSError) as error:
         return " ".join(str(error).split())
 

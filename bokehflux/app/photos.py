@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from bokehflux.app.terminal import plain, say, show
 from bokehflux.lens import MAX_LEVEL, TRAINING_SIDE_PX
 
+DEPTH_KIND, MASK_KIND = "depth-pro", "birefnet"
+"""Kinds of networks, where nothing else is said."""
 SAID_EVERY_S = 10
 """Between two lines about the progress."""
 
@@ -44,11 +46,11 @@ def add_commands(
     add("--output", default="labels", metavar="FOLDER", help="where labels go (default: %(default)s)")
     add("--depth", metavar="PATH",
         help="folder or file of a depth network, for photographs that bring no depth")
-    add("--depth-kind", default="depth-pro", metavar="KIND",
+    add("--depth-kind", default=DEPTH_KIND, metavar="KIND",
         help="what it is: depth-pro (a folder), moge-2 or da3metric (ONNX files), or a .json that describes "
              "another ONNX file (default: %(default)s)")
     add("--mask", metavar="PATH", help="folder or file of a mask network, for photographs that bring no mask")
-    add("--mask-kind", default="birefnet", metavar="KIND",
+    add("--mask-kind", default=MASK_KIND, metavar="KIND",
         help="what it is: birefnet, rmbg-2.0 or isnet (ONNX files), sam (a folder), or a .json "
              "(default: %(default)s)")
     add("--focus-source", choices=("mask", "mask+sharpest", "sharpest"), default="mask+sharpest",
@@ -83,6 +85,12 @@ def annotate(args: argparse.Namespace) -> int:
 
     if args.long_side < 64:
         raise ValueError(f"--long-side must be at least 64 pixels, got {args.long_side}")
+    for flag, path, kind, usual in (
+        ("--depth", args.depth, args.depth_kind, DEPTH_KIND),
+        ("--mask", args.mask, args.mask_kind, MASK_KIND),
+    ):
+        if path is None and kind != usual:
+            raise ValueError(f"{flag}-kind needs {flag} PATH: it says what kind of network that is")
     answers = None if args.exif is None else read_answers(Path(args.exif))
     rows, output, (part, total) = open_rows(Path(args.place), answers), Path(args.output), args.shard
     num_bytes = expected_bytes(len(rows), args.long_side)

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.pipeline.run import Result, Stopped
 from bokehflux.record import GenerateSettings, Record
+
+logger = logging.getLogger(__name__)
 
 LEVELS = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
 PIVOT = 15.0
@@ -190,9 +193,10 @@ class Sweep:
         num_pages = -(-len(self.scenes) // SCENES_PER_PAGE)
         for count in itertools.count(1):
             run = self.part + ("" if count == 1 else f"-run{count}")
-            first = self.output / PAGE.format(run)
-            if not first.exists() or (shown := scenes_of(first)) is not None and shown <= mine:
-                return [run + (f"-{n + 1}" if n else "") for n in range(num_pages)]
+            ends = [run + (f"-{n + 1}" if n else "") for n in range(num_pages)]
+            there = [page for end in ends if (page := self.output / PAGE.format(end)).exists()]
+            if all((shown := scenes_of(page)) is not None and shown <= mine for page in there):
+                return ends
         raise AssertionError("unreachable")
 
     def _make(self, wanted: Record) -> _Made:
@@ -244,7 +248,8 @@ def finished(folder: Path, wanted: Record) -> dict[tuple[str, float], Shot]:
             recipe = metadata.read_recipe(path)
             with Image.open(path, formats=metadata.READABLE) as file:
                 image = file.convert("RGB")  # decodes: a truncated file is not finished
-        except (OSError, ValueError, SyntaxError):
+        except metadata.UNREADABLE as error:
+            logger.warning("%s does not count as finished: %s", path, error)
             continue
         level, role = recipe.get("bokeh_level"), recipe.get("role")
         if role not in ("target", "pivot") or not isinstance(level, int | float):

@@ -91,7 +91,7 @@ class StreamAttention(nn.Module):
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def project(self, stream: Residual, mod: ModulationOut, spec: AttentionSpec) -> tuple[Tensor, Projected]:
-        """The stream's tokens, and its queries (of the spec's rows), keys and values, all [B, L, E]."""
+        """The stream's tokens [B, L, E], and its queries [Q, L, E], of the spec's rows, keys and values."""
         x, normed = fused.modulate(stream, mod.shift, mod.scale, self.qkv)
         return x, fused.project(self.qkv, self.norm, normed, spec.query_rows())[0]
 

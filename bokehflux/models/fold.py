@@ -23,14 +23,19 @@ class Folded:
     """What `fold_adapter` changed, kept on the CPU: 2.2 GB for the full-size adapter in bfloat16."""
 
     mmdit: MMDiT
-    originals: tuple[tuple[Tensor, Tensor], ...]
-    """(rows of a parameter, their values before)."""
+    originals: tuple[tuple[Linear, str, slice, Tensor], ...]
+    """(layer, "weight" or "bias", rows of it, their values before)."""
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put every changed value back, bit for bit."""
-        for rows, before in self.originals:
-            rows.copy_(before)
+        """Put every changed value back, bit for bit, wherever the network lies now.
+
+        Raises ValueError if the folded weights were quantised to fp8.
+        """
+        if any(linear.scale is not None for linear, *_ in self.originals):
+            raise ValueError("undo comes before fp8: the folded weights are quantised, load the model again")
+        for linear, name, rows, before in self.originals:
+            getattr(linear, name).data[rows].copy_(before)
         assert self.mmdit.bokeh is not None
         self.mmdit.bokeh.folded_at = None
 
@@ -54,16 +59,17 @@ def fold_adapter(mmdit: MMDiT, lora_scale: float | None = None) -> Folded:
         )
     if any(not linear.is_dense or linear.terms for linear, _ in targets):
         raise ValueError("fold_adapter needs dense projections without LoRA terms")
-    originals: list[tuple[Tensor, Tensor]] = []
+    originals: list[tuple[Linear, str, slice, Tensor]] = []
     for linear, block in targets:
         width = linear.in_features
         for part, update in enumerate((block.to_q_adp, block.to_k_adp)):
             if update is None:
                 continue
-            for parameter in (linear.weight, linear.bias):
-                rows = parameter.data[part * width : (part + 1) * width]
-                originals.append((rows, rows.to("cpu", copy=True)))
-                rows.copy_(_updated(rows, update, scale))
+            rows = slice(part * width, (part + 1) * width)
+            for name in ("weight", "bias"):
+                values = getattr(linear, name).data[rows]
+                originals.append((linear, name, rows, values.to("cpu", copy=True)))
+                values.copy_(_updated(values, update, scale))
     adapter.folded_at = scale
     return Folded(mmdit=mmdit, originals=tuple(originals))
 

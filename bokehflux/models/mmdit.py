@@ -192,9 +192,8 @@ class MMDiT(Network):
         """By block: |q . k| / sqrt(D) <= sqrt(D) max|w_q| max|w_k|.
 
         A normalised query is at most sqrt(D) times its norm's largest weight long, and so is a key; rotations
-        keep lengths.
-        2 % more covers six roundings of q and k to bfloat16. The bound is rounded up to a power of two, since
-        compiled blocks are compiled for each value.
+        keep lengths. 2 % more covers six roundings of q and k to bfloat16. The bound is rounded up to a power
+        of two, since compiled blocks are compiled for each value.
         """
         double = [
             torch.maximum(block.img_attn.norm.largest(), block.txt_attn.norm.largest())

@@ -44,6 +44,8 @@ from bokehflux.weights.save import save_index, save_network, save_schedule, spli
 CAPTIONS_FOR_TOKENIZERS = 20_000
 SHARD_BYTES = 15 * 10**6
 """The repository keeps every file below 16 MB."""
+DISTILL = "-distill"
+"""The second loop of a stage: its state has a name of its own."""
 UNSEEN = 128
 """Renders on which the autoencoder is measured."""
 
@@ -68,10 +70,13 @@ class Run:
         """Where the state of the stage's loop lies. A second loop has a state once the first is over."""
         if self.save_every is None:
             return None
-        path = self.out / "training" / f"{self.name}{phase}.state.safetensors"
+        path = self._state(phase)
         resume = self.resume and (not phase or path.is_file())
         settings = dataclasses.asdict(self.stage)
         return Saves(path=path, every=self.save_every, settings=settings, resume=resume)
+
+    def _state(self, phase: str) -> Path:
+        return self.out / "training" / f"{self.name}{phase}.state.safetensors"
 
     def train(self) -> None:
         """Train, write the networks and the log, and forget the saved states."""
@@ -82,8 +87,8 @@ class Run:
         self.log.note("torch", torch.__version__)
         STAGES[self.name](self)
         self.log.save()
-        for state in (self.out / "training").glob(f"{self.name}*.state.safetensors"):
-            state.unlink()
+        for phase in ("", DISTILL):
+            self._state(phase).unlink(missing_ok=True)
 
     def tokenize(self) -> Tokenize:
         t5 = T5Tokenizer.from_folder(self.out / "tokenizer_2")
@@ -160,7 +165,7 @@ def base(run: Run, *, warm: bool = False) -> None:
     null_t5, null_clip = (ids[0].to(device) for ids in tokenize([""]))
     sampler = Sampler(pool=pool, null_t5=null_t5, null_clip=null_clip)
     train_base(model, run.rope(), sampler, stage, run.log, run.saves())
-    distill_guidance(model, run.rope(), sampler, stage, run.log, run.saves("-distill"))
+    distill_guidance(model, run.rope(), sampler, stage, run.log, run.saves(DISTILL))
     save_network(
         TRANSFORMER, out / TRANSFORMER.folder, recipe.mmdit, half(mmdit), max_shard_bytes=SHARD_BYTES
     )

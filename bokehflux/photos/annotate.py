@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +20,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bokehflux.fingerprint import fingerprint
-from bokehflux.photos.focus import laplacian_energy
+from bokehflux.photos.focus import Refused, laplacian_energy
 
 Array = NDArray[np.float32]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's colours between 0 and 1."""
 NEAREST_PER_M, FARTHEST_PER_M = 1e4, 1e-4
 """Depth Pro's own bounds of inverse depth."""
+CUDA = "CUDAExecutionProvider"
+"""ONNX Runtime's name for it."""
 CANONICAL_FOCAL_PX = 300
 """Focal length for which DA3METRIC gives metres."""
 Gives = Literal["metres", "canonical metres", "points", "matte", "matte logits"]
 """What the first output of an ONNX file is: metres; metres for a focal length of 300 px (DA3METRIC); a map of
 points up to shift and scale (MoGe-2); a mask between 0 and 1, or its logits."""
+
+
+POINTS = ("points", "mask", "metric_scale")
+"""Outputs of a file that gives points."""
 
 
 class DepthModel(Protocol):
@@ -44,7 +51,7 @@ class DepthModel(Protocol):
     def depth_m(self, image: Image.Image, focal_px: float | None) -> Array:
         """[H, W] metres, infinite for the sky, NaN where it cannot tell.
 
-        focal_px: the lens's, in pixels of this upright image; None: not known. Raises ValueError where it is
+        focal_px: the lens's, in pixels of this upright image; None: not known. Raises Refused where it is
         needed.
         """
 
@@ -89,7 +96,7 @@ class DepthPro:
         elif fov_degrees is not None:
             inverse = inverse * 2 * torch.tan(torch.deg2rad(fov_degrees.float()) / 2)
         else:
-            raise ValueError("the EXIF tells no focal length, and these weights of Depth Pro cannot guess it")
+            raise Refused("the EXIF tells no focal length, and these weights of Depth Pro cannot guess it")
         inverse = interpolate(inverse, (image.height, image.width), mode="bilinear")[0, 0]
         return (1 / inverse.clamp(FARTHEST_PER_M, NEAREST_PER_M)).cpu().numpy()
 
@@ -136,8 +143,11 @@ def _transformers(name: str, folder: Path, device: str) -> tuple[Any, str]:
         )
     except (OSError, RuntimeError, TypeError) as error:
         raise ValueError(f"{folder} does not hold a {name}: {error}") from error
-    half = torch.device(device).type == "cuda"
-    model = model.to(device, torch.float16 if half else torch.float32).eval()
+    half = device.startswith("cuda")
+    try:
+        model = model.to(device, torch.float16 if half else torch.float32).eval()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise ValueError(f"--device {device} cannot be used: {error}") from error
     return model, f"transformers {transformers.__version__}, {'float16' if half else 'float32'}"
 
 
@@ -188,13 +198,14 @@ class _Onnx:
             raise ValueError("this model needs `onnxruntime`: pip install onnxruntime") from None
         if not file.is_file():
             raise ValueError(f"{file} is not an ONNX file: it is not there")
-        wanted = ["CPUExecutionProvider"]
-        if device.startswith("cuda"):
-            wanted.insert(0, "CUDAExecutionProvider")
-        if missing := set(wanted) - set(onnxruntime.get_available_providers()):
-            raise ValueError(
-                f"onnxruntime lacks {', '.join(missing)} for --device {device}: install onnxruntime-gpu"
-            )
+        cuda = re.fullmatch(r"cuda(?::(\d+))?", device)
+        if cuda is None and device != "cpu":
+            raise ValueError(f"--device: expected cpu, cuda or cuda:N for ONNX files, got {device!r}")
+        wanted: list[Any] = ["CPUExecutionProvider"]
+        if cuda is not None:
+            if CUDA not in onnxruntime.get_available_providers():
+                raise ValueError(f"onnxruntime lacks {CUDA} for --device {device}: install onnxruntime-gpu")
+            wanted.insert(0, (CUDA, {"device_id": int(cuda[1] or 0)}))
         state = onnxruntime.capi.onnxruntime_pybind11_state
         broken = (
             state.Fail,
@@ -207,6 +218,10 @@ class _Onnx:
             self.session = onnxruntime.InferenceSession(str(file), providers=wanted)
         except broken as error:
             raise ValueError(f"{file} cannot be opened as an ONNX file: {error}") from error
+        if cuda is not None and self.session.get_providers()[0] != CUDA:  # it goes on with the CPU
+            raise ValueError(
+                f"onnxruntime could not start CUDA for --device {device}; its own message says why"
+            )
         self.recipe = recipe
         beside = [path for path in file.parent.glob(f"{file.name}*") if path.is_file()]  # large weights
         told = json.loads(json.dumps(dataclasses.asdict(recipe)))  # lists for tuples, as it will be read
@@ -215,6 +230,10 @@ class _Onnx:
         self.input = next((one for one in self.session.get_inputs() if len(one.shape) == 4), None)
         if self.input is None:
             raise ValueError(f"{file} has no input of shape [1, 3, H, W]")
+        outputs = [one.name for one in self.session.get_outputs()]
+        needed = {*(POINTS if recipe.gives == "points" else ()), *([recipe.sky] if recipe.sky else [])}
+        if lacking := sorted(needed - set(outputs)):
+            raise ValueError(f"{file} has no output {', '.join(lacking)}, but {', '.join(outputs)}")
 
     def run(self, image: Image.Image) -> tuple[dict[str, Array], tuple[int, int]]:
         """Outputs by name, the first first, without their axes of length 1; and the size that went in."""
@@ -254,16 +273,15 @@ class OnnxDepth(_Onnx):
         # In pixels of what went in: sides may have been scaled differently.
         focal = None if focal_px is None else focal_px * (width / image.width + height / image.height) / 2
         if self.recipe.gives == "points":
-            depth = metres_of_points(
-                outputs["points"], outputs["mask"] > 0.5, float(outputs["metric_scale"]), focal
-            )
+            points, mask, scale = (outputs[name] for name in POINTS)
+            depth = metres_of_points(points, mask > 0.5, float(scale), focal)
         elif self.recipe.gives == "canonical metres":
             if focal is None:
-                raise ValueError("this network needs the focal length, and the EXIF does not tell it")
+                raise Refused("this network needs the focal length, and the EXIF does not tell it")
             depth = first * np.float32(focal / CANONICAL_FOCAL_PX)
         else:
             depth = first
-        if self.recipe.sky in outputs:
+        if self.recipe.sky is not None:
             depth = np.where(outputs[self.recipe.sky] >= self.recipe.sky_above, np.inf, depth)
         inverse = np.divide(1, depth, out=np.full(depth.shape, np.nan, np.float32), where=depth > 0)
         inverse = _resized(inverse.astype(np.float32), image.size)

@@ -249,9 +249,10 @@ def _number(value: Any) -> float | None:
     """A number above 0, or None; infinity is one."""
     try:
         if isinstance(value, str):
-            if value.strip().lower().startswith(("inf", "undef")):
-                return math.inf if value.strip().lower().startswith("inf") else None
-            found = re.search(r"(\d+(?:\.\d*)?)(?:\s*/\s*(\d+(?:\.\d*)?))?", value)
+            word = value.strip().lower()
+            if word.startswith(("inf", "undef", "-")):
+                return math.inf if word.startswith("inf") else None
+            found = re.search(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)(?:\s*/\s*(\d+(?:\.\d*)?))?", word)
             if found is None:
                 return None
             number = float(found[1]) / float(found[2] or 1)

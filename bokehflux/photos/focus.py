@@ -33,7 +33,7 @@ MIN_DEPTH_M = 1e-6
 
 
 class Refused(ValueError):
-    """The focus of this photograph cannot be told; says why."""
+    """The focus of this photograph, or its depth, cannot be told; says why."""
 
 
 @dataclass(frozen=True, kw_only=True)

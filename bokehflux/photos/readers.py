@@ -14,7 +14,8 @@ import json
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from bokehflux.fingerprint import fingerprint_of_bytes
 from bokehflux.photos.exif import Exif
 from bokehflux.photos.read import Photo, photo_from_bytes, turned
 from bokehflux.pictures.metadata import UNREADABLE
@@ -150,10 +152,14 @@ def open_rows(place: Path, answers: Mapping[str, Exif] | None = None) -> Rows:
 def read_answers(path: Path) -> dict[str, Exif]:
     """Photo id -> EXIF data, from the answers that `scripts/ask_exif.py` keeps.
 
-    Raises ValueError for a line that is not one; a last line that was cut off is left out.
+    Raises ValueError for a file that cannot be read and for another line; a last line that was cut off is
+    left out.
     """
     found: dict[str, Exif] = {}
-    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read answers from {path}: {error}") from error
     for number, line in enumerate(whole_lines, 1):
         try:
             if line.strip():
@@ -177,6 +183,7 @@ def _folder(place: Path) -> Rows:
         and not path.name.endswith((*DEPTH_SUFFIXES, *MASK_SUFFIXES))
         and not any(part.startswith(".") for part in path.relative_to(place).parts)
     )
+    names = _told_apart([path.relative_to(place).as_posix() for path in paths])
 
     def at(index: int) -> Row:
         path = paths[index]
@@ -185,8 +192,7 @@ def _folder(place: Path) -> Rows:
             other = path.with_name(path.stem + suffix)
             return other.read_bytes if other.is_file() else None
 
-        key = path.relative_to(place).as_posix()
-        return _row_of_files(key, str(path), _opened(path.read_bytes, path), beside, {})
+        return _row_of_files(names[index], str(path), _opened(path.read_bytes, path), beside, {})
 
     return Rows(len(paths), at)
 
@@ -207,6 +213,7 @@ def _tars(tars: list[Path]) -> Rows:
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a tar file: {error}") from error
         groups += [(path, key, files) for key, files in named.items() if any(map(files.get, PHOTO_SUFFIXES))]
+    names = _told_apart([f"{path.stem}/{key}" for path, key, _ in groups])
     columns = functools.lru_cache(maxsize=2)(_columns)  # one shard after the other is read
 
     def at(index: int) -> Row:
@@ -227,7 +234,7 @@ def _tars(tars: list[Path]) -> Rows:
         suffix, read = next((s, read) for s in PHOTO_SUFFIXES if (read := beside(s)) is not None)
         indices = (path.with_suffix(".parquet"), path.with_name("index.parquet"))
         told = next((columns(one).get(key, {}) for one in indices if one.is_file()), {})
-        return _row_of_files(f"{path.stem}/{key}", f"{path}:{key}{suffix}", read, beside, told)
+        return _row_of_files(names[index], f"{path}:{key}{suffix}", read, beside, told)
 
     return Rows(len(groups), at)
 
@@ -251,7 +258,9 @@ def _manifest(path: Path) -> Rows:
 
         def beside(name: str, kind: Kind) -> Callable[[], NDArray[np.float32]] | None:
             file = given.get(name)
-            return _map_reader((path.parent / file).read_bytes, str(file), kind) if file else None
+            if not isinstance(file, str | None):
+                raise ValueError(f"{where}: {name} must be a path, got {file!r:.80}")
+            return _map_reader((path.parent / file).read_bytes, file, kind) if file else None
 
         return _row(
             f"{path.stem}-{index:07d}", str(photo), _opened(photo.read_bytes, photo), given,
@@ -338,15 +347,19 @@ def _row(
     """A row from its file and what is told beside it, under any of the published names."""
     told = {field: _first(given, names) for field, names in FIELDS.items()}
     beside = Exif.from_tags(told["exif"])
-    lens = {**given, **(given.get("camera_anns") or {})}
+    camera, captions = given.get("camera_anns") or {}, told["captions"] or []
+    if not isinstance(camera, Mapping):
+        raise ValueError(f"{name}: camera_anns must be an object, got {camera!r:.80}")
+    if not isinstance(captions, str | list):
+        raise ValueError(f"{name}: captions must be text or a list of texts, got {captions!r:.80}")
+    captions = [captions] if isinstance(captions, str) else captions
+    lens = {**given, **camera}
     numbers = Exif.from_tags({
         "FNumber": _first(lens, LENS["f_number"]), "FocalLength": _first(lens, LENS["focal_mm"]),
         "FocalLengthIn35mmFilm": _first(lens, LENS["focal_35mm"]),
         "SubjectDistance": _first(lens, LENS["subject_distance_m"]),
     })  # fmt: skip
     known = {field: value for field, value in vars(numbers).items() if value is not None}
-    captions = told["captions"]
-    captions = [captions] if isinstance(captions, str) else captions or []
     source = str(told["source"] or name)
     photo_id = told["photo_id"]
     if photo_id is None and (match := PHOTO_ID.search(source)):
@@ -370,6 +383,17 @@ def _safe(key: str) -> str:
     """Letters that every file system takes, and no way out of the folder."""
     parts = [re.sub(r"[^\w.-]", "_", part) for part in PurePosixPath(key).parts]
     return "/".join(part for part in parts if part not in (".", "..", "_"))
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """The names. Those that would get one key end with part of their hash, but for one that is that key."""
+    counts = Counter(map(_safe, names))
+    return [
+        name
+        if counts[_safe(name)] == 1 or _safe(name) == name
+        else f"{name}-{fingerprint_of_bytes(name.encode(errors='surrogatepass'))[:8]}"
+        for name in names
+    ]
 
 
 def _opened(read: Callable[[], bytes], path: Path) -> Callable[[], bytes]:

@@ -108,9 +108,9 @@ def _runs(line: str, size: int) -> list[tuple[ImageFont.FreeTypeFont, str]]:
     """
     _find(set(line) - _FOUND.keys())
     files = [_FOUND[letter] for letter in line]
-    for i, (before, letter, after) in enumerate(zip(files, line[1:], files[2:], strict=False), 1):
-        if letter == " " and before == after:
-            files[i] = before
+    for i in range(1, len(line) - 1):
+        if line[i] == " " and files[i - 1] == files[i + 1]:
+            files[i] = files[i - 1]
     pairs = itertools.groupby(zip(files, line, strict=True), key=lambda pair: pair[0])
     return [(_font(file, size), "".join(letter for _, letter in run)) for file, run in pairs]
 

@@ -29,7 +29,7 @@ def bars(
     for i, name in enumerate(labels):
         pen.rectangle((10, 36 + 20 * i, 24, 48 + 20 * i), INKS[i % len(INKS)])
         pen.text((32, 34 + 20 * i), name, _INK, font)
-    scale = 640 / max((row[value] for row in known), default=1.0)
+    scale = 640 / (max((row[value] for row in known), default=0.0) or 1.0)
     y = top
     for name in groups:
         pen.text((10, y), str(name), _INK, font)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from bokehflux.fields import Recipe
 from bokehflux.pictures.files import Picture, distinct, level_stem
 from bokehflux.pictures.sheet import Tile, contact_sheet
-from bokehflux.record import GenerateSettings, Recipe, Record, RefocusSettings
+from bokehflux.record import GenerateSettings, Record, RefocusSettings
 
 
 @dataclass(frozen=True, kw_only=True)

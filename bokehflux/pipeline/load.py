@@ -50,7 +50,7 @@ def load(
 
     model: the name of a bundled model ("nano", which brings its adapter); a folder or file in any layout; a
         repository in the Hugging Face cache, such as "black-forest-labs/FLUX.1-dev"; or `ModelFiles`
-        (`weights/resolve.py`), part by part. The pipeline's `name` is this as text.
+        (`weights/find/resolve.py`), part by part. The pipeline's `name` is this as text.
     adapter: an adapter's folder, file or repository; None takes the model's own, if it has one.
     loras: (file, strength) of each, in any of the known key families; their effects add up.
     schedule: "dev" or "schnell": whose noise schedule, steps and text length; None takes the model's own. A

@@ -37,17 +37,18 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
     fitted = ImageOps.fit(upright, (grid.width_px, grid.height_px), Image.Resampling.LANCZOS)
 
     def begin(stage: Stage) -> Start:
-        assert stage.photo is not None
+        photo, sigmas = stage.photo, stage.sigmas
+        assert photo is not None
         alone = stage.velocity([settings.bokeh_pivot], None)
-        states = invert(alone, stage.photo, stage.sigmas, stage.on_step)
-        check_finite(model, states[0], alone, stage.photo, stage.sigmas)
+        states = invert(alone, photo, sigmas, stage.on_step)
+        check_finite(model, states[0], alone, lambda velocity: invert(velocity, photo, sigmas))
         del alone  # and with it the memory of its CUDA graphs
         grounding = None
         if settings.makes_pivot:
             grounding = Grounding(pivot_row=0, num_steps=settings.numbers().grounded_steps)
         velocity = stage.velocity([settings.bokeh_pivot, *settings.bokeh_targets], grounding)
         start = states[0].expand(1 + len(settings.bokeh_targets), -1, -1)
-        return Start(start, followed(velocity, states, stage.sigmas))
+        return Start(start, followed(velocity, states, sigmas))
 
     def end(x: Tensor, photo: Tensor | None) -> End:
         assert photo is not None

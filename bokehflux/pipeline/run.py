@@ -207,7 +207,7 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
             Stage(velocity=velocity, sigmas=schedule, grid=grid, photo=photo, on_step=options.on_step)
         )
         x = euler(follow, start, schedule, options.on_step)
-        check_finite(model, x, follow, start, schedule)
+        check_finite(model, x, follow, lambda velocity: euler(velocity, start, schedule))
         del follow  # and with it the memory of its CUDA graphs
     end = plan.end(x, photo)
     with model.memory.phase("decode"):
@@ -227,10 +227,10 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     return result
 
 
-def check_finite(model: Model, x: Tensor, velocity: Velocity, start: Tensor, schedule: Tensor) -> None:
-    """Raise `NonFiniteError`, naming step and layer, unless x, sampled from `start`, is finite."""
+def check_finite(model: Model, x: Tensor, velocity: Velocity, sample: Callable[[Velocity], object]) -> None:
+    """Raise `NonFiniteError`, naming step and layer, unless x is finite; `sample` made it of `velocity`."""
     if not x.isfinite().all():
-        raise explain_nonfinite(model.transformer, velocity, start, schedule)
+        raise explain_nonfinite(model.transformer, velocity, sample)
 
 
 def check_levels(settings: Settings, has_adapter: bool) -> None:

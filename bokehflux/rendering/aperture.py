@@ -181,11 +181,14 @@ class Quarter:
         return self.whole.spread(x, y, radius_px, edge_px, at) * across * along
 
 
-def quarters(aperture: Aperture) -> list[tuple[float, Quarter]]:
-    """The parts of an aperture that let more than a trace of light through, and their shares of it; sum 1."""
+def quarters(aperture: Aperture, at: Field = CENTRE) -> list[tuple[float, Quarter]]:
+    """The parts of an aperture that let more than a trace of light through, and their shares of it; sum 1.
+
+    at: the light's place in the picture, on which shares depend where shapes do.
+    """
     side = torch.arange(-66.0, 67.0)
     x, y, rim, edge = side, side[:, None], torch.tensor(64.0), torch.tensor(1.0)
     parts = [Quarter(aperture, right, below) for below in (-1, 1) for right in (-1, 1)]
-    light = [float(part.spread(x, y, rim, edge).sum()) for part in parts]
+    light = [float(part.spread(x, y, rim, edge, at).sum()) for part in parts]
     bright = [(amount, part) for amount, part in zip(light, parts, strict=True) if amount > 0.02 * sum(light)]
     return [(amount / sum(amount for amount, _ in bright), part) for amount, part in bright]

@@ -48,15 +48,8 @@ class Blur:
         """
         self.aperture, self.softness = aperture, softness
         self.height, self.width = light.shape[-2:]
-        if aperture.zones == 1:
-            self.parts = [(torch.fft.rfft2(light), CENTRE)]
-            return
-        height, width = picture_px or (self.height, self.width)
-        to_corner = math.hypot(height, width)
         self.parts = [
-            (torch.fft.rfft2(light * row[:, None] * column), (x * width / to_corner, y * height / to_corner))
-            for y, row in _zones(aperture.zones, self.height, height, light)
-            for x, column in _zones(aperture.zones, self.width, width, light)
+            (torch.fft.rfft2(light * share), at) for at, share in zones(aperture, light, picture_px)
         ]
 
     def by(self, radius_px: Tensor) -> Tensor:
@@ -67,6 +60,24 @@ class Blur:
 
     def _transfer(self, radius_px: Tensor, at: Field) -> Tensor:
         return aperture_spectrum(self.aperture, radius_px, self.height, self.width, self.softness, at)
+
+
+def zones(
+    aperture: Aperture, light: Tensor, picture_px: tuple[int, int] | None = None
+) -> list[tuple[Field, Tensor]]:
+    """Places whose shapes light [B, C, H, W] takes, and each one's share [H, W] of it; sum 1.
+
+    A shape that is the same all over the picture has one, of share 1. picture_px: as for `Blur`.
+    """
+    if aperture.zones == 1:
+        return [(CENTRE, light.new_ones(()))]
+    height, width = picture_px or light.shape[-2:]
+    to_corner = math.hypot(height, width)
+    return [
+        ((x * width / to_corner, y * height / to_corner), row[:, None] * column)
+        for y, row in _zones(aperture.zones, light.shape[-2], height, light)
+        for x, column in _zones(aperture.zones, light.shape[-1], width, light)
+    ]
 
 
 def _zones(count: int, size: int, picture: int, like: Tensor) -> list[tuple[float, Tensor]]:

@@ -8,6 +8,7 @@ nearby does not. Pixels of a rim, which show two surfaces, are parted.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ def plane_radii(radius: Tensor) -> list[float]:
     while marks[-1] < limit:
         marks.append(marks[-1] + max(STEP_PX, STEP_SHARE * marks[-1]))
     marks = [-mark for mark in reversed(marks[1:])] + marks
-    between = [(a + b) / 2 for a, b in zip(marks, marks[1:], strict=False)]
+    between = [(a + b) / 2 for a, b in itertools.pairwise(marks)]
     which = torch.bucketize(radius.contiguous(), torch.tensor(between, device=radius.device))
     found: list[float] = []
     for i, mark in enumerate(marks):

@@ -109,13 +109,17 @@ def tilted(disparity: Tensor, points: tuple[tuple[int, int], tuple[int, int], tu
 
 
 def radius_map(disparity: Tensor, focus: Focus, level: Tensor | float) -> Tensor:
-    """Blur radii [H, W] in pixels, above 0 for what is nearer than the focus, at a level or a map of levels.
+    """Blur radii [H, W] in pixels, above 0 for what is nearer than the focus, at a level, or levels [H, W].
 
-    Raises ValueError for levels outside 0 ... 30 and for disparity that is not finite.
+    Raises ValueError for levels outside 0 ... 30, a map of another size, and disparity that is not finite.
     """
     if disparity.dim() != 2 or not disparity.isfinite().all():
         raise ValueError(f"disparity: expected finite numbers [H, W], got {list(disparity.shape)}")
     levels = torch.as_tensor(level, dtype=disparity.dtype, device=disparity.device)
+    if levels.dim() and levels.shape != disparity.shape:
+        raise ValueError(
+            f"a map of levels must be {list(disparity.shape)} as disparity, got {list(levels.shape)}"
+        )
     check_level(float(levels.min()))
     check_level(float(levels.max()))
     far, near = (

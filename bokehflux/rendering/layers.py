@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aperture import DISC, Aperture, quarters
-from .blur import Blur
+from .aperture import DISC, Aperture, Quarter, quarters
+from .blur import Blur, zones
 
 STOPS = (0.25, 0.5, 1.0)
 """Shares of a slanted layer's radius for which it is blurred; what lies between is mixed of two."""
@@ -60,7 +60,13 @@ def composite_by_quarters(
     layers: Sequence[Layer], aperture: Aperture = DISC, softness: float = 0.0, margin_px: int = 0
 ) -> Tensor:
     """`composite`, for each quarter of the aperture by itself: what is not exact shrinks to a third."""
-    parts = [share * composite(layers, part, softness, margin_px) for share, part in quarters(aperture)]
+    if not layers:
+        raise ValueError("layers: expected at least one")
+    shares: dict[Quarter, Tensor] = {}
+    for at, here in zones(aperture, layers[0].light):
+        for share, part in quarters(aperture, at):
+            shares[part] = shares.get(part, 0.0) + share * here
+    parts = [share * composite(layers, part, softness, margin_px) for part, share in shares.items()]
     return torch.stack(parts).sum(0)
 
 

@@ -27,6 +27,9 @@ def blur_photo(
     `raised`. Where nothing is blurred the picture stays as it is. Raises ValueError for other shapes and
     numbers.
     """
+    if not (0 <= image.min() and image.max() <= 1):
+        low, high = float(image.min()), float(image.max())
+        raise ValueError(f"image: expected display values of 0 ... 1, got {low:g} ... {high:g}")
     light = raised(image[None] ** GAMMA, highlights)
     layers = cut(light, radius_px[None], None if matte is None else matte[None])
     margin = min(int(radius_px.abs().max()) + 2, *(side - 1 for side in radius_px.shape))

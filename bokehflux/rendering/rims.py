@@ -39,7 +39,9 @@ def rims_of_depth(radius: Tensor) -> Rims:
 def rims_of_matte(radius: Tensor, matte: Tensor) -> Rims:
     """Where a matte is soft: in front lies what goes on from where it is 1, behind what goes on from 0."""
     there = (matte > SURE) & (matte < 1 - SURE)
-    front, back = fill(radius, (matte >= 1 - SURE).to(radius)), fill(radius, (matte <= SURE).to(radius))
+    in_front = matte >= matte.max().clamp(max=1 - SURE)  # the surest there is, where none is sure
+    behind = matte <= matte.min().clamp(min=SURE)
+    front, back = fill(radius, in_front.to(radius)), fill(radius, behind.to(radius))
     return Rims(there, torch.where(there, front, radius), torch.where(there, back, radius), matte)
 
 

@@ -106,8 +106,6 @@ class Denoiser:
     """velocity(x, sigma, step) for a batch of rows that share prompt and size; built by `denoiser`."""
 
     positive: PromptPass
-    bokeh: BokehCondition | None
-    """The levels of the rows."""
     grounding: Grounding | None
     attention: AttentionAt | None
     """Your own specification of every step's attention, in place of `grounding`."""
@@ -226,7 +224,6 @@ def denoiser(
     null = bokeh.null() if bokeh is not None else None
     return Denoiser(
         positive=prepare(conditioning, guidance, bokeh),
-        bokeh=bokeh,
         grounding=grounding,
         attention=attention,
         true_cfg=true_cfg,

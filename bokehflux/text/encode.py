@@ -38,9 +38,10 @@ class TextEncoders:
         """B prompts -> `txt` [B, T, t5 width] and `pooled` [B, clip width], in the encoders' dtype.
 
         txt_length: T, the number of T5 tokens; None takes the model's own. Raises ValueError for a prompt
-        that is not valid Unicode, TypeError for a string in place of a list.
+        that is not valid Unicode and for a T below 2, TypeError for a string in place of a list.
         """
-        t5_ids = self.t5_tokenizer(prompts, txt_length or self.txt_length)  # [B, T]
+        length = self.txt_length if txt_length is None else txt_length
+        t5_ids = self.t5_tokenizer(prompts, length)  # [B, T]
         clip_ids = self.clip_tokenizer(prompts)  # [B, 77] for the published CLIP
         return Conditioning(
             txt=self.t5(t5_ids.to(self.t5.shared.weight.device)),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bokehflux.conditioning import Conditioning
+from bokehflux.lens import check_level
 from bokehflux.sampling.latents import LatentGrid, pack
 from bokehflux.training.batches import Draws
 from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, open_checkpoint, read_json
@@ -32,11 +33,23 @@ def write_latents(
 ) -> None:
     """Write S scenes: latents [S, R, C, h, w] as the model takes them, levels [S, R] 0-30, captions of each.
 
-    The index is written last: a folder without one is not whole.
+    h and w are even. The index is written last: a folder without one is not whole. Raises ValueError for
+    what is not so.
     """
-    if not len(latents) == len(levels) == len(captions) or not all(captions):
+    if latents.dim() != 5 or levels.shape != latents.shape[:2]:
+        raise ValueError(
+            "expected latents [S, R, C, h, w] and levels [S, R], "
+            f"got {list(latents.shape)} and {list(levels.shape)}"
+        )
+    if len(captions) != len(latents) or not all(captions):
         raise ValueError("latents, levels and captions must be of the same scenes, each with a caption")
+    if any(isinstance(texts, str) for texts in captions):
+        raise ValueError("captions: expected a list of texts for each scene, found a bare text")
+    for level in levels.flatten().tolist():
+        check_level(level)
+    _grid(latents.shape)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)
     shards: list[dict[str, Any]] = []
     for i, (x0, level) in enumerate(
         zip(latents.split(shard_scenes), levels.split(shard_scenes), strict=True)
@@ -46,6 +59,11 @@ def write_latents(
         shards.append({"file": name, "scenes": len(x0)})
     index = {"schema": SCHEMA, "shape": list(latents.shape[1:]), "shards": shards, "captions": list(captions)}
     write_json(folder / INDEX, index)
+
+
+def _grid(shape: Sequence[int]) -> LatentGrid:
+    """The grid of latents [..., h, w]. Raises ValueError for an odd side."""
+    return LatentGrid(height_px=8 * shape[-2], width_px=8 * shape[-1])
 
 
 class LatentFolder:
@@ -62,8 +80,8 @@ class LatentFolder:
         index = read_json(folder / INDEX)
         if index.get("schema") != SCHEMA:
             raise CheckpointError(folder / INDEX, f"expected schema {SCHEMA}, found {index.get('schema')!r}")
-        self.num_renders, self.channels, height, width = index["shape"]
-        self.grid = LatentGrid(height_px=8 * height, width_px=8 * width)
+        self.num_renders, self.channels, *_ = shape = tuple(index["shape"])
+        self.grid = _grid(shape)
         self.captions: list[list[str]] = index["captions"]
         self.num_scenes = len(self.captions)
         self._encode = encode
@@ -72,7 +90,7 @@ class LatentFolder:
         problems = [
             f"{shard.path.name}: expected {count} scenes of {index['shape']}, found {shard.shapes}"
             for shard, count in zip(self._shards, counts, strict=True)
-            if shard.shapes.get("latents") != (count, *index["shape"])
+            if shard.shapes != {"latents": (count, *shape), "levels": (count, self.num_renders)}
         ]
         if sum(counts) != self.num_scenes:
             problems.append(f"{self.num_scenes} captions for {sum(counts)} scenes")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bokehflux.training.log import Log
 from bokehflux.training.optim import Optimizer
-from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, open_checkpoint
+from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError, NotFoundError, open_checkpoint
 from bokehflux.weights.files.write import save
 
 FACTS = "state"
@@ -90,8 +90,11 @@ class Saves:
         facts = {**state.facts(), "settings": self.settings}
         save(self.path, state.tensors(), {FACTS: json.dumps(facts)})
 
-    def restore(self, state: State) -> None:
-        """Raises CheckpointError when there is no saved run, or it is one of other settings or weights."""
+    def open(self) -> tuple[Checkpoint, dict[str, Any]]:
+        """The file, and what it holds beside tensors: what can be judged before a model is loaded.
+
+        Raises CheckpointError when there is no saved run, or it is one of other settings.
+        """
         if not self.path.is_file():
             raise NotFoundError(f"{self.path}: no saved run to resume", "start it from the beginning instead")
         file = open_checkpoint(self.path)
@@ -99,13 +102,21 @@ class Saves:
             raise CheckpointError(self.path, "not the saved state of a run")
         facts = json.loads(file.metadata[FACTS])
         then, now = facts["settings"], json.loads(json.dumps(self.settings))
-        expected = {name: tuple(t.shape) for name, t in state.tensors().items()}
-        expected |= state.optimizer.moment_shapes()
         problems = [
             f"{name} was {then.get(name)!r} when the run was saved and is {now.get(name)!r} now"
             for name in {**then, **now}
             if then.get(name) != now.get(name)
-        ] + [
+        ]
+        if problems:
+            raise CheckpointError(self.path, *problems)
+        return file, facts
+
+    def restore(self, state: State) -> None:
+        """Raises CheckpointError as `open` does, and for a run of other weights."""
+        file, facts = self.open()
+        expected = {name: tuple(t.shape) for name, t in state.tensors().items()}
+        expected |= state.optimizer.moment_shapes()
+        problems = [
             f"{name}: expected {expected.get(name)}, found {file.shapes.get(name)}"
             for name in {**expected, **file.shapes}
             if expected.get(name) != file.shapes.get(name)

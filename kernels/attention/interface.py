@@ -49,9 +49,11 @@ def target_attention(
     Returns [N, L, H, D]. The mathematics is `reference.target_attention`; errors as `attention`.
     """
     _check(k, k, v, value_bias)
-    _check(q, k_pivot, k_pivot, None)
-    if q.shape[1:] != k.shape[1:]:
-        raise ValueError(f"pivot and targets differ in [L, H, D]: {tuple(q.shape[1:])}, {tuple(k.shape[1:])}")
+    if q.shape != k_pivot.shape or q.shape[1:] != k.shape[1:]:
+        raise ValueError(
+            "expected q and k_pivot [P, L, H, D], k and v [N, L, H, D] with equal L, H, D; "
+            f"got {tuple(q.shape)}, {tuple(k_pivot.shape)}, {tuple(k.shape)}"
+        )
     if len(pivot_index) != k.shape[0] or not all(0 <= p < q.shape[0] for p in pivot_index):
         raise ValueError(f"expected {k.shape[0]} pivots below {q.shape[0]}, got {tuple(pivot_index)}")
     name = select.resolve(backend, q, k_pivot, k, v, value_bias, grounded=True)

@@ -186,11 +186,15 @@ def test_lies_in_a_recipe_end_in_one_message(tmp_path, monkeypatch, lies):
     assert_one_message(err)
 
 
-def test_a_picture_that_lies_about_being_finished_is_made_again(tmp_path):
+def test_a_picture_that_lies_about_being_finished_is_made_again(tmp_path, monkeypatch):
     """A sweep trusts what can be decoded; other formats under our names are not even tried."""
     from bokehflux.app.sweep import finished
 
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "TIFF")
-    (tmp_path / "bokeh-00.0.png").write_bytes(buffer.getvalue())
-    assert finished(tmp_path, Record.from_recipe({**RECIPE, "role": "target"})) == {}
+    wanted = Record.from_recipe(RECIPE)
+    recipe = wanted.of("target", 0.0).recipe()
+    with Image.open(io.BytesIO(metadata.encode(Image.new("RGB", (8, 8)), recipe))) as image:
+        image.save(tmp_path / "x.tiff", exif=image.getexif())
+    (tmp_path / "x.tiff").rename(tmp_path / "bokeh-00.0.png")
+    assert finished(tmp_path, wanted) == {}
+    monkeypatch.setattr(metadata, "READABLE", (*metadata.READABLE, "TIFF"))
+    assert finished(tmp_path, wanted).keys() == {("target", 0.0)}, "all else would do"

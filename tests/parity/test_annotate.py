@@ -133,6 +133,13 @@ def test_sam_at_the_sharpest_point(tmp_path: Path, size: tuple[int, int]) -> Non
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_a_device_that_is_not_there(tmp_path: Path, device: str) -> None:
+    save_depth_pro(tmp_path)
+    with pytest.raises(ValueError, match=f"--device {device} cannot be used: "):
+        DepthPro(tmp_path, device)
+
+
 def test_what_the_maps_were_made_with(tmp_path: Path) -> None:
     save_depth_pro(tmp_path / "a")
     save_depth_pro(tmp_path / "b")

@@ -94,7 +94,7 @@ def run(models: dict, case: dict, levels: list[float]) -> tuple[Tensor, list[Ten
     steps: list[Tensor] = []
     velocity = velocity_of(models, case, levels)
     grid = grid_of(case)
-    rows = len(velocity.bokeh.levels)
+    rows = len(velocity.positive.bokeh.levels)
     x = pack(noise(grid, case["seed"], torch.float32)).expand(rows, -1, -1)
     schedule = sigmas(models["schedule"], case["num_inference_steps"], grid.num_tokens)
     with models["mmdit"].final_layer.register_forward_hook(lambda *args: predictions.append(args[-1])):

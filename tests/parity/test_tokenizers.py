@@ -50,12 +50,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=["official", "trained"])
+@pytest.fixture(scope="session", params=[pytest.param("official", marks=needs_shared), "trained"])
 def folder(request: pytest.FixtureRequest) -> Path:
     if request.param == "trained":
         return request.getfixturevalue("trained")
-    if needs_shared.args[0]:
-        pytest.skip(needs_shared.kwargs["reason"])
     return shared(SNAPSHOT)
 
 

@@ -186,6 +186,48 @@ def test_files_and_kinds_that_do_not_fit(tmp_path: Path) -> None:
         open_mask(tmp_path / "m.onnx", "isnet", "cpu")
     with pytest.raises(ValueError, match="lacks CUDAExecutionProvider for --device cuda"):
         open_mask(tmp_path / "m.onnx", "isnet", "cuda")
+    for device in ("foo", "mps", "cuda:x"):
+        with pytest.raises(ValueError, match=f"expected cpu, cuda or cuda:N for ONNX files, got '{device}'"):
+            open_mask(tmp_path / "m.onnx", "isnet", device)
+
+
+def test_outputs_that_a_kind_needs_and_a_file_lacks(tmp_path: Path) -> None:
+    """Found when the file is opened, not at the first photograph."""
+    file = save(tmp_path / "m.onnx", "any", {"depth": ("Exp", MAP)})
+    with pytest.raises(ValueError, match="m.onnx has no output mask, metric_scale, points, but depth"):
+        open_depth(file, "moge-2", "cpu")
+    (tmp_path / "own.json").write_text('{"gives": "metres", "sky": "sky"}')
+    for kind in ("da3metric", str(tmp_path / "own.json")):
+        with pytest.raises(ValueError, match="m.onnx has no output sky, but depth"):
+            open_depth(file, kind, "cpu")
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_cuda_is_the_device_that_was_named_or_an_error(
+    tmp_path: Path, started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime goes on with the CPU where CUDA does not start."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime (extra annotate)")
+    names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    file = save(tmp_path / "m.onnx", 32, {"mask": ("Abs", [1, 1, 32, 32])})
+    real, asked = onnxruntime.InferenceSession(str(file)), []
+
+    class Session:
+        def __init__(self, _: str, providers: list[Any]) -> None:
+            asked.append(providers)
+            self.get_inputs, self.get_outputs = real.get_inputs, real.get_outputs
+
+        def get_providers(self) -> list[str]:
+            return names if started else names[1:]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    if started:
+        open_mask(file, "isnet", "cuda:1")
+    else:
+        with pytest.raises(ValueError, match="could not start CUDA for --device cuda:1"):
+            open_mask(file, "isnet", "cuda:1")
+    assert asked == [[("CUDAExecutionProvider", {"device_id": 1}), "CPUExecutionProvider"]]
 
 
 @pytest.mark.parametrize(("library", "kind"), [("onnxruntime", "isnet"), ("transformers", "sam")])

@@ -22,6 +22,7 @@ from bokehflux.rendering.aperture import (
     quarters,
 )
 from bokehflux.rendering.blur import Blur, aperture_spectrum
+from bokehflux.rendering.layers import Layer, composite, composite_by_quarters
 from bokehflux.rendering.photo import blur_photo
 
 SIZE = 97
@@ -156,6 +157,16 @@ def test_cats_eyes_in_a_picture() -> None:
     widths = [int(part.any(0).count_nonzero()) for part in (lit[:, 44:85], lit[:, 92:])]
     heights = [int(part.any(1).count_nonzero()) for part in (lit[:, 44:85], lit[:, 92:])]
     assert widths[0] == heights[0] and widths[1] < 0.6 * heights[1]
+
+
+@pytest.mark.parametrize(("x", "y"), [(64, 64), (13, 13), (115, 13)])
+def test_quarters_of_a_cats_eye_are_equally_bright(x: int, y: int) -> None:
+    """In a corner two of its quarters are small, and get less light, not brighter."""
+    light = torch.zeros(1, 3, 129, 129)
+    light[..., y, x] = 1
+    layers = [Layer(light=light, radius_px=torch.tensor([-10.0]))]
+    whole, by_quarters = (f(layers, CatsEye(0.6), margin_px=12) for f in (composite, composite_by_quarters))
+    assert correlation(by_quarters, whole) > 0.999
 
 
 @pytest.mark.parametrize("aperture", APERTURES, ids=lambda a: type(a).__name__)

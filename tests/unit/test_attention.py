@@ -278,7 +278,7 @@ def test_unknown_backend_names_the_known_ones() -> None:
 
 
 def test_a_backend_of_your_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`BACKENDS` is a dict: anything with the two functions can be registered under a name."""
+    """`BACKENDS` is a dict: anything with its functions can be registered under a name."""
     calls = []
 
     def mine(*args: object, **options: object) -> Tensor:
@@ -369,8 +369,16 @@ def test_targets_need_pivots_that_exist(index: tuple[int, ...]) -> None:
     q, k, v = qkv(3, 5)
     with pytest.raises(ValueError, match="expected 3 pivots below 2"):
         interface.target_attention(q[:2], k[:2], k, v, index)
-    with pytest.raises(ValueError, match="differ in .L, H, D."):
-        interface.target_attention(q[:2, :4], k[:2, :4], k, v, (0, 0, 1))
+
+
+@pytest.mark.parametrize("length", [1, 4, 6])
+@pytest.mark.parametrize("part", ["both", "k_pivot"])
+def test_pivots_are_as_long_as_their_targets(length: int, part: str) -> None:
+    """Kernels bound their reads of a pivot's keys by the targets' length."""
+    q, k, v = qkv(3, 5)
+    pivot, k_pivot, _ = qkv(2, length)
+    with pytest.raises(ValueError, match="with equal L, H, D; got .*, .2, [146], 2, 16., .3, 5, 2, 16."):
+        interface.target_attention(pivot if part == "both" else q[:2], k_pivot, k, v, (0, 0, 1))
 
 
 def test_stored_pivot() -> None:

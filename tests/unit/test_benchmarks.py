@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks import networks, registry, summary, timing
 from benchmarks import run as runner
-from benchmarks.arms import OURS
+from benchmarks.arms import OURS, StepArm
 from benchmarks.cases import attention, generate, memory, profile_step, step, tiles, train_attention
 from benchmarks.networks import TINY
 from benchmarks.shapes import AttentionShape
@@ -202,9 +204,45 @@ def test_several_run_one_after_another(tmp_path: Path, capsys: pytest.CaptureFix
         assert {row["verdict"] for row in results(tmp_path, "full_size_error")} == {"ok"}
 
 
-def test_nothing_begins_when_time_is_up(tmp_path: Path) -> None:
-    assert runner.main(["step", "--tiny", "--seconds", "0", "--out", str(tmp_path)]) == 1
+@pytest.mark.parametrize("names", [["step"], ["pointwise"], ["full_size_error"], ["tiles", "nano_seconds"]])
+def test_nothing_begins_when_time_is_up(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if names == ["full_size_error"]:
+        pytest.importorskip("diffusers")
+    monkeypatch.setattr(runner, "in_child", lambda *_, **__: pytest.fail("a process began"))
+    assert runner.main([*names, "--tiny", "--seconds", "0", "--out", str(tmp_path)]) == 1
     assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out.count("out of time") == len(names)
+
+
+def test_no_benchmark_writes_over_a_file_of_the_evaluation() -> None:
+    """Both write into `benchmarks/results`, and only benchmarks say where they ran as `environment`."""
+    folder = Path(__file__).parents[2] / runner.RESULTS
+    on_file = [path for name in registry.NAMES if (path := folder / f"{name}.json").is_file()]
+    assert on_file and [p.name for p in on_file if "environment" not in json.loads(p.read_text())] == []
+
+
+def test_commands_in_documents_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as to the session that they ask for, on a machine with a GPU."""
+    root = Path(__file__).parents[2]
+    documents = [*root.glob("*.md"), *root.glob("docs/*.md"), root / "benchmarks" / "README.md"]
+    texts = [str(runner.__doc__), *(path.read_text(encoding="utf-8") for path in documents)]
+    commands = {line for text in texts for line in re.findall(r"python -m benchmarks\.run ([^`\n]+)", text)}
+    ran: set[str] = set()
+
+    def run(name: str, *_: Any, **__: Any) -> dict[str, Any]:
+        ran.add(name)
+        return {"passed": True}
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(runner, "in_child", lambda name, *_, **__: ({name: run(name)}, 0))
+    for command in commands:
+        assert runner.main(shlex.split(command, comments=True)) == 0, command
+    assert {"attention", "step", "generate", "memory", "nano_seconds", "tiles"} <= ran
+    (usual,) = re.findall(r"\$\(or \$\(BENCH\),(\w+)\)", (root / "Makefile").read_text(encoding="utf-8"))
+    assert usual in registry.NAMES
 
 
 def test_what_is_ours_must_be_right() -> None:
@@ -239,6 +277,17 @@ def test_work_is_what_the_formulas_give() -> None:
     assert work(False, 7) == pytest.approx(1071.0, rel=0.002)
     # 490.9 with the pivot's scores shared by all: 14 products; ours computes them again for targets: 19.
     assert work(True, 7) == pytest.approx(490.9 + 5 * 7.436, rel=0.005)
+
+
+def test_without_rivals_our_best_arm_is_the_yardstick() -> None:
+    def arm(name: str) -> StepArm:
+        network = nn.Identity()
+        return StepArm(name=name, network=network, prepare=None, weight_bytes=0, is_ours="ours" in name)  # type: ignore[arg-type]
+
+    ours, errors = [arm("ours"), arm("ours, fp8")], {"ours": 0.01, "ours, fp8": 0.06, "published": 0.04}
+    stock = arms([])[0]
+    assert step.rules_of(ours).limit(stock, errors) == pytest.approx(0.02)
+    assert step.rules_of([*ours, arm("published")]).limit(stock, errors) == pytest.approx(0.08)
 
 
 def test_step_runs_every_arm(tmp_path: Path) -> None:
@@ -442,9 +491,9 @@ def test_rows_survive_a_process_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_nano_runs_anywhere(tmp_path: Path) -> None:
-    words = ["nano", "--tiny", "--cases", "one picture", "--out", str(tmp_path)]
+    words = ["nano_seconds", "--tiny", "--cases", "one picture", "--out", str(tmp_path)]
     assert runner.main(words) == 0
-    (row,) = results(tmp_path, "nano")
+    (row,) = results(tmp_path, "nano_seconds")
     assert row["a_picture"] == row["seconds"] > 0
 
 

@@ -215,7 +215,7 @@ def test_adapters_without_query_or_key_updates(q: bool, k: bool) -> None:
 @pytest.mark.parametrize("blocks", [(), (1, 0), (0, 0), (-1, 0)])
 def test_wrong_blocks(blocks: tuple[int, ...]) -> None:
     with pytest.raises(
-        ValueError, match="ascending, distinct and non-negative|list of whole numbers, none of them negative"
+        ValueError, match="blocks must be (ascending and distinct|a list of whole numbers, none of them neg)"
     ):
         BokehConfig(blocks=blocks, rank=4)
 

@@ -47,7 +47,7 @@ def test_models_are_looked_for_where_people_keep_them(tmp_path: Path) -> None:
         assert any(line.startswith(f"model {folder}: not usable: /no/ae: ") for line in lines)
     assert lines[-1].startswith("next: bokehflux generate ") and "small model" in lines[-1]
     del environment["AE"]
-    lacks = f"model {tmp_path / 'models' / 'mine'}: not usable: lacks transformer, vae, "
+    lacks = f"model {tmp_path / 'models' / 'mine'}: not usable: lacks transformer, vae, clip, t5, "
     assert any(line.startswith(lacks) for line in doctor.report(environment))
     assert not any("openai" in line for line in lines)
     assert any(str(snapshot) in line for line in doctor.report({"HF_HUB_CACHE": str(tmp_path / "hub")}))

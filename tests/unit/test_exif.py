@@ -106,6 +106,7 @@ def test_the_level_is_the_same_whichever_way_the_camera_was_held(
     ("14/5", 2.8), ("f/2.8", 2.8), ("2.8", 2.8), ("50.0 mm", 50), ((28, 10), 2.8),
     (Fraction(14, 5), 2.8), (2, 2), ("", None), ("0", None), ((0, 0), None), (math.nan, None), ("0/0", None),
     (-3, None), ("n/a", None), (None, None), (math.inf, None), ({}, None), ("1/0", None),
+    ("-3", None), (" -14/5", None), ("2.8e+00", 2.8), ("1e-05", 1e-5),
 ])  # fmt: skip
 def test_forms_of_numbers(text: Any, number: float | None) -> None:
     assert Exif.from_tags({"FNumber": text}).f_number == (None if number is None else pytest.approx(number))

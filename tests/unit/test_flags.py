@@ -178,6 +178,36 @@ def test_the_same_flags_give_the_same(world: dict[str, Any], command: str) -> No
     assert outcome([command, *BASE[command]], world) == outcome([command, *BASE[command]], world)
 
 
+@pytest.mark.parametrize("command", BASE)
+def test_a_recipe_too_long_for_jpeg_is_refused_before_the_model_is_loaded(
+    world: dict[str, Any], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.clear()
+    argv = [command, *BASE[command], "--prompt", "猫" * 15_000]
+    assert cli.main([*argv, "--format", "jpeg"]) == 2 and not world
+    assert "the recipe is too long for a JPEG file" in capsys.readouterr().err
+    assert cli.main([*argv, "--format", "webp"]) == 0
+
+
+@pytest.mark.parametrize("command", BASE)
+@pytest.mark.parametrize("word", ["", ","])
+def test_levels_that_are_none_are_refused(
+    world: dict[str, Any], command: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An empty variable of a shell is not a wish for the usual levels."""
+    assert cli.main([command, *BASE[command], "--bokeh-targets", word]) == 2
+    assert "bokeh_targets must be a sequence of 1 to 1000 levels" in capsys.readouterr().err
+
+
+def test_loras_that_are_given_replace_those_of_a_recipe(world: dict[str, Any]) -> None:
+    made = ["generate", "--prompt", "a cup", "--lora", "old", "0.5", "--lora", "more", "--output", "first"]
+    assert cli.main(made) == 0
+    again = ["generate", "--config-from", "first/plain.png", "--output", "second"]
+    assert cli.main(again) == 0 and world["loras"] == [("old", 0.5), ("more", 1.0)]
+    assert cli.main([*again, "--lora", "new", "--lora", "newer", "2"]) == 0
+    assert world["loras"] == [("new", 1.0), ("newer", 2.0)]
+
+
 FETCH = {"--tokenizers-only": [], "--revision": ["v2"]}
 
 
@@ -199,6 +229,16 @@ def test_no_command_is_left_out_here() -> None:
     assert {word for action in parsers()[0]._actions for word in action.option_strings} == {
         "-h", "--help", "--version",
     }  # fmt: skip
+
+
+def test_training_refuses_a_device_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bokehflux.training.recipes.adapter.AdapterRecipe.read", lambda _: None)
+    monkeypatch.setattr("bokehflux.training.recipes.adapter.dry_run", lambda *_: [])
+    for device in ("foo", "cuda:99"):
+        assert cli.main(["train", "--config", "x.toml", "--output", "out", "--device", device]) == 2
+        assert f"error: --device {device} cannot be used: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", OTHERS)

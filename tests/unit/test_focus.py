@@ -92,6 +92,8 @@ def test_a_map_of_levels() -> None:
     radius = radius_map(DISPARITY, Focus(0.0, 0.0), levels)
     assert (radius[:, :32] == 0).all()
     assert torch.equal(radius[:, 32:], radius_map(DISPARITY, Focus(0.0, 0.0), 20.0)[:, 32:])
+    with pytest.raises(ValueError, match=r"must be \[512, 64\] as disparity, got \[64, 512\]"):
+        radius_map(DISPARITY, Focus(0.0, 0.0), levels.mT)
 
 
 @given(level=st.floats(0, 30), low=st.floats(0, 1), range_=st.floats(0, 0.5), more=st.floats(0, 0.5))

@@ -401,6 +401,17 @@ def test_nan_in_a_weight_is_named(name: str) -> None:
     assert not hooks
 
 
+@pytest.mark.parametrize(
+    "name", ["vector_in.in_layer", "double_blocks.0.img_mod.lin", "bokeh.adapter_modules.0.to_v_bokeh.up"]
+)
+def test_nan_in_a_weight_that_is_read_before_the_steps_is_named(name: str) -> None:
+    broken = tiny_pipeline()
+    with torch.no_grad():
+        broken.transformer.get_submodule(name).weight[-1, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=rf" at step 0: NaN or infinity in {name}.weight$"):
+        broken.generate(PROMPT, [0, 28], bokeh_pivot=15)
+
+
 def test_overflow_is_named_by_layer_and_step() -> None:
     """A layer that overflows late, with sound weights."""
     broken, calls = tiny_pipeline(), []

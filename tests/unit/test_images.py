@@ -144,6 +144,20 @@ def test_the_systems_fonts_have_the_rest(with_fonts: Callable[..., None], tmp_pa
     assert letters.length("猫", 22) == 22 and letters.length("a猫b", 22) > 22 + letters.length("a", 22)
 
 
+def test_spaces_between_words_of_one_font_belong_to_them(with_fonts: Callable[..., None]) -> None:
+    """All others are of our own font: beside another script, at an end, or several in a row."""
+    with_fonts(FONTS / "cat.ttf")
+
+    def runs(line: str) -> list[tuple[str, str]]:
+        return [(Path(str(font.path)).name, run) for font, run in letters._runs(line, 22)]
+
+    own, cat = letters.OWN.name, "cat.ttf"
+    assert runs("a猫 猫 b 猫") == [(own, "a"), (cat, "猫 猫"), (own, " b "), (cat, "猫")]
+    assert runs(" 猫 猫 猫 ") == [(own, " "), (cat, "猫 猫 猫"), (own, " ")]
+    assert runs("猫  猫") == [(cat, "猫"), (own, "  "), (cat, "猫")]
+    assert runs("猫 ") == [(cat, "猫"), (own, " ")] and runs(" ") == [(own, " ")] and runs("") == []
+
+
 def test_fonts_of_one_size_are_reduced_and_keep_their_colours(with_fonts: Callable[..., None]) -> None:
     with_fonts(FONTS / "emoji.ttf")
     face = drawn("\U0001f600").astype(int)

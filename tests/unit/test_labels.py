@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from PIL import Image
 
 from bokehflux.app import cli
 from bokehflux.lens import Blur
+from bokehflux.photos.annotate import open_depth
 from bokehflux.photos.labels import Labeller, blur_of, labelled, level_seen, read_labels
 from bokehflux.photos.readers import open_rows
 from tests.unit.test_annotate import save
@@ -155,6 +157,21 @@ def test_nobody_is_lost(tmp_path: Path) -> None:
     assert [line["row"] for line in left_out(tmp_path / "two")] == [1]
 
 
+def test_a_network_that_needs_a_focal_length_is_counted_by_that(tmp_path: Path) -> None:
+    """Not as a file that cannot be read."""
+    buffer = io.BytesIO()
+    scene("subject")[0].save(buffer, "JPEG", quality=95)
+    place = photographs(tmp_path / "in", a=buffer.getvalue())
+    network = save(tmp_path / "d.onnx", 32, {"depth": ("Exp", [1, 1, 32, 32])})
+    (tmp_path / "d.json").write_text('{"gives": "canonical metres"}')
+    out = tmp_path / "out"
+    out.mkdir()
+    depth = open_depth(network, str(tmp_path / "d.json"), "cpu")
+    counts = Labeller(output=out, depth=depth).run(open_rows(place))
+    reason = "this network needs the focal length, and the EXIF does not tell it"
+    assert counts == {f"left out: {reason}": 1}
+
+
 def test_shards_share_a_folder(tmp_path: Path) -> None:
     place, out = photographs(tmp_path / "in", **{name: sharp() for name in "abcde"}), tmp_path / "out"
     eyes = [Eye() for _ in range(3)]
@@ -258,14 +275,17 @@ def test_annotate_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(("words", "says"), [
     (["nowhere"], "nowhere is not there"), (["in", "--long-side", "10"], "at least 64 pixels"),
     (["in", "--depth", "x", "--depth-kind", "zoe"], "expected one of depth-pro, moge-2, da3metric"),
-    (["in", "--exif", "gone.jsonl"], "gone.jsonl"), (["in", "--long-side", "10000000"], "make room"),
+    (["in", "--exif", "gone.jsonl"], "cannot read answers from gone.jsonl"),
+    (["in", "--long-side", "10000000"], "make room"),
+    (["in", "--depth-kind", "moge-2"], "--depth-kind needs --depth PATH"),
+    (["in", "--mask-kind", "isnet", "--depth", "x"], "--mask-kind needs --mask PATH"),
 ])  # fmt: skip
 def test_annotate_refuses(
     tmp_path: Path, words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     photographs(tmp_path / "in", a=sharp())
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["annotate", *words]) in (1, 2)
+    assert cli.main(["annotate", *words]) == 2
     assert says in capsys.readouterr().err
 
 

@@ -19,6 +19,7 @@ from bokehflux.rendering.cut import cut, plane_radii
 from bokehflux.rendering.fill import fill
 from bokehflux.rendering.layers import Layer, composite, composite_by_quarters
 from bokehflux.rendering.photo import GAMMA, blur_photo, raised
+from bokehflux.rendering.rims import rims_of_matte
 from tests.thin_lens import Surface, ray_cast, round_lens
 
 SIZE = 96
@@ -110,6 +111,14 @@ def test_a_wire_is_all_rim(width: int, near: float, far: float) -> None:
     flat = (light * (1 - wire[3:])) ** (1 / GAMMA)
     radius = torch.where(wire[3] > 0, near, far)
     assert psnr(blur_photo(flat, radius)[None], truth[None]).item() >= 45
+
+
+def test_a_matte_that_is_sure_nowhere_still_tells_front_from_back() -> None:
+    """Its highest part is the front. Without one, the front's radius was 0: in focus."""
+    radius, matte = torch.full((1, 1, 8, 8), 2.0), torch.full((1, 1, 8, 8), 0.1)
+    radius[..., 4:], matte[..., 4:] = 6.0, 0.9
+    rims = rims_of_matte(radius, matte)
+    assert rims.front.min() == 6 and rims.back.max() == 2
 
 
 @pytest.mark.parametrize("focus_on_subject", [True, False])
@@ -279,6 +288,8 @@ def test_highlights() -> None:
     [
         ((torch.zeros(1, 4, 4), torch.zeros(4, 4)), r"got \[1, 1, 4, 4\] and \[1, 4, 4\]"),
         ((torch.zeros(3, 4, 4), torch.zeros(4, 5)), r"got \[1, 3, 4, 4\] and \[1, 4, 5\]"),
+        ((torch.full((3, 4, 4), 255.0), torch.zeros(4, 4)), "display values of 0 ... 1, got 255 ... 255"),
+        ((torch.full((3, 4, 4), -0.1), torch.zeros(4, 4)), "display values of 0 ... 1, got -0.1 ... -0.1"),
         ((torch.zeros(3, 4, 4), torch.full((4, 4), math.nan)), "expected finite numbers, found nan"),
         ((torch.zeros(3, 4, 4), torch.zeros(4, 4), Disc(), torch.full((4, 4), 2.0)), "matte: expected"),
         ((torch.zeros(3, 4, 4), torch.zeros(4, 4), Disc(), None, 0.5), "highlights: expected at least 1"),
@@ -293,6 +304,8 @@ def test_the_farthest_layer_covers() -> None:
     for layers in ([], [Layer(light=torch.zeros(1, 4, 3, 3))]):
         with pytest.raises(ValueError, match="expected the farthest to have 3 channels"):
             composite(layers)
+    with pytest.raises(ValueError, match="expected at least one"):
+        composite_by_quarters([])
 
 
 def test_margins() -> None:

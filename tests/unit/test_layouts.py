@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from bokehflux.app import cli, fetch
-from bokehflux.configs import CLIP_L, FLUX_SCHEDULE, T5_XXL
+from bokehflux.configs import CLIP_L, FLUX_BOKEH, FLUX_DEV, FLUX_SCHEDULE, T5_XXL
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.weights import load, manifests
+from bokehflux.weights.describe import describe
 from bokehflux.weights.files import write
 from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError
 from bokehflux.weights.find import resolve
 from bokehflux.weights.find.resolve import ModelFiles, resolve_model
 from bokehflux.weights.find.snapshot import open_snapshot
 from bokehflux.weights.mapping import to_official
-from bokehflux.weights.tables import clip, t5, vae
+from bokehflux.weights.tables import adapter, clip, t5, vae
 from tests import model_files as files
 
 STATES = files.states()
@@ -207,6 +208,19 @@ def test_a_config_of_another_class_is_not_ours(home, env):
     assert_loads(home, env)
     write.write_json(home / "config.json", clip.CONFIG.to_json(files.CLIP) | {"hidden_act": "gelu"})
     assert "hidden_act = 'gelu'" in problems(load.load_components, home, env=env)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_config_of_an_adapter_is_no_others(home, env, together):
+    """The published one names no class, and people put all their files into one folder."""
+    if together:
+        write.save(home / "all.safetensors", files.all_in_one(STATES))
+    else:
+        files.write_flat(home, STATES)
+    files.write_tokenizers(home)
+    write.write_json(home / "config.json", adapter.codec(FLUX_DEV).to_json(FLUX_BOKEH))
+    assert_loads(home, env)
+    assert "use: --model with this folder" in describe(home)
 
 
 # --- missing parts, and too many

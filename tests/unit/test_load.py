@@ -260,6 +260,8 @@ def test_adapter_of_another_model():
     small = dataclasses.replace(MMDIT, num_single=1, hidden_size=6, num_heads=1)
     message = problems(adapter_config, None, adapter_shapes(), small)
     assert "adapts block 3 of 3" in message and "made for width 12, this model's is 6" in message
+    far = {n.replace("modules.", "modules.1234567890"): shape for n, shape in adapter_shapes().items()}
+    assert "names no block" in problems(adapter_config, None, far, MMDIT)
 
 
 # --- networks
@@ -319,6 +321,16 @@ def test_other_head_dims_ask_for_a_config(tmp_path):
     check_loaded(load.load_transformer(path, MMDIT, **F32), state)
     write.write_json(tmp_path / "config.json", flux.CONFIG.to_json(MMDIT))
     check_loaded(load.load_transformer(path, **F32), state)
+
+
+def test_other_latents_ask_for_a_config(tmp_path):
+    config = dataclasses.replace(VAE, latent_channels=4, scale=0.5)
+    state = random_state(AutoencoderKL(config))
+    export.save_network(networks.VAE, tmp_path, config, state)
+    check_loaded(files.load_vae(tmp_path, **F32), state)
+    (tmp_path / "config.json").unlink()
+    message = problems(files.load_vae, tmp_path)
+    assert "4 latent channels do not imply a scale (16 do): pass a config" in message
 
 
 def test_incomplete_bfl_files_say_what_lacks(tmp_path):
@@ -434,6 +446,7 @@ def test_snapshot_reads_the_card(tmp_path):
         ('{"height": 0}', "height = 0 is not a positive whole number"),
         ('{"width": "64"}', "width = '64' is not a positive whole number"),
         ('{"adapter": "absent"}', "not found:"),
+        ('{"adapter": 5}', "adapter must name a folder, got 5"),
         ("[]", "a JSON object was expected"),
     ],
 )

@@ -461,7 +461,11 @@ def test_four_stages_make_a_model_killed_or_not(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.usefixtures("toy_sizes")
 def test_the_resumed_base_begins_with_the_weights_in_the_folder(tmp_path: Path) -> None:
     run(tmp_path, "autoencoder").train()
+    waiting = tmp_path / "training" / "base-resumed.state.safetensors"
+    waiting.write_bytes(b"of another run")
     run(tmp_path, "base").train()
+    assert waiting.exists(), "a run forgets its own states only"
+    waiting.unlink()
     before = contents(tmp_path)
     still = dataclasses.replace(TOY.base, lr=0.0, seed=7)
     dataclasses.replace(run(tmp_path, "base-resumed"), stage=still).train()

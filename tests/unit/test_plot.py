@@ -15,6 +15,7 @@ def test_bars_leave_out_rows_without_a_value() -> None:
     tall = plot.bars([*rows, {"case": "x", "arm": "c", "ms": 1.0}], **WORDS)
     assert plot.bars(rows, **WORDS).height < tall.height
     assert plot.bars([], **WORDS).width == tall.width
+    assert plot.bars([{"case": "x", "arm": "a", "ms": 0.0}], **WORDS).width == tall.width
 
 
 def ink_rows(image: Image.Image, ink: str) -> list[int]:

@@ -241,6 +241,7 @@ def test_metadata_declares_formats(tmp_path):
         ({"img_in.scale_weight": torch.ones(3)}, "expected one number, or one per row of img_in.weight"),
         ({"img_in.scale_weight": torch.ones((), dtype=torch.int64)}, "img_in.scale_weight is torch.int64"),
         ({"img_in.weight_scale": torch.ones(())}, "scale the same weight"),
+        ({"txt_in.weight": torch.ones(())}, "'txt_in.weight' has the shape []"),
         ({"img_in.scale_weight": torch.tensor(torch.nan)}, "img_in.scale_weight is not finite"),
         ({"img_in.comfy_quant": torch.tensor(list(b"{not"), dtype=torch.uint8)}, "stored as None"),
         (

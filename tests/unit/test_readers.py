@@ -269,6 +269,31 @@ def test_keys_cannot_leave_their_folder(tmp_path: Path) -> None:
     assert [row.key for row in open_rows(tmp_path)] == ["x/evil", "x/abs/a_b"]
 
 
+def test_names_that_differ_have_keys_that_differ(tmp_path: Path) -> None:
+    """Keys name the maps: two photographs of one key would overwrite each other's."""
+    for name in ("a b.jpg", "a_b.jpg", "a+b.jpg", "c d.jpg"):
+        (tmp_path / name).write_bytes(jpeg())
+    keys = {row.source: row.key for row in open_rows(tmp_path)}
+    assert keys[str(tmp_path / "a_b.jpg")] == "a_b.jpg" and keys[str(tmp_path / "c d.jpg")] == "c_d.jpg"
+    assert len(set(keys.values())) == 4 and all(key.startswith(("a_b.jpg", "c_d")) for key in keys.values())
+    shard(tmp_path / "x.tar", {"evil.jpg": jpeg(), "../evil.jpg": jpeg()})
+    assert len({row.key for row in open_rows(tmp_path)}) == 2
+
+
+@pytest.mark.parametrize("told", [
+    {"camera_anns": [1]}, {"camera_anns": "N"}, {"captions": 5}, {"depth_map_path": 5}, {"fg_mask_path": [1]},
+])  # fmt: skip
+def test_what_is_told_in_another_form_is_refused(tmp_path: Path, told: dict[str, Any]) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input_image_path": "a.jpg", **told}))
+    with pytest.raises(ValueError, match=f"{next(iter(told))} must be "):
+        open_rows(tmp_path / "rows.jsonl")[0]
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    if "path" not in next(iter(told)):
+        with pytest.raises(ValueError, match=f"a.jpg: {next(iter(told))} must be "):
+            open_rows(tmp_path)[0]
+
+
 def test_places_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no photograph"):
         open_rows(tmp_path)

@@ -60,7 +60,7 @@ def test_every_field_differs_from_its_default_above() -> None:
     ("num_inference_steps", True), ("guidance_scale", None), ("guidance_scale", float("nan")),
     ("guidance_scale", 10**400), ("seed", "1"), ("seed", 2**70), ("height", {}), ("negative_prompt", []),
     ("width", 3), ("true_cfg", 0.5), ("num_grounding_steps", 5), ("model", 7), ("loras", "ab"),
-    ("loras", [["a"]]), ("threads", 0), ("vae_tiling", 1),
+    ("loras", [["a"]]), ("loras", {}), ("threads", 0), ("vae_tiling", 1),
 ])  # fmt: skip
 def test_recipes_from_strangers_are_checked(name: str, value: object) -> None:
     recipe = json.loads(json.dumps(Record(settings=FULL, provenance=MADE_BY).recipe()))
@@ -118,6 +118,10 @@ def test_numbers_of_numpy_and_torch_become_plain() -> None:
     assert plain["bokeh_pivot"] is float and plain["num_inference_steps"] is plain["seed"] is int
     assert settings.bokeh_targets == (3.0, 28.0) and {type(x) for x in settings.bokeh_targets} == {float}
     assert json.loads(json.dumps(settings.recipe()))["height"] == 32
+
+
+def test_what_can_be_read_only_once_is_not_lost() -> None:
+    assert Provenance(loras=(pair for pair in MADE_BY.loras)).loras == MADE_BY.loras  # type: ignore[arg-type]
 
 
 def test_completed_is_what_generate_fills_in() -> None:

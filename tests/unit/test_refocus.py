@@ -18,6 +18,7 @@ from bokehflux.photos.read import read_photo, upright_rgb
 from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.refocus import grid_of
 from bokehflux.pipeline.run import Options, Result, Stopped, execute
+from bokehflux.sampling.diagnose import NonFiniteError
 from bokehflux.sampling.inversion import followed, invert
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo, euler
@@ -96,6 +97,19 @@ def test_a_photo_at_its_own_level_comes_back(max_rows: int | None, grounded: int
     own = to_uint8(pipe.vae.decode(unpack(made.pivot_latents.clone()[None], grid)))[0].numpy().astype(int)
     assert np.abs(np.asarray(made.images[0]).astype(int) - own).mean() < 3
     assert made.record.settings.bokeh_pivot == 7.0 and made.record.settings.bokeh_targets == (7.0, 30.0)
+
+
+def test_an_overflow_on_the_way_to_noise_is_named_by_layer_and_step() -> None:
+    """Two steps have four evaluations there: the third is the first of step 0, the noisiest."""
+    pipe, calls = tiny_pipeline(), []
+
+    def overflow(_: torch.nn.Module, __: object, out: Tensor) -> Tensor | None:
+        calls.append(1)
+        return out * torch.inf if len(calls) % 4 == 3 else None
+
+    pipe.transformer.single_blocks[0].linear2.register_forward_hook(overflow)
+    with pytest.raises(NonFiniteError, match="^single_blocks.0.linear2 .* at step 0, from finite weights"):
+        pipe.refocus(photo(), "a mug", [30], num_inference_steps=2)
 
 
 def test_every_argument_counts() -> None:

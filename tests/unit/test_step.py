@@ -13,6 +13,7 @@ from bokehflux.attention import Grounded, Plain
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter
+from bokehflux.models.fp8 import quantize_mmdit
 from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.mmdit import MMDiT, Modulations, Rows
 from bokehflux.sampling.latents import LatentGrid, position_ids
@@ -169,6 +170,24 @@ def test_folding(dtype: torch.dtype, lora_scale: float | None) -> None:
         folded.undo()
         assert torch.equal(mmdit(*args, spec, condition), plain)
     assert all(torch.equal(t, before[name]) for name, t in mmdit.state_dict().items())
+
+
+def test_undo_follows_a_network_that_moved() -> None:
+    mmdit = tiny_mmdit()
+    before = {name: t.clone() for name, t in mmdit.state_dict().items()}
+    folded = fold_adapter(mmdit)
+    mmdit.double()  # every parameter has new memory, as after `place` or a move to another device
+    folded.undo()
+    assert all(torch.equal(t.float(), before[name]) for name, t in mmdit.state_dict().items())
+
+
+def test_undo_is_refused_after_fp8() -> None:
+    mmdit = tiny_mmdit()
+    folded = fold_adapter(mmdit)
+    quantize_mmdit(mmdit)
+    with pytest.raises(ValueError, match="undo comes before fp8"):
+        folded.undo()
+    assert mmdit.bokeh is not None and mmdit.bokeh.folded_at is not None
 
 
 def test_folding_in_bfloat16_rounds_once() -> None:

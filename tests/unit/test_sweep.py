@@ -15,7 +15,7 @@ from PIL import Image
 
 from bokehflux.app import cli, sweep
 from bokehflux.app.sweep import Sweep, finished, folder_name, grid, read_prompts
-from bokehflux.pictures.metadata import read_recipe
+from bokehflux.pictures.metadata import encode, read_recipe
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.pipeline.run import Options, Result, execute
@@ -196,7 +196,9 @@ def test_a_lost_pivot_comes_back_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "another recipe", "no recipe", "empty"])
-def test_what_is_not_whole_or_not_wanted_does_not_count(tmp_path: Path, damage: str) -> None:
+def test_what_is_not_whole_or_not_wanted_does_not_count(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     request = grid(BASE, lines("a cup"), [1])
     (first,) = run(request, tmp_path)
     path = first.paths[0]
@@ -204,7 +206,8 @@ def test_what_is_not_whole_or_not_wanted_does_not_count(tmp_path: Path, damage: 
     if damage == "truncated":
         path.write_bytes(content[: len(content) * 3 // 4])
     elif damage == "another recipe":
-        path.write_bytes(content.replace(b'"seed": 1', b'"seed": 2'))
+        recipe = {**read_recipe(path), "seed": 2}
+        path.write_bytes(encode(first.scene.targets[0].image, recipe))
     elif damage == "no recipe":
         Image.new("RGB", (48, 32)).save(path)
     else:
@@ -213,6 +216,8 @@ def test_what_is_not_whole_or_not_wanted_does_not_count(tmp_path: Path, damage: 
     (done,) = run(request, tmp_path, serve)
     assert [r.bokeh_targets for r in serve.served] == [(0.0,)]
     assert path.read_bytes() == left, "not ours to overwrite"
+    said = f"{path} does not count as finished: "
+    assert [said in record.message for record in caplog.records] == [True] * (damage != "another recipe")
     assert done.paths[0].name == "bokeh-00.0-run2.png"
     assert run(request, tmp_path, serve := Serve())[0].num_kept == 3 and serve.served == []
 
@@ -306,6 +311,17 @@ def test_many_scenes_get_several_pages(tmp_path: Path, monkeypatch: pytest.Monke
     served = Serve()
     run(requests, tmp_path, served)
     assert served.served == []
+
+
+def test_no_page_of_another_sweep_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first page has the same scenes, a later one has others."""
+    monkeypatch.setattr(sweep, "SCENES_PER_PAGE", 2)
+    run(grid(BASE, lines("a cup"), [1, 2, 3]), tmp_path)
+    before = (tmp_path / "index-2.html").read_bytes()
+    run(grid(BASE, lines("a cup"), [1, 2, 4]), tmp_path)
+    assert (tmp_path / "index-2.html").read_bytes() == before
+    pages = {path.name for path in tmp_path.glob("*.html")}
+    assert pages == {"index.html", "index-2.html", "index-run2.html", "index-run2-2.html"}
 
 
 @pytest.fixture

@@ -323,6 +323,13 @@ def test_encode(encoders: TextEncoders) -> None:
     assert not torch.equal(both.pooled[0], both.pooled[1])
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_length_that_holds_no_prompt_is_refused(encoders: TextEncoders, length: int) -> None:
+    with pytest.raises(ValueError, match=f"length must be at least 2 tokens, .* got {length}"):
+        encoders.encode(["a cup"], length)
+    assert encoders.encode(["a cup"], 2).txt.shape[1] == 2
+
+
 def test_padding_reaches_t5_states_but_not_the_pooled_vector(encoders: TextEncoders) -> None:
     t5_ids, clip_ids = encoders.t5_tokenizer(["a cat"], 17), encoders.clip_tokenizer(["a cat"])
     end = int((clip_ids[0] == encoders.clip_tokenizer.eos_id).int().argmax())

@@ -507,6 +507,15 @@ def test_shards_of_a_variant(tmp_path, env, index, shard):
     files.assert_holds(files.load_t5(snapshot.paths["t5"], dtype=torch.float32), STATES["t5"])
 
 
+def test_shards_with_the_names_of_a_wrapper(tmp_path):
+    names, weight_map = sorted(STATES["t5"]), {}
+    for part, file in ((names[::2], "a-00001-of-00002.safetensors"), (names[1::2], "a-00002-of-00002.sft")):
+        write.save(tmp_path / file, wrapped({name: STATES["t5"][name] for name in part}, "module._orig_mod."))
+        weight_map |= {f"module._orig_mod.{name}": file for name in part}
+    (tmp_path / "a.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    files.assert_holds(files.load_t5(tmp_path, dtype=torch.float32), STATES["t5"])
+
+
 def test_plain_weights_win_over_a_variant(tmp_path):
     write.save(tmp_path / "model.safetensors", STATES["t5"])
     (tmp_path / "model.safetensors.index.bf16.json").write_text('{"weight_map": {"a": "b.safetensors"}}')

@@ -15,12 +15,15 @@ from bokehflux.app import train as command
 from bokehflux.conditioning import Conditioning
 from bokehflux.configs import FLUX_DEV, BokehConfig
 from bokehflux.sampling.latents import pack
+from bokehflux.training import latents
 from bokehflux.training.batches import Draws
 from bokehflux.training.estimate import estimate
 from bokehflux.training.latents import INDEX, LatentFolder, write_latents
 from bokehflux.training.recipes import adapter as recipes
 from bokehflux.training.recipes.adapter import AdapterRecipe
+from bokehflux.weights import load
 from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, open_checkpoint
+from bokehflux.weights.files.write import save
 from bokehflux.weights.find.resolve import resolve_model
 from bokehflux.weights.load import load_components
 
@@ -77,6 +80,7 @@ def test_captions_are_chosen_among_those_of_the_scene(tmp_path: Path) -> None:
         (lambda folder: (folder / "latents-00001.safetensors").unlink(), "00001.safetensors: no such file"),
         (lambda folder: change(folder, schema=9), "expected schema 1, found 9"),
         (lambda folder: change(folder, shape=[4, 16, 8, 8]), "expected 2 scenes of"),
+        (lambda folder: levels_of_one_render(folder), "expected 2 scenes of"),
         (lambda folder: change(folder, captions=[["x"]]), "1 captions for 5 scenes"),
     ],
 )  # fmt: skip
@@ -87,9 +91,45 @@ def test_a_folder_with_holes_is_refused(tmp_path: Path, spoil, said: str) -> Non
         LatentFolder(tmp_path, spoken)  # type: ignore[arg-type]
 
 
+def levels_of_one_render(folder: Path) -> None:
+    save(
+        folder / "latents-00001.safetensors",
+        {"latents": torch.zeros(2, 4, 16, 4, 4), "levels": torch.ones(2)},
+    )
+
+
 def change(folder: Path, **values: object) -> None:
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(index | values))
+
+
+def test_latents_that_no_run_could_take_are_not_written(tmp_path: Path) -> None:
+    x0, levels, captions = toy_latents()
+    for wrong, said in (
+        ((x0[:, 0], levels, captions), r"got \[5, 16, 4, 4\] and \[5, 4\]"),
+        ((x0, levels[:, 0], captions), r"got \[5, 4, 16, 4, 4\] and \[5\]"),
+        ((x0, levels * 10, captions), "a bokeh level must be between 0"),
+        ((x0, levels * float("nan"), captions), "a bokeh level must be between 0"),
+        ((x0[..., :3], levels, captions), "width_px must be a positive multiple of 16, got 24"),
+        ((x0, levels, [texts[0] for texts in captions]), "a list of texts for each scene, found a bare text"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            write_latents(tmp_path, *wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_written_anew_is_whole_or_has_no_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_latents(tmp_path, *toy_latents())
+
+    def full(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(latents, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_latents(tmp_path, *toy_latents())
+    assert not (tmp_path / INDEX).exists()
 
 
 def test_scenes_without_captions_are_not_written(tmp_path: Path) -> None:
@@ -140,6 +180,12 @@ def test_everything_wrong_with_a_recipe_is_said_at_once(tmp_path: Path) -> None:
         ({"steps": 0}, "steps must be at least 1"),
         ({"batch": 5}, "batch must hold whole groups of 2, got 5"),
         ({"level_dropout": 1.5}, "level_dropout must be between 0 and 1"),
+        ({"lr": float("inf")}, "lr must be above 0, got inf"),
+        ({"sigma_shift": 0.0}, "sigma_shift must be above 0"),
+        ({"noise_offset": -0.1}, "noise_offset must be at least 0"),
+        ({"max_guidance": 0.5}, "max_guidance must be at least 1"),
+        ({"sigma_mean": 1.0}, 'sigma_mean and sigma_std count with sigma = "logit-normal" only'),
+        ({"max_guidance": 1.0, "level_guidance": 0.2}, "level_guidance counts with a max_guidance above 1"),
         ({"warmup_steps": 6}, "warmup_steps must be below steps, 6, got 6"),
     ],
 )
@@ -193,7 +239,10 @@ def test_a_run_that_stops_goes_on(
         recipes.train_adapter(recipe, tmp_path / "stopped", CPU)
     with pytest.raises(CheckpointError, match="lr was 0.003 when the run was saved and is 0.1 now"):
         recipes.train_adapter(dataclasses.replace(recipe, lr=0.1), tmp_path / "stopped", CPU, resume=True)
+    with pytest.raises(CheckpointError, match="a stopped run left it: --resume goes on"):
+        recipes.train_adapter(recipe, tmp_path / "stopped", CPU)
     recipes.train_adapter(recipe, tmp_path / "stopped", CPU, resume=True)
+    assert not (tmp_path / "stopped" / "state.safetensors").exists()
     whole, stopped = written(tmp_path / "whole"), written(tmp_path / "stopped")
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     with pytest.raises(NotFoundError, match="no saved run to resume"):
@@ -221,12 +270,50 @@ def test_data_that_does_not_fit(
         recipes.check_data(dataclasses.replace(recipe, group=4), mmdit, *folders)
     with pytest.raises(ValueError, match="the model takes latents of 4 channels, got 16"):
         recipes.check_data(recipe, dataclasses.replace(mmdit, in_channels=16), *folders)
+    with pytest.raises(ValueError, match="first_grounded_block must be below the model's 11 blocks, got 11"):
+        recipes.check_data(dataclasses.replace(recipe, first_grounded_block=11), mmdit, *folders)
     write_latents(tmp_path / "large", *toy_latents(side=8))
     with pytest.raises(ValueError, match="differ in size"):
         recipes.check_data(recipe, mmdit, folders[0], LatentFolder(tmp_path / "large", spoken))  # type: ignore
     monkeypatch.setattr(recipes, "place", lambda: (1, 3))
     with pytest.raises(ValueError, match=f"whole groups of {recipe.group} for each of 3 processes"):
         recipes.check_data(recipe, mmdit, *folders)
+
+
+def test_an_adapter_to_begin_with_decides_its_shape(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    recipes.train_adapter(recipe, tmp_path / "first", CPU)
+    further = dataclasses.replace(recipe, adapter=str(tmp_path / "first" / "adapter"), blocks=None, lr=1e-12)
+    assert "rank 4 in 3 blocks" in recipes.dry_run(further, tmp_path)[1]
+    recipes.train_adapter(further, tmp_path / "second", CPU)
+    first, second = written(tmp_path / "first"), written(tmp_path / "second")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-9)
+    for change, said in (
+        ({"rank": 8}, "rank is 8, but the adapter .* has 4"),
+        ({"blocks": (0, 3)}, r"blocks is \[0, 3\], but the adapter .* has \[0, 3, 10\]"),
+        ({"adapter": str(tmp_path / "none")}, "adapter .*none not found"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            recipes.dry_run(dataclasses.replace(further, **change), tmp_path)  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_is_said_before_weights_are_read(
+    recipe: AdapterRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(load, "load_network", unread)
+    with pytest.raises(ValueError, match="a group takes 4 renders"):
+        recipes.train_adapter(dataclasses.replace(recipe, group=4), tmp_path / "out", CPU)
+    with pytest.raises(ValueError, match="adapter .*none not found"):
+        recipes.train_adapter(
+            dataclasses.replace(recipe, adapter=str(tmp_path / "none")), tmp_path / "out", CPU
+        )
+    with pytest.raises(NotFoundError, match="no saved run to resume"):
+        recipes.train_adapter(recipe, tmp_path / "out", CPU, resume=True)
+    with pytest.raises(AssertionError, match="weights were read"):
+        recipes.train_adapter(recipe, tmp_path / "out", CPU)
 
 
 # --- the cost, and the command

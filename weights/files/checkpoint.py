@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,16 @@ class CheckpointError(ValueError):
 
 
 class NotFoundError(CheckpointError):
-    """Nothing of that name, or only some of it; `where` says so, `problems` name the places searched."""
+    """Nothing of that name, or only some of it; `where` says so, `problems` name the places searched.
+
+    missing: the parts of a model that are not there. refused: the files that are, and why each does not fit.
+    """
+
+    def __init__(
+        self, where: object, *problems: str, missing: Sequence[str] = (), refused: Sequence[str] = ()
+    ) -> None:
+        super().__init__(where, *problems)
+        self.missing, self.refused = tuple(missing), tuple(refused)
 
     def _head(self) -> str:
         return self.where
@@ -368,7 +377,7 @@ def _open_index(path: Path) -> Checkpoint:
             except CheckpointError as error:
                 problems += [f"shard {file}: {problem}" for problem in error.problems]
                 continue
-            expected = {_WRAPPERS.sub("", name) for name in expected}
+            expected = set(_unwrapped(expected).values())
             problems += [
                 f"shard {file} lacks {name}" for name in fold((n, "") for n in expected - set(found))
             ]

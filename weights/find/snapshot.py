@@ -218,18 +218,21 @@ def _incomplete(
     missing = [part for part in PARTS if part not in chosen]
     anything = any(place.findings is not None for place in seen)
     problems = [f"not found: {PARTS[part]}" for part in missing] if anything else []
+    refused: list[str] = []
     for place in seen:
         if len(seen) > 1 or place.findings is None:
             problems.append(f"looked in {place.label}{'' if place.findings else ': nothing there'}")
         if place.findings is not None:
             problems += place.findings.unreadable
-            problems += _refused(place, place.findings, missing, transformer)
+            here = _refused(place, place.findings, missing, transformer)
+            problems += here
+            refused += here
     roots = [place.findings.root for place in seen if place.findings is not None and place.has_model]
     if len(seen) == 1 and roots and not (roots[0] / SCHEDULER).is_file():
         problems.append(f"not found: {SCHEDULER}")
     if anything and missing and set(missing) <= {row.name for row in TOKENIZERS}:
         problems.append("all else was found: `bokehflux fetch flux-dev --tokenizers-only` gets these 3 MB")
-    return NotFoundError(failure, *problems, *advice)
+    return NotFoundError(failure, *problems, *advice, missing=missing if anything else (), refused=refused)
 
 
 def _present(findings: Findings) -> set[str]:
@@ -269,9 +272,15 @@ def _below(path: Path, root: Path) -> Path:
 
 def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) -> Snapshot:
     paths = {part: candidate.path for part, candidate in chosen.items()}
-    settings = read_json(root / CARD) if (root / CARD).is_file() else {}
-    adapter = root / str(settings["adapter"]) if "adapter" in settings else None
     has_schedule = (root / SCHEDULER).is_file()
+    guided = config.guidance_embed
+    stated = None
+    if has_schedule:
+        stated = scheduler.CONFIG.from_json(read_json(root / SCHEDULER), root / SCHEDULER)
+        guided = guided or stated.dynamic  # schnell's is not: it is a dev without guidance embedding
+    schedule, defaults = _scheduled(root, guided)
+    settings = _settings(root)
+    adapter = root / settings["adapter"] if "adapter" in settings else None
     problems = []
     if paths[TRANSFORMER.name] == root / TRANSFORMER.folder and not has_schedule:
         problems.append(f"not found: {SCHEDULER}")
@@ -279,12 +288,6 @@ def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config:
         problems.append(f"not found: {adapter}/*.safetensors, the adapter in {CARD}")
     if problems:
         raise CheckpointError(f"{root} is not a complete model folder", *problems)
-    guided = config.guidance_embed
-    stated = None
-    if has_schedule:
-        stated = scheduler.CONFIG.from_json(read_json(root / SCHEDULER), root / SCHEDULER)
-        guided = guided or stated.dynamic  # schnell's is not: it is a dev without guidance embedding
-    schedule, defaults = _scheduled(root, guided)
     parts = {network.name: part_of(chosen[network.name].checkpoint, network) for network in NETWORKS}
     if mismatches := _mismatches(parts, config):
         raise CheckpointError(f"{root}: components of different models", *mismatches)
@@ -302,8 +305,13 @@ def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config:
 
 def _scheduled(root: Path, guided: bool) -> tuple[ScheduleConfig, Defaults]:
     """The publishers' schedule of dev (guided) or schnell, and its defaults with what the card says."""
-    settings = read_json(root / CARD) if (root / CARD).is_file() else {}
-    return FLUX_SCHEDULE if guided else SCHNELL_SCHEDULE, card(guided).from_json(settings, root / CARD)
+    defaults = card(guided).from_json(_settings(root), root / CARD)
+    return FLUX_SCHEDULE if guided else SCHNELL_SCHEDULE, defaults
+
+
+def _settings(root: Path) -> Json:
+    """What the card of a model folder says, if there is one."""
+    return read_json(root / CARD) if (root / CARD).is_file() else {}
 
 
 def _mismatches(parts: Mapping[str, Part[Any, Any]], config: MMDiTConfig) -> list[str]:

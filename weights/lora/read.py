@@ -38,7 +38,8 @@ PREFIXES = sorted(
     key=lambda item: -len(item[0]),
 )
 """(prefix of a name, the network that the rest belongs to), in the order in which they are tried."""
-_LATENT_CHANNELS = FLUX_DEV.in_channels
+_TOKEN_CHANNELS = FLUX_DEV.in_channels
+"""A packed image token of FLUX.1 has as many."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +105,7 @@ def made_for(checkpoint: Checkpoint) -> str | None:
         return model
     for name, info in checkpoint.tensors.items():
         if re.search(r"(img_in|x_embedder)\W\w*(down|lora_A)\b", name) and len(info.shape) == 2:
-            if variant := image_input(info.shape[1], _LATENT_CHANNELS):
+            if variant := image_input(info.shape[1], _TOKEN_CHANNELS):
                 return variant
     found = task(checkpoint)
     return f"FLUX.1 {found}" if found else None

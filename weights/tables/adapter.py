@@ -63,7 +63,7 @@ def _blocks(s: Shapes, host: MMDiTConfig) -> tuple[int, ...]:
     found = {int(m[1]) for name in s if (m := re.match(r"adapter_modules\.(\d{1,9})\.", name))}
     updates = [shape for name, shape in s.items() if name.endswith("_adp.down.weight")]
     widths = {shape[1] for shape in updates if len(shape) == 2} - {host.hidden_size}
-    problems = []
+    problems = [] if found else ["names no block by a number of at most nine digits"]
     if found and max(found) >= host.num_blocks:
         problems.append(f"made for a larger model: it adapts block {max(found)} of {host.num_blocks}")
     if widths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import tomllib
 import types
@@ -29,10 +30,13 @@ from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, train
 from bokehflux.training.optim import Optimizer, cosine
 from bokehflux.training.state import Saves
+from bokehflux.weights.files.checkpoint import CheckpointError
 from bokehflux.weights.files.write import replacing
-from bokehflux.weights.find.resolve import resolve_model
+from bokehflux.weights.find.resolve import resolve_adapter, resolve_model
+from bokehflux.weights.find.snapshot import Snapshot
 from bokehflux.weights.load import Components, load_components, load_network
 from bokehflux.weights.networks import CLIP, T5, adapter_for
+from bokehflux.weights.parts import open_part
 from bokehflux.weights.save import save_network
 
 
@@ -47,10 +51,10 @@ class AdapterRecipe(Sampling):
     photographs: str | None = None
     """Folder of latents for the steps of unrelated rows; None takes those of the groups."""
     adapter: str | None = None
-    """An adapter to begin with; None begins with one that does nothing."""
+    """An adapter to begin with, of the same rank and blocks; None begins with one that does nothing."""
     rank: int = 128
     blocks: tuple[int, ...] | None = None
-    """Adapted blocks, counted over double then single blocks; None is all of them."""
+    """Adapted blocks, counted over double then single blocks; None is all of them, or those of `adapter`."""
 
     seed: int = 0
     batch: int = 4
@@ -79,6 +83,14 @@ class AdapterRecipe(Sampling):
         for name in ("batch", "steps", "rank", "group", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip", "sigma_std", "sigma_shift"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name, least in (
+            ("weight_decay", 0), ("noise_offset", 0), ("first_grounded_block", 0), ("max_guidance", 1),
+        ):  # fmt: skip
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("swap_probability", "level_dropout", "caption_dropout", "level_guidance", "ema_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -86,6 +98,11 @@ class AdapterRecipe(Sampling):
             raise ValueError(f"batch must hold whole groups of {self.group}, got {self.batch}")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps must be below steps, {self.steps}, got {self.warmup_steps}")
+        # What another setting would make a run ignore is refused.
+        if self.sigma == "uniform" and (self.sigma_mean, self.sigma_std) != (0, 1):
+            raise ValueError('sigma_mean and sigma_std count with sigma = "logit-normal" only')
+        if self.level_guidance and self.max_guidance == 1:
+            raise ValueError("level_guidance counts with a max_guidance above 1 only")
 
     @classmethod
     def read(cls, path: Path) -> AdapterRecipe:
@@ -118,9 +135,28 @@ class AdapterRecipe(Sampling):
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def bokeh(self, mmdit: MMDiTConfig) -> BokehConfig:
-        """The shape of the adapter."""
+        """The shape of the adapter. Raises ValueError where the one to begin with is missing or differs."""
+        if self.adapter is not None:
+            return self._begun(mmdit)
         blocks = tuple(range(mmdit.num_blocks)) if self.blocks is None else self.blocks
         return BokehConfig(blocks=blocks, rank=self.rank)
+
+    def _begun(self, mmdit: MMDiTConfig) -> BokehConfig:
+        """From the header of the adapter to begin with."""
+        assert self.adapter is not None
+        part = open_part(resolve_adapter(self.adapter), adapter_for(mmdit))
+        begun = part.config()
+        part.checkpoint.close()
+        # A rank that the file lacks would be ignored.
+        for name, found, asked in (
+            ("rank", begun.rank, self.rank),
+            ("blocks", list(begun.blocks), list(begun.blocks if self.blocks is None else self.blocks)),
+        ):
+            if found != asked:
+                raise ValueError(
+                    f"{name} is {asked}, but the adapter {self.adapter} has {found}: say {found}"
+                )
+        return begun
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -145,8 +181,8 @@ def _said(hint: Any) -> str:
 def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, resume: bool = False) -> None:
     """Train, and write `adapter/` in the published layout, `recipe.toml` and `log.json` to `out`.
 
-    Until then its state is there, from which `resume` goes on. Where torch.distributed is initialised, every
-    process calls this alike.
+    Until then its state is there, from which `resume` goes on; no other run begins over it. Where
+    torch.distributed is initialised, every process calls this alike.
 
     The base stays in bfloat16 on a GPU (float32 elsewhere), the adapter and its averages in float32.
     Raises CheckpointError for files that do not fit and for a run that cannot be resumed, ValueError for data
@@ -155,11 +191,30 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    parts = load_components(recipe.model, device=device, dtype=dtype)
-    encode = _encoder(parts, device)
+    saves = Saves(
+        path=out / "state.safetensors", every=recipe.save_every, settings=vars(recipe), resume=resume
+    )
+    if resume:
+        saves.open()[0].close()
+    elif saves.path.exists():
+        raise CheckpointError(
+            saves.path,
+            "a stopped run left it: --resume goes on with that run, without the file one begins anew",
+        )
+
+    def encode(prompts: Sequence[str]) -> Conditioning:
+        # As they encode when pictures are made, whatever the loss is computed in.
+        with torch.autocast(device.type, enabled=False):
+            return parts.text.encode(prompts)
+
     groups, photographs = _data(recipe, encode)
+
+    def check(found: Snapshot) -> None:
+        check_data(recipe, found.config, groups, photographs)
+        recipe.bokeh(found.config)
+
+    parts = load_components(recipe.model, device=device, dtype=dtype, on_found=check)
     mmdit = parts.transformer
-    check_data(recipe, mmdit.config, groups, photographs)
     mmdit.bokeh = _first_adapter(recipe, mmdit.config).to(device)
     named = trainable_adapter(mmdit)
     if recipe.compile:
@@ -183,9 +238,6 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     )
     log = Log(out / "log.json", every=recipe.log_every)
     log.note("recipe", vars(recipe))
-    saves = Saves(
-        path=out / "state.safetensors", every=recipe.save_every, settings=vars(recipe), resume=resume
-    )
     loss = adapter_loss(mmdit, _rope(parts, groups.grid, device), recipe, plain=photographs, grouped=groups)
     train(loss, optimizer, course, log, saves)
     if place()[0] == 0:
@@ -193,12 +245,13 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
         save_network(adapter_for(mmdit.config), out / "adapter", mmdit.bokeh.config, tensors)
         recipe.write(out / "recipe.toml")
         log.save()
+        saves.path.unlink(missing_ok=True)
 
 
 def _first_adapter(recipe: AdapterRecipe, mmdit: MMDiTConfig) -> BokehAdapter:
     """On the CPU, so that one seed means one adapter on every device."""
     if recipe.adapter is not None:
-        return load_network(adapter_for(mmdit), recipe.adapter, dtype=torch.float32)
+        return load_network(adapter_for(mmdit), resolve_adapter(recipe.adapter), dtype=torch.float32)
     adapter = BokehAdapter(recipe.bokeh(mmdit), mmdit)
     init_adapter(adapter)
     return adapter
@@ -254,7 +307,13 @@ def _data(recipe: AdapterRecipe, encode: Encode) -> tuple[LatentFolder, LatentFo
 def check_data(
     recipe: AdapterRecipe, mmdit: MMDiTConfig, groups: LatentFolder, photographs: LatentFolder
 ) -> None:
-    """Raise ValueError unless the latents fit the model and each other, the batch groups and processes."""
+    """Raise ValueError unless the latents fit the model and each other, the batch groups and processes, and
+    the model has a block to ground in."""
+    if recipe.first_grounded_block >= mmdit.num_blocks:
+        raise ValueError(
+            f"first_grounded_block must be below the model's {mmdit.num_blocks} blocks, "
+            f"got {recipe.first_grounded_block}"
+        )
     if groups.num_renders < recipe.group:
         raise ValueError(
             f"a group takes {recipe.group} renders of a scene, {recipe.groups} has {groups.num_renders}"
@@ -271,15 +330,6 @@ def check_data(
             raise ValueError(f"the model takes latents of {expected} channels, got {folder.channels}")
     if groups.grid != photographs.grid:
         raise ValueError(f"groups and photographs differ in size: {groups.grid}, {photographs.grid}")
-
-
-def _encoder(parts: Components, device: torch.device) -> Encode:
-    def encode(prompts: Sequence[str]) -> Conditioning:
-        # As they encode when pictures are made, whatever the loss is computed in.
-        with torch.autocast(device.type, enabled=False):
-            return parts.text.encode(prompts)
-
-    return encode
 
 
 def _rope(parts: Components, grid: LatentGrid, device: torch.device) -> RopeTable:

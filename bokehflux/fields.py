@@ -1,0 +1,209 @@
+"""Fields of settings and provenance: one says how its value is checked, written as JSON, and given as a flag.
+
+`record.py` lists the fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from bokehflux.lens import check_level
+
+MAX_TARGETS = 1000
+Recipe = dict[str, Any]
+"""A record as JSON: what is written into a picture."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a value is checked and made plain, whether it comes from Python, JSON or the command line."""
+
+    what: str
+    """What a message says was expected."""
+    convert: Callable[[Any], Any]
+    """Raises TypeError or OverflowError for anything else, ValueError where it has words of its own."""
+    parse: Callable[[str], Any] = str
+    """What argparse makes of one word."""
+    many: bool = False
+    """Whether a flag takes several words."""
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool | str | bytes | bytearray):
+        raise TypeError
+    return float(value)
+
+
+def _number(value: Any) -> float:
+    if not math.isfinite(number := _real(value)):
+        raise TypeError
+    return number
+
+
+def _level(value: Any) -> float:
+    check_level(level := _real(value))
+    return level
+
+
+def _levels(value: Any) -> tuple[float, ...]:
+    if isinstance(value, str | bytes | Mapping):
+        raise TypeError
+    levels = tuple(_level(level) for level in value)
+    if not 0 < len(levels) <= MAX_TARGETS:
+        raise TypeError
+    return levels
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _weighted(value: Any) -> tuple[tuple[str, float], ...]:
+    if isinstance(value, str | bytes | Mapping):
+        raise TypeError
+    pairs = tuple(value)
+    if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
+        raise TypeError
+    return tuple((_text(name), _number(strength)) for name, strength in pairs)
+
+
+def random_seed() -> int:
+    """A seed that nobody has chosen, short enough to be typed again."""
+    return secrets.randbits(32)
+
+
+def _seed_word(word: str) -> int:
+    return random_seed() if word == "random" else int(word)
+
+
+def _level_or_auto(word: str) -> float | str:
+    return word if word == "auto" else float(word)
+
+
+TEXT = Kind("text", _text, str)
+WHOLE = Kind("a whole number", _whole, int)
+SEED = Kind("a whole number, or None for a random one", _whole, _seed_word)
+NUMBER = Kind("a finite number", _number, float)
+LEVEL = Kind("a level from 0 (all sharp) to 30", _level, float)
+PHOTO_LEVEL = Kind(LEVEL.what, _level, _level_or_auto)
+"""On the command line it may be "auto", which the program replaces by what the photograph's EXIF says."""
+LEVELS = Kind(f"a sequence of 1 to {MAX_TARGETS} levels", _levels, float, many=True)
+SWITCH = Kind("true or false", _switch)
+WEIGHTED = Kind("pairs of text and strength", _weighted)
+
+
+def setting(
+    default: Any,
+    kind: Kind,
+    *,
+    help: str = "",
+    metavar: str | None = None,
+    flag: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    decides: bool = True,
+    matters: bool = False,
+    sparse: bool = False,
+    optional: bool = False,
+) -> Any:
+    """A field of a record. A default of None, or `optional`, means that None is allowed.
+
+    help, metavar, flag: of its command-line flag (default: the field's name). least, most: its range.
+    decides: whether another value is another picture. matters: of a fact, whether it may change the bits of a
+    picture, so that a replay warns of another value. sparse: left out of the recipe while it is None.
+    """
+    about = {
+        "kind": kind, "help": help, "metavar": metavar, "flag": flag, "least": least, "most": most,
+        "decides": decides, "matters": matters, "sparse": sparse, "optional": optional,
+    }  # fmt: skip
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+class Checked:
+    """The base of settings and provenance: checked values, and JSON to and fro."""
+
+    def __post_init__(self) -> None:
+        for field in self.fields().values():
+            value = getattr(self, field.name)
+            if value is not None or not (field.default is None or field.metadata["optional"]):
+                object.__setattr__(self, field.name, _checked(field, value))
+
+    @classmethod
+    def fields(cls) -> dict[str, dataclasses.Field[Any]]:
+        return {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
+        """The part of a recipe that this class describes; what the recipe lacks takes its default.
+
+        Raises ValueError for values that no run could have had.
+        """
+        given = {name: recipe[name] for name in cls.fields() if name in recipe}
+        for name, field in cls.fields().items():
+            if field.default is dataclasses.MISSING and name not in given:
+                raise ValueError(f"the recipe lacks {name!r}: it was not written by bokehflux")
+        try:
+            return cls(**given)
+        except ValueError as error:
+            raise ValueError(f"the recipe cannot be used: {error}") from error
+
+    def recipe(self) -> Recipe:
+        """As JSON, all plain lists, numbers and text."""
+        return {
+            name: _plain(getattr(self, name))
+            for name, field in self.fields().items()
+            if not (field.metadata["sparse"] and getattr(self, name) is None)
+        }
+
+    def marked(self, mark: str) -> Recipe:
+        """Those values of the recipe whose fields carry a mark: "decides" or "matters"."""
+        return {name: value for name, value in self.recipe().items() if self.fields()[name].metadata[mark]}
+
+
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """The value of a field made plain. Raises ValueError for another type, or outside its range."""
+    kind = field.metadata["kind"]
+    value = convert(field.name, kind, value)
+    least, most = field.metadata["least"], field.metadata["most"]
+    if (least is not None and value < least) or (most is not None and value > most):
+        bounds = [f"at least {least}"] if least is not None else []
+        bounds += [f"at most {most}"] if most is not None else []
+        hint = " (for a random one: `random` on the command line, None in Python)" if value == -1 else ""
+        raise ValueError(
+            f"{field.name} must be {' and '.join(bounds)}, got {value}{hint if kind is SEED else ''}"
+        )
+    return value
+
+
+def convert(name: str, kind: Kind, value: Any) -> Any:
+    """A value made plain. Raises ValueError, with the name, for one that is not of the kind."""
+    try:
+        return kind.convert(value)
+    except (TypeError, OverflowError):
+        raise ValueError(f"{name} must be {kind.what}, got {value!r:.80}") from None
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
