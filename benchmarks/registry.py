@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -33,8 +33,6 @@ class Session:
     backend: str
     """Attention of our arms, by name."""
     budget: Budget
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What a benchmark has to say beside its rows: written into its file."""
 
     @property
     def half(self) -> torch.dtype:

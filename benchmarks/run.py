@@ -13,16 +13,19 @@ toys on any machine, with Triton's kernels in its interpreter: its times mean no
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import multiprocessing
 import os
 import platform
 import shlex
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +36,7 @@ from bokehflux.evaluation.report import commit
 from bokehflux.pictures import plot
 from bokehflux.weights.files.write import replacing, write_json
 
+Item = TypeVar("Item")
 RESULTS = Path("benchmarks/results")
 FORMATS = {
     "ms": ".3f", "us": ".1f", "launch_ms": ".1f", "step_ms": ".1f", "seconds": ".2f", "a_picture": ".2f",
@@ -72,9 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(args.names) > 1:
             documents = run_each(args, budget)
         else:
-            (name,) = args.names
-            benchmark = registry.find(name)
-            documents = {name: run(name, benchmark, session_of(benchmark, args, budget), args)}
+            documents = {name: next(run_one(name, args, budget)) for name in args.names}
     except ValueError as error:
         parser.error(str(error))
     print(json.dumps(documents))
@@ -97,7 +99,13 @@ def described(name: str) -> str:
     return name + "".join(f"\n    {key:9}{line}" for key, line in lines.items() if line)
 
 
-def session_of(benchmark: Benchmark, args: argparse.Namespace, budget: Budget) -> Session:
+def run_one(name: str, args: argparse.Namespace, budget: Budget) -> Iterator[dict[str, Any]]:
+    """The document of one benchmark. Raises ValueError as `session_of`."""
+    benchmark = registry.find(name)
+    yield run(name, benchmark, session_of(name, benchmark, args, budget), args)
+
+
+def session_of(name: str, benchmark: Benchmark, args: argparse.Namespace, budget: Budget) -> Session:
     """Raises ValueError for what the benchmark cannot do, or not on this machine."""
     for option, given, taken in (
         ("--arms", args.arms, benchmark.arms),
@@ -105,13 +113,13 @@ def session_of(benchmark: Benchmark, args: argparse.Namespace, budget: Budget) -
         ("--backend", args.backend, benchmark.takes_backend),
     ):
         if given is not None and not taken:
-            raise ValueError(f"{args.names[0]} takes no {option}")
+            raise ValueError(f"{name} takes no {option}")
     if args.repeats is not None and args.repeats < benchmark.least_repeats:
         raise ValueError(f"--repeats must be at least {benchmark.least_repeats}, got {args.repeats}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         if benchmark.needs_gpu and not args.tiny:
-            raise ValueError(f"{args.names[0]} needs a GPU, and there is none; --tiny tries it on toys")
+            raise ValueError(f"{name} needs a GPU, and there is none; --tiny tries it on toys")
         os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_float32_matmul_precision("highest")
     cases, usual = benchmark.cases(args.tiny), ("",) if args.tiny else benchmark.usual_cases
@@ -136,13 +144,13 @@ def run(name: str, benchmark: Benchmark, session: Session, args: argparse.Namesp
     path = args.out / f"{file}.json"
     isolated = benchmark.isolated and len(registry.pick(benchmark.arms, session.arms)) > 1
     rows: list[Row] = []
-    for new in in_children(name, benchmark, session) if isolated else benchmark.measure(session):
+    for new in in_processes(benchmark, session) if isolated else benchmark.measure(session):
         print(f"{table(new, benchmark.columns.split())}\n{session.budget.left:.0f} s left", flush=True)
         rows += new
         if benchmark.finish is not None:
             rows = benchmark.finish(rows)
         args.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"environment": found, "rows": rows, **session.facts})
+        write_json(path, {"environment": found, "rows": rows})
         if benchmark.bars is not None:
             group, label, value = benchmark.bars
             title = f"{file}: {value}; {found['device']}"
@@ -174,7 +182,7 @@ def short(value: object) -> object:
 
 
 def run_each(args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
-    """The last lines of several benchmarks, in a process each."""
+    """The documents of several benchmarks, in a process each."""
     for option in ("cases", "arms", "repeats", "backend", "file"):
         if getattr(args, option) is not None:
             raise ValueError(f"--{'as' if option == 'file' else option} is for one benchmark at a time")
@@ -182,48 +190,43 @@ def run_each(args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
         registry.find(name)
     documents: dict[str, Any] = {}
     for name in args.names:
-        if budget.spent:
-            documents[name] = {"passed": False, "problem": "out of time"}
-            continue
-        print(f"== {name}", flush=True)
-        options = ["--out", str(args.out), *(["--tiny"] if args.tiny else [])]
-        last, status = in_child(name, options, budget, echo=True)
-        documents |= last or {name: {"passed": False, "problem": f"exit status {status}"}}
+        documents[name] = {"passed": False, "problem": "out of time"}
+        if not budget.spent:
+            print(f"== {name}", flush=True)
+            try:
+                (documents[name],) = in_process(run_one, name, args, budget)
+            except ChildProcessError as error:
+                documents[name] = {"passed": False, "problem": str(error)}
     return documents
 
 
-def in_children(name: str, benchmark: Benchmark, session: Session) -> Iterator[list[Row]]:
+def in_processes(benchmark: Benchmark, session: Session) -> Iterator[list[Row]]:
     """Rows of every arm from a process of its own; those that it made before it failed."""
     for arm in session.until_spent(registry.pick(benchmark.arms, session.arms)):
-        with tempfile.TemporaryDirectory() as folder:
-            options = ["--cases", *(f"{case}$" for case in session.cases), "--arms", f"{arm}$"]
-            options += ["--repeats", str(session.repeats), "--out", folder]
-            options += ["--tiny"] if session.tiny else []
-            last, status = in_child(name, options, session.budget, echo=False)
-            files = list(Path(folder).glob("*.json"))
-            rows = json.loads(files[0].read_text(encoding="utf-8"))["rows"] if files else []
-        if last is None:
-            rows.append({"arm": arm, "verdict": f"failed: exit status {status}"})
-        yield rows
+        try:
+            yield from in_process(benchmark.measure, dataclasses.replace(session, arms=[f"{arm}$"]))
+        except ChildProcessError as error:
+            yield [{"arm": arm, "verdict": f"failed: {error}"}]
 
 
-def in_child(
-    name: str, options: Sequence[str], budget: Budget, echo: bool
-) -> tuple[dict[str, Any] | None, int]:
-    """The last line of `benchmarks.run NAME`, None where it did not come to its end, and its exit status.
+def in_process(generate: Callable[..., Iterator[Item]], *arguments: Any) -> Iterator[Item]:
+    """What a generator yields in a process of its own. Raises ChildProcessError where that fails."""
+    fresh = multiprocessing.get_context("spawn")
+    receiver, sender = fresh.Pipe(duplex=False)
+    process = fresh.Process(target=_send_all, args=(sender, generate, *arguments))
+    process.start()
+    sender.close()
+    with receiver, contextlib.suppress(EOFError):
+        while True:
+            yield receiver.recv()
+    process.join()
+    if process.exitcode:
+        raise ChildProcessError(f"exit status {process.exitcode}")
 
-    echo: print its other lines as they come.
-    """
-    command = [sys.executable, "-m", "benchmarks.run", name, "--seconds", f"{budget.left:.0f}", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        last = None
-        for line in child.stdout:
-            if line.startswith("{"):
-                last = json.loads(line)
-            elif echo:
-                print(line, end="", flush=True)
-    return last, child.returncode
+
+def _send_all(sender: Connection, generate: Callable[..., Iterator[Any]], *arguments: Any) -> None:
+    for item in generate(*arguments):
+        sender.send(item)
 
 
 # What is printed and written.

@@ -173,7 +173,6 @@ def compared(rows: list[Row]) -> list[Row]:
 
 
 def measure(session: Session) -> Iterator[list[Row]]:
-    session.facts["num_steps"] = session.repeats
     for arm in ARMS:
         if session.wants(arm):
             for row in measure_arm(session, arm, CAPS_GB.get(arm)):

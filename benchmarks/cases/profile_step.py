@@ -1,26 +1,22 @@
 """Where the time of one denoising step goes: a table by kernel, from torch.profiler.
 
 Several steps are traced right after others, in the state that the GPU's clock has settled in; the table is of
-one of them. Of each kernel: calls, time, share of the step, and what it achieves: TFLOP/s for matrix products
-(from the shapes of the operators that launched them) and for attention (whose work per step is known), TB/s
-for kernels that torch.compile made (from the tensors they are given) and for our passes between products. A
-machine without a GPU shows operators instead.
+one of them. Of each kernel: calls, time, share of the step, and TFLOP/s of matrix products (from the shapes
+of the operators that launched them) and of attention (whose work per step is known). A machine without a GPU
+shows operators instead.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import profile
 
 from benchmarks import networks
 from benchmarks.arms import StepArm, allow_recompiling, best_stock_attention
@@ -34,147 +30,56 @@ ATTENTION = re.compile(
     re.I,
 )
 """Names of attention kernels: PyTorch's, cuDNN's and ours."""
-ITEM_BYTES = {
-    "c10::BFloat16": 2, "c10::Half": 2, "float": 4, "double": 8, "long int": 8, "int": 4, "bool": 1,
-    "c10::Float8_e4m3fn": 1, "unsigned char": 1,
-}  # fmt: skip
-"""By the profiler's names of element types."""
+FACTORS = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "_addmm_activation": 1, "baddbmm": 1}
+"""Matrix products by operator: the place of the first factor among the arguments, the second follows."""
 NAME_WIDTH = 80
-WRITTEN = {"modulate": 1, "add_gated": 1, "add_gated_modulate": 2, "concat_gelu": 5}
-"""Our passes by operator: what they write, in units of their first input (an MLP is four times as wide)."""
-Event = Mapping[str, Any]
 
 
-@dataclass(kw_only=True)
-class Total:
-    """One kernel over a step."""
-
-    calls: int = 0
-    us: float = 0.0
-    flop: float = 0.0
-    bytes: float = 0.0
-
-
-def trace(run: Callable[[], object], device: torch.device) -> list[Event]:
-    """Events of one call, as PyTorch writes them for a browser's trace viewer."""
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, record_shapes=True) as profiler:
+def trace(run: Callable[[], object], device: torch.device) -> Sequence[FunctionEvent]:
+    """Events of one call, on the CPU and the GPU."""
+    with profile(record_shapes=True) as profiler:
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        raw = path.read_bytes()
-    text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    return json.loads(text)["traceEvents"]
+    return profiler.events() or []
 
 
-def kernels(events: Sequence[Event]) -> Iterator[tuple[Event, Event | None]]:
-    """Every kernel or copy on the GPU and the operator that launched it; without any, operators' own time."""
-    operators = [event for event in events if event.get("cat") == "cpu_op"]
-    launched = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    if not launched:
-        for event in without_children(operators):
-            yield event, event
-        return
-    by_id = {event["args"]["External id"]: event for event in operators if "External id" in event["args"]}
-    for event in launched:
-        yield event, by_id.get(event.get("args", {}).get("External id"))
-
-
-def without_children(operators: Sequence[Event]) -> list[Event]:
-    """The operators, their duration less that of those they call."""
-    result: list[dict[str, Any]] = []
-    open_ones: list[dict[str, Any]] = []
-    for event in sorted(operators, key=lambda event: (event["tid"], event["ts"], -event["dur"])):
-        while open_ones and not (open_ones[-1]["tid"] == event["tid"] and event["ts"] < open_ones[-1]["end"]):
-            open_ones.pop()
-        if open_ones:
-            open_ones[-1]["dur"] -= event["dur"]
-        result.append({**event, "end": event["ts"] + event["dur"]})
-        open_ones.append(result[-1])
-    return result
-
-
-FACTORS = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "_addmm_activation": 1, "baddbmm": 1}
-"""Matrix products by operator: the place of the first factor among the arguments, the second follows."""
-
-
-def product_flop(operator: Event) -> float:
+def product_flop(operator: FunctionEvent) -> float:
     """Work of a matrix product, by the shapes of its inputs; 0 for other operators."""
-    first = FACTORS.get(operator["name"].removeprefix("aten::"))
-    dims = operator.get("args", {}).get("Input Dims", [])
+    first = FACTORS.get(operator.name.removeprefix("aten::"))
+    dims = operator.input_shapes or []
     if first is None or len(dims) < first + 2:
         return 0.0
     return 2.0 * math.prod(dims[first]) * dims[first + 1][-1]
 
 
-def tensor_bytes(operator: Event) -> float:
-    """Size of the tensors given to a kernel of torch.compile: read or written once each."""
-    args = operator.get("args", {})
-    pairs = zip(args.get("Input Dims", []), args.get("Input type", []), strict=False)
-    return float(
-        sum(
-            math.prod(dims) * ITEM_BYTES[kind]
-            for dims, kind in pairs
-            if kind in ITEM_BYTES and dims and all(isinstance(n, int) for n in dims)
-        )
-    )
+def table_of(events: Sequence[FunctionEvent], attention_flop: float, steps: int = 1) -> list[Row]:
+    """A row for every kernel or copy on the GPU, longest first; without any, for every operator's own time.
 
-
-def pass_bytes(operator: Event) -> float:
-    """Moved by a pass of ours between products, 0 for other operators: inputs read once, results written."""
-    times = WRITTEN.get(operator["name"].removeprefix("bokehflux::"), 0)
-    args = operator.get("args", {})
-    first = {"args": {key: args.get(key, [])[:1] for key in ("Input Dims", "Input type")}}
-    return tensor_bytes(operator) + times * tensor_bytes(first) if times else 0.0
-
-
-def totals(events: Sequence[Event]) -> dict[str, Total]:
-    """By kernel, longest first."""
-    found: dict[str, Total] = {}
-    longest: dict[int, tuple[Event, Event]] = {}
-    for event, operator in kernels(events):
-        total = found.setdefault(event["name"], Total())
-        total.calls += 1
-        total.us += event["dur"]
-        if operator is None:
-            continue
-        made_by_inductor = event["name"].startswith("triton_")
-        total.bytes += tensor_bytes(operator) if made_by_inductor else pass_bytes(operator)
-        known = longest.get(id(operator))
-        if known is None or event["dur"] > known[0]["dur"]:
-            longest[id(operator)] = event, operator
-    # A product may take several kernels (a reduction over its parts): its work is the longest one's.
-    for event, operator in longest.values():
-        found[event["name"]].flop += product_flop(operator)
-    return dict(sorted(found.items(), key=lambda item: -item[1].us))
-
-
-def rows_of(found: Mapping[str, Total], attention_flop: float, steps: int = 1) -> list[Row]:
-    """The totals of so many steps as a table of one.
-
-    attention_flop: of a step, shared by all attention kernels in proportion to their time.
+    The events are of so many steps, the rows of one. attention_flop: of a step, shared by all attention
+    kernels in proportion to their time.
     """
-    whole = sum(total.us for total in found.values())
-    attention = sum(total.us for name, total in found.items() if ATTENTION.search(name))
+    operators = [event for event in events if event.device_type == DeviceType.CPU]
+    on_gpu = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
+    calls, us, flop = Counter[str](), Counter[str](), Counter[str]()
+    for event in on_gpu or operators:
+        calls[event.name] += 1
+        us[event.name] += event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+    for operator in operators:
+        # A product may take several kernels (a reduction over its parts): its work is the longest one's.
+        longest = max(operator.kernels, key=lambda kernel: kernel.duration, default=operator)
+        flop[longest.name] += product_flop(operator)
+    attention = sum(time for name, time in us.items() if ATTENTION.search(name))
     rows: list[Row] = []
-    for name, total in found.items():
-        flop = total.flop
-        if ATTENTION.search(name):
-            flop = steps * attention_flop * total.us / attention
-        seconds = total.us / 1e6
+    for name, time in us.most_common():
+        work = steps * attention_flop * time / attention if ATTENTION.search(name) else flop[name]
         rows.append(
             {
                 "kernel": name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 3] + "...",
-                "calls": total.calls // steps,
-                "ms": total.us / 1000 / steps,
-                "share": total.us / whole,
-                "tflops": flop / seconds / 1e12 if flop and seconds else None,
-                "tb_s": total.bytes / seconds / 1e12 if total.bytes and seconds else None,
+                "calls": calls[name] // steps,
+                "ms": time / 1000 / steps,
+                "share": time / us.total(),
+                "tflops": work / time / 1e6 if work and time else None,
             }
         )
     return rows
@@ -202,21 +107,22 @@ def profiled(session: Session, batch: Batch, arm: StepArm) -> list[Row]:
     step_ms = sustained_milliseconds(call, session.device)
     way = "ours" if arm.is_ours else "published"
     attention = 1e12 * config.num_blocks * networks.attention_shape(config, batch).tera_flop(way)
-    rows = rows_of(totals(trace(several, session.device)), attention, steps)
+    rows = table_of(trace(several, session.device), attention, steps)
     print(f"{step_ms:.2f} ms a step, kernels {sum(row['ms'] for row in rows):.2f} ms")
     return [{"arm": arm.name, "label": label_of(row["kernel"]), "step_ms": step_ms, **row} for row in rows]
 
 
 def measure(session: Session) -> Iterator[list[Row]]:
     allow_recompiling()
-    ceiling = session.facts["ceiling_tflops"] = gemm_ceiling(session.device)
+    ceiling = gemm_ceiling(session.device)
     print(f"bf16 matrix product: {ceiling:.0f} TFLOP/s")
     batches = step.draw_batches(session)
     mmdit = networks.build_mmdit(networks.setting(session.tiny), session.device)
     with best_stock_attention():
         for name, batch, arms in step.with_arms(session, mmdit, batches):
             for arm in arms:
-                yield [{"case": name, **row} for row in profiled(session, batch, arm)]
+                rows = profiled(session, batch, arm)
+                yield [{"case": name, "ceiling_tflops": ceiling, **row} for row in rows]
 
 
 BENCHMARK = Benchmark(
@@ -229,7 +135,7 @@ BENCHMARK = Benchmark(
     usual_arms=("ours$",),
     repeats=8,
     repeated="steps in one trace",
-    columns="kernel calls ms share tflops tb_s",
+    columns="kernel calls ms share tflops",
     bars=("label", "arm", "ms"),
     measure=measure,
     takes_backend=True,

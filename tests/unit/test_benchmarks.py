@@ -6,16 +6,19 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 from benchmarks import networks, registry, summary, timing
 from benchmarks import run as runner
@@ -210,7 +213,7 @@ def test_nothing_begins_when_time_is_up(
 ) -> None:
     if names == ["full_size_error"]:
         pytest.importorskip("diffusers")
-    monkeypatch.setattr(runner, "in_child", lambda *_, **__: pytest.fail("a process began"))
+    monkeypatch.setattr(runner, "in_process", lambda *_: pytest.fail("a process began"))
     assert runner.main([*names, "--tiny", "--seconds", "0", "--out", str(tmp_path)]) == 1
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out.count("out of time") == len(names)
@@ -237,7 +240,7 @@ def test_commands_in_documents_are_understood(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runner, "run", run)
-    monkeypatch.setattr(runner, "in_child", lambda name, *_, **__: ({name: run(name)}, 0))
+    monkeypatch.setattr(runner, "in_process", lambda one, name, *_: [run(name)])
     for command in commands:
         assert runner.main(shlex.split(command, comments=True)) == 0, command
     assert {"attention", "step", "generate", "memory", "nano_seconds", "tiles"} <= ran
@@ -479,15 +482,18 @@ def test_a_job_over_the_cap_is_tried_leaner(
     assert tried == [(2.0, None), (2.0, 3), (2.0, 1), (None, None)][: failures + 1]
 
 
-def test_rows_survive_a_process_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def in_child(name: str, options: list[str], *_: Any, **__: Any) -> tuple[None, int]:
-        folder = Path(options[options.index("--out") + 1])
-        (folder / "memory.json").write_text('{"rows": [{"arm": "a", "verdict": "ok"}]}')
-        return None, 3
+def dies(session: registry.Session) -> Iterator[list[Row]]:
+    yield [{"arm": arm, "verdict": "ok"} for arm in session.arms]
+    os._exit(3)
 
-    monkeypatch.setattr(runner, "in_child", in_child)
-    found = [*runner.in_children("memory", memory.BENCHMARK, session(arms=("stream, bf16",)))]
-    assert [[row["verdict"] for row in rows] for rows in found] == [["ok", "failed: exit status 3"]]
+
+def test_rows_survive_a_process_that_fails() -> None:
+    fails = dataclasses.replace(memory.BENCHMARK, measure=dies)
+    rows = [*runner.in_processes(fails, session(arms=("stream, bf16",)))]
+    assert rows == [
+        [{"arm": "stream, bf16$", "verdict": "ok"}],
+        [{"arm": "stream, bf16", "verdict": "failed: exit status 3"}],
+    ]
 
 
 def test_nano_runs_anywhere(tmp_path: Path) -> None:
@@ -500,51 +506,44 @@ def test_nano_runs_anywhere(tmp_path: Path) -> None:
 # The profile.
 
 
-def op(name: str, number: int, ts: float, dur: float, dims: Any = (), types: Any = ()) -> dict[str, Any]:
-    args = {"External id": number, "Input Dims": list(dims), "Input type": list(types)}
-    return {"cat": "cpu_op", "name": name, "ts": ts, "dur": dur, "tid": 1, "args": args}
-
-
-def kernel(name: str, number: int, dur: float) -> dict[str, Any]:
-    return {"cat": "kernel", "name": name, "ts": 0, "dur": dur, "args": {"External id": number}}
+def event(name: str, us: float, kind: DeviceType, dims: Any = (), launched: Any = ()) -> SimpleNamespace:
+    """As torch.profiler gives them. launched: (kernel, microseconds) of each."""
+    return SimpleNamespace(
+        name=name, device_type=kind, input_shapes=list(dims), is_user_annotation=False,
+        self_cpu_time_total=us, time_range=SimpleNamespace(elapsed_us=lambda: us),
+        kernels=[SimpleNamespace(name=kernel, duration=time) for kernel, time in launched],
+    )  # fmt: skip
 
 
 def test_profile_gives_kernels_the_work_of_their_operators() -> None:
-    half = "c10::BFloat16"
-    events = [
-        op("aten::addmm", 1, 0, 9, [[30], [10, 20], [20, 30], [], []]),
-        op("aten::mm", 2, 10, 9, [[10, 20], [20, 30]]),
-        op("triton_poi_fused", 3, 20, 9, [[100, 5], [100, 5], []], [half, "float", "Scalar"]),
-        {"cat": "gpu_user_annotation", "name": "whole step", "ts": 0, "dur": 1e6, "args": {}},
-        kernel("gemm", 1, 10.0), kernel("splitK", 1, 2.0), kernel("gemm", 2, 10.0),
-        kernel("triton_poi_fused", 3, 4.0), kernel("flash_fwd", 7, 24.0), {"name": "no category"},
-        op("bokehflux::add_gated_modulate", 4, 30, 9, [[2, 8, 4], [2, 8, 4], [1, 1, 4]], [half] * 3),
-        kernel("residual_norm", 4, 1.0),
-    ]  # fmt: skip
-    rows = {row["kernel"]: row for row in profile_step.rows_of(profile_step.totals(events), 24e6)}
-    assert list(rows) == [
-        "flash_fwd", "gemm", "triton_poi_fused", "splitK", "residual_norm",
-    ], "longest first"  # fmt: skip
-    assert rows["gemm"]["calls"] == 2 and rows["gemm"]["share"] == pytest.approx(20 / 51)
+    launched = [[("gemm", 10.0), ("splitK", 2.0)], [("gemm", 10.0)], [("norm", 1.0)], [("flash_fwd", 24.0)]]
+    dims = [[[30], [10, 20], [20, 30], [], []], [[10, 20], [20, 30]], [[2, 8, 4]], []]
+    names = ["aten::addmm", "aten::mm", "bokehflux::modulate", "aten::_flash_attention_forward"]
+    whole = event("whole step", 1e6, DeviceType.CUDA)
+    whole.is_user_annotation = True
+    events: list[Any] = [
+        *(event(n, 9, DeviceType.CPU, *of) for n, *of in zip(names, dims, launched, strict=True)),
+        *(event(name, us, DeviceType.CUDA) for some in launched for name, us in some),
+        whole,
+    ]
+    rows = {row["kernel"]: row for row in profile_step.table_of(events, 24e6)}
+    assert list(rows) == ["flash_fwd", "gemm", "splitK", "norm"], "longest first"
+    assert rows["gemm"]["calls"] == 2 and rows["gemm"]["share"] == pytest.approx(20 / 47)
     assert rows["gemm"]["tflops"] == pytest.approx(2 * 2 * 10 * 20 * 30 / 20e-6 / 1e12)
-    assert rows["splitK"]["tflops"] is None and rows["splitK"]["tb_s"] is None
+    assert rows["splitK"]["tflops"] is rows["norm"]["tflops"] is None
     assert rows["flash_fwd"]["tflops"] == pytest.approx(1.0)
-    assert rows["triton_poi_fused"]["tb_s"] == pytest.approx(500 * (2 + 4) / 4e-6 / 1e12)
-    moved = 2 * (2 * 64 + 4) + 2 * 2 * 64
-    assert rows["residual_norm"]["tb_s"] == pytest.approx(moved / 1e-6 / 1e12)
-    assert rows["residual_norm"]["tflops"] is None, "no attention"
-    two = {row["kernel"]: row for row in profile_step.rows_of(profile_step.totals(events), 12e6, steps=2)}
-    same = ("share", "tflops", "tb_s")
-    assert all(two[name][key] == rows[name][key] for name in rows for key in same)
+    two = {row["kernel"]: row for row in profile_step.table_of(events, 12e6, steps=2)}
+    assert all(two[name][key] == rows[name][key] for name in rows for key in ("share", "tflops"))
     assert (two["gemm"]["calls"], two["gemm"]["ms"]) == (1, 0.01)
 
 
 def test_profile_without_gpu_counts_each_operators_own_time() -> None:
-    events = [op("outer", 1, 0, 10), op("inner", 2, 1, 4), op("innermost", 3, 2, 1), op("next", 4, 10, 5)]
-    found = profile_step.totals(events)
-    assert {name: total.us for name, total in found.items()} == {
-        "outer": 6, "next": 5, "inner": 3, "innermost": 1,
-    }  # fmt: skip
+    events: list[Any] = [event("outer", 6, DeviceType.CPU), event("next", 2.5, DeviceType.CPU)]
+    rows = profile_step.table_of([*events, events[1]], 1.0)
+    assert [(row["kernel"], row["calls"], row["ms"]) for row in rows] == [
+        ("outer", 1, 0.006),
+        ("next", 2, 0.005),
+    ]
 
 
 def test_profile_runs(tmp_path: Path) -> None:
