@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from bokehflux.aperture import aperture_text, parse_aperture
+from bokehflux.focus import parse_focus
 from bokehflux.lens import check_level
 
 MAX_TARGETS = 1000
@@ -109,6 +111,11 @@ PHOTO_LEVEL = Kind(LEVEL.what, _level, _level_or_auto)
 """On the command line it may be "auto", which the program replaces by what the photograph's EXIF says."""
 LEVELS = Kind(f"a sequence of 1 to {MAX_TARGETS} levels", _levels, float, many=True)
 SWITCH = Kind("true or false", _switch)
+FOCUS = Kind("a focus, as `focus.parse_focus` reads it", lambda value: str(parse_focus(_text(value))))
+APERTURE = Kind(
+    "an aperture, as `aperture.parse_aperture` reads it",
+    lambda value: aperture_text(parse_aperture(_text(value))),
+)
 WEIGHTED = Kind("pairs of text and strength", _weighted)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from bokehflux.rendering.aperture import DISC
+from bokehflux.aperture import DISC
 from bokehflux.rendering.blur import Blur
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Self
 
 from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS, MAX_TXT_LENGTH, Defaults
 from bokehflux.fields import (
+    APERTURE,
+    FOCUS,
     LEVEL,
     LEVELS,
     NUMBER,
@@ -44,6 +46,26 @@ class Numbers(NamedTuple):
     grounded_steps: int
     height_px: int
     width_px: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LensSettings(Checked):
+    """The lens that blurs pictures where a map of their blur is known."""
+
+    focus: str | None = setting(
+        None, FOCUS, metavar="WHAT", sparse=True,
+        help="what is sharp: a point X,Y in pixels, mask, a distance 2.5m, a range 2m-4m, or the plane "
+             "through three points X,Y/X,Y/X,Y",
+    )  # fmt: skip
+    aperture: str = setting(
+        "disc", APERTURE, metavar="SHAPE",
+        help="what lights become: disc, polygon:6, polygon:6@15 (turned), donut:0.5, anamorphic:2, "
+             "cats-eye:0.5, or a picture's name (default: %(default)s)",
+    )  # fmt: skip
+    highlights: float = setting(
+        1.0, NUMBER, least=1, most=1000, metavar="X",
+        help="how many times as bright clipped lights really were (default: %(default)s, as they are)",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,13 @@ import torch
 from PIL import Image
 
 from bokehflux.app import cli
+from bokehflux.focus import Slab
 from bokehflux.lens import FULL_FRAME_DIAGONAL_MM
 from bokehflux.photos.focus import SHARPEST, laplacian_energy
 from bokehflux.photos.labels import MAPS, read_labels
 from bokehflux.pictures.sheet import Tile, contact_sheet
-from bokehflux.rendering.focus import Focus, disparity_of, normalised, radius_map
-from bokehflux.rendering.photo import blur_photo
+from bokehflux.rendering.depth import disparity_of, normalised
+from bokehflux.rendering.lens_map import LensMap
 
 FOCAL_PX, BASELINE_M, OFFSET_PX = 994.978, 0.193001, 31.086
 """Calibration of the pair, from scikit-image's documentation."""
@@ -76,26 +77,23 @@ def picture(folder: Path, isnet: Path) -> Image.Image:
     image = Image.open(folder / "motorcycle.jpg").convert("RGB")
     with np.load(labels / MAPS / "motorcycle.jpg.npz") as maps:
         depth_m, mask = maps["depth"].astype(np.float32), maps["mask"]
-    disparity = disparity_of(torch.from_numpy(depth_m))
-    shown = normalised(disparity)
+    depth = torch.from_numpy(depth_m)
+    shown = normalised(disparity_of(depth))
     energy = laplacian_energy(image, image.size)
     sharp = energy >= np.quantile(energy, 1 - SHARPEST)
     seen = np.where(sharp[..., None], np.asarray(image), np.asarray(image) // 4)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    focus = 1 / label["focus_distance_m"]
-    low, high = float(disparity.min()), float(disparity.max())
-    readings = {
-        f"{LEVEL} as K in 1/m": radius_map(disparity, Focus(focus, focus), LEVEL),
-        f"{LEVEL} over the range": radius_map(shown, Focus(*[(focus - low) / (high - low)] * 2), LEVEL),
-    }
+    focus = Slab(*[label["focus_distance_m"]] * 2)
+    meanings = {f"{LEVEL} as K in 1/m": "raw", f"{LEVEL} over the range": "range"}
     tiles = {
         "photograph": image,
         "disparity": Image.fromarray((shown.numpy() * 255).astype(np.uint8)),
         "mask": Image.fromarray(mask),
         "sharpest region": Image.fromarray(seen.astype(np.uint8)),
     }
-    for name, radius in readings.items():
-        blurred = blur_photo(pixels, radius).permute(1, 2, 0).numpy()
+    for name, unify in meanings.items():
+        blurred = LensMap.from_depth(depth, unify).focused_at(focus).render(pixels, LEVEL)
+        blurred = blurred.permute(1, 2, 0).numpy()
         tiles[name] = Image.fromarray((blurred * 255).round().astype(np.uint8))
     title = f"Focus at {label['focus_distance_m']:.2f} m, by the mask and the sharpest region"
     footer = "Photograph and disparity: Middlebury Stereo 2014, from scikit-image. Mask: ISNet"

@@ -19,9 +19,10 @@ ALLOWED = {"torch", "einops", "safetensors", "sentencepiece", "tokenizers", "tri
 ALLOWED_IN = {
     **{
         f"bokehflux.{leaf}": set()
-        for leaf in ("__main__", "version", "configs", "lens", "fingerprint", "fields", "record")
+        for leaf in ("__main__", "version", "configs", "lens", "focus", "fingerprint", "fields", "record")
     },
     "bokehflux": set(),
+    "bokehflux.aperture": {"torch"},
     "bokehflux.kernels": {"torch", "triton"},
     "bokehflux.attention": {"torch"},
     "bokehflux.conditioning": {"torch"},
@@ -45,7 +46,7 @@ ALLOWED_IN = {
     "bokehflux.app.fetch": {"huggingface_hub"},
 }
 """By the innermost part a module belongs to: everything that is not named here is denied."""
-LEAVES = {"version", "configs", "lens", "fingerprint"}
+LEAVES = {"version", "configs", "lens", "focus", "aperture", "fingerprint"}
 MODELS = LEAVES | {"conditioning", "attention", "kernels", "models"}
 LIBRARY = MODELS | {"sampling", "text", "weights"}
 OWN_IN = {
@@ -54,8 +55,10 @@ OWN_IN = {
     "version": set(),
     "configs": set(),
     "lens": set(),
+    "focus": set(),
+    "aperture": set(),
     "fingerprint": set(),
-    "fields": {"lens"},
+    "fields": {"lens", "focus", "aperture"},
     "record": LEAVES | {"fields"},
     "conditioning": LEAVES,
     "kernels": {"kernels"},
@@ -66,8 +69,8 @@ OWN_IN = {
     "weights": MODELS | {"text", "weights"},
     "weights.files": {"weights.files"},
     "weights.tables": {"weights.tables", "weights.mapping", "weights.codec", "configs"},
-    "rendering": {"lens", "kernels", "rendering"},
-    "metrics": {"lens", "rendering"},
+    "rendering": LEAVES | {"kernels", "rendering"},
+    "metrics": LEAVES | {"rendering"},
     "pictures": LEAVES | {"fields", "record", "metrics", "pictures"},
     "photos": LEAVES | {"record", "pictures", "photos"},
     "pipeline": LIBRARY | {"record", "pictures", "photos", "pipeline"},

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .aperture import CENTRE, Aperture, Field
+from bokehflux.aperture import CENTRE, Aperture, Field
 
 
 def aperture_spectrum(

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bokehflux.aperture import Aperture, Disc, Polygon
 from bokehflux.kernels.scatter.interface import dilate, scatter
 from bokehflux.kernels.scatter.reference import DISC, Iris
 
-from .aperture import Aperture, Disc, Polygon
 from .bokehme_networks import Networks, resize
 
 PX_PER_UNIT = 10.0

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aperture import DISC, Aperture, Quarter, quarters
+from bokehflux.aperture import CENTRE, DISC, Aperture, Field
+
 from .blur import Blur, zones
 
 STOPS = (0.25, 0.5, 1.0)
@@ -68,6 +69,38 @@ def composite_by_quarters(
             shares[part] = shares.get(part, 0.0) + share * here
     parts = [share * composite(layers, part, softness, margin_px) for part, share in shares.items()]
     return torch.stack(parts).sum(0)
+
+
+@dataclass(frozen=True)
+class Quarter:
+    """A quarter of an aperture: what passes to the right or left of its middle, and below or above it."""
+
+    whole: Aperture
+    right: int
+    """1 or -1."""
+    below: int
+    """1 or -1."""
+
+    @property
+    def zones(self) -> int:
+        return self.whole.zones
+
+    def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
+        across, along = (x * self.right + 0.5).clamp(0, 1), (y * self.below + 0.5).clamp(0, 1)
+        return self.whole.spread(x, y, radius_px, edge_px, at) * across * along
+
+
+def quarters(aperture: Aperture, at: Field = CENTRE) -> list[tuple[float, Quarter]]:
+    """The parts of an aperture that let more than a trace of light through, and their shares of it; sum 1.
+
+    at: the light's place in the picture, on which shares depend where shapes do.
+    """
+    side = torch.arange(-66.0, 67.0)
+    x, y, rim, edge = side, side[:, None], torch.tensor(64.0), torch.tensor(1.0)
+    parts = [Quarter(aperture, right, below) for below in (-1, 1) for right in (-1, 1)]
+    light = [float(part.spread(x, y, rim, edge, at).sum()) for part in parts]
+    bright = [(amount, part) for amount, part in zip(light, parts, strict=True) if amount > 0.02 * sum(light)]
+    return [(amount / sum(amount for amount, _ in bright), part) for amount, part in bright]
 
 
 def _defocused(layer: Layer, aperture: Aperture, softness: float, margin_px: int) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .aperture import DISC, Aperture
+from bokehflux.aperture import DISC, Aperture
+
 from .cut import cut
 from .layers import composite_by_quarters
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .bokehme import PX_PER_UNIT, classical, render
 from .bokehme_networks import Networks
-from .focus import disparity_of, known_depth, normalised, quantile
+from .depth import disparity_of, known_depth, normalised, quantile
 
 GAMMA = 2.2
 FLAT_M = 10.0
@@ -25,13 +25,14 @@ INLIERS = 0.96
 def subject_defocus(depth_m: Tensor, mask: Tensor, level: float) -> Tensor:
     """Signed defocus [H, W] in BokehMe's units, focus on the subject, or without one on the median.
 
-    depth_m [H, W], unknown where it is not finite or not positive: the median is taken there. mask [H, W]
+    depth_m [H, W], unknown where it is not finite or not above 0: the median is taken there. mask [H, W]
     bool. Raises ValueError for other shapes, and where no pixel's depth is known.
     """
     if depth_m.shape != mask.shape:
         raise ValueError(
             f"expected depth_m and mask of one size, got {list(depth_m.shape)} and {list(mask.shape)}"
         )
+    depth_m = torch.where(depth_m.isfinite(), depth_m, torch.nan)
     metric = disparity_of(depth_m)
     disparity = normalised(metric)
     subject = mask & known_depth(depth_m)

@@ -49,7 +49,7 @@ SHELLS = ("", "bash", "sh", "console")
 NEEDS_NETWORK = "installs from a network"
 NEEDS_WEIGHTS = "needs weights that are not part of the project"
 RUNS_TESTS = "runs these tests"
-DRAWING = "version, configs, lens, fingerprint -> everything below"
+DRAWING = "version, configs, lens, focus, aperture, fingerprint -> everything below"
 NOT_RUN = {
     ("README.md", "pip install -c constraints.txt -e ."): NEEDS_NETWORK,
     ("CONTRIBUTING.md", "make test"): RUNS_TESTS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bokehflux.rendering.aperture import (
+from bokehflux.aperture import (
     Anamorphic,
     Aperture,
     CatsEye,
@@ -19,10 +20,11 @@ from bokehflux.rendering.aperture import (
     Donut,
     Picture,
     Polygon,
-    quarters,
+    aperture_text,
+    parse_aperture,
 )
 from bokehflux.rendering.blur import Blur, aperture_spectrum
-from bokehflux.rendering.layers import Layer, composite, composite_by_quarters
+from bokehflux.rendering.layers import Layer, composite, composite_by_quarters, quarters
 from bokehflux.rendering.photo import blur_photo
 
 SIZE = 97
@@ -188,9 +190,9 @@ def test_light_in_one_quarter_only() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Polygon(2), "blades: expected 3 or more, got 2"),
+        (lambda: Polygon(2), "blades: expected a whole number from 3 to 100, got 2"),
         (lambda: Donut(1.0), "hole: expected between 0 and 1, got 1"),
-        (lambda: Anamorphic(0), "squeeze: expected above 0, got 0"),
+        (lambda: Anamorphic(math.nan), "squeeze: expected 0.05 to 20, got nan"),
         (lambda: CatsEye(1), "cut: expected from 0 to below 1, got 1"),
         (lambda: Picture(torch.ones(3, 4)), r"expected a square \[n, n\], got \[3, 4\]"),
         (lambda: Picture(torch.zeros(3, 3)), "at least 0, and one above 0"),
@@ -200,3 +202,54 @@ def test_light_in_one_quarter_only() -> None:
 def test_what_is_not_an_aperture(make: Callable[[], Aperture], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@given(
+    st.just(Disc())
+    | st.builds(Polygon, st.integers(3, 100), st.floats(-360, 360))
+    | st.builds(Donut, st.floats(0.01, 0.99))
+    | st.builds(Anamorphic, st.floats(0.05, 20))
+    | st.builds(CatsEye, st.floats(0, 0.99))
+)
+def test_text_and_back(aperture: Aperture) -> None:
+    assert parse_aperture(aperture_text(aperture)) == aperture
+
+
+@pytest.mark.parametrize(
+    ("text", "aperture"),
+    [
+        ("disc", Disc()),
+        ("polygon", Polygon(6)),
+        ("Polygon:7", Polygon(7)),
+        ("polygon:6@15", Polygon(6, 15)),
+        ("polygon@-15.5", Polygon(6, -15.5)),
+        ("donut:.4", Donut(0.4)),
+        ("anamorphic:2", Anamorphic(2)),
+        ("cats-eye:0.5", CatsEye(0.5)),
+        ("shapes/my star.PNG", Path("shapes/my star.PNG")),
+    ],
+)
+def test_what_people_type(text: str, aperture: Aperture | Path) -> None:
+    assert parse_aperture(text) == aperture
+    assert parse_aperture(aperture_text(aperture)) == aperture
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected disc, polygon:BLADES"),
+        ("hexagon", "cats-eye:CUT or the name of a picture .*, got 'hexagon'"),
+        ("disc:3", "got 'disc:3'"),
+        ("donut:0.5@3", "got 'donut:0.5@3'"),
+        ("donut:nan", "got 'donut:nan'"),
+        ("polygon:six", "got 'polygon:six'"),
+        ("polygon:6.5", "expected a whole number from 3 to 100, got 6.5"),
+        ("polygon:1000000", "from 3 to 100"),
+        ("donut:1", "hole: expected between 0 and 1, got 1"),
+        ("cats-eye:1", "cut: expected from 0 to below 1, got 1"),
+        ("anamorphic:0", "squeeze: expected 0.05 to 20, got 0"),
+    ],
+)
+def test_other_words(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_aperture(text)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bokehflux.aperture import Disc, Donut, Polygon
 from bokehflux.kernels.scatter.reference import Iris
 from bokehflux.rendering import bokehme
-from bokehflux.rendering.aperture import Disc, Donut, Polygon
 from bokehflux.rendering.bokehme_networks import ARNet, IUNet, Networks, load_networks
 from bokehflux.rendering.synthetic import GAMMA, add_bokeh, subject_defocus
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bokehflux.aperture import DISC, Anamorphic, Aperture, CatsEye, Disc, Picture, Polygon
 from bokehflux.metrics import psnr
 from bokehflux.nano.scenes import Scene, _develop, build_scenes, sample_specs
-from bokehflux.rendering.aperture import DISC, Anamorphic, Aperture, CatsEye, Disc, Picture, Polygon
 from bokehflux.rendering.bokehme import classical
 from bokehflux.rendering.cut import cut, plane_radii
 from bokehflux.rendering.fill import fill

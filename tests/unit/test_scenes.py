@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bokehflux import metrics
+from bokehflux.aperture import DISC
 from bokehflux.nano import captions
 from bokehflux.nano.scenery import backgrounds, objects, tables
 from bokehflux.nano.scenery.canvas import Canvas, splat
@@ -23,7 +24,6 @@ from bokehflux.nano.scenery.spec import (
     is_held_out,
 )
 from bokehflux.nano.scenes import RADIUS_AT_30, Scene, build_scenes, render, sample_specs
-from bokehflux.rendering.aperture import DISC
 from bokehflux.rendering.blur import Blur
 
 SIZE = 128

@@ -1,4 +1,4 @@
-"""Apertures as values: the shape that a point of light becomes when it is out of focus.
+"""Apertures as values, and as text: the shape that a point of light becomes when it is out of focus.
 
 Shapes are given in the unit circle, as a photographer sees a light behind the focus: x to the right, y down.
 In front of the focus the same shape appears turned by half a turn. `spread` draws one on pixels.
@@ -6,13 +6,17 @@ In front of the focus the same shape appears turned by half a turn. `spread` dra
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+import re
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+# torch only where numbers are drawn: settings know apertures, and are read before it is loaded.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Field = tuple[float, float]
 """Where in the picture, from its centre: x and y, 1 at a corner's distance."""
@@ -55,23 +59,23 @@ class Polygon:
     """A stopped-down iris: a regular polygon, its corners on the circle of the radius."""
 
     blades: int = 6
-    """3 or more."""
+    """3 to 100."""
     rotation_deg: float = 0.0
     """Clockwise; 0 has a corner at the top."""
     zones = 1
 
     def __post_init__(self) -> None:
-        if self.blades < 3:
-            raise ValueError(f"blades: expected 3 or more, got {self.blades}")
+        if not (3 <= self.blades <= 100 and self.blades == int(self.blades)):
+            raise ValueError(f"blades: expected a whole number from 3 to 100, got {self.blades}")
 
     def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
         half = math.pi / self.blades
         first = math.radians(self.rotation_deg - 90) + half
         normals = [first + 2 * half * i for i in range(self.blades)]
-        beyond = torch.stack([x * math.cos(a) + y * math.sin(a) for a in normals]).amax(0)
+        sides = [radius_px * math.cos(half) - (x * math.cos(a) + y * math.sin(a)) for a in normals]
         # The circle bounds the soft rim at the corners.
-        inside = torch.minimum(radius_px * math.cos(half) - beyond, radius_px - (x**2 + y**2).sqrt())
-        return _soft(inside, edge_px)
+        circle = radius_px - (x**2 + y**2).sqrt()
+        return _soft(functools.reduce(lambda a, b: a.minimum(b), sides, circle), edge_px)
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Donut:
 
     def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
         distance = (x**2 + y**2).sqrt()
-        return _soft(torch.minimum(radius_px - distance, distance - self.hole * radius_px), edge_px)
+        return _soft((radius_px - distance).minimum(distance - self.hole * radius_px), edge_px)
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,8 @@ class Anamorphic:
     zones = 1
 
     def __post_init__(self) -> None:
-        if not self.squeeze > 0:
-            raise ValueError(f"squeeze: expected above 0, got {self.squeeze:g}")
+        if not 0.05 <= self.squeeze <= 20:
+            raise ValueError(f"squeeze: expected 0.05 to 20, got {self.squeeze:g}")
 
     def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
         across, along = max(self.squeeze, 1.0), max(1 / self.squeeze, 1.0)
@@ -127,7 +131,7 @@ class CatsEye:
         cut_x, cut_y = at[0] * self.cut * radius_px, at[1] * self.cut * radius_px
         inner = radius_px - ((x - cut_x) ** 2 + (y - cut_y) ** 2).sqrt()
         outer = radius_px - ((x + cut_x) ** 2 + (y + cut_y) ** 2).sqrt()
-        return _soft(torch.minimum(inner, outer), edge_px)
+        return _soft(inner.minimum(outer), edge_px)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +151,9 @@ class Picture:
 
     def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
         """The shape's mean over a box of `edge_px`."""
+        import torch
+        import torch.nn.functional as F
+
         u, v, radius, edge = (t.double() for t in torch.broadcast_tensors(x, y, radius_px, edge_px))
         # Sums over all that lies above and to the left turn the sum over any box into four look-ups.
         light = self.light.to(u) / self.light.max()
@@ -162,33 +169,39 @@ class Picture:
         return (box / cells**2).to(x.dtype)
 
 
-@dataclass(frozen=True)
-class Quarter:
-    """A quarter of an aperture: what passes to the right or left of its middle, and below or above it."""
-
-    whole: Aperture
-    right: int
-    """1 or -1."""
-    below: int
-    """1 or -1."""
-
-    @property
-    def zones(self) -> int:
-        return self.whole.zones
-
-    def spread(self, x: Tensor, y: Tensor, radius_px: Tensor, edge_px: Tensor, at: Field = CENTRE) -> Tensor:
-        across, along = (x * self.right + 0.5).clamp(0, 1), (y * self.below + 0.5).clamp(0, 1)
-        return self.whole.spread(x, y, radius_px, edge_px, at) * across * along
+NAMED: dict[str, type[Aperture]] = {
+    "disc": Disc, "polygon": Polygon, "donut": Donut, "anamorphic": Anamorphic, "cats-eye": CatsEye
+}  # fmt: skip
+WORDS = re.compile(r"([a-z-]+)(?::(NUMBER))?(?:@(NUMBER))?".replace("NUMBER", r"-?\d*\.?\d+(?:e-?\d+)?"))
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def quarters(aperture: Aperture, at: Field = CENTRE) -> list[tuple[float, Quarter]]:
-    """The parts of an aperture that let more than a trace of light through, and their shares of it; sum 1.
+def parse_aperture(text: str) -> Aperture | Path:
+    """`polygon:6@15` -> Polygon(6, 15), and the path of a picture of an aperture. Numbers may be left out.
 
-    at: the light's place in the picture, on which shares depend where shapes do.
+    Raises ValueError for other words, and for numbers that the shape cannot have.
     """
-    side = torch.arange(-66.0, 67.0)
-    x, y, rim, edge = side, side[:, None], torch.tensor(64.0), torch.tensor(1.0)
-    parts = [Quarter(aperture, right, below) for below in (-1, 1) for right in (-1, 1)]
-    light = [float(part.spread(x, y, rim, edge, at).sum()) for part in parts]
-    bright = [(amount, part) for amount, part in zip(light, parts, strict=True) if amount > 0.02 * sum(light)]
-    return [(amount / sum(amount for amount, _ in bright), part) for amount, part in bright]
+    if text.lower().endswith(PICTURES):
+        return Path(text)
+    found = WORDS.fullmatch(text.strip().lower())
+    kind = None if found is None else NAMED.get(found[1])
+    numbers = () if found is None else found.groups()[1:]
+    names = [] if kind is None else [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if kind is None or any(numbers[len(names) :]):
+        raise ValueError(
+            "aperture: expected disc, polygon:BLADES, polygon:BLADES@DEGREES, donut:HOLE, anamorphic:SQUEEZE,"
+            f" cats-eye:CUT or the name of a picture ({', '.join(PICTURES)}), got {text!r:.80}"
+        )
+    given = {name: float(number) for name, number in zip(names, numbers, strict=False) if number}
+    return kind(**{name: int(number) if number.is_integer() else number for name, number in given.items()})
+
+
+def aperture_text(aperture: Aperture | Path) -> str:
+    """What `parse_aperture` reads as the same. Raises ValueError for a shape without a name."""
+    if isinstance(aperture, Path):
+        return str(aperture)
+    name = next((name for name, kind in NAMED.items() if isinstance(aperture, kind)), None)
+    if name is None:
+        raise ValueError(f"aperture: {type(aperture).__name__} cannot be written as text")
+    numbers = [repr(value).removesuffix(".0") for value in vars(aperture).values()]
+    return name + "".join(mark + number for mark, number in zip(":@", numbers, strict=False))
