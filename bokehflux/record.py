@@ -110,6 +110,12 @@ class Settings(Checked):
         help="T5 tokens that the prompt is padded or cut to (default: the model's own; dev 512, schnell 256)",
     )  # fmt: skip
 
+    reuse: int | None = setting(
+        None, WHOLE, least=2, most=MAX_STEPS, metavar="N", sparse=True,
+        help="compute the targets only every Nth step, and follow the pivot between: faster, and slightly "
+             "different pictures (default: off; 3 is a good choice)",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in vars(self).items():
@@ -121,6 +127,11 @@ class Settings(Checked):
             raise ValueError("bokeh_pivot needs bokeh_targets: a pivot anchors pictures at other levels")
         if self.num_grounding_steps and self.bokeh_pivot is None:
             raise ValueError("num_grounding_steps needs bokeh_pivot: grounding anchors targets on a pivot")
+        if self.reuse is not None and not self.makes_pivot:
+            raise ValueError(
+                "reuse needs a grounded run, whose pivot the targets follow between computed steps: give "
+                "bokeh_pivot, and at least one grounded step"
+            )
         self._check_grounding()
 
     def completed(self, defaults: Defaults) -> Self:

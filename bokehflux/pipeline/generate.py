@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
 from bokehflux.pipeline.model import Model
@@ -10,6 +12,8 @@ from bokehflux.record import GenerateSettings
 from bokehflux.sampling.denoise import Grounding
 from bokehflux.sampling.latents import LatentGrid, noise, pack
 from bokehflux.sampling.pivot_cache import PivotCache
+from bokehflux.sampling.samplers import Velocity
+from bokehflux.sampling.shortcuts import reused
 
 
 def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache | None = None) -> Plan:
@@ -27,17 +31,16 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
     if pivot_cache is not None and not grounded:
         raise ValueError("pivot_cache needs a grounded run: give bokeh_pivot and at least one grounded step")
     scene = _scene(model, settings)
-    if cached := pivot_cache is not None and pivot_cache.scene is not None:
-        assert pivot_cache is not None
-        pivot_cache.check(scene)
-    in_batch = grounded and not cached
+    kept = pivot_cache if pivot_cache is not None and pivot_cache.scene is not None else None
+    if kept is not None:
+        kept.check(scene)
     levels = settings.bokeh_targets
-    if in_batch and levels is not None and settings.bokeh_pivot is not None:
+    if grounded and kept is None and levels is not None and settings.bokeh_pivot is not None:
         levels = (settings.bokeh_pivot, *levels)
     grounding = None
     if grounded:
         grounding = Grounding(
-            pivot_row=0 if in_batch else None,
+            pivot_row=0 if kept is None else None,
             num_steps=settings.numbers().grounded_steps,
             cache=pivot_cache,
         )
@@ -45,15 +48,26 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
     def begin(stage: Stage) -> Start:
         assert settings.seed is not None
         start = pack(noise(stage.grid, settings.seed, model.dtype)).to(model.device)  # [1, L, 64]
-        rows = 1 if levels is None else len(levels)
-        return Start(start.expand(rows, -1, -1), stage.velocity(levels, grounding))
+        velocity: Velocity = stage.velocity(levels, grounding)
+        if kept is not None:
+            velocity = kept.replayed(velocity)
+        if settings.reuse is not None:
+            pivot = alone(stage) if kept is None else kept.velocity
+            velocity = reused(velocity, pivot, settings.reuse, len(stage.sigmas) - 1)
+        if pivot_cache is not None and kept is None:
+            velocity = pivot_cache.recorded(velocity)
+        return Start(start.expand(settings.num_rows, -1, -1), velocity)
+
+    def alone(stage: Stage) -> Velocity:
+        """The pivot's velocity, without its targets."""
+        assert levels is not None
+        velocity = stage.velocity(levels[:1], grounding)
+        return lambda x, sigma, step: velocity(x[:1], sigma, step)
 
     def end(x: Tensor, _: Tensor | None) -> End:
-        if not in_batch:
-            return End(x, None if pivot_cache is None else pivot_cache.latents)
         if pivot_cache is not None:
-            pivot_cache.finish(scene, x[0])
-        return End(x[1:], x[0])
+            pivot_cache.finish(scene)
+        return End(x[1:], x[0]) if grounded else End(x, None)
 
     return Plan(
         settings=settings,
@@ -68,7 +82,7 @@ def _scene(model: Model, settings: GenerateSettings) -> dict[str, object]:
     """Everything that a pivot depends on: it may be kept and used again under this."""
     source = model.source
     return {
-        **settings.marked("decides"),
+        **dataclasses.replace(settings, reuse=None).marked("decides"),
         "model": source.model,
         "adapter": source.adapter,
         "loras": source.loras,

@@ -43,7 +43,8 @@ class Pipeline(Model):
         settings: further fields of `record.GenerateSettings`: bokeh_pivot (level of a further picture that
             anchors the scene), num_inference_steps, num_grounding_steps (default: 80 % of them),
             guidance_scale, true_cfg, negative_prompt, height and width in pixels, seed (None draws one),
-            max_sequence_length (T5 tokens). One seed, dtype and size give one picture.
+            max_sequence_length (T5 tokens), reuse (steps between those in which targets are computed, less
+            exact and faster). One seed, dtype and size give one picture.
         on_step, max_rows, vae_tiling, backend: `run.Options`. progress: draw a line on stderr that says how
             long it will take. pivot_cache: an empty one keeps the pivot for later; a filled one stands in for
             it, so that a further level of the same scene costs one row.

@@ -19,8 +19,9 @@ from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_finite, check_levels
 from bokehflux.record import RefocusSettings
 from bokehflux.sampling.denoise import Grounding
-from bokehflux.sampling.inversion import followed, invert
+from bokehflux.sampling.inversion import followed, invert, path
 from bokehflux.sampling.latents import TOKEN_PX, LatentGrid
+from bokehflux.sampling.shortcuts import reused
 
 
 def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Plan:
@@ -46,9 +47,12 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
         grounding = None
         if settings.makes_pivot:
             grounding = Grounding(pivot_row=0, num_steps=settings.numbers().grounded_steps)
-        velocity = stage.velocity([settings.bokeh_pivot, *settings.bokeh_targets], grounding)
-        start = states[0].expand(1 + len(settings.bokeh_targets), -1, -1)
-        return Start(start, followed(velocity, states, sigmas))
+        velocity = followed(
+            stage.velocity([settings.bokeh_pivot, *settings.bokeh_targets], grounding), states, sigmas
+        )
+        if settings.reuse is not None:
+            velocity = reused(velocity, path(states, sigmas), settings.reuse, len(sigmas) - 1)
+        return Start(states[0].expand(1 + len(settings.bokeh_targets), -1, -1), velocity)
 
     def end(x: Tensor, photo: Tensor | None) -> End:
         assert photo is not None

@@ -44,7 +44,7 @@ class Options:
     """How a run is carried out. Nothing here changes a picture by more than rounding."""
 
     on_step: OnStep | None = None
-    """Called with a `StepInfo` after every step; a pivot that is being made is in row 0 of its latents."""
+    """Called with a `StepInfo` after every step; a pivot is in row 0 of its latents."""
     max_rows: int | None = None
     """Pictures that go through the network together; None means all. More rows cost no more work."""
     vae_tiling: bool | None = None

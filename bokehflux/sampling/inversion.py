@@ -53,10 +53,21 @@ def followed(velocity: Velocity, states: Sequence[Tensor], sigmas: Tensor) -> Ve
     states: n + 1 of [1, N, C], as `invert` returns them; sigmas [n + 1].
     """
 
+    along = path(states, sigmas)
+
     def follow(x: Tensor, sigma: Tensor, step: int) -> Tensor:
         # The state itself, not x[:1]: rounding along the way must not add up in the row that others read.
         v = velocity(torch.cat([states[step], x[1:]]), sigma, step)  # [B, N, C]
-        along = (states[step + 1].float() - states[step].float()) / (sigmas[step + 1] - sigmas[step])
-        return torch.cat([along.to(v.dtype), v[1:]])
+        return torch.cat([along(x, sigma, step), v[1:]])
 
     return follow
+
+
+def path(states: Sequence[Tensor], sigmas: Tensor) -> Velocity:
+    """The velocity [1, N, C] along `states`, whatever x is. Arguments are those of `followed`."""
+
+    def along(_: Tensor, __: Tensor, step: int) -> Tensor:
+        length = sigmas[step + 1] - sigmas[step]
+        return ((states[step + 1].float() - states[step].float()) / length).to(states[step].dtype)
+
+    return along

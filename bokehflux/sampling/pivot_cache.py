@@ -1,8 +1,8 @@
 """Where a pivot's queries and keys wait for its targets: a whole run of them, or those of one block.
 
-A pivot's path does not depend on its targets. With its queries and keys of every grounded step and block, and
-its final latents, a further level of the same scene costs one row. In bfloat16 one step of 57 blocks takes
-1.1 GB at 512 x 512 and 3.2 GB at 1024 x 1024.
+A pivot's path does not depend on its targets. With its velocity of every step, and its queries and keys of
+every grounded step and block, a further level of the same scene costs one row. In bfloat16 one step of 57
+blocks takes 1.1 GB at 512 x 512 and 3.2 GB at 1024 x 1024.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bokehflux.sampling.samplers import Velocity
 
 
 class PivotCache:
@@ -24,9 +26,8 @@ class PivotCache:
         self.device = None if device is None else torch.device(device)
         self.scene: dict[str, Any] | None = None
         """The settings that made the pivot; None while the cache is empty."""
-        self.latents: Tensor | None = None
-        """The pivot's final packed latents, [N, 64]."""
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._velocities: dict[int, Tensor] = {}
 
     def put(self, step: int, block: int, q: Tensor, k: Tensor) -> None:
         """Keep a pivot's query and key [1, L, H, D] of one block."""
@@ -39,9 +40,32 @@ class PivotCache:
         q, k = self._kept[step, block]
         return q.to(device, non_blocking=True), k.to(device, non_blocking=True)
 
-    def finish(self, scene: dict[str, Any], latents: Tensor) -> None:
+    def recorded(self, velocity: Velocity) -> Velocity:
+        """The same velocity; what it gives for row 0, the pivot, is kept."""
+
+        def follow(x: Tensor, sigma: Tensor, step: int) -> Tensor:
+            v = velocity(x, sigma, step)  # [B, N, C]
+            self._velocities[step] = self._keep(v[:1])
+            return v
+
+        return follow
+
+    def velocity(self, x: Tensor, sigma: Tensor, step: int) -> Tensor:
+        """The pivot's own, [1, N, C], as it was kept; on the device of x."""
+        return self._velocities[step].to(x.device, non_blocking=True)
+
+    def replayed(self, velocity: Velocity) -> Velocity:
+        """A velocity of the pivot, in row 0 and as it was kept, and of targets that follow it as `velocity`
+        says."""
+
+        def follow(x: Tensor, sigma: Tensor, step: int) -> Tensor:
+            return torch.cat([self.velocity(x, sigma, step), velocity(x[1:], sigma, step)])  # [B, N, C]
+
+        return follow
+
+    def finish(self, scene: dict[str, Any]) -> None:
         """Mark the cache as filled by a run of `scene`."""
-        self.scene, self.latents = scene, latents
+        self.scene = scene
 
     def check(self, scene: dict[str, Any]) -> None:
         """Raise ValueError, naming what differs, unless the cache was filled by a run of `scene`."""

@@ -40,6 +40,7 @@ COMMON: dict[str, list[str]] = {
     "--height": ["48"],
     "--width": ["64"],
     "--max-sequence-length": ["3"],
+    "--reuse": ["2"],
     "--max-rows": ["1"],
     "--vae-tiling": ["on"],
     "--model": ["other"],
@@ -66,7 +67,7 @@ REFOCUS = (
     "--prompt", "--bokeh-targets", "--num-grounding-steps", "--num-inference-steps", "--guidance-scale",
     "--max-rows", "--vae-tiling", "--model", "--vae", "--clip", "--t5", "--tokenizers", "--adapter", "--lora",
     "--memory", "--device", "--dtype", "--compute", "--output", "--format", "--max-sequence-length", "--c2pa",
-    "--schedule",
+    "--schedule", "--reuse",
 )  # fmt: skip
 FLAGS = {
     "refocus": {flag: COMMON[flag] for flag in REFOCUS}
@@ -81,6 +82,7 @@ NEEDS = {
     "--negative-prompt": ["--true-cfg", "2"],
     "--preview-every": ["--preview", "preview.png"],
     "--preview-vae": ["--preview", "preview.png"],
+    "--reuse": ["--num-inference-steps", "8"],
 }
 TINY = {kind: tiny_pipeline(dtype=dtype) for kind, dtype in DTYPES.items()} | {"fp8": tiny_pipeline()}
 quantize_mmdit(TINY["fp8"].transformer)

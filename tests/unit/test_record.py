@@ -20,7 +20,7 @@ from tests.tiny import tiny_pipeline
 FULL = GenerateSettings(
     prompt="a cup", bokeh_targets=(0.0, 4.5), bokeh_pivot=10.0, num_inference_steps=4, num_grounding_steps=2,
     guidance_scale=3.5, true_cfg=1.5, negative_prompt="", height=32, width=48, seed=1,
-    max_sequence_length=9,
+    max_sequence_length=9, reuse=2,
 )  # fmt: skip
 PHOTO = RefocusSettings(
     prompt="a mug", bokeh_targets=(3.0,), bokeh_pivot=7.0, photo="mug.jpg", photo_hash="0"
