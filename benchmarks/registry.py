@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.timing import Budget, Row
+from benchmarks.timing import Budget, Replayed, Row, Sustained
 
 NAMES = (
     "attention", "step", "generate", "memory", "train_attention", "pointwise", "profile_step",
@@ -41,6 +42,16 @@ class Session:
 
     def wants(self, arm: str) -> bool:
         return any(matches(arm, part) for part in self.arms)
+
+    def replayed(self, sets: int, ceiling_tflops: float | None = None) -> Replayed:
+        """The clock of kernels, which take turns with so many sets of inputs."""
+        return Replayed(self.device, sets, self.repeats, ceiling_tflops)
+
+    def sustained(
+        self, ceiling_tflops: float | None = None, seconds: float = math.inf, at_least: int = 1
+    ) -> Sustained:
+        """The clock of whole calls."""
+        return Sustained(self.device, self.repeats, self.budget, seconds, at_least, ceiling_tflops)
 
     def until_spent(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items until the budget is spent, which a line says."""

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +112,8 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 Times = tuple[dict[str, Row], float | None]
 """By arm `ms` (the median), `p20`, `p80` and what else the clock knows; the ceiling in TFLOP/s."""
+Clock = Callable[[Mapping[str, Callable[[int], Any]]], Times]
+"""Times arms that are right, by name; leaves out those for which there is no time."""
 
 
 def in_turns(
@@ -142,7 +144,7 @@ def summarised(times: Sequence[float]) -> Row:
     return {"ms": statistics.median(times), "p20": times[round(0.2 * last)], "p80": times[round(0.8 * last)]}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Replayed:
     """A measurement is one pass over all sets of inputs, divided by their number.
 
@@ -154,7 +156,7 @@ class Replayed:
     rounds: int
     ceiling_tflops: float | None = None
 
-    def times(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
+    def __call__(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
         passes = {name: whole_pass(arm, self.sets, self.device) for name, arm in arms.items()}
         measures = {
             name: lambda run=run: milliseconds(run, self.device) / self.sets
@@ -165,7 +167,7 @@ class Replayed:
         return {name: {**found[name], "graph": passes[name][1]} for name in arms}, self.ceiling_tflops
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sustained:
     """A measurement is the median of calls in a row, in the second half of `TURN_SECONDS`.
 
@@ -183,7 +185,7 @@ class Sustained:
     ceiling_tflops: float | None = None
     """None: large matrix products take turns with the arms, and their rate is the ceiling."""
 
-    def times(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
+    def __call__(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
         calls = {name: functools.partial(arm, 0) for name, arm in arms.items()}
         facts = {name: room_and_launch(call, self.device) for name, call in calls.items()}
         budget, tera_flop = Budget(min(self.seconds, self.budget.left)), 0.0
@@ -199,14 +201,6 @@ class Sustained:
         return {name: found[name] | facts[name] for name in arms}, ceiling
 
 
-class Clock(Protocol):
-    @property
-    def device(self) -> torch.device: ...
-
-    def times(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
-        """Time arms that are right; leave out those for which there is no time."""
-
-
 def race(arms: Sequence[Arm], rules: Rules, clock: Clock) -> list[Row]:
     """Check every arm, time those that are right: a row an arm, the verdict of the others in it.
 
@@ -214,7 +208,7 @@ def race(arms: Sequence[Arm], rules: Rules, clock: Clock) -> list[Row]:
     """
     errors = {arm.name: error_of(arm) for arm in arms}
     verdicts = {arm.name: rules.verdict(arm, errors) for arm in arms}
-    found, ceiling = clock.times({arm.name: arm.call for arm in arms if verdicts[arm.name] == "ok"})
+    found, ceiling = clock({arm.name: arm.call for arm in arms if verdicts[arm.name] == "ok"})
     fastest = min((times["ms"] for name, times in found.items() if name in rules.speed_of), default=None)
     rows = []
     for arm in arms:
@@ -225,7 +219,7 @@ def race(arms: Sequence[Arm], rules: Rules, clock: Clock) -> list[Row]:
         if arm.name not in found:
             row["verdict"] = "out of time" if row["verdict"] == "ok" else row["verdict"]
             continue
-        if clock.device.type == "cuda" and row.get("graph") is False:
+        if row.get("graph") is False:
             row["verdict"] = "ok, with launches"
         if fastest is not None:
             row["speedup"] = fastest / row["ms"]
@@ -293,15 +287,17 @@ def room_and_launch(call: Callable[[], Any], device: torch.device) -> Row:
     return {"workspace_mb": room / 1e6, "launch_ms": 1000 * launched}
 
 
-def whole_pass(arm: Callable[[int], Any], sets: int, device: torch.device) -> tuple[Callable[[], None], bool]:
-    """One call over every set, and whether it is a graph."""
+def whole_pass(
+    arm: Callable[[int], Any], sets: int, device: torch.device
+) -> tuple[Callable[[], None], bool | None]:
+    """One call over every set, and whether it is a graph; None on a CPU, which has none."""
 
     def eager() -> None:
         for i in range(sets):
             arm(i)
 
     if device.type != "cuda":
-        return eager, False
+        return eager, None
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -330,7 +326,7 @@ def gemm_ceiling(device: torch.device, size: int = 8192) -> float:
     def multiply(i: int) -> Tensor:
         return pairs[i][0] @ pairs[i][1]
 
-    found, _ = Replayed(device=device, sets=len(pairs), rounds=10).times({PRODUCTS: multiply})
+    found, _ = Replayed(device=device, sets=len(pairs), rounds=10)({PRODUCTS: multiply})
     return 2 * size**3 / found[PRODUCTS]["ms"] / 1e9
 
 

@@ -22,17 +22,7 @@ from benchmarks import shapes
 from benchmarks.arms import best_stock_attention
 from benchmarks.registry import Benchmark, Session
 from benchmarks.shapes import AttentionShape
-from benchmarks.timing import (
-    Arm,
-    Replayed,
-    Row,
-    Rules,
-    first_line,
-    gemm_ceiling,
-    num_sets,
-    race,
-    relative_error,
-)
+from benchmarks.timing import Arm, Row, Rules, first_line, gemm_ceiling, num_sets, race, relative_error
 from bokehflux.kernels.attention import interface, select, tiles
 
 LOGIT_BOUND = 9.5
@@ -284,8 +274,7 @@ def measure_shape(shape: AttentionShape, session: Session, ceiling: float) -> li
     sets = draw_sets(shape, session)
     arms = arms_of([way for way in ways if session.wants(way.name)], shape, sets)
     rules = Rules(error_of=[arm.name for arm in arms if not arm.is_ours], speed_of=YARDSTICKS)
-    clock = Replayed(device=device, sets=len(sets), rounds=session.repeats, ceiling_tflops=ceiling)
-    return [{"shape": shape.name, **row} for row in race(arms, rules, clock)]
+    return [{"shape": shape.name, **row} for row in race(arms, rules, session.replayed(len(sets), ceiling))]
 
 
 def measure(session: Session) -> Iterator[list[Row]]:

@@ -15,55 +15,38 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import networks
-from benchmarks.arms import (
-    OURS,
-    RIVALS,
-    StepArm,
-    allow_recompiling,
-    best_stock_attention,
-    build_arms,
-)
+from benchmarks.arms import OURS, RIVALS, StepArm, allow_recompiling, best_stock_attention, build_arms
 from benchmarks.cases.step import rules_of
-from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS
+from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS, Batch
 from benchmarks.registry import Benchmark, Session
 from benchmarks.timing import Row, Times, race
-from bokehflux.conditioning import Conditioning
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.models.vae import to_uint8
 from bokehflux.pipeline.color import match_lab_means
+from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.memory import Phase, Placement
 from bokehflux.pipeline.pipeline import Pipeline
-from bokehflux.record import NEGATIVE_PROMPT
+from bokehflux.pipeline.run import Options, execute
+from bokehflux.record import GenerateSettings
 from bokehflux.sampling.denoise import model_sigma
 from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
 from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.schedule import sigmas
 
-PROMPT = "a red ball on a wooden table, city lights at night"
-GUIDANCE = 3.0
-SEED = 65578
 PHASES: tuple[Phase, ...] = ("text", "denoise", "decode")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
+def job(side_px: int, num_steps: int) -> GenerateSettings:
     """What is made."""
-
-    side_px: int
-    num_steps: int
-    num_grounded: int
-    targets: tuple[float, ...] = TARGET_LEVELS
-    backend: str = "auto"
-    """Attention of our arms."""
-
-    @property
-    def grid(self) -> LatentGrid:
-        return LatentGrid(height_px=self.side_px, width_px=self.side_px)
+    return GenerateSettings(
+        prompt="a red ball on a wooden table, city lights at night", bokeh_targets=TARGET_LEVELS,
+        bokeh_pivot=PIVOT_LEVEL, num_inference_steps=num_steps, num_grounding_steps=round(0.8 * num_steps),
+        height=side_px, width=side_px,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,99 +68,82 @@ class Timed(Placement):
             torch.cuda.synchronize(self.device)
 
 
-def run_ours(pipeline: Pipeline, network: nn.Module, job: Job, clock: Timed) -> list[np.ndarray]:
-    """Pictures of the targets, by the product itself."""
-    timed = dataclasses.replace(pipeline, transformer=network, memory=clock)
-    result = timed.generate(
-        PROMPT, job.targets, bokeh_pivot=PIVOT_LEVEL, num_inference_steps=job.num_steps,
-        num_grounding_steps=job.num_grounded, guidance_scale=GUIDANCE, height=job.side_px,
-        width=job.side_px, seed=SEED, backend=job.backend,
-    )  # fmt: skip
-    return [np.asarray(image) for image in result.images]
+def run_ours(pipeline: Pipeline, asked: GenerateSettings, backend: str) -> None:
+    """Pictures of all targets, by the product itself."""
+    execute(pipeline, plan_generate(pipeline, asked), Options(backend=backend))
 
 
-def run_published(pipeline: Pipeline, network: nn.Module, job: Job, clock: Timed) -> list[np.ndarray]:
+def run_published(pipeline: Pipeline, asked: GenerateSettings, _: str) -> None:
     """One of the published runs: the first target and the pivot, the pivot last while it runs."""
-    device, dtype = pipeline.device, pipeline.dtype
-    text = pipeline.defaults.txt_length
-    ids = position_ids(job.grid, text, device)
-    levels = torch.tensor([job.targets[0], PIVOT_LEVEL], dtype=torch.float64) / MAX_LEVEL
+    device, dtype, network = pipeline.device, torch.bfloat16, pipeline.transformer
+    assert asked.bokeh_targets is not None and asked.seed is not None
+    num_steps, num_grounded, height, width = asked.numbers()
+    text, grid = pipeline.defaults.txt_length, LatentGrid(height_px=height, width_px=width)
+    ids = position_ids(grid, text, device)
+    levels = torch.tensor([asked.bokeh_targets[0], PIVOT_LEVEL], dtype=torch.float64) / MAX_LEVEL
     annotation = levels[:, None].to(device, dtype)
-    guidance = torch.full((2,), GUIDANCE, device=device)
+    guidance = torch.full((2,), asked.guidance_scale, device=device)
 
     def velocity(x: Tensor, sigma: Tensor, step: int) -> Tensor:
         sigma = model_sigma(sigma, dtype).to(device).expand(2)
-        pivots = [1, 1] if step < job.num_grounded else None
+        pivots = [1, 1] if step < num_grounded else None
         return network(x, txt, pooled, sigma, guidance, ids[:text], ids[text:], annotation, pivots)
 
-    with clock.phase("text"):
-        pipeline.text.encode([NEGATIVE_PROMPT])  # made whether used or not
-        conditioning: Conditioning = pipeline.text.encode([PROMPT])
-    with clock.phase("denoise"):
+    with pipeline.memory.phase("text"):
+        pipeline.text.encode([asked.negative_prompt])  # made whether used or not
+        conditioning = pipeline.text.encode([asked.prompt])
+    with pipeline.memory.phase("denoise"):
         txt, pooled = conditioning.txt.repeat(2, 1, 1), conditioning.pooled.repeat(2, 1)
-        steps = sigmas(pipeline.schedule, job.num_steps, job.grid.num_tokens)
-        latents = euler(velocity, pack(noise(job.grid, SEED, dtype)).to(device).repeat(2, 1, 1), steps)
-    with clock.phase("decode"):
-        target, pivot = (to_uint8(pipeline.vae.decode(unpack(row[None], job.grid)))[0] for row in latents)
-        picture = match_lab_means(target, pivot).cpu().numpy()
-    return [picture]
+        steps = sigmas(pipeline.schedule, num_steps, grid.num_tokens)
+        latents = euler(velocity, pack(noise(grid, asked.seed, dtype)).to(device).repeat(2, 1, 1), steps)
+    with pipeline.memory.phase("decode"):
+        target, pivot = (to_uint8(pipeline.vae.decode(unpack(row[None], grid)))[0] for row in latents)
+        match_lab_means(target, pivot).cpu().numpy()
 
 
-def timed(pipeline: Pipeline, job: Job, arm: StepArm, session: Session) -> Row:
+def timed(pipeline: Pipeline, asked: GenerateSettings, arm: StepArm, session: Session) -> Row:
     """Times and peak memory of one arm, after a short job: the plain steps are not compiled yet.
 
     total_s is wall-clock time, colour transfer included; the phases leave that and little else out.
     """
-    device = session.device
+    device, on_gpu = session.device, session.device.type == "cuda"
     run, runs = (run_ours, 1) if arm.is_ours else (run_published, len(TARGET_LEVELS))
-    run(pipeline, arm.network, dataclasses.replace(job, num_steps=2, num_grounded=1), Timed(device=device))
-    clock, times, begin = Timed(device=device), 0, time.perf_counter()
-    on_gpu = device.type == "cuda"
+    short = dataclasses.replace(asked, num_inference_steps=2, num_grounding_steps=1)
+    clock = Timed(device=device)
+    pipeline = dataclasses.replace(pipeline, transformer=arm.network, memory=clock)
+    run(pipeline, short, session.backend)
+    clock.seconds.clear()
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(min(runs, session.repeats)):
-        run(pipeline, arm.network, job, clock)
+    times, begin = 0, time.perf_counter()
+    while times == 0 or (times < min(runs, session.repeats) and not session.budget.spent):
+        run(pipeline, asked, session.backend)
         times += 1
-        if session.budget.spent:
-            break
     scale = runs / times
+    seconds = scale * (time.perf_counter() - begin)
     row: Row = {f"{phase}_s": scale * clock.seconds[phase] for phase in PHASES}
     if on_gpu:
         others = sum(networks.num_bytes(network) for network in (*pipeline.text.networks, pipeline.vae))
         peak = torch.cuda.max_memory_allocated(device) - before + arm.weight_bytes + others
         row["peak_gb"] = peak / 1e9
-    seconds = scale * (time.perf_counter() - begin)
     return row | {"total_s": seconds, "ms": 1000 * seconds, "measured_runs": times}
 
 
-@dataclass(frozen=True, kw_only=True)
-class OneByOne:
-    """The clock of a race between whole jobs, which are too long to take turns."""
-
-    pipeline: Pipeline
-    job: Job
-    arms: Sequence[StepArm]
-    session: Session
-
-    @property
-    def device(self) -> torch.device:
-        return self.session.device
-
-    def times(self, calls: Mapping[str, Callable[[int], Any]]) -> Times:
-        right = [arm for arm in self.arms if arm.name in calls]
-        return {
-            arm.name: timed(self.pipeline, self.job, arm, self.session)
-            for arm in self.session.until_spent(right)
-        }, None
-
-
 @torch.inference_mode()
-def measure_side(clock: OneByOne, batch: networks.Batch, exact: Tensor) -> list[Row]:
-    """A row an arm, which is checked on the first step."""
+def measure_side(
+    session: Session, pipeline: Pipeline, arms: Sequence[StepArm], side: int, batch: Batch, exact: Tensor
+) -> list[Row]:
+    """A row an arm, which is checked on the first step. The jobs are too long to take turns."""
     torch._dynamo.reset()
-    rows = race([arm.on(batch, exact) for arm in clock.arms], rules_of(clock.arms), clock)
-    return [{"side": f"{clock.job.side_px} px", **row} for row in rows]
+    asked = job(side, 3 if session.tiny else 30)
+
+    def one_by_one(calls: Mapping[str, Callable[[int], Any]]) -> Times:
+        right = [arm for arm in arms if arm.name in calls]
+        return {arm.name: timed(pipeline, asked, arm, session) for arm in session.until_spent(right)}, None
+
+    rows = race([arm.on(batch, exact) for arm in arms], rules_of(arms), one_by_one)
+    return [{"side": f"{side} px", **row} for row in rows]
 
 
 def measure(session: Session) -> Iterator[list[Row]]:
@@ -199,16 +165,8 @@ def measure(session: Session) -> Iterator[list[Row]]:
         )
         # The comparison arms first: should time run out, without them nothing of ours is known to be fast.
         arms.sort(key=lambda arm: arm.is_ours)
-        num_steps = 3 if session.tiny else 30
         for side in session.until_spent(batches):
-            job = Job(
-                side_px=side,
-                num_steps=num_steps,
-                num_grounded=round(0.8 * num_steps),
-                backend=session.backend,
-            )
-            clock = OneByOne(pipeline=pipeline, job=job, arms=arms, session=session)
-            yield measure_side(clock, batches[side], exact[side])
+            yield measure_side(session, pipeline, arms, side, batches[side], exact[side])
 
 
 BENCHMARK = Benchmark(

@@ -8,7 +8,7 @@ import numpy as np
 
 import bokehflux
 from benchmarks.registry import Benchmark, Session
-from benchmarks.timing import Arm, Row, Rules, Sustained, race
+from benchmarks.timing import Arm, Row, Rules, race
 from bokehflux.pipeline.pipeline import Pipeline
 
 PROMPT = "a red ball on a wooden table, city lights at night"
@@ -46,10 +46,8 @@ def measure(session: Session) -> Iterator[list[Row]]:
             Arm(name=name, call=lambda _, way=way: way(), error=error, is_ours=True)
             for name, way in ways.items()
         ]
-        clock = Sustained(
-            device=session.device, rounds=session.repeats, budget=session.budget, ceiling_tflops=0.0
-        )
-        rows = race(arms, Rules(error_of=None, max_error=0.005, speed_of=[ARMS[-1]]), clock)
+        rules = Rules(error_of=None, max_error=0.005, speed_of=[ARMS[-1]])
+        rows = race(arms, rules, session.sustained(ceiling_tflops=0.0))
         for row in rows:
             if "ms" in row:
                 row |= {"seconds": row["ms"] / 1000, "a_picture": row["ms"] / 1000 / len(levels or [0])}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.registry import Benchmark, Session
-from benchmarks.timing import Arm, Replayed, Row, Rules, num_sets, race, relative_error
+from benchmarks.timing import Arm, Row, Rules, num_sets, race, relative_error
 
 MOVED = {
     "modulate": 2, "add_gated": 3, "add_gated_modulate": 4, "joint_heads (single)": 4,
@@ -83,8 +83,7 @@ def measure_pass(session: Session, name: str, sets: list[Arguments], moved: int)
         )
         for arm, module in zip(ARMS, (ops, reference), strict=True)
     ]
-    clock = Replayed(device=session.device, sets=len(sets), rounds=session.repeats)
-    rows = race(arms, Rules(error_of=["eager"], speed_of=["eager"]), clock)
+    rows = race(arms, Rules(error_of=["eager"], speed_of=["eager"]), session.replayed(len(sets)))
     for row in rows:
         if "ms" in row:
             row |= {"us": 1000 * row["ms"], "tb_s": MOVED[name] * moved / row["ms"] / 1e9}

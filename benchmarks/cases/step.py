@@ -15,7 +15,7 @@ from benchmarks import networks
 from benchmarks.arms import OURS, RIVALS, StepArm, allow_recompiling, best_stock_attention, build_arms
 from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS, Batch
 from benchmarks.registry import Benchmark, Session
-from benchmarks.timing import Row, Rules, Sustained, race
+from benchmarks.timing import Row, Rules, race
 from bokehflux.models.mmdit import MMDiT
 
 SANE_ERROR = 0.5
@@ -75,10 +75,7 @@ def measure_batch(session: Session, batch: Batch, arms: Sequence[StepArm], exact
     torch._dynamo.reset()  # each case compiles for its own shapes and has the limit to itself
     config = networks.setting(session.tiny).mmdit
     racing = [arm.on(batch, exact, networks.tera_flop(config, batch, arm.is_ours)) for arm in arms]
-    clock = Sustained(
-        device=session.device, rounds=session.repeats, budget=session.budget, seconds=CASE_SECONDS, at_least=3
-    )
-    rows = race(racing, rules_of(arms), clock)
+    rows = race(racing, rules_of(arms), session.sustained(seconds=CASE_SECONDS, at_least=3))
     for arm, row in zip(arms, rows, strict=True):
         if (room := row.pop("workspace_mb", None)) is not None:
             row["peak_gb"] = arm.weight_bytes / 1e9 + room / 1e3

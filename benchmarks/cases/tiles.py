@@ -15,7 +15,7 @@ from benchmarks import shapes
 from benchmarks.cases.attention import FORMS, draw_sets, exact, on_tile
 from benchmarks.registry import Benchmark, Session
 from benchmarks.shapes import AttentionShape
-from benchmarks.timing import Arm, Replayed, Row, Rules, race, relative_error
+from benchmarks.timing import Arm, Row, Rules, race, relative_error
 from bokehflux.kernels.attention import tiles
 
 MAX_ERROR = 0.02
@@ -37,8 +37,7 @@ def sweep(shape: AttentionShape, session: Session, fixed: bool) -> list[Row]:
         )
         for name, run in runs.items()
     ]
-    clock = Replayed(device=session.device, sets=len(sets), rounds=session.repeats)
-    rows = race(arms, Rules(error_of=None, max_error=MAX_ERROR), clock)
+    rows = race(arms, Rules(error_of=None, max_error=MAX_ERROR), session.replayed(len(sets)))
     softmax = "fixed offset" if fixed else "running maximum"
     found = [
         {

@@ -18,7 +18,7 @@ from benchmarks.arms import STOCK_ORDER
 from benchmarks.cases.attention import CHECKED_HEADS, STOCK_BACKENDS, Kernel, by_name
 from benchmarks.registry import Benchmark, Session
 from benchmarks.shapes import AttentionShape
-from benchmarks.timing import Arm, Row, Rules, Sustained, gemm_ceiling, race, relative_error
+from benchmarks.timing import Arm, Row, Rules, gemm_ceiling, race, relative_error
 from bokehflux.kernels.attention import select
 
 SCORE_SPREAD = 2.0
@@ -129,10 +129,7 @@ def measure_shape(shape: AttentionShape, session: Session, ceiling: float) -> li
         for name, attend in ways.items()
     ]
     rules = Rules(error_of=[PUBLISHED], max_error=SANE_ERROR, speed_of=[PUBLISHED])
-    clock = Sustained(
-        device=session.device, rounds=session.repeats, budget=session.budget, ceiling_tflops=ceiling
-    )
-    return [{"shape": shape.name, **row} for row in race(arms, rules, clock)]
+    return [{"shape": shape.name, **row} for row in race(arms, rules, session.sustained(ceiling))]
 
 
 def measure(session: Session) -> Iterator[list[Row]]:

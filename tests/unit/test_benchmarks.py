@@ -420,17 +420,16 @@ def test_generate_runs_and_adds_up(tmp_path: Path) -> None:
 def test_a_published_run_counts_for_six(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
 
-    def run(_: Any, __: Any, job: generate.Job, clock: generate.Timed) -> list[Any]:
-        ran.append(job.num_steps)
+    def run(pipeline: Any, job: Any, _: str) -> None:
+        ran.append(job.num_inference_steps)
+        clock: Any = pipeline.memory
         for phase in generate.PHASES:
             clock.seconds[phase] = clock.seconds.get(phase, 0.0) + 2.0
-        return []
 
     monkeypatch.setattr(generate, "run_published", run)
-    job = generate.Job(side_px=32, num_steps=30, num_grounded=24)
     arm: Any = type("Published", (), {"is_ours": False, "network": None, "weight_bytes": 0})
-    pipeline: Any = None
-    row = generate.timed(pipeline, job, arm, session(repeats=2))
+    pipeline = networks.build_pipeline(TINY, CPU)
+    row = generate.timed(pipeline, generate.job(32, 30), arm, session(repeats=2))
     assert ran == [2, 30, 30], "a short one to warm up, then two of six"
     assert (row["denoise_s"], row["measured_runs"]) == (12.0, 2)
 
