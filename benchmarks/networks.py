@@ -93,7 +93,7 @@ class Batch:
     """[T + N, 3]"""
     levels: tuple[float, ...] | None
     """None: the base model, without adapter."""
-    sigma: float = 0.9
+    sigma: float
     guidance: float = 4.0
 
     @property
@@ -231,10 +231,14 @@ def folded(mmdit: MMDiT) -> MMDiT:
 
 
 def draw_batch(
-    setting: Setting, side_px: int, levels: tuple[float, ...] | None, device: torch.device, seed: int = 0
+    setting: Setting,
+    side_px: int,
+    levels: tuple[float, ...] | None,
+    device: torch.device,
+    sigma: float = 0.9,
 ) -> Batch:
-    """levels: the pivot's, then the targets'; one level: a row by itself."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """levels: the pivot's, then the targets'; one level: a row by itself. sigma: the noise level."""
+    generator = torch.Generator(device).manual_seed(0)
     grid = LatentGrid(height_px=side_px, width_px=side_px)
 
     def normal(*shape: int) -> Tensor:
@@ -246,6 +250,7 @@ def draw_batch(
         pooled=normal(setting.mmdit.pooled_dim),
         ids=position_ids(grid, setting.txt_length, device),
         levels=levels,
+        sigma=sigma,
     )
 
 

@@ -14,7 +14,7 @@ from benchmarks.timing import Budget, Replayed, Row, Sustained
 
 NAMES = (
     "attention", "step", "generate", "memory", "train_attention", "pointwise", "profile_step",
-    "full_size_error", "tiles", "nano_seconds",
+    "tiles", "nano_seconds",
 )  # fmt: skip
 Item = TypeVar("Item")
 

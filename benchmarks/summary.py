@@ -58,18 +58,17 @@ class Finding(NamedTuple):
         return "yes" if self.value >= self.goal["at_least"] else "NO"
 
     def row(self) -> Row:
-        goal, unit = self.goal, self.goal.get("unit", "x")
+        def text(value: float) -> str:
+            unit = self.goal.get("unit", "x")
+            return f"{value:.0%}" if unit == "%" else f"{value:.2f}{unit}"
 
-        def text(value: float | None, before: str = "") -> str:
-            if value is None:
-                return ""
-            return before + (f"{value:.0%}" if unit == "%" else f"{value:.2f}{unit}")
-
+        limits = {"at_least": "at least", "at_most": "at most"}
+        bounds = [f"{words} {text(self.goal[key])}" for key, words in limits.items() if key in self.goal]
         return {
-            "what": goal["what"],
+            "what": self.goal["what"],
             "against": self.against,
-            "goal": text(goal.get("at_least"), "at least ") + text(goal.get("at_most"), "at most "),
-            "aim": text(goal.get("aim")),
+            "goal": "".join(bounds),
+            "aim": text(self.goal["aim"]) if "aim" in self.goal else "",
             "measured": text(self.value),
             "reached": self.reached,
             "with": self.how,
@@ -168,9 +167,8 @@ def all_figures(found: Sequence[Finding], results: Results) -> str:
 def few_figures(found: Sequence[Finding], results: Results) -> str:
     """Those that README.md shows, in its words."""
     shown = [finding for finding in found if "in_readme" in finding.goal]
-    rows = [{key: finding.row()[key] for key in SHOWN} for finding in shown]
-    rows = [row | {"what": finding.goal["in_readme"]} for row, finding in zip(rows, shown, strict=True)]
-    return figures(rows, shown, results)
+    rows = [finding.row() | {"what": finding.goal["in_readme"]} for finding in shown]
+    return figures([{key: row[key] for key in SHOWN} for row in rows], shown, results)
 
 
 def figures(rows: Sequence[Row], found: Sequence[Finding], results: Results) -> str:
@@ -178,23 +176,20 @@ def figures(rows: Sequence[Row], found: Sequence[Finding], results: Results) -> 
     runs: dict[str, int] = {}
     numbers = [runs.setdefault(results.run(finding.goal["file"]), len(runs) + 1) for finding in found]
     cells = [[*row.values(), str(number)] for row, number in zip(rows, numbers, strict=True)]
-    columns = list(rows[0])
-    return "\n".join([*markdown([*columns, "run"], cells), "", *(f"{n}. {run}" for run, n in runs.items())])
+    return "\n".join([*markdown([*rows[0], "run"], cells), "", *(f"{n}. {run}" for run, n in runs.items())])
 
 
 def memory(results: Results) -> str:
     """What each memory mode takes, and the run it comes from."""
-    rows = []
-    for row in results.rows("memory", {}, "gpu_gb"):
-        cap = "" if row.get("cap_gb") is None else f"{row['cap_gb']:.1f} GB"
-        step = "" if row.get("step_ms") is None else f"{row['step_ms']:.0f} ms"
-        host = "" if row.get("host_gb") is None else f"{row['host_gb']:.0f} GB"
-        how = row["verdict"].removeprefix("ok").removeprefix(", ")
-        rows.append(
-            [row["job"], row["mode"], row["storage"], cap, f"{row['gpu_gb']:.1f} GB", host, step, how]
-        )
+    numbers = {"cap_gb": "{:.1f} GB", "gpu_gb": "{:.1f} GB", "host_gb": "{:.0f} GB", "step_ms": "{:.0f} ms"}
+    cells = [
+        [row["job"], row["mode"], row["storage"]]
+        + ["" if row.get(key) is None else form.format(row[key]) for key, form in numbers.items()]
+        + [row["verdict"].removeprefix("ok").removeprefix(", ")]
+        for row in results.rows("memory", {}, "gpu_gb")
+    ]
     heading = ["targets", "mode", "weights", "capped at", "peak", "host", "a grounded step", ""]
-    return "\n".join([*markdown(heading, rows), "", f"{results.run('memory')}."])
+    return "\n".join([*markdown(heading, cells), "", f"{results.run('memory')}."])
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

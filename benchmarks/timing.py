@@ -26,6 +26,8 @@ TURN_SECONDS = 0.3
 """Length of one arm's turn on a `Sustained` clock."""
 PRODUCTS = "products"
 """The large matrix products go by this name among the arms that take turns."""
+BURST = 64
+"""Such products in a row: 0.1 s on an H100."""
 
 
 class Budget:
@@ -136,12 +138,12 @@ def in_turns(
             value = measure()
             if number >= 0:
                 times[name].append(value)
-    return {name: summarised(sorted(values)) for name, values in times.items()}
-
-
-def summarised(times: Sequence[float]) -> Row:
-    last = len(times) - 1
-    return {"ms": statistics.median(times), "p20": times[round(0.2 * last)], "p80": times[round(0.8 * last)]}
+    found = {}
+    for name, values in times.items():
+        values.sort()
+        p20, p80 = (values[round(share * (len(values) - 1))] for share in (0.2, 0.8))
+        found[name] = {"ms": statistics.median(values), "p20": p20, "p80": p80}
+    return found
 
 
 @dataclass(frozen=True)
@@ -183,21 +185,24 @@ class Sustained:
     """Timing ends after this, or when the budget is spent; `at_least` rounds in any case."""
     at_least: int = 1
     ceiling_tflops: float | None = None
-    """None: large matrix products take turns with the arms, and their rate is the ceiling."""
+    """None: bursts of large products take turns with the arms, and their rate is the ceiling. What a GPU
+    sustains falls with the power it draws: a product alone, measured before everything else, is up to 5 %
+    faster than in the state in which steps are timed."""
 
     def __call__(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
         calls = {name: functools.partial(arm, 0) for name, arm in arms.items()}
         facts = {name: room_and_launch(call, self.device) for name, call in calls.items()}
         budget, tera_flop = Budget(min(self.seconds, self.budget.left)), 0.0
         if self.ceiling_tflops is None:
-            calls[PRODUCTS], tera_flop = gemm_burst(self.device)
+            multiply, tera_flop = products(self.device)
+            calls[PRODUCTS] = lambda: [multiply(i) for i in range(BURST)]
             calls[PRODUCTS]()
         measures = {
             name: functools.partial(sustained_milliseconds, call, self.device) for name, call in calls.items()
         }
         found = in_turns(measures, self.rounds, budget=budget, at_least=self.at_least)
-        products = found.pop(PRODUCTS, None)
-        ceiling = self.ceiling_tflops if products is None else 1000 * tera_flop / products["ms"]
+        burst = found.pop(PRODUCTS, None)
+        ceiling = self.ceiling_tflops if burst is None else 1000 * BURST * tera_flop / burst["ms"]
         return {name: found[name] | facts[name] for name in arms}, ceiling
 
 
@@ -319,35 +324,18 @@ def whole_pass(
 # Ceilings.
 
 
-def gemm_ceiling(device: torch.device, size: int = 8192) -> float:
-    """TFLOP/s of a size x size x size bfloat16 product of normal random numbers (zeros run faster)."""
-    size, pairs = _factors(device, size)
-
-    def multiply(i: int) -> Tensor:
-        return pairs[i][0] @ pairs[i][1]
-
-    found, _ = Replayed(device=device, sets=len(pairs), rounds=10)({PRODUCTS: multiply})
-    return 2 * size**3 / found[PRODUCTS]["ms"] / 1e9
+def gemm_ceiling(device: torch.device) -> float:
+    """TFLOP/s of one large product after another, alone on the device."""
+    multiply, tera_flop = products(device)
+    found, _ = Replayed(device, sets=2, rounds=10)({PRODUCTS: multiply})
+    return 1000 * tera_flop / found[PRODUCTS]["ms"]
 
 
-def gemm_burst(device: torch.device, count: int = 64, size: int = 8192) -> tuple[Callable[[], None], float]:
-    """`count` such products in a row (0.1 s on an H100), to take turns with steps, and their 1e12 operations.
+def products(device: torch.device) -> tuple[Callable[[int], Tensor], float]:
+    """An 8192 x 8192 x 8192 bfloat16 product (small without a GPU) by number, and its 1e12 operations.
 
-    What a GPU sustains falls with the power it draws: a product alone, measured before everything else, is
-    up to 5 % faster than in the state in which steps are timed.
+    Factors are normal random numbers, since zeros run faster, and two pairs of them take turns.
     """
-    size, pairs = _factors(device, size)
-
-    def multiply() -> None:
-        for i in range(count):
-            torch.mm(*pairs[i % len(pairs)])
-
-    return multiply, count * 2 * size**3 / 1e12
-
-
-def _factors(device: torch.device, size: int) -> tuple[int, list[tuple[Tensor, Tensor]]]:
-    """Two pairs of factors, and their size: small without a GPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size = size if device.type == "cuda" else 256
-    draw = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(4)]
-    return size, [(draw[0], draw[1]), (draw[2], draw[3])]
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+    factors = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(4)]
+    return lambda i: factors[i % 2] @ factors[2 + i % 2], 2 * size**3 / 1e12

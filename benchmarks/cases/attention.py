@@ -7,6 +7,7 @@ there plain Triton is timed beside it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,18 +128,31 @@ def find_fa3() -> Kernel | None:
     return None
 
 
-def published_pair(kernel: Kernel, x: Inputs, target: int) -> Tensor:
-    """A target with the pivot, as published: queries swapped, keys concatenated, values doubled."""
-    q, k, v = x.pairs[target]
-    keys = torch.cat([k, k.index_select(0, x.pivot_rows)], dim=2)
-    return kernel(q.index_select(0, x.pivot_rows), keys, torch.cat([v, v], dim=2))
+def published(shape: AttentionShape, kernel: Kernel, x: Inputs) -> list[Tensor]:
+    """Calls of a stock kernel, [B, H, L, D] each: a plain shape in one, others a target at a time.
 
-
-def published_target(kernel: Kernel, x: Inputs, target: int) -> Tensor:
-    """A target alone on keys of a stored pivot, concatenated."""
+    As published: grounded, queries are swapped, keys concatenated, values doubled; a target alone is on keys
+    of the stored pivot.
+    """
     q, k, v = x.stock
-    own = slice(target, target + 1)
-    return kernel(q, torch.cat([k[own], k[-1:]], dim=2), torch.cat([v[own], v[own]], dim=2))
+    if shape.form == "plain":
+        return [kernel(q, k, v)]
+    if shape.form == "target":
+        keys = [torch.cat([own, k[-1:]], dim=2) for own in k[:-1].split(1)]
+        values = [torch.cat([own, own], dim=2) for own in v[:-1].split(1)]
+        return [kernel(q, *pair) for pair in zip(keys, values, strict=True)]
+    outs = []
+    for q, k, v in x.pairs:
+        keys = torch.cat([k, k.index_select(0, x.pivot_rows)], dim=2)
+        outs.append(kernel(q.index_select(0, x.pivot_rows), keys, torch.cat([v, v], dim=2)))
+    return outs
+
+
+def joined(shape: AttentionShape, outs: list[Tensor]) -> Tensor:
+    """What `published` computes as [B, L, H, D], rows as in `Inputs`."""
+    if shape.form == "grounded":
+        outs = [*(out[:1] for out in outs), outs[0][1:]]
+    return torch.cat(outs).transpose(1, 2)
 
 
 class Way(NamedTuple):
@@ -217,26 +231,13 @@ def on_tile(shape: AttentionShape, tile: tiles.Tile, fixed: bool) -> Callable[[I
 
 def in_stock(shape: AttentionShape, device: torch.device) -> Iterator[Way]:
     """Stock kernels: on plain shapes as they are, on others in the published formulation."""
-    targets = range(shape.num_targets)
     for name, kernel in stock_kernels(shape, device):
-        if shape.form == "plain":
-            yield Way(
-                name, "published", lambda x, kernel=kernel: kernel(*x.stock), lambda out: out.transpose(1, 2)
-            )
-        elif shape.form == "target":
-            yield Way(
-                f"published, {name}",
-                "published",
-                lambda x, kernel=kernel: [published_target(kernel, x, target) for target in targets],
-                lambda outs: torch.cat(outs).transpose(1, 2),
-            )
-        else:
-            yield Way(
-                f"published, {name}",
-                "published",
-                lambda x, kernel=kernel: [published_pair(kernel, x, target) for target in targets],
-                lambda outs: torch.cat([*(out[:1] for out in outs), outs[0][1:]]).transpose(1, 2),
-            )
+        yield Way(
+            name if shape.form == "plain" else f"published, {name}",
+            "published",
+            functools.partial(published, shape, kernel),
+            functools.partial(joined, shape),
+        )
 
 
 # Measuring.
