@@ -110,9 +110,11 @@ def read_goals() -> Any:
 
 
 def is_ours(row: Row, numbers: str | None) -> bool:
-    """numbers: what it computes in, bf16 or fp8; None: any row will do."""
+    """numbers: what it computes in, bf16 or fp8, without a shortcut; None: any row will do."""
     if numbers is None:
         return True
+    if row.get("shortcut"):
+        return False
     return row.get("ours", row["arm"].startswith("ours")) and ("fp8" in row["arm"]) == (numbers == "fp8")
 
 

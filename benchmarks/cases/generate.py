@@ -4,6 +4,9 @@ Ours: `Pipeline.generate` on the networks of `arms.OURS`. The published way: six
 encoding the prompt and the negative prompt and decoding two pictures. Text encoders, VAE and colour
 transfer are ours in both: the difference is the way, not the parts. The six published runs are equal; as many
 as `--repeats` says are timed and count for all (`measured_runs`). Random weights.
+
+`SHORTCUTS` make other pictures in less time. With random weights their times have a meaning, their pictures
+none: `python -m bokehflux.evaluation shortcuts` compares those of nano.
 """
 
 from __future__ import annotations
@@ -38,6 +41,12 @@ from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.schedule import sigmas
 
 PHASES: tuple[Phase, ...] = ("text", "denoise", "decode")
+SHORTCUTS: dict[str, tuple[str, dict[str, int]]] = {
+    "ours, reuse 3": ("ours", {"reuse": 3}),
+    "ours, fp8, reuse 3": ("ours, fp8", {"reuse": 3}),
+    "ours, 256 tokens": ("ours", {"max_sequence_length": 256}),
+}
+"""Arm -> the arm whose network it has, and further settings of the run."""
 
 
 def job(side_px: int, num_steps: int) -> GenerateSettings:
@@ -108,6 +117,8 @@ def timed(pipeline: Pipeline, asked: GenerateSettings, arm: StepArm, session: Se
     """
     device, on_gpu = session.device, session.device.type == "cuda"
     run, runs = (run_ours, 1) if arm.is_ours else (run_published, len(TARGET_LEVELS))
+    _, shortcut = SHORTCUTS.get(arm.name, (arm.name, {}))
+    asked = dataclasses.replace(asked, **shortcut)  # type: ignore[arg-type]
     short = dataclasses.replace(asked, num_inference_steps=2, num_grounding_steps=1)
     clock = Timed(device=device)
     pipeline = dataclasses.replace(pipeline, transformer=arm.network, memory=clock)
@@ -127,7 +138,8 @@ def timed(pipeline: Pipeline, asked: GenerateSettings, arm: StepArm, session: Se
         others = sum(networks.num_bytes(network) for network in (*pipeline.text.networks, pipeline.vae))
         peak = torch.cuda.max_memory_allocated(device) - before + arm.weight_bytes + others
         row["peak_gb"] = peak / 1e9
-    return row | {"total_s": seconds, "ms": 1000 * seconds, "measured_runs": times}
+    row |= {"total_s": seconds, "ms": 1000 * seconds, "measured_runs": times}
+    return row | {"shortcut": shortcut} if shortcut else row
 
 
 @torch.inference_mode()
@@ -146,6 +158,21 @@ def measure_side(
     return [{"side": f"{side} px", **row} for row in rows]
 
 
+def arms_of(session: Session, pipeline: Pipeline) -> list[StepArm]:
+    """The comparison arms first: should time run out, without them nothing of ours is known to be fast."""
+    needed = {of for name, (of, _) in SHORTCUTS.items() if session.wants(name)}
+    arms = build_arms(
+        pipeline.transformer,
+        with_levels=True,
+        wants=lambda name: name in needed or session.wants(name),
+        backend=session.backend,
+        graphs=False,
+    )
+    made = {arm.name: arm for arm in arms}
+    arms += [dataclasses.replace(made[of], name=name) for name, (of, _) in SHORTCUTS.items() if of in made]
+    return sorted((arm for arm in arms if session.wants(arm.name)), key=lambda arm: arm.is_ours)
+
+
 def measure(session: Session) -> Iterator[list[Row]]:
     allow_recompiling()
     setting, device = networks.setting(session.tiny), session.device
@@ -160,11 +187,7 @@ def measure(session: Session) -> Iterator[list[Row]]:
         exact = {side: networks.exact(wide, batch) for side, batch in batches.items()}
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        arms = build_arms(
-            pipeline.transformer, with_levels=True, wants=session.wants, backend=session.backend, graphs=False
-        )
-        # The comparison arms first: should time run out, without them nothing of ours is known to be fast.
-        arms.sort(key=lambda arm: arm.is_ours)
+        arms = arms_of(session, pipeline)
         for side in session.until_spent(batches):
             yield measure_side(session, pipeline, arms, side, batches[side], exact[side])
 
@@ -175,6 +198,7 @@ BENCHMARK = Benchmark(
     cases=lambda tiny: {f"{side} px": side for side in networks.setting(tiny).sides_px},
     arms=(
         *(name for name, way in OURS.items() if not way.graph),
+        *SHORTCUTS,
         *(name for name in RIVALS if name.startswith("published")),
     ),
     repeats=1,

@@ -408,8 +408,10 @@ def test_generate_runs_and_adds_up(tmp_path: Path) -> None:
     assert runner.main(["generate", "--tiny", "--cases", "32", "--out", str(tmp_path)]) == 0
     rows = results(tmp_path, "generate")
     assert [row["verdict"] for row in rows] == ["ok"] * (
-        sum(not way.graph for way in OURS.values()) + 2 * HAS_RIVALS
+        sum(not way.graph for way in OURS.values()) + len(generate.SHORTCUTS) + 2 * HAS_RIVALS
     )
+    shortcuts = {row["arm"]: row["shortcut"] for row in rows if "shortcut" in row}
+    assert shortcuts == {name: settings for name, (_, settings) in generate.SHORTCUTS.items()}
     assert all(row["speedup"] > 0 for row in rows) or not HAS_RIVALS
     for row in rows:
         assert row["total_s"] >= row["text_s"] + row["denoise_s"] + row["decode_s"] > 0
@@ -426,7 +428,7 @@ def test_a_published_run_counts_for_six(monkeypatch: pytest.MonkeyPatch) -> None
             clock.seconds[phase] = clock.seconds.get(phase, 0.0) + 2.0
 
     monkeypatch.setattr(generate, "run_published", run)
-    arm: Any = type("Published", (), {"is_ours": False, "network": None, "weight_bytes": 0})
+    arm: Any = type("Arm", (), {"name": "published", "is_ours": False, "network": None, "weight_bytes": 0})
     pipeline = networks.build_pipeline(TINY, CPU)
     row = generate.timed(pipeline, generate.job(32, 30), arm, session(repeats=2))
     assert ran == [2, 30, 30], "a short one to warm up, then two of six"
@@ -577,7 +579,10 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         arm("ours, compiled", 30.0, **small), arm("diffusers, compiled", 40.0, **small),
     ]  # fmt: skip
     write_results(tmp_path, "step", steps)
-    total = [{"arm": "ours, fp8", "total_s": 10.0}, {"arm": "published, eager", "total_s": 50.0}]
+    total = [
+        {"arm": "ours, fp8", "total_s": 10.0}, {"arm": "published, eager", "total_s": 50.0},
+        {"arm": "ours, fp8, reuse 3", "total_s": 5.0, "shortcut": {"reuse": 3}},
+    ]  # fmt: skip
     write_results(tmp_path, "generate-512", [row | {"side": "512 px", "verdict": "ok"} for row in total])
     kernels = [arm("triton", 2.0, ours=True), arm("cuDNN", 1.9, ours=False), arm("FA3", 1.0, ours=False)]
     write_results(tmp_path, "attention", [row | {"shape": "plain-1-1536"} for row in kernels])
