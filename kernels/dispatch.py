@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,17 +20,25 @@ OLDEST_TRITON = (3, 4)
 """The first with the tensor descriptors that our attention reads through."""
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether Triton kernels run on such tensors: all of one 16-bit type, on an NVIDIA GPU from sm_80 on.
+HALF = (torch.bfloat16, torch.float16)
+
+
+def takes(*tensors: Tensor, dtypes: Sequence[torch.dtype] = HALF) -> bool:
+    """Whether Triton kernels run on such tensors: all of one of the types, on an NVIDIA GPU from sm_80 on.
 
     Never while compiling: Inductor fuses PyTorch's operators, and could only work around an opaque kernel.
     """
     first = tensors[0]
     if torch.compiler.is_compiling() or not all(t.is_cuda for t in tensors):
         return False
-    if first.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != first.dtype for t in tensors):
+    if first.dtype not in dtypes or any(t.dtype != first.dtype for t in tensors):
         return False
     return runs_triton(first.device)
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass through these may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 @functools.cache

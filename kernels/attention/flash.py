@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import needs_gradients
 from .sdpa import add_bias, by_rows, merge, take_rows
 
 MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn")
@@ -41,7 +42,7 @@ def target_attention(
 ) -> Tensor:
     """Shapes and meaning as `reference.target_attention`; errors as `attention`."""
     q, k_pivot = take_rows(q, pivot_index), take_rows(k_pivot, pivot_index)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_pivot, k, v)):
+    if needs_gradients(q, k_pivot, k, v):
         out = _attend(q, torch.cat([k, k_pivot], dim=1), torch.cat([v, v], dim=1))[0]
     else:
         out = merge(_attend(q, k, v), _attend(q, k_pivot, v))
@@ -65,7 +66,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check(name: str, *inputs: Tensor) -> None:
     q = inputs[0]
-    if name == FORWARD_ONLY and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    if name == FORWARD_ONLY and needs_gradients(*inputs):
         raise ValueError("the wheel fa3-fwd cannot compute gradients: train with backend 'triton' or 'sdpa'")
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(

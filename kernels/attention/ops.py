@@ -1,7 +1,7 @@
 """Our kernels as PyTorch operators: backend `triton`.
 
-Each form is a custom operator with a fake implementation and a gradient, so `torch.compile` and CUDA graphs
-take it as one opaque node. Importing this module imports triton.
+They are a custom operator with a fake implementation and a gradient, so `torch.compile` and CUDA graphs take
+each call as one opaque node. Importing this module imports triton.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import needs_gradients
 from . import launch, select
-from .jobs import grounded_jobs, target_jobs
+from .jobs import Job, grounded_jobs, target_jobs
+from .sdpa import add_bias
 
 MAX_LOG2_SCORE = {torch.bfloat16: 96.0, torch.float16: 14.0}
 """How large |q . k| * log2(e) / sqrt(D) may get without a running maximum: see `is_bounded`."""
@@ -32,7 +34,7 @@ def attention(
     Returns [B, Lq, H, D]. Raises ValueError where `select.why_not_triton` names a reason.
     """
     fused, added, fixed = _bias_and_offset(value_bias, logit_bound, q, k, v)
-    return _add(_attention(q, k, v, fused, fixed)[0], added)
+    return add_bias(_attention(q, k, None, v, None, fused, fixed)[0], added)
 
 
 def target_attention(
@@ -47,7 +49,7 @@ def target_attention(
 ) -> Tensor:
     """Targets on pivots outside the batch, as `reference.target_attention`; the rest as `attention`."""
     fused, added, fixed = _bias_and_offset(value_bias, logit_bound, q, k_pivot, k, v)
-    return _add(_target_attention(q, k_pivot, k, v, list(pivot_index), fused, fixed)[0], added)
+    return add_bias(_attention(q, k, k_pivot, v, list(pivot_index), fused, fixed)[0], added)
 
 
 def grounded_attention(
@@ -61,7 +63,7 @@ def grounded_attention(
 ) -> Tensor:
     """Pivots and targets together, as `reference.grounded_attention`; the rest as `attention`."""
     fused, added, fixed = _bias_and_offset(value_bias, logit_bound, q, k, v)
-    return _add(_grounded_attention(q, k, v, list(pivot_of), fused, fixed)[0], added)
+    return add_bias(_attention(q, k, None, v, list(pivot_of), fused, fixed)[0], added)
 
 
 def is_bounded(logit_bound: float | None, dtype: torch.dtype) -> bool:
@@ -83,14 +85,9 @@ def _bias_and_offset(
     The backward pass needs the output without the bias, and takes probabilities to be exactly those that the
     output was made with: a fixed offset rounds the largest (see `triton_fwd`).
     """
-    tensors = inputs if value_bias is None else (*inputs, value_bias)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if needs_gradients(*inputs, value_bias):
         return None, value_bias, False
     return value_bias, None, is_bounded(logit_bound, inputs[0].dtype)
-
-
-def _add(out: Tensor, value_bias: Tensor | None) -> Tensor:
-    return out if value_bias is None else out + value_bias[:, None].to(out.dtype)
 
 
 def _check(q: Tensor, *others: Tensor) -> None:
@@ -101,89 +98,52 @@ def _check(q: Tensor, *others: Tensor) -> None:
         raise ValueError(f"the Triton attention kernels cannot run: {reason}")
 
 
-# Each operator gives beside its values the log-sum-exps of its scores, [B, H, Lq] float32, from which the
-# backward pass starts. They carry no gradient.
+# One operator for all forms, and one for its gradients: k_pivot and the list of pivots say which.
+
+
+def _jobs(k_pivot: Tensor | None, pivots: Sequence[int] | None) -> tuple[Job, ...] | None:
+    """pivots: for targets on k_pivot `pivot_index`, in one batch `pivot_of`, None where rows are plain."""
+    if pivots is None:
+        return None
+    return (grounded_jobs if k_pivot is None else target_jobs)(tuple(pivots))
 
 
 @torch.library.custom_op(
     "bokehflux::attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? value_bias, bool fixed) -> (Tensor, Tensor)",
-)
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, value_bias: Tensor | None, fixed: bool
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, v)
-    with torch.cuda.device_of(q):
-        return launch.forward(q, k, None, v, value_bias, None, fixed=fixed)
-
-
-@torch.library.custom_op(
-    "bokehflux::target_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k_pivot, Tensor k, Tensor v, int[] pivot_index, Tensor? value_bias, bool fixed)"
+    schema="(Tensor q, Tensor k, Tensor? k_pivot, Tensor v, int[]? pivots, Tensor? value_bias, bool fixed)"
     " -> (Tensor, Tensor)",
 )
-def _target_attention(
+def _attention(
     q: Tensor,
-    k_pivot: Tensor,
     k: Tensor,
+    k_pivot: Tensor | None,
     v: Tensor,
-    pivot_index: Sequence[int],
+    pivots: Sequence[int] | None,
     value_bias: Tensor | None,
     fixed: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k_pivot, k, v)
+    """Values, and the log-sum-exps of the scores, [B, H, Lq] float32, from which the backward pass starts.
+
+    They carry no gradient."""
+    _check(q, *(x for x in (k, k_pivot, v) if x is not None))
     with torch.cuda.device_of(q):
-        return launch.forward(q, k, k_pivot, v, value_bias, target_jobs(tuple(pivot_index)), fixed=fixed)
-
-
-@torch.library.custom_op(
-    "bokehflux::grounded_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, int[] pivot_of, Tensor? value_bias, bool fixed)"
-    " -> (Tensor, Tensor)",
-)
-def _grounded_attention(
-    q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int], value_bias: Tensor | None, fixed: bool
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, v)
-    with torch.cuda.device_of(q):
-        return launch.forward(q, k, None, v, value_bias, grounded_jobs(tuple(pivot_of)), fixed=fixed)
-
-
-def _like_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    rows, length = v.shape[0], q.shape[1]
-    out = q.new_empty((rows, length, *v.shape[2:]))
-    return out, q.new_empty((rows, v.shape[2], length), dtype=torch.float32)
+        return launch.forward(q, k, k_pivot, v, value_bias, _jobs(k_pivot, pivots), fixed=fixed)
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, value_bias: Tensor | None, fixed: bool) -> tuple[Tensor, Tensor]:
-    return _like_forward(q, v)
-
-
-@_target_attention.register_fake
 def _(
     q: Tensor,
-    k_pivot: Tensor,
     k: Tensor,
+    k_pivot: Tensor | None,
     v: Tensor,
-    pivot_index: Sequence[int],
+    pivots: Sequence[int] | None,
     value_bias: Tensor | None,
     fixed: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _like_forward(q, v)
-
-
-@_grounded_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int], value_bias: Tensor | None, fixed: bool
-) -> tuple[Tensor, Tensor]:
-    return _like_forward(q, v)
-
-
-# One backward operator for all forms: k_pivot and the list of pivots say which.
+    rows, length = v.shape[0], q.shape[1]
+    out = q.new_empty((rows, length, *v.shape[2:]))
+    return out, q.new_empty((rows, v.shape[2], length), dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -202,12 +162,9 @@ def _attention_backward(
     lse: Tensor,
     pivots: Sequence[int] | None,
 ) -> list[Tensor]:
-    """Gradients of q, k, v and, where there is one, k_pivot. pivots: the list of the forward call."""
-    jobs = None
-    if pivots is not None:
-        jobs = (grounded_jobs if k_pivot is None else target_jobs)(tuple(pivots))
+    """Gradients of q, k, v and, where there is one, k_pivot."""
     with torch.cuda.device_of(q):
-        dq, dk, dk_pivot, dv = launch.backward(grad, q, k, k_pivot, v, out, lse, jobs)
+        dq, dk, dk_pivot, dv = launch.backward(grad, q, k, k_pivot, v, out, lse, _jobs(k_pivot, pivots))
     return [dq, dk, dv] if dk_pivot is None else [dq, dk, dv, dk_pivot]
 
 
@@ -225,59 +182,17 @@ def _(
     return [x.new_empty(x.shape) for x in (q, k, v, k_pivot) if x is not None]
 
 
-def _save(
-    ctx: Any,
-    q: Tensor,
-    k: Tensor,
-    k_pivot: Tensor | None,
-    v: Tensor,
-    value_bias: Tensor | None,
-    pivots: Sequence[int] | None,
-    output: tuple[Tensor, Tensor],
-) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, k_pivot, v, ctx.pivots, value_bias, _ = inputs
     if value_bias is not None:
-        raise RuntimeError("operators with a value bias have no gradient: call this module's functions")
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, k_pivot, v, out, lse)
-    ctx.pivots = pivots
+        raise RuntimeError("an operator with a value bias has no gradient: call this module's functions")
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, k_pivot, v, *output)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
-    q, k, k_pivot, v, out, lse = ctx.saved_tensors
-    return _attention_backward(grad, q, k, k_pivot, v, out, lse, ctx.pivots)
+def _gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dv, *dk_pivot = _attention_backward(grad, *ctx.saved_tensors, ctx.pivots)
+    return dq, dk, dk_pivot[0] if dk_pivot else None, dv, None, None, None
 
 
-def _setup_attention(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, value_bias, _ = inputs
-    _save(ctx, q, k, None, v, value_bias, None, output)
-
-
-def _backward_attention(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = _gradients(ctx, grad)
-    return dq, dk, dv, None, None
-
-
-def _setup_target(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k_pivot, k, v, pivot_index, value_bias, _ = inputs
-    _save(ctx, q, k, k_pivot, v, value_bias, pivot_index, output)
-
-
-def _backward_target(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, dk_pivot = _gradients(ctx, grad)
-    return dq, dk_pivot, dk, dv, None, None, None
-
-
-def _setup_grounded(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, pivot_of, value_bias, _ = inputs
-    _save(ctx, q, k, None, v, value_bias, pivot_of, output)
-
-
-def _backward_grounded(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = _gradients(ctx, grad)
-    return dq, dk, dv, None, None, None
-
-
-_attention.register_autograd(_backward_attention, setup_context=_setup_attention)
-_target_attention.register_autograd(_backward_target, setup_context=_setup_target)
-_grounded_attention.register_autograd(_backward_grounded, setup_context=_setup_grounded)
+_attention.register_autograd(_gradients, setup_context=_save)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..dispatch import needs_gradients
+
 BLOCK_SCORES = 1 << 19
 """Scores of one row that a CPU works on at once: 2 MB, which stay in its cache."""
 
@@ -38,7 +40,7 @@ def target_attention(
     value_bias: Tensor | None = None,
 ) -> Tensor:
     """Shapes and meaning as `reference.target_attention`."""
-    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_pivot, k, v))
+    gradients = needs_gradients(q, k_pivot, k, v)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not gradients:
         return add_bias(_sharing_exponentials(q, k_pivot, k, v, pivot_index), value_bias)
     q, k_pivot = take_rows(q, pivot_index), take_rows(k_pivot, pivot_index)

@@ -91,7 +91,7 @@ def resolve(backend: str, q: Tensor, *others: Tensor | None, grounded: bool) -> 
     others: the further tensors that gradients may be needed of.
     """
     if backend == "auto":
-        gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, *others))
+        gradients = dispatch.needs_gradients(q, *others)
         choice = choose(q.device, q.dtype, q.shape[-1], grounded=grounded, gradients=gradients)
         if not torch.compiler.is_compiling():  # a traced graph cannot log
             _log_choice(q.device.type, choice)

@@ -250,36 +250,36 @@ PART_OVERHEAD, MERGE_OVERHEAD = 2, 4
 
 @functools.lru_cache(maxsize=256)
 def plan_tail(
-    tiles: tuple[tuple[int, int], ...], num_slots: int, num_blocks: int, max_parts: int = 8
+    tiles: tuple[tuple[int, int], ...], num_programs: int, num_blocks: int, max_parts: int = 8
 ) -> Tail:
     """Which of a launch's last tiles to split, and into how many parts.
 
-    tiles: (how many, cost of one step), longest first. num_slots: programs the GPU runs at once. num_blocks:
-    steps of a whole tile. max_parts: see `Tile`. The GPU hands tiles out in order, so their finish can be
-    simulated; a split must gain at least 3 %.
+    tiles: (how many, cost of one step), longest first. num_programs: how many the GPU runs at once.
+    num_blocks: steps of a whole tile. max_parts: see `Tile`. The GPU hands tiles out in order, so their
+    finish can be simulated; a split must gain at least 3 %.
     """
     costs = [cost * num_blocks for count, cost in tiles for _ in range(count)]
     whole = Tail(num_whole=len(costs))
-    if min(num_blocks, max_parts) < 2 or not costs or len(costs) > MAX_WAVES * num_slots:
+    if min(num_blocks, max_parts) < 2 or not costs or len(costs) > MAX_WAVES * num_programs:
         return whole
     step = tiles[-1][1]
-    best, shortest = whole, 0.97 * _makespan(costs, num_slots)
-    loose = len(costs) % num_slots
-    for num_split in sorted({loose, min(len(costs), loose + num_slots)} - {0}):
+    best, shortest = whole, 0.97 * _makespan(costs, num_programs)
+    loose = len(costs) % num_programs
+    for num_split in sorted({loose, min(len(costs), loose + num_programs)} - {0}):
         kept = costs[: len(costs) - num_split]
         for parts in range(2, min(max_parts, num_blocks) + 1):
             split = costs[len(kept) :]
             pieces = [cost / parts + step * PART_OVERHEAD for cost in split for _ in range(parts)]
-            span = _makespan(kept + pieces, num_slots) + step * MERGE_OVERHEAD
+            span = _makespan(kept + pieces, num_programs) + step * MERGE_OVERHEAD
             if span < shortest:
                 shortest = span
                 best = Tail(num_whole=len(kept), num_parts=parts, num_slots=num_split * parts)
     return best
 
 
-def _makespan(costs: Sequence[float], num_slots: int) -> float:
-    """When the last of these pieces of work ends, if the first free slot takes the next one."""
-    ends = [0.0] * num_slots
+def _makespan(costs: Sequence[float], num_programs: int) -> float:
+    """When the last of these pieces of work ends, if the first free program takes the next one."""
+    ends = [0.0] * num_programs
     for cost in costs:
         heapq.heapreplace(ends, ends[0] + cost)
     return max(ends)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import dispatch
@@ -73,6 +72,4 @@ def concat_gelu(joint: Tensor, hidden: Tensor) -> Tensor:
 
 def takes(*tensors: Tensor, weights: Sequence[Tensor] = ()) -> bool:
     """Whether the Triton form runs on these; weights may be of another type."""
-    if not dispatch.takes(*tensors):
-        return False
-    return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*tensors, *weights))
+    return dispatch.takes(*tensors) and not dispatch.needs_gradients(*tensors, *weights)

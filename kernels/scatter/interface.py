@@ -55,11 +55,7 @@ def dilate(radius_px: Tensor) -> Tensor:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the Triton form runs on these."""
-    if torch.compiler.is_compiling() or not all(t.is_cuda and t.dtype == torch.float32 for t in tensors):
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
-    return dispatch.runs_triton(tensors[0].device)
+    return dispatch.takes(*tensors, dtypes=(torch.float32,)) and not dispatch.needs_gradients(*tensors)
 
 
 def _reach(radius_px: Tensor) -> int:

@@ -428,10 +428,11 @@ def test_operators_are_registered_completely() -> None:
     bias = bias_of(2, 1)
     k_pivot = k.detach()[:1].clone().requires_grad_()
     own = k.detach().clone().requires_grad_()
-    torch.library.opcheck(ops._attention, (own, k, v, None, True))
-    torch.library.opcheck(ops._attention, (*(x.detach() for x in (own, k, v, bias)), False))
-    torch.library.opcheck(ops._target_attention, (q, k_pivot, k, v, [0, 0], None, False))
-    torch.library.opcheck(ops._grounded_attention, (q, k, v, [1, 1], None, False))
+    torch.library.opcheck(ops._attention, (own, k, None, v, None, None, True))
+    q_, k_, v_, bias_ = (x.detach() for x in (own, k, v, bias))
+    torch.library.opcheck(ops._attention, (q_, k_, None, v_, None, bias_, False))
+    torch.library.opcheck(ops._attention, (q, k, k_pivot, v, [0, 0], None, False))
+    torch.library.opcheck(ops._attention, (q, k, None, v, [1, 1], None, False))
 
 
 @pytest.mark.parametrize(
@@ -479,18 +480,18 @@ def test_the_table_covers_every_case(family: str) -> None:
         tiles.forward_tile(tiles.Device(family=tiles.HOPPER, num_sms=1), [tiles.PLAIN], 96, True)
 
 
-@pytest.mark.parametrize("num_slots", [3, 132, 264])
+@pytest.mark.parametrize("num_programs", [3, 132, 264])
 @pytest.mark.parametrize(
     "forms", [((288, 2),), ((288, 4),), ((288, 4), (1440, 3)), ((7, 4), (1, 2)), ((1, 2),)]
 )
 @pytest.mark.parametrize("num_blocks", [1, 2, 24, 72])
-def test_the_end_of_the_grid(num_blocks: int, forms: tuple[tuple[int, int], ...], num_slots: int) -> None:
+def test_the_end_of_the_grid(num_blocks: int, forms: tuple[tuple[int, int], ...], num_programs: int) -> None:
     count = sum(number for number, _ in forms)
-    tail = tiles.plan_tail(forms, num_slots, num_blocks)
+    tail = tiles.plan_tail(forms, num_programs, num_blocks)
     assert tail.num_slots % tail.num_parts == 0
     assert tail.num_whole + tail.num_slots // tail.num_parts == count
     assert 1 <= tail.num_parts <= num_blocks
-    assert tiles.plan_tail(forms, num_slots, num_blocks, 1) == Tail(num_whole=count)
+    assert tiles.plan_tail(forms, num_programs, num_blocks, 1) == Tail(num_whole=count)
 
 
 def test_the_machine_is_full_at_512_pixels() -> None:
