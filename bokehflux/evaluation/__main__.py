@@ -2,6 +2,7 @@
 
     python -m bokehflux.evaluation nano [--captions 4]
     python -m bokehflux.evaluation refocus
+    python -m bokehflux.evaluation shortcuts
     python -m bokehflux.evaluation card
 
 `nano` takes minutes with four captions on a CPU; with few, its means are noisier. All 32 suit a GPU. `card`
@@ -24,7 +25,7 @@ import torch
 from PIL import Image
 
 import bokehflux
-from bokehflux.evaluation import card, nano, refocus
+from bokehflux.evaluation import card, nano, refocus, shortcuts
 from bokehflux.evaluation.figures import CURVE
 from bokehflux.evaluation.report import commit, replace_between
 from bokehflux.pipeline.pipeline import Pipeline
@@ -45,23 +46,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     judging = commands.add_parser("nano", help="what nano must show on captions kept out of its training")
     judging.add_argument("--guidance", type=float, default=3.0)
-    judging.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
     refocusing = commands.add_parser("refocus", help="how well photographs are refocused")
     refocusing.add_argument("--photo-level", type=float, default=0.0)
-    for command, captions, run in ((judging, 32, judge_nano), (refocusing, 8, judge_refocus)):
+    cutting = commands.add_parser("shortcuts", help="what the shortcuts of a sweep save and change")
+    for command, captions, run in (
+        (judging, 32, judge_nano), (refocusing, 8, judge_refocus), (cutting, 32, judge_shortcuts),
+    ):  # fmt: skip
         command.set_defaults(run=run)
         command.add_argument("--model", default="nano", help="a bundled model, or a folder with an adapter")
         command.add_argument("--captions", type=int, default=captions, help="how many of the 32")
         command.add_argument("--steps", type=int, default=20)
         command.add_argument("--device", help="default: CUDA, MPS or CPU, what there is")
+        command.add_argument("--dtype", help="default: the device's usual one")
     writing = commands.add_parser("card", help="renew the generated parts of weights/nano/README.md")
-    for command in (judging, refocusing, writing):
+    for command in (judging, cutting):
+        command.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
+    for command in (judging, refocusing, cutting, writing):
         command.add_argument("--results", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
     args = parser.parse_args(argv)
     if args.command == "card":
         return write_card(args.results)
     try:
-        pipe = bokehflux.load(args.model, device=args.device)
+        pipe = bokehflux.load(args.model, device=args.device, dtype=args.dtype)
         args.results.mkdir(parents=True, exist_ok=True)
         return args.run(pipe, args)
     except ValueError as error:
@@ -97,6 +103,20 @@ def judge_refocus(pipe: Pipeline, args: argparse.Namespace) -> int:
     write_json(args.results / "refocus.json", record | {"rows": [asdict(row) for row in scores]})
     save(sheet, args.results / "refocus.jpg")
     return 0
+
+
+def judge_shortcuts(pipe: Pipeline, args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    scores = shortcuts.evaluate(pipe, captions=args.captions, steps=args.steps)
+    print("                       rows saved    mean   worst   pivot  LVCorr   scene")
+    for one in scores:
+        print(f"{one.way:<24}{one.rows_saved:8.0%}{one.psnr:8.1f}{one.worst:8.1f}{one.pivot:8.1f}"
+              f"{one.lvcorr:+8.3f}{one.scene:+8.2f}")  # fmt: skip
+    record = made_by(pipe, args, time.perf_counter() - start)
+    write_json(args.results / "shortcuts.json", record | {"rows": [asdict(one) for one in scores]})
+    missed = shortcuts.missed(scores)
+    print(*missed, sep="\n")
+    return 1 if args.check and missed else 0
 
 
 def made_by(pipe: Pipeline, args: argparse.Namespace, seconds: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bokehflux.evaluation import __main__ as evaluation
-from bokehflux.evaluation import card, nano, report
+from bokehflux.evaluation import card, nano, report, shortcuts
 from bokehflux.evaluation.figures import CURVE, MEASURED, Figure, Series
 from bokehflux.models.vae import to_uint8
 from bokehflux.nano.captions import held_out
@@ -134,6 +134,20 @@ def test_a_report_on_refocusing_knows_the_photograph(tiny: None, tmp_path: Path)
     assert [row["level"] for row in record["rows"]] == [0, 8, 15, 28]
     assert record["rows"][0]["photo"] > 55 > record["rows"][1]["photo"], "the photograph is at level 0"
     assert (tmp_path / "refocus.jpg").is_file()
+
+
+def test_a_report_on_shortcuts(tiny: None, tmp_path: Path) -> None:
+    options = ["--captions", "2", "--steps", "8", "--results", str(tmp_path), "--check"]
+    assert evaluation.main(["shortcuts", *options]) == 1, "random weights miss targets"
+    record = json.loads((tmp_path / "shortcuts.json").read_text())
+    rows = {row["way"]: row for row in record["rows"]}
+    assert [round(row["rows_saved"] * 8 * 7) for row in rows.values()] == [6, 6, 6, 0, 4 * 7]
+    assert rows["reuse 3"]["psnr"] > rows["half of the steps"]["psnr"]
+    assert rows["reuse 3"]["pivot"] > 60 > rows["half of the steps"]["pivot"]
+    good = {"psnr": 45.0, "worst": 40.0, "lvcorr": -0.004, "scene": 0.2}
+    assert not shortcuts.missed([shortcuts.Score(**rows["reuse 3"] | good)])
+    worse = shortcuts.Score(**rows["reuse 3"] | good | {"worst": 30.0, "scene": float("nan")})
+    assert [line.split()[2] for line in shortcuts.missed([worse])] == ["worst", "scene"]
 
 
 def test_a_wrong_number_of_captions_is_a_usage_error(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
