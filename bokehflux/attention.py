@@ -43,6 +43,10 @@ class AttentionSpec(ABC):
         """One of the interface's functions, with what every specification holds."""
         return function(*args, value_bias=self.value_bias, logit_bound=self.logit_bound, backend=self.backend)
 
+    def plain(self) -> AttentionSpec:
+        """What takes its place in blocks that the adapter leaves alone."""
+        return Plain(backend=self.backend)
+
     def query_rows(self) -> tuple[int, ...] | None:
         """Rows whose queries the call takes, ascending; None means all. Other queries are not computed."""
         return None

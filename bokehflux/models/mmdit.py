@@ -219,7 +219,7 @@ class MMDiT(Network):
         if folded_at is not None and lora_scale != folded_at:
             raise ValueError(f"the adapter is folded at lora_scale {folded_at}, asked for {lora_scale}")
         values = constants.values if constants is not None else self._values(bokeh)
-        plain = Plain(backend=spec.backend)
+        plain = spec.plain()
         specs = [BlockSpec(attention=plain.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
         for i, value in values.items():
             updates = self.bokeh.block(i) if folded_at is None else None

@@ -16,6 +16,7 @@ from bokehflux.models.vae import AutoencoderKL, to_uint8
 from bokehflux.pipeline.color import lab_mean, shift_to_lab_mean
 from bokehflux.pipeline.memory import MemoryMode, ran_out
 from bokehflux.sampling.latents import LatentGrid, unpack
+from bokehflux.sampling.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -42,22 +43,35 @@ def wants_tiling(mode: MemoryMode, grid: LatentGrid) -> bool:
 
 
 def decode_pictures(
-    vae: AutoencoderKL, latents: Tensor, pivot: Tensor | None, grid: LatentGrid, *, tiled: bool
+    vae: AutoencoderKL,
+    latents: Tensor,
+    pivot: Tensor | None,
+    grid: LatentGrid,
+    *,
+    tiled: bool,
+    ranks: Ranks = ALONE,
 ) -> Decoded:
     """latents: [N, L, 64] packed, of the targets. pivot: [L, 64]; with it, targets take its mean Lab colour.
 
-    Where memory runs out, it goes on in bands and says so. Ctrl-C after the first picture ends it early.
+    ranks: processes that take turns with the pictures, and all get all of them. Where memory runs out, it
+    goes on in bands and says so. Ctrl-C after the first picture ends it early.
     """
     images: list[Tensor] = []
     base = mean = None
     stop = None
+    rows = list(latents) if pivot is None else [pivot, *latents]
+
+    def decode(i: int) -> Tensor:
+        nonlocal tiled
+        pixels, tiled = _pixels(vae, rows[i], grid, tiled)
+        return pixels
+
     try:
-        if pivot is not None:
-            base, tiled = _pixels(vae, pivot, grid, tiled)
-            mean = lab_mean(base)
-        for row in latents:
-            pixels, tiled = _pixels(vae, row, grid, tiled)
-            images.append(pixels if mean is None else shift_to_lab_mean(pixels, mean))
+        for pixels in ranks.each(decode, len(rows), (grid.height_px, grid.width_px, 3)):
+            if pivot is not None and base is None:
+                base, mean = pixels, lab_mean(pixels)
+            else:
+                images.append(pixels if mean is None else shift_to_lab_mean(pixels, mean))
     except KeyboardInterrupt as pressed:
         if base is None and not images:
             raise

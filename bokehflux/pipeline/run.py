@@ -32,6 +32,7 @@ from bokehflux.record import Record, Settings
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
 from bokehflux.sampling.diagnose import explain_nonfinite
 from bokehflux.sampling.latents import LatentGrid, pack
+from bokehflux.sampling.ranks import ALONE, Ranks
 from bokehflux.sampling.samplers import OnStep, Velocity, euler
 from bokehflux.sampling.schedule import sigmas
 
@@ -52,6 +53,9 @@ class Options:
     memory mode, and where memory runs out."""
     backend: str = "auto"
     """Attention by name (`kernels.attention.select`)."""
+    ranks: Ranks = ALONE
+    """The processes that share the run: each of them executes the same plan with the same options. Where they
+    share its rows, the pictures are byte for byte those of one process with the `max_rows` of the recipe."""
 
 
 class Start(NamedTuple):
@@ -174,7 +178,8 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     Raises MemoryError when the GPU is too small, `NonFiniteError`, with the step and the layer, when a
     network returns NaN or infinity, and `Stopped` for Ctrl-C when some pictures are finished.
     """
-    settings, grid = plan.settings, plan.grid
+    settings, grid, ranks = plan.settings, plan.grid, options.ranks
+    max_rows = ranks.rows_at_once(settings.num_rows, options.max_rows)
     tiled = wants_tiling(model.memory.mode, grid) if options.vae_tiling is None else options.vae_tiling
     with model.memory.phase("text"):
         length = settings.max_sequence_length
@@ -198,7 +203,8 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
                 true_cfg=plan.true_cfg,
                 negative=negative,
                 sigmas=schedule,
-                max_rows=options.max_rows,
+                max_rows=max_rows,
+                ranks=ranks,
                 cuda_graphs=model.memory.mode == "resident",
                 backend=options.backend,
             )
@@ -211,9 +217,9 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
         del follow  # and with it the memory of its CUDA graphs
     end = plan.end(x, photo)
     with model.memory.phase("decode"):
-        made = decode_pictures(model.vae, end.targets, end.pivot, grid, tiled=tiled)
+        made = decode_pictures(model.vae, end.targets, end.pivot, grid, tiled=tiled, ranks=ranks)
     provenance = dataclasses.replace(
-        provenance_of(model, options.backend), max_rows=options.max_rows, vae_tiling=made.tiled
+        provenance_of(model, options.backend), max_rows=max_rows, vae_tiling=made.tiled
     )
     result = Result(
         images=made.images,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bokehflux.attention import AttentionSpec, Grounded, Plain
 from bokehflux.models.mmdit import MMDiT, Modulations
+from bokehflux.sampling.ranks import HeadsOverRanks
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def worth_capturing(mmdit: MMDiT, spec: AttentionSpec, x: Tensor, txt_length: in
     """
     if not x.is_cuda or x.shape[0] * (txt_length + x.shape[1]) > MAX_TOKENS:
         return False
-    fixed = type(spec) is Plain or (type(spec) is Grounded and set(spec.pivot_of) == {0})
+    whole = spec.whole if isinstance(spec, HeadsOverRanks) else spec  # a graph holds its messages, too
+    fixed = type(whole) is Plain or (type(whole) is Grounded and set(whole.pivot_of) == {0})
     return fixed and not any(m._forward_hooks or m._forward_pre_hooks for m in mmdit.modules())
 
 

@@ -21,7 +21,8 @@ from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT, Modulations, Rows, RunConstants
 from bokehflux.sampling.cuda_graph import StepGraphs, worth_capturing
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.sampling.pivot_cache import BlockPivot, PivotCache
+from bokehflux.sampling.pivot_cache import PivotCache
+from bokehflux.sampling.ranks import ALONE, Batches, Ranks, RowsOverRanks, Sizes
 
 AttentionAt = Callable[[int, int], AttentionSpec]
 """(rows, step) -> what the joint attentions of that step compute, for a batch that is not split."""
@@ -57,29 +58,33 @@ class PromptPass:
     """None: no CUDA graphs."""
     known: dict[float, Modulations]
     """By noise level: the modulations of a run's steps, computed together."""
+    ranks: Ranks
+    """Which share of rows and tokens is computed here; text and rotations are those of its tokens."""
 
     def modulations(self, sigma: Tensor) -> Modulations:
         """The modulations at one noise level, each [1, 1, E]; a level that is not `known` is computed now."""
         found = self.known.get(float(sigma))
         return found if found is not None else self.table(sigma[None])[float(sigma)]
 
-    def velocity(self, x: Tensor, sigma: Tensor, batches: Sequence[tuple[slice, AttentionSpec]]) -> Tensor:
-        """x [B, N, C] -> the velocity of every row at one noise level [B, N, C], computed batch by batch.
+    def velocity(self, x: Tensor, sigma: Tensor, batches: Batches) -> Tensor:
+        """x [B, N, C] -> the velocity of every row at one noise level [B, N, C], computed batch by batch."""
+        mine = self.ranks.tokens(x, dim=1)
+        parts = [self._part(mine[rows], rows, spec) for rows, spec in self.ranks.own(batches)]
+        return self.ranks.joined(self._velocities(parts, self.modulations(sigma)), batches, x)
 
-        batches: rows of x, in order, and their attention.
-        """
-        mods = self.modulations(sigma)
-        parts = [self._part(x[rows], rows, spec) for rows, spec in batches]
-        if len(parts) > 1:
-            return torch.cat(self.mmdit.velocities(parts, mods, self.rope))  # [B, N, C]
-        (part,), ((_, spec),) = parts, batches
+    def _velocities(self, parts: Sequence[Rows], mods: Modulations) -> list[Tensor]:
+        if len(parts) != 1:
+            return self.mmdit.velocities(parts, mods, self.rope)
+        (part,) = parts
 
         def evaluate(x: Tensor, mods: Modulations) -> Tensor:
             return self.mmdit.velocities([dataclasses.replace(part, img=x)], mods, self.rope)[0]
 
+        spec, x = part.attention, part.img
+        assert spec is not None
         if self.graphs is None or not worth_capturing(self.mmdit, spec, x, part.txt.shape[1]):
-            return evaluate(x, mods)
-        return self.graphs(spec, evaluate, x, mods)
+            return [evaluate(x, mods)]
+        return [self.graphs(spec, evaluate, x, mods)]
 
     def _part(self, x: Tensor, rows: slice, spec: AttentionSpec) -> Rows:
         return Rows(
@@ -140,7 +145,8 @@ class Denoiser:
             return
         adapter = self.positive.mmdit.bokeh
         parts = list(self._slices(rows))
-        store = grounding.cache if grounding.cache is not None else BlockPivot(readers=len(parts) - 1)
+        ranks = self.positive.ranks
+        store = grounding.cache if grounding.cache is not None else ranks.pivot(len(parts))
         if grounding.pivot_row is not None:
             first, *parts = parts
             pivot_of = (grounding.pivot_row,) * len(range(rows)[first])
@@ -183,6 +189,7 @@ def denoiser(
     max_rows: int | None = None,
     cuda_graphs: bool = True,
     backend: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> Denoiser:
     """Build the `Denoiser` of one prompt and size.
 
@@ -194,6 +201,7 @@ def denoiser(
     cuda_graphs: whether steps of small batches may be replayed as CUDA graphs (`cuda_graph.py` says when and
     at what cost); this changes no number.
     backend: the attention of every specification made here, by name (`kernels.attention.select`).
+    ranks: the processes that share this run; each of them builds the same denoiser.
     Raises ValueError for true CFG without a negative conditioning, for both grounding and attention, and for
     a split that these rules forbid.
     """
@@ -201,21 +209,25 @@ def denoiser(
         raise ValueError(f"true_cfg {true_cfg:g} needs a negative conditioning, got none")
     if attention is not None and grounding is not None:
         raise ValueError("grounding chooses the attention of every step: give it or attention, not both")
-    _check_split(mmdit, grounding, attention, max_rows)
-    ids = position_ids(grid, conditioning.txt.shape[1], mmdit.device)
+    _check_split(mmdit, grounding, attention, max_rows, ranks)
+    num_tokens = (conditioning.txt.shape[1], grid.num_tokens)
+    ranks = ranks.of(Sizes(num_tokens, mmdit.config.num_heads, mmdit.config.head_dim, mmdit.dtype))
+    ids = position_ids(grid, num_tokens[0], mmdit.device).split(num_tokens)
+    ids = torch.cat([ranks.tokens(part, dim=0) for part in ids])  # [T / R + N / R, 3]
     rope = rope_table(ids, mmdit.config.axes_dim, mmdit.config.theta)
 
     def prepare(conditioning: Conditioning, guidance: float, bokeh: BokehCondition | None) -> PromptPass:
         with torch.inference_mode():
             made = PromptPass(
                 mmdit=mmdit,
-                conditioning=conditioning,
+                conditioning=dataclasses.replace(conditioning, txt=ranks.tokens(conditioning.txt, dim=1)),
                 guidance=guidance,
                 rope=rope,
                 bokeh=bokeh,
                 constants=mmdit.constants(bokeh),
                 graphs=StepGraphs() if cuda_graphs else None,
                 known={},
+                ranks=ranks,
             )
             if sigmas is not None:
                 made.known.update(made.table(sigmas[sigmas > 0]))
@@ -234,7 +246,11 @@ def denoiser(
 
 
 def _check_split(
-    mmdit: MMDiT, grounding: Grounding | None, attention: AttentionAt | None, max_rows: int | None
+    mmdit: MMDiT,
+    grounding: Grounding | None,
+    attention: AttentionAt | None,
+    max_rows: int | None,
+    ranks: Ranks,
 ) -> None:
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
@@ -244,6 +260,10 @@ def _check_split(
         return
     if grounding.pivot_row is None and grounding.cache is None:
         raise ValueError("grounding needs a pivot: give pivot_row, or a filled cache")
+    if grounding.cache is not None and isinstance(ranks, RowsOverRanks):
+        raise ValueError(
+            "a pivot cache is filled by one process: share out the tokens, or the scenes, not the rows"
+        )
     splits = max_rows is not None or grounding.cache is not None
     if splits and grounding.pivot_row not in (0, None):
         raise ValueError(f"max_rows and a pivot cache need the pivot in row 0, got row {grounding.pivot_row}")

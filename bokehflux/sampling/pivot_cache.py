@@ -106,9 +106,13 @@ class BlockPivot:
         """Keep a pivot's query and key [1, L, H, D] of one block, in place of the block before."""
         self._kept, self._asked = ((step, block), (q, k)), 0
 
+    def holds(self, step: int, block: int) -> bool:
+        """Whether this block's is the one that is kept."""
+        return self._kept is not None and self._kept[0] == (step, block)
+
     def get(self, step: int, block: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Query and key [1, L, H, D]. Raises ValueError for any other block than the one kept."""
-        if self._kept is None or self._kept[0] != (step, block):
+        if self._kept is None or not self.holds(step, block):
             raise ValueError(
                 f"no pivot is kept for step {step}, block {block}: its batch comes before its targets'"
             )
