@@ -32,7 +32,7 @@ class Sizes(NamedTuple):
     """What a run's tensors are made of."""
 
     num_tokens: tuple[int, int]
-    """Of the text and of the image."""
+    """Text tokens, and image tokens."""
     num_heads: int
     head_dim: int
     dtype: torch.dtype
@@ -79,7 +79,7 @@ class Shared(Ranks):
     """The processes of a mesh of one dimension. What each makes is broadcast to all."""
 
     sizes: Sizes
-    """Of the run; set by `of`."""
+    """The run's; set by `of`."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         if mesh.ndim != 1:
