@@ -14,7 +14,7 @@ from benchmarks.timing import Budget, Replayed, Row, Sustained
 
 NAMES = (
     "attention", "step", "generate", "memory", "train_attention", "pointwise", "profile_step",
-    "tiles", "nano_seconds",
+    "tiles", "nano_seconds", "ranks",
 )  # fmt: skip
 Item = TypeVar("Item")
 

@@ -22,6 +22,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,6 +45,7 @@ FORMATS = {
     "reserved_gb": ".2f", "cap_gb": ".1f", "host_gb": ".2f", "pinned_gb": ".2f", "peak_gb": ".1f",
     "workspace_mb": ".0f", "speedup": ".2f", "vs_resident": ".2f", "tflops": ".0f", "tb_s": ".2f",
     "share": ".1%", "error": ".2e", "published": ".2e", "ratio": ".3f", "calls": "d", "measured_runs": "d",
+    "predicted": ".2f", "goal": ".2f", "ranks": "d",
 }  # fmt: skip
 """How numbers are shown, by their key in a row; other columns are text."""
 UNITS = {"ms": "ms", "us": "us", "total_s": "s", "seconds": "s", "gpu_gb": "GB", "speedup": "x"}
@@ -71,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not args.names:
         parser.error("expected the name of a benchmark; --list shows them")
+    if int(os.environ.get("RANK", 0)):  # under torchrun the first process prints and writes for all
+        args.out = Path(tempfile.mkdtemp())
+        sys.stdout = open(os.devnull, "w")
     budget = Budget(args.seconds)
     try:
         if len(args.names) > 1:
