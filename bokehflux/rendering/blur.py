@@ -52,14 +52,18 @@ class Blur:
             (torch.fft.rfft2(light * share), at) for at, share in zones(aperture, light, picture_px)
         ]
 
-    def by(self, radius_px: Tensor) -> Tensor:
-        """The light blurred by radius_px [B], above 0 for what is nearer than the focus."""
-        blurred = [spectrum * self._transfer(radius_px, at)[:, None] for spectrum, at in self.parts]
-        total = blurred[0] if len(blurred) == 1 else torch.stack(blurred).sum(0)
-        return torch.fft.irfft2(total, s=(self.height, self.width))
+    def by(self, radius_px: Tensor, part: Aperture | None = None) -> Tensor:
+        """The light blurred by radius_px [B], above 0 for what is nearer than the focus.
 
-    def _transfer(self, radius_px: Tensor, at: Field) -> Tensor:
-        return aperture_spectrum(self.aperture, radius_px, self.height, self.width, self.softness, at)
+        part: of the aperture, in place of the whole.
+        """
+        shape, size = part or self.aperture, (self.height, self.width)
+        blurred = [
+            spectrum * aperture_spectrum(shape, radius_px, *size, self.softness, at)[:, None]
+            for spectrum, at in self.parts
+        ]
+        total = blurred[0] if len(blurred) == 1 else torch.stack(blurred).sum(0)
+        return torch.fft.irfft2(total, s=size)
 
 
 def zones(

@@ -44,17 +44,7 @@ def composite(
     0 their blur wraps around. Raises ValueError for a farthest layer that does not cover, and for a margin
     that is not smaller than the picture.
     """
-    if not layers or layers[0].light.shape[1] != 3:
-        raise ValueError("layers: expected the farthest to have 3 channels, as it covers everything")
-    if not 0 <= margin_px < min(layers[0].light.shape[-2:]):
-        size = list(layers[0].light.shape[-2:])
-        raise ValueError(f"margin_px: expected 0 or more and less than the picture's {size}, got {margin_px}")
-    farthest, *nearer = layers
-    out = _defocused(farthest, aperture, softness, margin_px)
-    for layer in nearer:
-        light = _defocused(layer, aperture, softness, margin_px)
-        out = light[:, :3] + out * (1 - light[:, 3:])
-    return out
+    return _composites(layers, aperture, [aperture], softness, margin_px)[0]
 
 
 def composite_by_quarters(
@@ -67,8 +57,8 @@ def composite_by_quarters(
     for at, here in zones(aperture, layers[0].light):
         for share, part in quarters(aperture, at):
             shares[part] = shares.get(part, 0.0) + share * here
-    parts = [share * composite(layers, part, softness, margin_px) for part, share in shares.items()]
-    return torch.stack(parts).sum(0)
+    seen = _composites(layers, aperture, list(shares), softness, margin_px)
+    return torch.stack([share * light for share, light in zip(shares.values(), seen, strict=True)]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -103,25 +93,45 @@ def quarters(aperture: Aperture, at: Field = CENTRE) -> list[tuple[float, Quarte
     return [(amount / sum(amount for amount, _ in bright), part) for amount, part in bright]
 
 
-def _defocused(layer: Layer, aperture: Aperture, softness: float, margin_px: int) -> Tensor:
+def _composites(
+    layers: Sequence[Layer], aperture: Aperture, parts: Sequence[Aperture], softness: float, margin_px: int
+) -> list[Tensor]:
+    """What each part of the aperture sees by itself."""
+    if not layers or layers[0].light.shape[1] != 3:
+        raise ValueError("layers: expected the farthest to have 3 channels, as it covers everything")
+    if not 0 <= margin_px < min(layers[0].light.shape[-2:]):
+        size = list(layers[0].light.shape[-2:])
+        raise ValueError(f"margin_px: expected 0 or more and less than the picture's {size}, got {margin_px}")
+    farthest, *nearer = layers
+    seen = _defocused(farthest, aperture, parts, softness, margin_px)
+    for layer in nearer:
+        lights = _defocused(layer, aperture, parts, softness, margin_px)
+        seen = [light[:, :3] + out * (1 - light[:, 3:]) for light, out in zip(lights, seen, strict=True)]
+    return seen
+
+
+def _defocused(
+    layer: Layer, aperture: Aperture, parts: Sequence[Aperture], softness: float, margin_px: int
+) -> list[Tensor]:
     if layer.radius_px is None:
-        return layer.light
+        return [layer.light] * len(parts)
     height, width = layer.light.shape[-2:]
     top, bottom = _margins(height, margin_px)
     left, right = _margins(width, margin_px)
     wide = F.pad(layer.light, (left, right, top, bottom), mode="reflect") if margin_px else layer.light
     blur = Blur(wide, aperture, softness, (height, width))
 
-    def blurred(radius_px: Tensor) -> Tensor:
-        return blur.by(radius_px)[..., top : top + height, left : left + width]
+    def blurred(radius_px: Tensor, part: Aperture) -> Tensor:
+        return blur.by(radius_px, part)[..., top : top + height, left : left + width]
 
     if layer.share is None:
-        return blurred(layer.radius_px)
-    out, nearer = layer.light, 0.0
+        return [blurred(layer.radius_px, part) for part in parts]
+    outs, nearer = [layer.light] * len(parts), 0.0
     for stop in STOPS:
         weight = ((layer.share[:, None] - nearer) / (stop - nearer)).clamp(0, 1)
-        out, nearer = out + (blurred(layer.radius_px * stop) - out) * weight, stop
-    return out
+        seen = [blurred(layer.radius_px * stop, part) for part in parts]
+        outs, nearer = [out + (one - out) * weight for one, out in zip(seen, outs, strict=True)], stop
+    return outs
 
 
 def _margins(size: int, margin_px: int) -> tuple[int, int]:
