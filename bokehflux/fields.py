@@ -11,11 +11,11 @@ import operator
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from bokehflux.aperture import aperture_text, parse_aperture
 from bokehflux.focus import parse_focus
-from bokehflux.lens import check_level
+from bokehflux.lens import Unify, check_level
 
 MAX_TARGETS = 1000
 Recipe = dict[str, Any]
@@ -89,6 +89,21 @@ def _weighted(value: Any) -> tuple[tuple[str, float], ...]:
     return tuple((_text(name), _number(strength)) for name, strength in pairs)
 
 
+def _pairs(value: Any) -> tuple[tuple[str, str], ...]:
+    if isinstance(value, str | bytes | Mapping):
+        raise TypeError
+    return tuple((_text(name), _text(other)) for name, other in value)
+
+
+def _one_of(*words: str) -> Kind:
+    def convert(value: Any) -> str:
+        if value not in words:
+            raise TypeError
+        return str(value)
+
+    return Kind(" or ".join(words), convert)
+
+
 def random_seed() -> int:
     """A seed that nobody has chosen, short enough to be typed again."""
     return secrets.randbits(32)
@@ -116,6 +131,9 @@ APERTURE = Kind(
     "an aperture, as `aperture.parse_aperture` reads it",
     lambda value: aperture_text(parse_aperture(_text(value))),
 )
+UNIFY = _one_of(*get_args(Unify))
+RENDERER = _one_of("layers", "scatter", "bokehme")
+PAIRS = Kind("pairs of text", _pairs)
 WEIGHTED = Kind("pairs of text and strength", _weighted)
 
 

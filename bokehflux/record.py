@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS, MAX_TXT_LENGTH, Defaults
 from bokehflux.fields import (
@@ -18,10 +18,13 @@ from bokehflux.fields import (
     LEVEL,
     LEVELS,
     NUMBER,
+    PAIRS,
     PHOTO_LEVEL,
+    RENDERER,
     SEED,
     SWITCH,
     TEXT,
+    UNIFY,
     WEIGHTED,
     WHOLE,
     Checked,
@@ -30,8 +33,11 @@ from bokehflux.fields import (
     random_seed,
     setting,
 )
+from bokehflux.lens import Unify
 
 DEFAULT_SEED = 65578
+DEFAULT_LEVELS = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
+"""Where a command shows the whole dial."""
 NEGATIVE_PROMPT = "bad quality, low resolution"
 """What the second pass steers away from when nothing else is said (published)."""
 MAX_PROMPT = 20_000
@@ -74,6 +80,9 @@ class Settings(Checked):
 
     Raises ValueError for values that no model could serve, so that they are found before one is loaded.
     """
+
+    command: ClassVar[str]
+    """The one that makes such pictures."""
 
     prompt: str = setting(dataclasses.MISSING, TEXT, help="what to show", metavar="TEXT")
     bokeh_targets: tuple[float, ...] | None = setting(
@@ -146,6 +155,16 @@ class Settings(Checked):
             width=(self.width or defaults.width_px) // 16 * 16,
         )
 
+    @property
+    def title(self) -> str:
+        return self.prompt
+
+    @property
+    def summary(self) -> str:
+        """How it was made, for the foot of a sheet."""
+        grounded = f", {self.num_grounding_steps} grounded" if self.makes_pivot else ""
+        return f"{self.num_inference_steps} steps{grounded} \u00b7 guidance {self.guidance_scale:g}"
+
     def numbers(self) -> Numbers:
         """The numbers of completed settings."""
         steps, grounded, height, width = (
@@ -190,6 +209,8 @@ class Settings(Checked):
 class GenerateSettings(Settings):
     """Pictures of a prompt, from noise."""
 
+    command: ClassVar = "generate"
+
     true_cfg: float = setting(
         1.0, NUMBER, least=1, metavar="X",
         help="above 1, each step has a second pass that steers away from --negative-prompt (default: off)",
@@ -214,6 +235,10 @@ class GenerateSettings(Settings):
         return complete if self.seed is not None else dataclasses.replace(complete, seed=random_seed())
 
     @property
+    def summary(self) -> str:
+        return f"{super().summary} \u00b7 seed {self.seed}"
+
+    @property
     def num_prompts(self) -> int:
         return 1 + (self.true_cfg > 1)
 
@@ -221,6 +246,8 @@ class GenerateSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class RefocusSettings(Settings):
     """A photograph at other levels. `bokeh_pivot` is the photograph's own."""
+
+    command: ClassVar = "refocus"
 
     bokeh_targets: tuple[float, ...] = setting(
         dataclasses.MISSING, LEVELS, metavar="LEVEL", decides=False,
@@ -240,6 +267,63 @@ class RefocusSettings(Settings):
     """The photograph's file name; None where it came from no file."""
     photo_hash: str | None = setting(None, TEXT)
     """The fingerprint of its file."""
+
+    @property
+    def summary(self) -> str:
+        return f"{super().summary} \u00b7 from {self.photo}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderSettings(LensSettings):
+    """A photograph with depth, blurred at levels. Files are named as they were given."""
+
+    command: ClassVar = "render"
+
+    bokeh_targets: tuple[float, ...] | None = setting(
+        None, LEVELS, metavar="LEVEL",
+        help="bokeh levels, 0 (all sharp) to 30 (default: the photograph's own by its EXIF data, else 0 to "
+             "30 in steps of 5)",
+    )  # fmt: skip
+    focus: str = setting(
+        "mask", FOCUS, metavar="WHAT",
+        help="what is sharp: a point X,Y in pixels, mask, a distance 2.5m, a range 2m-4m, or the plane "
+             "through three points X,Y/X,Y/X,Y (default: %(default)s)",
+    )  # fmt: skip
+    photo: str = setting(dataclasses.MISSING, TEXT)
+    depth: str = setting(
+        dataclasses.MISSING, TEXT, metavar="FILE",
+        help="distance of every pixel: metres in a .npy or .npz, or millimetres in a 16-bit .png",
+    )  # fmt: skip
+    mask: str | None = setting(
+        None, TEXT, metavar="FILE",
+        help="where the subject is: a .png, .npy or .npz; a soft one parts its rim from what lies behind",
+    )  # fmt: skip
+    unify: Unify = setting(
+        "raw", UNIFY, metavar="MEANING",
+        help="what a level multiplies: raw, disparity in 1/m as levels of photographs do, or range, "
+             "disparity over the picture's depth (default: %(default)s)",
+    )  # fmt: skip
+    renderer: str = setting(
+        "layers", RENDERER, metavar="NAME",
+        help="layers; bokehme, which needs --arnet and --iunet; or scatter, bokehme without them "
+             "(default: %(default)s)",
+    )  # fmt: skip
+    arnet: str | None = setting(None, TEXT, metavar="FILE", sparse=True, help="BokehMe's first network")
+    iunet: str | None = setting(None, TEXT, metavar="FILE", sparse=True, help="BokehMe's second network")
+    long_side: int = setting(
+        2048, WHOLE, least=64, most=MAX_SIDE_PX, metavar="PX",
+        help="larger photographs are scaled down to it first (default: %(default)s)",
+    )  # fmt: skip
+    file_hashes: tuple[tuple[str, str], ...] = setting((), PAIRS)
+    """Setting and fingerprint of each file."""
+
+    @property
+    def title(self) -> str:
+        return self.photo.replace("\\", "/").rpartition("/")[2]
+
+    @property
+    def summary(self) -> str:
+        return f"focus {self.focus} \u00b7 {self.aperture} \u00b7 {self.renderer}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +368,7 @@ class Provenance(Checked):
 class Record:
     """How a picture was made."""
 
-    settings: Settings
+    settings: Settings | RenderSettings
     provenance: Provenance
     role: str | None = None
     """"target", "pivot", or the view that shows several pictures ("sheet", "grid", "animation")."""
@@ -295,7 +379,9 @@ class Record:
     def from_recipe(cls, recipe: Mapping[str, Any]) -> Record:
         """Raises ValueError for a recipe that no run could have left. Keys that are not known are passed
         over."""
-        kind = RefocusSettings if "photo" in recipe else GenerateSettings
+        kind: type[Settings | RenderSettings] = RefocusSettings if "photo" in recipe else GenerateSettings
+        if "renderer" in recipe:
+            kind = RenderSettings
         settings, provenance = kind.from_recipe(recipe), Provenance.from_recipe(recipe)
         level = recipe.get("bokeh_level")
         return cls(
@@ -311,7 +397,10 @@ class Record:
 
     def recipe(self) -> Recipe:
         """As JSON, to be written into the picture."""
-        recipe = {**self.settings.recipe(), **self.provenance.recipe()}
+        made_by = self.provenance.recipe()
+        if isinstance(self.settings, RenderSettings):  # by no model
+            made_by = {name: value for name, value in made_by.items() if value not in (None, [])}
+        recipe = {**self.settings.recipe(), **made_by}
         if self.role is not None:
             recipe["role"] = self.role
         if self.role in ("target", "pivot"):

@@ -73,7 +73,7 @@ OWN_IN = {
     "metrics": LEAVES | {"rendering"},
     "pictures": LEAVES | {"fields", "record", "metrics", "pictures"},
     "photos": LEAVES | {"record", "pictures", "photos"},
-    "pipeline": LIBRARY | {"record", "pictures", "photos", "pipeline"},
+    "pipeline": LIBRARY | {"record", "pictures", "photos", "rendering", "pipeline"},
     "training": LIBRARY | {"rendering", "metrics", "training"},
     "nano": LIBRARY | {"rendering", "metrics", "training", "nano"},
     "evaluation": LIBRARY | {"record", "rendering", "metrics", "pictures", "pipeline", "nano", "evaluation"},

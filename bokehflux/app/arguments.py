@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from bokehflux.app import photos, train
-from bokehflux.fields import SEED
-from bokehflux.record import DEFAULT_SEED, GenerateSettings, RefocusSettings, Settings
+from bokehflux.fields import SEED, Checked
+from bokehflux.record import DEFAULT_SEED, GenerateSettings, RefocusSettings, RenderSettings
 from bokehflux.version import __version__
 
 if TYPE_CHECKING:
     from bokehflux.pipeline.run import Options
     from bokehflux.weights.find.resolve import ModelFiles
 
-Asked = TypeVar("Asked", bound=Settings)
+Asked = TypeVar("Asked", bound=Checked)
 TILING = {"auto": None, "on": True, "off": False}
 """--vae-tiling, as `run.Options` takes it."""
 
@@ -49,6 +49,11 @@ examples:
     "refocus": """\
 example:
   bokehflux refocus mug.jpg --prompt "a red mug on a table" --bokeh-targets 8 28
+""",
+    "render": """\
+examples:
+  bokehflux render mug.jpg --depth mug.depth.png --focus 420,310 --levels 0 10 20 30 --aperture polygon:6
+  bokehflux render mug.jpg --depth labels/maps/mug.jpg.npz --mask labels/maps/mug.jpg.npz
 """,
 }
 
@@ -111,6 +116,14 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     refocus.add_argument("photo", metavar="PHOTO", help="the photograph: PNG, JPEG, WebP or GIF")
     _settings_flags(refocus.add_argument_group("what to make"), RefocusSettings)
     _run_flags(refocus)
+
+    render = command("render", "blur a photograph whose depth is known, as a lens does")
+    render.add_argument("photo", metavar="PHOTO", nargs="?", help="the photograph: PNG, JPEG, WebP or GIF")
+    what = render.add_argument_group("what to make")
+    _settings_flags(what, RenderSettings)
+    _replay_flag(what)
+    what.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: %(default)s)")
+    _output_flags(render.add_argument_group("where pictures go"))
     photos.add_commands(command, _shard)
 
     info = command("info", "show how a picture was made")
@@ -133,8 +146,10 @@ def settings_from(args: argparse.Namespace, kind: type[Asked], **given: object) 
     """What the flags ask for; `given` stands in for flags. Raises ValueError as the settings do."""
     flags = {name: getattr(args, name) for name in kind.fields() if hasattr(args, name)}
     values = {name: value for name, value in {**flags, **given}.items() if value is not None}
-    if "prompt" not in values:
-        raise ValueError("a prompt is needed: --prompt TEXT")
+    for name, field in kind.fields().items():
+        if field.default is dataclasses.MISSING and name not in values:
+            flag = f"--{name} {field.metadata['metavar']}" if field.metadata["help"] else name.upper()
+            raise ValueError(f"a {name} is needed: {flag}")
     return kind(**values)
 
 
@@ -219,7 +234,7 @@ class _Anew(argparse.Action):
 
 
 def _settings_flags(
-    parser: argparse._ActionsContainer, kind: type[Settings], without: Sequence[str] = ()
+    parser: argparse._ActionsContainer, kind: type[Checked], without: Sequence[str] = ()
 ) -> None:
     """A flag for every setting that has a help text."""
     for name, field in kind.fields().items():
@@ -227,7 +242,7 @@ def _settings_flags(
             _settings_flag(parser, kind, name)
 
 
-def _settings_flag(parser: argparse._ActionsContainer, kind: type[Settings], name: str) -> None:
+def _settings_flag(parser: argparse._ActionsContainer, kind: type[Checked], name: str) -> None:
     field = kind.fields()[name]
     about, default = field.metadata, field.default
     one, many = about["kind"].parse, about["kind"].many
@@ -255,16 +270,21 @@ class _Words:
 
 def _watching_flags(parser: argparse.ArgumentParser) -> None:
     """What can be seen of a run from noise, and from which picture its settings come."""
-    add = parser.add_argument_group("what to see meanwhile, and what to make again").add_argument
+    group = parser.add_argument_group("what to see meanwhile, and what to make again")
+    add = group.add_argument
     # fmt: off
     add("--preview", metavar="FILE", help="a small picture that is written again and again meanwhile")
     add("--preview-every", type=int, default=1, metavar="K",
         help="steps between previews (default: %(default)s)")
     add("--preview-vae", metavar="PATH",
         help="TAEF1's file or folder, for previews with detail (default: a map of colours)")
-    add("--config-from", metavar="IMAGE",
-        help="make this picture again; flags that are given as well take precedence")
     # fmt: on
+    _replay_flag(group)
+
+
+def _replay_flag(parser: argparse._ActionsContainer) -> None:
+    about = "make this picture again; flags that are given as well take precedence"
+    parser.add_argument("--config-from", metavar="IMAGE", help=about)
 
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
@@ -298,13 +318,20 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add("--compute", choices=("dtype", "fp8"), default="dtype",
         help="fp8: the transformer's products in e4m3, faster and in half the memory on Ada and Hopper GPUs, "
              "and a slightly different picture; on a CPU slower (default: %(default)s)")
-    add = parser.add_argument_group("where pictures go").add_argument
-    add("--output", "--output-dir", "--results-dir", default="results", metavar="FOLDER",
-        help="where to put pictures; those of earlier runs are kept (default: %(default)s)")
-    add("--format", choices=("png", "jpeg", "webp"), default="png",
-        help="of the pictures; webp is lossless (default: %(default)s)")
+    group = parser.add_argument_group("where pictures go")
+    _output_flags(group)
+    add = group.add_argument
     add("--c2pa", nargs=2, metavar=("CERTS", "KEY"),
         help="sign pictures with Content Credentials: a chain of certificates and a private key, both PEM")
+    # fmt: on
+
+
+def _output_flags(parser: argparse._ActionsContainer) -> None:
+    # fmt: off
+    parser.add_argument("--output", "--output-dir", "--results-dir", default="results", metavar="FOLDER",
+        help="where to put pictures; those of earlier runs are kept (default: %(default)s)")
+    parser.add_argument("--format", choices=("png", "jpeg", "webp"), default="png",
+        help="of the pictures; webp is lossless (default: %(default)s)")
     # fmt: on
 
 

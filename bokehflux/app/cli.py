@@ -24,7 +24,15 @@ from bokehflux.app import photos
 from bokehflux.app import train as training
 from bokehflux.app.arguments import loras_from, model_from, options_from, parse, settings_from
 from bokehflux.app.terminal import plain, prepare, say, show, show_files
-from bokehflux.record import NEGATIVE_PROMPT, GenerateSettings, RefocusSettings, Settings
+from bokehflux.fields import Recipe
+from bokehflux.record import (
+    DEFAULT_LEVELS,
+    NEGATIVE_PROMPT,
+    GenerateSettings,
+    RefocusSettings,
+    RenderSettings,
+    Settings,
+)
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 if TYPE_CHECKING:
@@ -101,7 +109,7 @@ def sweep(args: argparse.Namespace) -> int:
         args,
         GenerateSettings,
         prompt=lines[0]["prompt"],
-        bokeh_targets=sweeps.LEVELS if args.bokeh_targets is None else args.bokeh_targets,
+        bokeh_targets=DEFAULT_LEVELS if args.bokeh_targets is None else args.bokeh_targets,
         bokeh_pivot=sweeps.PIVOT if args.bokeh_pivot is None else args.bokeh_pivot,
         seed=args.seeds[0],
     )
@@ -145,9 +153,7 @@ def sweep(args: argparse.Namespace) -> int:
 
 def refocus(args: argparse.Namespace) -> int:
     """A photograph at other levels, and a contact sheet; prints their paths."""
-    from bokehflux.app.sweep import LEVELS
-
-    levels = LEVELS if args.bokeh_targets is None else args.bokeh_targets
+    levels = DEFAULT_LEVELS if args.bokeh_targets is None else args.bokeh_targets
     if args.bokeh_pivot == "auto":
         args.bokeh_pivot = photos.photo_level_of(Path(args.photo))
     settings = settings_from(args, RefocusSettings, bokeh_targets=levels, photo=None)
@@ -162,6 +168,45 @@ def refocus(args: argparse.Namespace) -> int:
     scene, _, stop = _make(args, watched, plan_refocus(pipe, photo.image, settings))
     if stop is not None:
         kept = f"{len(scene.targets)} of {len(levels)} pictures are finished and kept in {args.output}"
+        raise Interrupted(f"; {kept}") from stop
+    return 0
+
+
+def render(args: argparse.Namespace) -> int:
+    """A photograph with depth at bokeh levels, and a contact sheet; prints their paths."""
+    settings = settings_from(args, RenderSettings)
+    from bokehflux.app.replay import use_threads_of, warn_of_differences
+    from bokehflux.app.watched import Interrupted
+    from bokehflux.pictures.series import Scene
+    from bokehflux.pipeline.load import pick_device
+    from bokehflux.pipeline.progress import Progress
+    from bokehflux.pipeline.render import open_rendering
+
+    if args.config_from is not None:
+        use_threads_of(args.config_from)
+    rendering = open_rendering(settings, pick_device(args.device))
+    record, levels = rendering.record, rendering.levels
+    if args.config_from is not None:
+        warn_of_differences(args.config_from, record.provenance, rendering.settings.file_hashes)
+    if args.bokeh_targets is None:
+        own = rendering.own_level
+        told = "its EXIF data tells no level" if own is None else f"level {own:.1f}, by its EXIF data"
+        say(f"{plain(record.settings.title)}: {told}")
+    _check_room(args, [record.recipe()], 6 * len(levels) * rendering.lens.blur.numel())
+    progress, images, stop = Progress.for_people(), [], None
+    try:
+        for number, level in enumerate(levels):
+            progress.show("rendering", number, len(levels))
+            images.append(rendering.picture(level))
+    except KeyboardInterrupt as pressed:
+        if not images:
+            raise Interrupted("; no picture is finished") from pressed
+        stop = pressed
+    finally:
+        progress.end()
+    _, stop = _keep(args, Scene.of(record, images), stop)
+    if stop is not None:
+        kept = f"{len(images)} of {len(levels)} pictures are finished and kept in {args.output}"
         raise Interrupted(f"; {kept}") from stop
     return 0
 
@@ -205,9 +250,9 @@ def fetch(args: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "generate": generate, "sweep": sweep, "refocus": refocus, "info": info, "exif": photos.exif,
-    "annotate": photos.annotate, "train": training.train, "doctor": doctor, "inspect": inspect,
-    "fetch": fetch,
+    "generate": generate, "sweep": sweep, "refocus": refocus, "render": render, "info": info,
+    "exif": photos.exif, "annotate": photos.annotate, "train": training.train, "doctor": doctor,
+    "inspect": inspect, "fetch": fetch,
 }  # fmt: skip
 
 
@@ -219,25 +264,32 @@ def _said(error: Exception) -> str:
 
 def _checked(args: argparse.Namespace, asked: Sequence[Settings]) -> Options:
     """How runs are carried out, once all is refused that would fail after minutes of loading."""
+    loras_from(args)
+    # Three bytes a pixel, and as much again for sheets and views: no format of ours takes more.
+    pixels = sum(one.num_rows * (one.height or 512) * (one.width or 512) for one in asked)
+    num_bytes = 6 * pixels
+    for name in ("model", "adapter", "vae", "clip", "t5", "tokenizers"):
+        if getattr(args, name) == "":
+            raise ValueError(f"--{name} is empty: give a path, or leave it out")
+    options = options_from(args)
+    _signer(args)
+    _check_room(args, [one.recipe() for one in asked], num_bytes)
+    return options
+
+
+def _check_room(args: argparse.Namespace, recipes: Sequence[Recipe], num_bytes: int) -> None:
+    """Raises ValueError unless pictures with these recipes can be written."""
     from PIL import Image
 
     from bokehflux.pictures.files import check_folder
     from bokehflux.pictures.metadata import encode
 
-    loras_from(args)
-    # Three bytes a pixel, and as much again for sheets and views: no format of ours takes more.
-    pixels = sum(one.num_rows * (one.height or 512) * (one.width or 512) for one in asked)
-    num_bytes = 6 * pixels
-    for name in ("model", "adapter", "vae", "clip", "t5", "tokenizers", "output"):
-        if getattr(args, name) == "":
-            raise ValueError(f"--{name} is empty: give a path, or leave it out")
-    options = options_from(args)
-    _signer(args)
+    if args.output == "":
+        raise ValueError("--output is empty: give a path, or leave it out")
     if args.format == "jpeg":  # the one format that has no room for every recipe
-        for one in asked:
-            encode(Image.new("RGB", (16, 16)), one.recipe(), args.format)
+        for recipe in recipes:
+            encode(Image.new("RGB", (16, 16)), recipe, args.format)
     check_folder(Path(args.output), num_bytes)
-    return options
 
 
 def _preview(args: argparse.Namespace) -> PreviewFile | None:
@@ -303,8 +355,6 @@ def _make(
     args: argparse.Namespace, watched: Watched, plan: Plan
 ) -> tuple[Scene, list[Path], KeyboardInterrupt | None]:
     """Run a plan and write what it made, even where Ctrl-C ended it early; prints the paths."""
-    from bokehflux.pictures.files import save_pictures, uninterrupted
-    from bokehflux.pictures.series import Scene
     from bokehflux.pipeline.run import Stopped
 
     stop: KeyboardInterrupt | None = None
@@ -312,21 +362,29 @@ def _make(
         result = watched.run(plan)
     except Stopped as stopped:
         result, stop = stopped.result, stopped
+    scene = result.scene()
+    return scene, *_keep(args, scene, stop)
+
+
+def _keep(
+    args: argparse.Namespace, scene: Scene, stop: KeyboardInterrupt | None
+) -> tuple[list[Path], KeyboardInterrupt | None]:
+    """Write the pictures, and the sheet where nothing stopped them; prints the paths."""
+    from bokehflux.pictures.files import save_pictures, uninterrupted
+
     try:
         with uninterrupted():
-            scene = Scene.of(result.record, result.images, result.pivot_image)
             views = [] if stop else [scene.sheet()]
-            pictures = [*scene.pictures(), *views]
-            paths = save_pictures(pictures, Path(args.output), args.format, _signer(args))
+            paths = save_pictures([*scene.pictures(), *views], Path(args.output), args.format, _signer(args))
             show_files(paths)
     except KeyboardInterrupt as pressed:
         stop = stop or pressed
-    return scene, paths, stop
+    return paths, stop
 
 
 def _signer(args: argparse.Namespace) -> Sign | None:
     """What signs the pictures. Raises ValueError for certificates or a key that do not serve."""
-    if args.c2pa is None:
+    if getattr(args, "c2pa", None) is None:  # render has no such flag: its pictures are photographs
         return None
     from bokehflux.pictures.credentials import signer
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.record import MAX_THREADS, GenerateSettings, Provenance, Record
+from bokehflux.record import MAX_THREADS, GenerateSettings, Provenance, Record, RenderSettings
 
 logger = logging.getLogger(__name__)
 
@@ -19,20 +19,21 @@ MODEL_FLAGS = (
 
 
 def defaults_from(image: str, command: str) -> dict[str, Any]:
-    """Defaults for the flags of a command ("generate" or "sweep") that make the batch of `image` again.
+    """Defaults for the flags of a command ("generate", "sweep" or "render") that make `image`'s batch again.
 
     Raises ValueError (NoRecipe) when the file holds no recipe, or one that no run could have had.
     """
     record = read_record(image)
-    if not isinstance(record.settings, GenerateSettings):
-        photo = str(read_recipe(image).get("photo"))[:80]
+    settings, facts = record.settings, record.provenance.recipe()
+    if command == "render" and isinstance(settings, RenderSettings):
+        return {**settings.recipe(), "device": facts["device"]}
+    if command == "render" or not isinstance(settings, GenerateSettings):
         raise ValueError(
-            f"{image} was made from the photograph {photo}: `bokehflux refocus` makes it again, and "
-            "`bokehflux info` shows its settings"
+            f"{image} was made by `bokehflux {settings.command}`, which makes it again; `bokehflux info` "
+            "shows its settings"
         )
-    facts = record.provenance.recipe()
     values = {name: facts[name] for name in MODEL_FLAGS if facts.get(name) is not None}
-    values |= record.settings.with_open_grounding().recipe()
+    values |= settings.with_open_grounding().recipe()
     if command == "sweep":
         values["seeds"] = [values.pop("seed")]
     return values
@@ -52,15 +53,17 @@ def use_threads_of(image: str) -> None:
         torch.set_num_threads(count)
 
 
-def warn_of_differences(image: str, here: Provenance) -> None:
-    """Say what will keep the picture from coming out bit by bit the same, if anything will."""
+def warn_of_differences(image: str, here: Provenance, files: Sequence[tuple[str, str]] = ()) -> None:
+    """Say what will keep the picture from coming out bit by bit the same, if anything will.
+
+    files: setting and fingerprint of each, as `RenderSettings.file_hashes`.
+    """
     recipe: Mapping[str, Any] = read_recipe(image)
-    for name, value in here.marked("matters").items():
-        if name in recipe and recipe[name] != value:
+    facts = {name: (recipe[name], value) for name, value in here.marked("matters").items() if name in recipe}
+    before = dict(recipe.get("file_hashes", ()))
+    facts |= {f"the {name}": (before[name], value) for name, value in files if name in before}
+    for name, (then, now) in facts.items():
+        if then != now:
             logger.warning(
-                "%s was made with %s %s, here it is %s: the picture may differ",
-                image,
-                name,
-                recipe[name],
-                value,
+                "%s was made with %s %s, here it is %s: the picture may differ", image, name, then, now
             )

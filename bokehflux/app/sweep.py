@@ -29,11 +29,10 @@ from bokehflux.pictures.sheet import Tile, contact_sheet, up_and_down
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.pipeline.run import Result, Stopped
-from bokehflux.record import GenerateSettings, Record
+from bokehflux.record import DEFAULT_LEVELS, GenerateSettings, Record
 
 logger = logging.getLogger(__name__)
 
-LEVELS = (0.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0)
 PIVOT = 15.0
 PAGE, GRID = "index{}.html", "grid{}.png"
 SCENES_PER_PAGE = 20
@@ -102,7 +101,7 @@ def _line_settings(line: str) -> dict[str, Any]:
         raise ValueError(
             f"unknown settings {', '.join(unknown)}; expected {', '.join(GenerateSettings.fields())}"
         )
-    GenerateSettings(**{"prompt": None, "bokeh_targets": LEVELS, **found})  # type: ignore[arg-type]
+    GenerateSettings(**{"prompt": None, "bokeh_targets": DEFAULT_LEVELS, **found})  # type: ignore[arg-type]
     return found
 
 
@@ -117,7 +116,7 @@ def grid(
     for line in asked:
         for seed in [line["seed"]] if "seed" in line else dict.fromkeys(seeds):
             settings = dataclasses.replace(base, **{**line, "seed": seed})
-            levels = tuple(sorted(set(settings.bokeh_targets or LEVELS)))
+            levels = tuple(sorted(set(settings.bokeh_targets or DEFAULT_LEVELS)))
             made.append(dataclasses.replace(settings, bokeh_targets=levels))
     return made
 
@@ -299,7 +298,7 @@ def _views(scene: Scene, folder: Path) -> list[Path]:
 def _grid_sheet(scenes: Sequence[Scene], page: str) -> bytes:
     """Scenes below each other, levels side by side; numbered as in the page of this name."""
     rows = [scene.tiles() for scene in scenes]
-    prompts = {scene.record.settings.prompt for scene in scenes}
+    prompts = {scene.record.settings.title for scene in scenes}
     tiles = [
         dataclasses.replace(tile, label=f"{number}: {tile.label}")
         for number, row in enumerate(rows, 1)

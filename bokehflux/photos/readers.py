@@ -406,6 +406,14 @@ def _opened(read: Callable[[], bytes], path: Path) -> Callable[[], bytes]:
     return opened
 
 
+def read_map(path: Path, kind: Kind) -> NDArray[np.float32]:
+    """[H, W] of a file: metres, or a mask from 0 to 1. Raises ValueError for one that cannot be read."""
+    if not path.is_file():
+        there = "it is not a regular file" if path.exists() else "it is not there"
+        raise ValueError(f"cannot read the {kind} {path}: {there}")
+    return _map_reader(path.read_bytes, str(path), kind)()
+
+
 def _map_reader(read: Callable[[], bytes], name: str, kind: Kind) -> Callable[[], NDArray[np.float32]]:
     """What reads a depth map or mask: an array (in .npz under its kind's name), or a PNG of whole numbers."""
 

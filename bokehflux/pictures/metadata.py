@@ -1,4 +1,4 @@
-"""The recipe inside a picture: files that say how they were made, and that AI made them.
+"""The recipe inside a picture: files that say how they were made, and that AI made them, where it did.
 
 The recipe is a JSON object. It is written twice, because tools that keep one drop the other: as text (PNG
 `tEXt` chunk "bokehflux", GIF comment) and as EXIF `UserComment`. EXIF `Software` and `ImageDescription` and
@@ -25,6 +25,8 @@ FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 """Names of still formats on the command line, and Pillow's."""
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+RENDERED_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/algorithmicallyEnhanced"
+"""A photograph that `bokehflux render` blurred; its recipe says by which renderer."""
 _DESCRIPTION, _SOFTWARE, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x0131, 0x8769, 0x9286
 _ASCII = b"ASCII\0\0\0"
 READABLE = ("PNG", "JPEG", "WEBP", "GIF")
@@ -130,12 +132,15 @@ def _json(text: object) -> object:
 
 
 def _software(recipe: dict[str, Any]) -> str:
-    return f"bokehflux {recipe.get('version', '')} (AI generated)".replace("  ", " ")
+    mark = "" if "renderer" in recipe else " (AI generated)"
+    return f"bokehflux {recipe.get('version', '')}".rstrip() + mark
 
 
 def _exif(recipe: dict[str, Any]) -> Image.Exif:
     exif = Image.Exif()
     exif[_DESCRIPTION] = "AI-generated picture, made by a diffusion model"
+    if "renderer" in recipe:
+        exif[_DESCRIPTION] = "Photograph, blurred by its depth"
     exif[_SOFTWARE] = _software(recipe)
     # json.dumps writes ASCII only, so the one character code that every reader knows will do.
     exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = _ASCII + json.dumps(recipe).encode("ascii")
@@ -143,12 +148,13 @@ def _exif(recipe: dict[str, Any]) -> Image.Exif:
 
 
 def _xmp(recipe: dict[str, Any]) -> bytes:
+    source = RENDERED_TYPE if "renderer" in recipe else SOURCE_TYPE
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
         '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
         '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
         'xmlns:xmp="http://ns.adobe.com/xap/1.0/" '
-        f'Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}" xmp:CreatorTool="{_attribute(_software(recipe))}"/>'
+        f'Iptc4xmpExt:DigitalSourceType="{source}" xmp:CreatorTool="{_attribute(_software(recipe))}"/>'
         '</rdf:RDF></x:xmpmeta><?xpacket end="r"?>'
     ).encode()
 

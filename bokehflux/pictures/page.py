@@ -75,7 +75,7 @@ def page(scenes: Sequence[Scene], names: Sequence[str] = ()) -> str:
     parts = {
         "POLICY": "; ".join(f"{kind} {source}" for kind, source in policy.items()),
         "SCENES": html.escape(" ".join(names)),
-        "TITLE": html.escape(str(scenes[0].record.settings.prompt)[:80]),
+        "TITLE": html.escape(str(scenes[0].record.settings.title)[:80]),
         "SOURCE_TYPE": metadata.SOURCE_TYPE,
         "STYLE": style,
         "SCRIPT": script,
@@ -153,7 +153,7 @@ def _scene(scene: Scene, name: str, embeds: bool) -> dict[str, Any]:
     shown.sort(key=lambda each: each["level"])
     points = [(each["level"], each["sharpness"]) for each in shown]
     return {
-        "prompt": scene.record.settings.prompt,
+        "prompt": scene.record.settings.title,
         "footer": scene.footer(),
         "shots": shown,
         "pivot": pivot,

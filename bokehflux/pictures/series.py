@@ -13,7 +13,7 @@ from PIL import Image
 from bokehflux.fields import Recipe
 from bokehflux.pictures.files import Picture, distinct, level_stem
 from bokehflux.pictures.sheet import Tile, contact_sheet
-from bokehflux.record import GenerateSettings, Record, RefocusSettings
+from bokehflux.record import Record, RefocusSettings, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,10 @@ class Scene:
         """What a run made: a picture for each of its first targets, and its pivot or photograph."""
         levels: Sequence[float | None] = record.settings.bokeh_targets or [None]
         shots = [Shot(level=lv, image=img) for lv, img in zip(levels[: len(images)], images, strict=True)]
-        pivot = None
-        if pivot_image is not None:
-            pivot = Shot(
-                level=record.settings.bokeh_pivot,
-                image=pivot_image,
-                is_pivot=True,
-                is_photo=isinstance(record.settings, RefocusSettings),
-            )
+        pivot, settings = None, record.settings
+        if pivot_image is not None and isinstance(settings, Settings):
+            is_photo = isinstance(settings, RefocusSettings)
+            pivot = Shot(level=settings.bokeh_pivot, image=pivot_image, is_pivot=True, is_photo=is_photo)
         return cls(record=record, targets=tuple(shots), pivot=pivot)
 
     @property
@@ -101,22 +97,13 @@ class Scene:
         return tiles
 
     def sheet(self) -> Picture:
-        image = contact_sheet(self.tiles(), self.record.settings.prompt, self.footer())
+        image = contact_sheet(self.tiles(), self.record.settings.title, self.footer())
         return Picture(stem="sheet", image=image, recipe=self.record.of("sheet").recipe())
 
     def footer(self) -> str:
         """What made the scene, in one line."""
-        settings = self.record.settings
-        grounded = f", {settings.num_grounding_steps} grounded" if self.pivot is not None else ""
-        source = f"from {settings.photo}" if isinstance(settings, RefocusSettings) else ""
-        return " \u00b7 ".join(
-            (
-                Path(self.record.provenance.model or "").name,
-                f"{settings.num_inference_steps} steps{grounded}",
-                f"guidance {settings.guidance_scale:g}",
-                f"seed {settings.seed}" if isinstance(settings, GenerateSettings) else source,
-            )
-        )
+        model = Path(self.record.provenance.model or "").name
+        return " \u00b7 ".join(filter(None, (model, self.record.settings.summary)))
 
     def merged(self, others: Sequence[Shot], pivot: Shot | None) -> Scene:
         """With pictures made earlier, all targets in ascending order."""

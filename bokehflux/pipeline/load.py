@@ -68,7 +68,7 @@ def load(
     Raises ValueError (`CheckpointError` for files) with everything that is wrong in one message, and
     MemoryError with what would fit.
     """
-    where = _device(device)
+    where = pick_device(device)
     kind = _dtype(dtype, where)
     if compute not in get_args(Compute):
         raise ValueError(f"unknown compute {compute!r}: expected one of {get_args(Compute)}")
@@ -124,7 +124,7 @@ def check_all(found: Snapshot, asked: Sequence[Settings]) -> None:
         settings.completed(found.defaults)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")

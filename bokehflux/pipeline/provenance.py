@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,8 @@ def provenance_of(model: Model, backend: str = "auto") -> Provenance:
     """What makes the pictures of this model now. backend: of attention, as in `run.Options`."""
     source, device = model.source, model.device
     model_hash, adapter_hash, lora_hashes = source.hashes
-    return Provenance(
+    return dataclasses.replace(
+        provenance_here(device),
         model=source.model,
         adapter=source.adapter,
         loras=source.loras,
@@ -89,18 +91,24 @@ def provenance_of(model: Model, backend: str = "auto") -> Provenance:
         lora_hashes=lora_hashes,
         dtype=str(model.dtype).removeprefix("torch."),
         compute=model.compute,
-        device=device.type,
-        device_name=device_name(device),
-        threads=torch.get_num_threads() if device.type == "cpu" else None,
-        torch=torch.__version__,
-        triton=_triton_version() if device.type == "cuda" else None,
-        version=__version__,
         attention=attention(model, backend),
         memory=model.memory.mode,
         vae=source.parts.get("vae"),
         clip=source.parts.get("clip"),
         t5=source.parts.get("t5"),
         tokenizers=source.parts.get("tokenizers"),
+    )
+
+
+def provenance_here(device: torch.device) -> Provenance:
+    """Where pictures are made now."""
+    return Provenance(
+        device=device.type,
+        device_name=device_name(device),
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        torch=torch.__version__,
+        triton=_triton_version() if device.type == "cuda" else None,
+        version=__version__,
     )
 
 

@@ -114,7 +114,7 @@ def _parted(light: Tensor, colors: Tensor, planes: list[_Plane], rims: Rims) -> 
         return which, colors.gather(0, which.expand(1, *light.shape))[0]
 
     (front_is, front), (back_is, back) = surface(rims.front), surface(rims.back)
-    share = share_by_color(light, front, back) if rims.share is None else rims.share
+    share = torch.where(rims.share.isnan(), share_by_color(light, front, back), rims.share)
     number = torch.arange(len(planes), device=light.device).view(-1, 1, 1, 1, 1)
     mostly_front = share >= 0.5
     colors = torch.where(

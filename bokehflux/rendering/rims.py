@@ -12,6 +12,8 @@ from .fill import fill
 
 JUMP_PX = 2.0
 """Neighbours whose radii differ by more lie on two surfaces, and each may show a bit of both."""
+NEAR_PX = 2
+"""So close to the soft rim of a matte, it tells all there is to tell."""
 SURE = 0.02
 """A matte this close to 0 or 1 says that a pixel shows one surface alone."""
 
@@ -25,24 +27,37 @@ class Rims(NamedTuple):
     """Radius of the nearer surface."""
     back: Tensor
     """Radius of the farther one."""
-    share: Tensor | None
-    """What of a pixel the nearer surface covers, 0 ... 1; None: colours must tell."""
+    share: Tensor
+    """What of a pixel the nearer surface covers, 0 ... 1; NaN: colours must tell."""
 
 
 def rims_of_depth(radius: Tensor) -> Rims:
     """Where radii jump, one pixel to each side."""
     front, back = F.max_pool2d(radius, 3, 1, 1), -F.max_pool2d(-radius, 3, 1, 1)
     there = front - back > JUMP_PX
-    return Rims(there, torch.where(there, front, radius), torch.where(there, back, radius), None)
+    unknown = torch.full_like(radius, torch.nan)
+    return Rims(there, torch.where(there, front, radius), torch.where(there, back, radius), unknown)
 
 
 def rims_of_matte(radius: Tensor, matte: Tensor) -> Rims:
-    """Where a matte is soft: in front lies what goes on from where it is 1, behind what goes on from 0."""
+    """Where a matte is soft: in front lies what goes on from where it is 1, behind what goes on from 0.
+
+    Elsewhere, where radii jump: a matte knows the rim of the subject alone.
+    """
     there = (matte > SURE) & (matte < 1 - SURE)
     in_front = matte >= matte.max().clamp(max=1 - SURE)  # the surest there is, where none is sure
     behind = matte <= matte.min().clamp(min=SURE)
     front, back = fill(radius, in_front.to(radius)), fill(radius, behind.to(radius))
-    return Rims(there, torch.where(there, front, radius), torch.where(there, back, radius), matte)
+    others = rims_of_depth(radius)
+    near = F.max_pool2d(there.to(radius), 2 * NEAR_PX + 1, 1, NEAR_PX) > 0
+    front, back = torch.where(there, front, others.front), torch.where(there, back, others.back)
+    beside = near & ~there
+    return Rims(
+        there | (others.there & ~near),
+        torch.where(beside, radius, front),
+        torch.where(beside, radius, back),
+        torch.where(near, matte, torch.nan),
+    )
 
 
 def share_by_color(light: Tensor, front: Tensor, back: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ def test_flags_of_fetch_change_what_is_asked_for(monkeypatch: pytest.MonkeyPatch
     assert asked == [plain, plain | changed[flag]]
 
 
-OTHERS = ["info", "doctor", "inspect", "fetch", "exif", "annotate", "train"]
+OTHERS = ["render", "info", "doctor", "inspect", "fetch", "exif", "annotate", "train"]
 
 
 def test_no_command_is_left_out_here() -> None:
@@ -249,6 +249,7 @@ def test_the_other_commands_have_no_other_flags(command: str) -> None:
     own = {
         "train": {"--config", "--output", "--resume", "--dry-run", "--device"},
         "fetch": set(FETCH), "info": {"--json"}, "exif": {"--focus-distance", "--short-side", "--json"},
+        "render": flags,  # tests/unit/test_render.py
         "annotate": {"--output", "--depth", "--depth-kind", "--mask", "--mask-kind", "--focus-source",
                      "--exif", "--long-side", "--shard", "--device"},
     }  # fmt: skip

@@ -197,6 +197,23 @@ def test_a_matte_parts_what_one_pixel_shows() -> None:
         psnr(blur_photo(flat, radius, matte=matte)[None], truth[None]).item() for matte in (None, cover[3])
     ]
     assert errors[1] > errors[0] + 3
+    hard = (cover[3] > 0.5).float()
+    assert torch.equal(blur_photo(flat, radius, matte=hard), blur_photo(flat, radius)), "knows no more"
+
+
+def test_a_matte_leaves_other_rims_to_the_colours() -> None:
+    """Two subjects, and a matte of one."""
+    wall, first, second = 0.2 * texture(0), blob(1, 28, 48, 14), blob(2, 70, 48, 14)
+    cover = F.avg_pool2d(first[None], 5, 1, 2)[0]
+    truth = rendered([(wall, -9.0), (second, 0.0), (cover, 0.0)]).clamp(0, 1) ** (1 / GAMMA)
+    flat = second[:3] + wall * (1 - second[3:])
+    flat = (cover[:3] + flat * (1 - cover[3:])) ** (1 / GAMMA)
+    radius = torch.where((cover[3] > 0.5) | (second[3] > 0.5), 0.0, -9.0)
+    by_color, by_matte = ((blur_photo(flat, radius, matte=matte) - truth).abs() for matte in (None, cover[3]))
+    assert torch.equal(by_color[..., 52:], by_matte[..., 52:]) or (
+        by_matte[..., 52:].mean() < 1.05 * by_color[..., 52:].mean()
+    )
+    assert by_matte[..., :48].mean() < 0.8 * by_color[..., :48].mean()
 
 
 def test_a_matte_of_a_subject_behind_everything() -> None:

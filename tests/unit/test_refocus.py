@@ -203,7 +203,7 @@ def test_the_command(capsys: pytest.CaptureFixture) -> None:
     recipe = read_recipe(paths[1])
     assert (recipe["photo"], recipe["bokeh_pivot"], recipe["bokeh_level"]) == ("mug.jpg", 4.0, 20.0)
     assert cli.main(["generate", "--config-from", paths[0]]) == 2
-    assert "was made from the photograph mug.jpg" in capsys.readouterr().err
+    assert "was made by `bokehflux refocus`, which makes it again" in capsys.readouterr().err
     for wrong, says in (
         (["refocus", "none.jpg", "--prompt", "a"], "cannot read the photograph none.jpg: it is not there"),
         (["refocus", "mug.jpg"], "a prompt is needed"),

@@ -1,0 +1,155 @@
+"""A photograph with depth through a lens: from files to pictures at the levels asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from bokehflux.aperture import Aperture, Picture, parse_aperture
+from bokehflux.fingerprint import fingerprint
+from bokehflux.focus import Subject, parse_focus
+from bokehflux.lens import MAX_LEVEL, TRAINING_SIDE_PX
+from bokehflux.photos.exif import photo_level
+from bokehflux.photos.read import Photo, read_photo, turned
+from bokehflux.photos.readers import Kind, read_map
+from bokehflux.pipeline.provenance import provenance_here
+from bokehflux.record import DEFAULT_LEVELS, Record, RenderSettings
+from bokehflux.rendering import bokehme
+from bokehflux.rendering.bokehme_networks import Networks, load_networks
+from bokehflux.rendering.lens_map import LensMap
+from bokehflux.rendering.photo import GAMMA, blur_photo
+
+FILES = ("photo", "depth", "mask", "arnet", "iunet")
+"""Settings that name files."""
+Blur = Callable[[Tensor], Tensor]
+"""Radii [H, W] -> the picture [3, H, W], blurred by them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """A photograph that is ready to be blurred."""
+
+    settings: RenderSettings
+    """Complete."""
+    device: torch.device
+    lens: LensMap
+    blur: Blur
+    own_level: float | None
+    """The photograph's, in the meaning that the settings ask for; None where its EXIF data does not tell."""
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return self.settings.bokeh_targets or ()
+
+    @property
+    def record(self) -> Record:
+        return Record(settings=self.settings, provenance=provenance_here(self.device))
+
+    @torch.inference_mode()
+    def picture(self, level: float) -> Image.Image:
+        """Raises ValueError for a level outside 0 to 30."""
+        out = self.blur(self.lens.radius_px(level))
+        return Image.fromarray((out.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+
+
+def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
+    """Reads all files. Raises ValueError for those that cannot be used, or do not belong together."""
+    photo = read_photo(Path(asked.photo))
+    width, height = photo.image.size
+    lens = LensMap.from_depth(_map(asked.depth, "depth", photo).to(device), asked.unify)
+    lens = lens.resized(height, width)
+    matte, focus = None, parse_focus(asked.focus)
+    if asked.mask is not None:
+        matte = _resized(_map(asked.mask, "mask", photo).to(device), height, width)
+    elif isinstance(focus, Subject):
+        raise ValueError("say what is in focus: --focus X,Y or --focus 2.5m, or --mask with the subject's")
+    lens = lens.focused_at(focus, None if matte is None else matte > 0.5)
+
+    image, scale = photo.image, min(1.0, asked.long_side / max(photo.image.size))
+    if scale < 1:
+        image = image.resize((round(scale * width), round(scale * height)), Image.Resampling.LANCZOS)
+        lens = lens.resized(image.height, image.width)
+        matte = None if matte is None else _resized(matte, image.height, image.width)
+    own = photo_level(photo.exif, width, height).K_px_m_short_side
+    assert lens.px_m is not None
+    if own is not None:  # a radius by 1/m, in the map's own units
+        own = round(min(own * min(image.size) / TRAINING_SIDE_PX / lens.px_m, MAX_LEVEL), 1)
+    levels = asked.bokeh_targets or (DEFAULT_LEVELS if own is None else (own,))
+    files = {name: path for name in FILES if (path := getattr(asked, name)) is not None}
+    aperture = parse_aperture(asked.aperture)
+    if isinstance(aperture, Path):
+        files["aperture"], aperture = aperture, picture_of_aperture(aperture)
+    hashes = tuple((name, fingerprint([Path(path)])) for name, path in files.items())
+    picture = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1) / 255
+    return Rendering(
+        settings=dataclasses.replace(asked, bokeh_targets=levels, file_hashes=hashes),
+        device=device,
+        lens=lens,
+        blur=_blur(asked, picture, aperture, matte),
+        own_level=own,
+    )
+
+
+def picture_of_aperture(path: Path) -> Picture:
+    """Bright where light passes, squared by black sides. Raises ValueError for a file that cannot be read."""
+    gray = np.asarray(read_photo(path).image.convert("L"), np.float32) / 255
+    light = torch.from_numpy(gray)
+    height, width = light.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    return Picture(F.pad(light, (left, side - width - left, top, side - height - top)))
+
+
+def _blur(asked: RenderSettings, picture: Tensor, aperture: Aperture, matte: Tensor | None) -> Blur:
+    """The renderer that was asked for. Raises ValueError for what it lacks, or would leave aside."""
+    if asked.renderer != "bokehme" and (asked.arnet or asked.iunet):
+        raise ValueError(f"--arnet and --iunet are for --renderer bokehme, and it is {asked.renderer}")
+    if asked.renderer == "layers":
+        return lambda radius: blur_photo(picture, radius, aperture, matte, asked.highlights)
+    if asked.highlights != 1:
+        raise ValueError(f"highlights are raised by the renderer layers, and it is {asked.renderer}")
+    iris = bokehme.iris_of(aperture)
+    if asked.renderer == "scatter":
+        scattered = functools.partial(bokehme.classical, picture[None], gamma=GAMMA, iris=iris)
+        return lambda radius: scattered(radius[None] / bokehme.PX_PER_UNIT)[0].clamp(0, 1)
+    if asked.arnet is None or asked.iunet is None:
+        raise ValueError("the renderer bokehme needs its networks: --arnet FILE and --iunet FILE")
+    arnet, iunet = load_networks(Path(asked.arnet), Path(asked.iunet))
+    networks = Networks(arnet.to(picture.device), iunet.to(picture.device))
+    both = functools.partial(bokehme.render, picture[None], gamma=GAMMA, networks=networks, iris=iris)
+    return lambda radius: both(radius[None] / bokehme.PX_PER_UNIT).result[0]
+
+
+def _map(path: str, kind: Kind, photo: Photo) -> Tensor:
+    """[H, W] over the upright photograph: a map that fits only the stored pixels is turned with them."""
+    values = read_map(Path(path), kind)
+    if not _fits(values, photo.image):
+        stored = np.asarray(turned(Image.fromarray(values), photo.exif.orientation))
+        if not _fits(stored, photo.image):
+            high, wide = values.shape
+            raise ValueError(
+                f"the {kind} {path} has {wide} x {high} points and the photograph "
+                f"{photo.image.width} x {photo.image.height}: they are not of one picture"
+            )
+        values = stored
+    return torch.from_numpy(values.copy())
+
+
+def _fits(values: NDArray[np.float32], image: Image.Image) -> bool:
+    high, wide = values.shape
+    return abs(image.width * high - image.height * wide) <= max(high, wide, *image.size)
+
+
+def _resized(values: Tensor, height: int, width: int) -> Tensor:
+    size = (height, width)
+    return F.interpolate(values[None, None], size, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
