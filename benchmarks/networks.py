@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from benchmarks import timing
 from benchmarks.shapes import AttentionShape
 from bokehflux.attention import AttentionSpec, Grounded, Plain
-from bokehflux.conditioning import Conditioning
 from bokehflux.configs import (
     CLIP_L,
     FLUX_BOKEH,
@@ -42,6 +41,7 @@ from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import Source
 from bokehflux.sampling.cuda_graph import StepGraphs
 from bokehflux.sampling.latents import LatentGrid, position_ids
+from bokehflux.text.encode import TextEncoders
 
 PIVOT_LEVEL = 15.0
 TARGET_LEVELS = (0.0, 30.0, 22.5, 7.5, 3.75, 26.25)
@@ -111,33 +111,16 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class RandomText:
-    """Stands in for `TextEncoders` where there are no tokenizer files: the same work on made-up ids."""
+class RandomIds:
+    """Stands in for a tokenizer where there are no files of one: the same work on made-up ids."""
 
-    t5: T5Encoder
-    clip: CLIPTextEncoder
-    txt_length: int
+    vocab_size: int
+    length: int
 
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        return self.t5, self.clip
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], txt_length: int | None = None) -> Conditioning:
-        device = self.t5.shared.weight.device
-        return Conditioning(
-            txt=self.t5(_ids(prompts, self.t5.config.vocab_size, self.txt_length).to(device)),
-            pooled=self.clip(
-                _ids(prompts, self.clip.config.vocab_size, self.clip.config.max_length).to(
-                    self.clip.text_model.final_layer_norm.weight.device
-                )
-            ),
-        )
-
-
-def _ids(prompts: Sequence[str], vocab_size: int, length: int) -> Tensor:
-    rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
-    return torch.stack([torch.randint(vocab_size, (length,), generator=g) for g in rows])
+    def __call__(self, prompts: Sequence[str], length: int | None = None) -> Tensor:
+        rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
+        size = (length or self.length,)
+        return torch.stack([torch.randint(self.vocab_size, size, generator=row) for row in rows])
 
 
 @torch.no_grad()
@@ -183,7 +166,13 @@ def build_pipeline(setting: Setting, device: torch.device, seed: int = 0) -> Pip
     side = setting.sides_px[0]
     return Pipeline(
         transformer=build_mmdit(setting, device, seed),
-        text=RandomText(t5, clip, setting.txt_length),  # type: ignore[arg-type]
+        text=TextEncoders(
+            t5=t5,
+            clip=clip,
+            t5_tokenizer=RandomIds(setting.t5.vocab_size, setting.txt_length),  # type: ignore[arg-type]
+            clip_tokenizer=RandomIds(setting.clip.vocab_size, setting.clip.max_length),  # type: ignore[arg-type]
+            txt_length=setting.txt_length,
+        ),
         vae=vae,
         schedule=FLUX_SCHEDULE,
         defaults=Defaults(

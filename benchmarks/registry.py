@@ -83,7 +83,7 @@ class Benchmark:
     least_repeats: int = 1
     repeated: str = "measurements of an arm"
     columns: str
-    """Keys of a row that the table shows; their formats are `run.FORMATS`."""
+    """Keys of a row that the table shows."""
     bars: tuple[str, str, str] | None = None
     """Keys of a row: bars are grouped by the first and coloured by the second; the third is their length."""
     measure: Callable[[Session], Iterator[list[Row]]]

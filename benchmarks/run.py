@@ -39,20 +39,11 @@ from bokehflux.weights.files.write import replacing, write_json
 
 Item = TypeVar("Item")
 RESULTS = Path("benchmarks/results")
-FORMATS = {
-    "ms": ".3f", "us": ".1f", "launch_ms": ".1f", "step_ms": ".1f", "seconds": ".2f", "a_picture": ".2f",
-    "total_s": ".2f", "text_s": ".2f", "denoise_s": ".2f", "decode_s": ".2f", "gpu_gb": ".2f",
-    "reserved_gb": ".2f", "cap_gb": ".1f", "host_gb": ".2f", "pinned_gb": ".2f", "peak_gb": ".1f",
-    "workspace_mb": ".0f", "speedup": ".2f", "vs_resident": ".2f", "tflops": ".0f", "tb_s": ".2f",
-    "share": ".1%", "error": ".2e", "published": ".2e", "ratio": ".3f", "calls": "d", "measured_runs": "d",
-    "predicted": ".2f", "goal": ".2f", "ranks": "d",
-}  # fmt: skip
-"""How numbers are shown, by their key in a row; other columns are text."""
 UNITS = {"ms": "ms", "us": "us", "total_s": "s", "seconds": "s", "gpu_gb": "GB", "speedup": "x"}
 """Units of what is plotted."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__, formatter_class=formatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {', '.join(registry.NAMES)}")
@@ -67,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
     parser.add_argument("--as", dest="file", metavar="FILE", help="name of the files; default: NAME")
     parser.add_argument("--tiny", action="store_true", help="toys, on any machine")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.list:
         print("\n\n".join(described(name) for name in args.names or registry.NAMES))
@@ -239,17 +235,20 @@ def _send_all(sender: Connection, generate: Callable[..., Iterator[Any]], *argum
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Rows as lines under a heading; "-" for what a row does not know. Text to the left, numbers right."""
-    cells = [list(columns)] + [
-        ["-" if row.get(key) is None else format(row[key], FORMATS.get(key, "")) for key in columns]
-        for row in rows
-    ]
+    cells = [list(columns), *([shown(row.get(key)) for key in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    signs = [">" if key in FORMATS else "<" for key in columns]
+    signs = ["<" if any(isinstance(row.get(key), str) for row in rows) else ">" for key in columns]
     lines = [
         "  ".join(f"{cell:{sign}{width}}" for cell, sign, width in zip(line, signs, widths, strict=True))
         for line in cells
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def environment(device: torch.device) -> dict[str, str]:

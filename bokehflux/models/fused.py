@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bokehflux.kernels.attention.sdpa import take_rows
 from bokehflux.kernels.fp8 import interface as fp8
 from bokehflux.kernels.fp8.interface import Quantized
 from bokehflux.kernels.pointwise import interface as pointwise
@@ -157,13 +158,5 @@ def of_halves(layer: Linear, left: Tensor, right: Tensor) -> Tensor:
 def _of_rows(x: Tensor | Quantized, rows: tuple[int, ...]) -> Tensor | Quantized:
     """Rows of a layer's input."""
     if isinstance(x, Quantized):
-        return Quantized(_take_rows(x.values, rows), _take_rows(x.scale, rows), x.dtype)
-    return _take_rows(x, rows)
-
-
-def _take_rows(x: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """A view where the rows are neighbours."""
-    if not rows:
-        return x[:0]
-    first = rows[0]
-    return x[first : first + len(rows)] if rows[-1] - first + 1 == len(rows) else x[list(rows)]
+        return Quantized(take_rows(x.values, rows), take_rows(x.scale, rows), x.dtype)
+    return take_rows(x, rows)

@@ -136,6 +136,8 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
     """x[rows], as a view where the rows are one row repeated or a contiguous run (every inference batch)."""
+    if not rows:
+        return x[:0]
     first, count = rows[0], len(rows)
     if all(row == first for row in rows):
         return x[first : first + 1].expand(count, *x.shape[1:])

@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 from torch import nn
 
+from benchmarks.run import make_parser as benchmark_parser
 from bokehflux.app import cli, fetch
 from bokehflux.app.arguments import parsers
 from bokehflux.configs import FLUX_SCHEDULE, CLIPConfig, Defaults, T5Config
@@ -43,7 +44,7 @@ from tests.tiny import BOKEH, MMDIT, VAE, tiny_mmdit
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "weights" / "nano" / "README.md",
+    ROOT / "weights" / "nano" / "README.md", ROOT / "benchmarks" / "README.md",
 ]  # fmt: skip
 SHELLS = ("", "bash", "sh", "console")
 NEEDS_NETWORK = "installs from a network"
@@ -292,7 +293,8 @@ def test_what_the_text_names_exists(document: Path) -> None:
     fenced = re.compile(r"^```.*?^```\s*$", re.DOTALL | re.MULTILINE)
     text = fenced.sub("", document.read_text(encoding="utf-8"))
     known = parsers()[1]
-    flags = {flag for parser in known.values() for flag in parser._option_string_actions}
+    every = [*known.values(), benchmark_parser()]
+    flags = {flag for parser in every for flag in parser._option_string_actions}
     code = re.findall(r"`([^`\n]+)`", text)
     for span in code:
         words = span.split()
