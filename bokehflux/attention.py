@@ -128,3 +128,34 @@ class OnStored(AttentionSpec):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k_pivot = self.store.get(self.step, self.block, k.device)
         return self._call(interface.target_attention, q, k_pivot, k, v, (0,) * len(k))
+
+
+class ReferenceStore(Protocol):
+    """Where a reference picture's keys and values wait for the rows that look at it."""
+
+    def put(self, block: int, k: Tensor, v: Tensor) -> None: ...
+
+    def get(self, block: int) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceRow(Plain):
+    """Every row attends to itself, and the keys and values of its image tokens are stored on the way."""
+
+    store: ReferenceStore
+    first: int
+    """Its first image token."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.store.put(self.block, k[:, self.first :], v[:, self.first :])
+        return super().__call__(q, k, v)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnReference(AttentionSpec):
+    """Every row attends with its own queries to its own tokens and to a stored picture's, values included."""
+
+    store: ReferenceStore
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._call(interface.extended_attention, q, k, v, *self.store.get(self.block))

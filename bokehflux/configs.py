@@ -147,6 +147,17 @@ class BokehConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The shape of a reference adapter, which adapts every block."""
+
+    rank: int = 32
+    """Rank of its low-rank layers."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class T5Config:
     """The shape of a T5 v1.1 encoder (gated GELU, relative position bias in the first block)."""
 

@@ -23,6 +23,7 @@ from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.fused import Residual
 from bokehflux.models.linear import Linear
 from bokehflux.models.norms import QKNorm
+from bokehflux.models.reference import ReferenceBlock
 
 
 class ModulationOut(NamedTuple):
@@ -63,14 +64,16 @@ class BlockSpec:
     adapter: BlockAdapter | None = None
     lora_scale: float = 1.0
     """Strength of the adapter's query and key updates."""
+    reference: ReferenceBlock | None = None
+    """What is added for rows that show a reference picture."""
 
     def adapt(self, heads: Projected) -> Projected:
-        """Heads with the adapter's updates: they act on projected queries and keys, before their norms."""
-        if self.adapter is None:
-            return heads
-        q = self.adapter.update_q(heads.q, self.lora_scale)
-        k = self.adapter.update_k(heads.k, self.lora_scale)
-        return heads._replace(q=q, k=k)
+        """Heads with the adapters' updates: they act on what was projected, before norms."""
+        if self.adapter is not None:
+            q = self.adapter.update_q(heads.q, self.lora_scale)
+            k = self.adapter.update_k(heads.k, self.lora_scale)
+            heads = heads._replace(q=q, k=k)
+        return heads if self.reference is None else self.reference.update(heads)
 
 
 class AttentionCall(nn.Module):

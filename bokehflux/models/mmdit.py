@@ -24,6 +24,7 @@ from bokehflux.models.blocks import (
 from bokehflux.models.embeddings import SINUSOID_DIM, MLPEmbedder, RopeTable, sinusoid
 from bokehflux.models.fused import Residual
 from bokehflux.models.linear import Linear
+from bokehflux.models.reference import ReferenceAdapter
 from bokehflux.models.units import Network, Units
 
 
@@ -81,6 +82,8 @@ class Rows:
     bokeh: BokehCondition | None = None
     constants: RunConstants | None = None
     """Computed by the run for these levels; None: value vectors are computed now, and no score is bounded."""
+    reference: ReferenceAdapter | None = None
+    """What is added where the rows show a reference picture."""
 
 
 class MMDiT(Network):
@@ -152,7 +155,7 @@ class MMDiT(Network):
         """
         if self.bokeh is None and any(rows.bokeh is not None for rows in parts):
             raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
-        specs = [self._block_specs(rows.attention or Plain(), rows.bokeh, rows.constants) for rows in parts]
+        specs = [self._block_specs(rows) for rows in parts]
         num_double = len(self.doubles)
 
         def waiting(stream: Residual) -> Residual:
@@ -205,7 +208,15 @@ class MMDiT(Network):
             2.0 ** math.ceil(math.log2(max(b, 1.0))) if math.isfinite(b) else math.inf for b in bounds
         )
 
-    def _block_specs(
+    def _block_specs(self, rows: Rows) -> list[BlockSpec]:
+        specs = self._specs_by_level(rows.attention or Plain(), rows.bokeh, rows.constants)
+        if rows.reference is None:
+            return specs
+        return [
+            dataclasses.replace(spec, reference=rows.reference.block(i)) for i, spec in enumerate(specs)
+        ]
+
+    def _specs_by_level(
         self, spec: AttentionSpec, bokeh: BokehCondition | None, constants: RunConstants | None
     ) -> list[BlockSpec]:
         folded_at = self.bokeh.folded_at if self.bokeh is not None else None

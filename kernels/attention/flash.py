@@ -31,6 +31,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = No
     return add_bias(_attend(q, k, v)[0], value_bias)
 
 
+def extended_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_more: Tensor, v_more: Tensor, *, value_bias: Tensor | None = None
+) -> Tensor:
+    """Shapes and meaning as `reference.extended_attention`; errors as `attention`."""
+    k_more, v_more = (x.expand(len(k), -1, -1, -1) for x in (k_more, v_more))
+    if needs_gradients(q, k, v, k_more, v_more):
+        out = _attend(q, torch.cat([k, k_more], dim=1), torch.cat([v, v_more], dim=1))[0]
+    else:
+        out = merge(_attend(q, k, v), _attend(q, k_more, v_more))
+    return add_bias(out, value_bias)
+
+
 def target_attention(
     q: Tensor,
     k_pivot: Tensor,

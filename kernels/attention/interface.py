@@ -32,6 +32,36 @@ def attention(
     return _module(name).attention(q, k, v, value_bias=value_bias, **_bound(name, logit_bound))
 
 
+def extended_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_more: Tensor,
+    v_more: Tensor,
+    *,
+    value_bias: Tensor | None = None,
+    logit_bound: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Own tokens and further ones with values of their own: a reference picture's, computed once.
+
+    q, k, v [B, L, H, D]; k_more, v_more [B, M, H, D], or [1, M, H, D] where all rows share them. Neither keys
+    nor values are concatenated, except with gradients in PyTorch's kernels. Other arguments and errors as
+    `attention`; the mathematics is `reference.extended_attention`.
+    """
+    _check(q, k, v, value_bias)
+    if k_more.shape != v_more.shape or k_more.ndim != 4 or k_more.shape[2:] != k.shape[2:]:
+        raise ValueError(
+            f"expected k_more and v_more [B, M, H, D] for k {tuple(k.shape)}, "
+            f"got {tuple(k_more.shape)} and {tuple(v_more.shape)}"
+        )
+    if len(k_more) not in (1, len(k)):
+        raise ValueError(f"expected one row of k_more, or {len(k)} as of k, got {len(k_more)}")
+    name = select.resolve(backend, q, k, v, k_more, v_more, value_bias, grounded=False)
+    bound = _bound(name, logit_bound)
+    return _module(name).extended_attention(q, k, v, k_more, v_more, value_bias=value_bias, **bound)
+
+
 def target_attention(
     q: Tensor,
     k_pivot: Tensor,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..dispatch import needs_gradients
 from . import launch, select
 from .jobs import Job, grounded_jobs, target_jobs
-from .sdpa import add_bias
+from .sdpa import add_bias, merge
 
 MAX_LOG2_SCORE = {torch.bfloat16: 96.0, torch.float16: 14.0}
 """How large |q . k| * log2(e) / sqrt(D) may get without a running maximum: see `is_bounded`."""
@@ -35,6 +35,25 @@ def attention(
     """
     fused, added, fixed = _bias_and_offset(value_bias, logit_bound, q, k, v)
     return add_bias(_attention(q, k, None, v, None, fused, fixed)[0], added)
+
+
+def extended_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_more: Tensor,
+    v_more: Tensor,
+    *,
+    value_bias: Tensor | None = None,
+    logit_bound: float | None = None,
+) -> Tensor:
+    """Own and further tokens, as `reference.extended_attention`; the rest as `attention`.
+
+    Each set of keys is a launch of the plain kernel, and the two are merged. On the way back each set takes
+    its share of the gradients from the log-sum-exps of both.
+    """
+    *_, fixed = _bias_and_offset(value_bias, logit_bound, q, k, v, k_more, v_more)
+    return add_bias(_extended_attention(q, k, v, k_more, v_more, fixed)[0], value_bias)
 
 
 def target_attention(
@@ -196,3 +215,54 @@ def _gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None
 
 
 _attention.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op(
+    "bokehflux::extended_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor k_more, Tensor v_more, bool fixed) -> (Tensor, Tensor)",
+)
+def _extended_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_more: Tensor, v_more: Tensor, fixed: bool
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, k_more, v_more)
+    with torch.cuda.device_of(q):
+        own, lse = launch.forward(q, k, None, v, None, None, fixed=fixed)
+        others = launch.forward(_as_rows(q, len(k_more)), k_more, None, v_more, None, None, fixed=fixed)
+    other, other_lse = others[0].view(own.shape), _lse_as_rows(others[1], len(q))
+    out = merge((own, lse.transpose(1, 2)), (other, other_lse.transpose(1, 2)))
+    return out, torch.logaddexp(lse, other_lse)
+
+
+@_extended_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, k_more: Tensor, v_more: Tensor, fixed: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+def _as_rows(x: Tensor, rows: int) -> Tensor:
+    """[B, L, H, D] -> [rows, B L / rows, H, D]: rows that share their keys are one long row."""
+    return x.reshape(rows, -1, *x.shape[2:])
+
+
+def _lse_as_rows(lse: Tensor, rows: int) -> Tensor:
+    """The same for log-sum-exps, and back: [B, H, L] -> [rows, H, B L / rows]."""
+    return lse.transpose(1, 2).reshape(rows, -1, lse.shape[1]).transpose(1, 2).contiguous()
+
+
+def _save_extended(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:-1], *output)
+
+
+def _extended_gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, k_more, v_more, out, lse = ctx.saved_tensors
+    rows = len(k_more)
+    further = (*(_as_rows(x, rows) for x in (grad, q)), k_more, None, v_more)
+    dq, dk, dv = _attention_backward(grad, q, k, None, v, out, lse, None)
+    dq_more, *more = _attention_backward(*further, _as_rows(out, rows), _lse_as_rows(lse, rows), None)
+    return dq + dq_more.view(q.shape), dk, dv, *more, None
+
+
+_extended_attention.register_autograd(_extended_gradients, setup_context=_save_extended)

@@ -26,6 +26,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = No
     return out.to(q.dtype)
 
 
+def extended_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_more: Tensor, v_more: Tensor, *, value_bias: Tensor | None = None
+) -> Tensor:
+    """Every row attends to its own tokens and to further ones, which bring their values along.
+
+    softmax(q [k; k_more]^T / sqrt(D)) [v; v_more] + value_bias. q, k, v [B, L, H, D]; k_more, v_more
+    [B, M, H, D], or [1, M, H, D] where all rows share them; value_bias [B, H, D]. Returns [B, L, H, D].
+    """
+    more = (x.expand(len(k), -1, -1, -1) for x in (k_more, v_more))
+    keys, values = (torch.cat(pair, dim=1) for pair in zip((k, v), more, strict=True))
+    return attention(q, keys, values, value_bias=value_bias)
+
+
 def target_attention(
     q: Tensor,
     k_pivot: Tensor,

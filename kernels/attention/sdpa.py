@@ -1,7 +1,7 @@
 """Attention through PyTorch's `scaled_dot_product_attention`: backend `sdpa`.
 
-A target row of grounded attention has two sets of keys and one set of values. Without gradients it is two
-calls merged by their log-sum-exp, so neither keys nor values are ever concatenated. With gradients it is one
+A row that looks at two sets of keys, its own and a pivot's or further ones, is two calls merged by their
+log-sum-exp without gradients, so neither keys nor values are ever concatenated. With gradients it is one
 call on concatenated keys, because PyTorch does not differentiate through the log-sum-exp. In bfloat16 on a
 CPU, targets share the exponentials of their pivot's scores. Pivot rows are plain attention: a doubled,
 identical set of keys leaves a softmax unchanged.
@@ -30,6 +30,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = No
     return add_bias(out, value_bias)
 
 
+def extended_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_more: Tensor, v_more: Tensor, *, value_bias: Tensor | None = None
+) -> Tensor:
+    """Shapes and meaning as `reference.extended_attention`."""
+    k_more, v_more = (x.expand(len(k), -1, -1, -1) for x in (k_more, v_more))
+    if needs_gradients(q, k, v, k_more, v_more):
+        out = _differentiable(q, torch.cat([k, k_more], dim=1), torch.cat([v, v_more], dim=1))
+    else:
+        out = merge(attention_with_lse(q, k, v), attention_with_lse(q, k_more, v_more))
+    return add_bias(out, value_bias)
+
+
 def target_attention(
     q: Tensor,
     k_pivot: Tensor,
@@ -45,12 +57,16 @@ def target_attention(
         return add_bias(_sharing_exponentials(q, k_pivot, k, v, pivot_index), value_bias)
     q, k_pivot = take_rows(q, pivot_index), take_rows(k_pivot, pivot_index)
     if gradients:
-        # cuDNN's backward fails where keys and queries differ in length (torch 2.11, H200).
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            out = attention(q, torch.cat([k, k_pivot], dim=1), torch.cat([v, v], dim=1))
+        out = _differentiable(q, torch.cat([k, k_pivot], dim=1), torch.cat([v, v], dim=1))
     else:
         out = merge(attention_with_lse(q, k, v), attention_with_lse(q, k_pivot, v))
     return add_bias(out, value_bias)
+
+
+def _differentiable(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # cuDNN's backward fails where keys and queries differ in length (torch 2.11, H200).
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return attention(q, k, v)
 
 
 def _sharing_exponentials(

@@ -31,8 +31,8 @@ BACKENDS: dict[str, ModuleType | str] = {
     "flash": ".flash",
     "triton": ".ops",
 }
-"""By name, a module with `attention`, `target_attention` and `grounded_attention`, or the name of one that is
-imported when it is first used."""
+"""By name, a module with the functions of `reference`, or the name of one that is imported when it is first
+used."""
 
 BOUNDED = frozenset({"triton"})
 """Backends that take `logit_bound`; the others have no use for one."""

@@ -192,6 +192,18 @@ def test_targets_on_stored_pivots() -> None:
         assert_within_2x(ours, published(q, k_pivot, k, v, index), exact)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_further_keys_and_values(shared: bool) -> None:
+    q, k, v = make(3, 1536, 128, torch.bfloat16)
+    k_more, v_more = make(1 if shared else 3, 1000, 128, torch.bfloat16)[1:]
+    further = [x.expand(3, -1, -1, -1) for x in (k_more, v_more)]
+    exact = reference.extended_attention(*wide(q, k, v, k_more, v_more))
+    oracle = plain(q, *(torch.cat(pair, dim=1) for pair in zip((k, v), further, strict=True)))
+    for bound in (None, BOUND):
+        ours = ops.extended_attention(q, k, v, k_more, v_more, logit_bound=bound)
+        assert_within_2x(ours, oracle, exact)
+
+
 def test_the_table_is_followed() -> None:
     skip_without(tiles.GLUON)
     q, k, v = make(1, 100, 128, torch.bfloat16)

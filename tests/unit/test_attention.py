@@ -72,6 +72,32 @@ def test_attention_is_the_definition(backend: str, length: int) -> None:
     torch.testing.assert_close(ours.double(), exact, atol=3e-6, rtol=0)
 
 
+@every_backend
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(("length", "further", "shared"), [(1, 1, True), (63, 20, False), (20, 63, True)])
+def test_extended_attention_is_the_definition(
+    backend: str, length: int, further: int, shared: bool, gradients: bool
+) -> None:
+    q, k, v = qkv(2, length)
+    k_more, v_more = qkv(1 if shared else 2, further)[1:]
+    bias = torch.randn(2, 2, 16)
+    exact = reference.extended_attention(*double(q, k, v, k_more, v_more), value_bias=bias.double())
+    v_more.requires_grad_(gradients)
+    ours = interface.extended_attention(q, k, v, k_more, v_more, value_bias=bias, backend=backend)
+    assert ours.requires_grad == gradients
+    torch.testing.assert_close(ours.detach().double(), exact, atol=3e-6, rtol=0)
+
+
+def test_further_keys_that_do_not_fit_are_refused() -> None:
+    q, k, v = qkv(3, 5)
+    for rows, heads in ((2, 2), (3, 1)):
+        k_more, v_more = qkv(rows, 4, heads)[1:]
+        with pytest.raises(ValueError, match="k_more"):
+            interface.extended_attention(q, k, v, k_more, v_more)
+    with pytest.raises(ValueError, match="k_more and v_more"):
+        interface.extended_attention(q, k, v, k[:, :4], v)
+
+
 def test_reference_by_hand() -> None:
     """Two tokens, one head: numbers worked out on paper."""
     q = torch.tensor([[1.0], [0.0]])[None, :, None]

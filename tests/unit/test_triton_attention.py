@@ -74,6 +74,13 @@ def grounded(q: Tensor, k: Tensor, v: Tensor, pivot_of: tuple[int, ...], bias: T
     return published(q, k[pivots], k, v, tuple(pivots.index(p) for p in pivot_of), bias)
 
 
+def concatenated(
+    q: Tensor, k: Tensor, v: Tensor, k_more: Tensor, v_more: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    further = (x.expand(len(k), -1, -1, -1) for x in (k_more, v_more))
+    return plain(q, *(torch.cat(pair, dim=1) for pair in zip((k, v), further, strict=True)), bias)
+
+
 def wide(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.detach().float() for x in tensors]
 
@@ -113,6 +120,17 @@ def test_grounded_lengths(length: int, dim: int, bound: float | None) -> None:
     # With one token the oracle is exact, and ours rounds a probability once.
     atol = v.abs().max().item() * 2**-11 if length == 1 else 1e-6
     assert_within_2x(ours, grounded(q, k, v, (1, 1, 1), None), exact, atol=atol)
+
+
+@each_softmax
+@pytest.mark.parametrize(("length", "further", "shared"), [(1, 1, True), (33, 65, False), (40, 17, True)])
+def test_extended(length: int, further: int, shared: bool, bound: float | None) -> None:
+    q, k, v = qkv(3, 3, length, 2)
+    k_more, v_more = qkv(1 if shared else 3, 3, further, 2)[1:]
+    bias = bias_of(3, 2)
+    exact = reference.extended_attention(*wide(q, k, v, k_more, v_more), value_bias=bias)
+    ours = ops.extended_attention(q, k, v, k_more, v_more, value_bias=bias, logit_bound=bound)
+    assert_within_2x(ours, concatenated(q, k, v, k_more, v_more, bias), exact)
 
 
 @each_softmax
@@ -316,6 +334,14 @@ def test_grounded_backward_lengths(length: int, dim: int, bound: float | None) -
     )
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_extended_backward(shared: bool) -> None:
+    q, k, v = qkv(3, 3, 40, 1)
+    k_more, v_more = qkv(1 if shared else 3, 3, 23, 1)[1:]
+    inputs = [q, k, v, k_more, v_more]
+    check_gradients(ops.extended_attention, concatenated, reference.extended_attention, inputs)
+
+
 @pytest.mark.parametrize("index", [(0,), (1, 0, 1), (1, 1)], ids=str)
 def test_target_backward(index: tuple[int, ...]) -> None:
     """One of two pivots may have no target: its gradients are zeros, not whatever memory held."""
@@ -386,6 +412,7 @@ FORMS: dict[str, Callable[[list[Tensor]], Tensor]] = {
     "plain": lambda x: ops.attention(x[1], x[2], x[3], value_bias=x[4]),
     "target": lambda x: ops.target_attention(x[0], x[5], x[2], x[3], (0, 0, 0), value_bias=x[4]),
     "grounded": lambda x: ops.grounded_attention(x[0], x[2], x[3], (1, 1, 1), value_bias=x[4]),
+    "extended": lambda x: ops.extended_attention(x[1], x[2], x[3], x[0], x[5], value_bias=x[4]),
     "grounded, two pivots": lambda x: ops.grounded_attention(x[5], x[2], x[3], (0, 0, 2), value_bias=x[4]),
 }
 
@@ -428,11 +455,20 @@ def test_operators_are_registered_completely() -> None:
     bias = bias_of(2, 1)
     k_pivot = k.detach()[:1].clone().requires_grad_()
     own = k.detach().clone().requires_grad_()
+<<<<<<< HEAD
     torch.library.opcheck(ops._attention, (own, k, None, v, None, None, True))
     q_, k_, v_, bias_ = (x.detach() for x in (own, k, v, bias))
     torch.library.opcheck(ops._attention, (q_, k_, None, v_, None, bias_, False))
     torch.library.opcheck(ops._attention, (q, k, k_pivot, v, [0, 0], None, False))
     torch.library.opcheck(ops._attention, (q, k, None, v, [1, 1], None, False))
+=======
+    torch.library.opcheck(ops._attention, (own, k, v, None, True))
+    torch.library.opcheck(ops._attention, (*(x.detach() for x in (own, k, v, bias)), False))
+    more = [x.detach().clone().requires_grad_() for x in (k_pivot, k_pivot)]
+    torch.library.opcheck(ops._extended_attention, (own, k, v, *more, False))
+    torch.library.opcheck(ops._target_attention, (q, k_pivot, k, v, [0, 0], None, False))
+    torch.library.opcheck(ops._grounded_attention, (q, k, v, [1, 1], None, False))
+>>>>>>> 3ca9732 (kernels: attention to further keys with values of their own; the reference adapter)
 
 
 @pytest.mark.parametrize(

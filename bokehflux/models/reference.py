@@ -1,0 +1,72 @@
+"""The reference adapter: it lets a photograph pass the network once and serve every target as keys and values.
+
+A row that shows the photograph has noise level 0, rotary positions of its own and low-rank updates of its
+queries, keys and values; targets are computed by the network as it is, and read the photograph's keys and
+values beside their own (`attention.OnReference`). FLUX.2 [klein] caches reference pictures in this way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bokehflux.configs import MMDiTConfig, ReferenceConfig
+from bokehflux.kernels.pointwise.interface import Projected
+from bokehflux.models.adapter import LowRank
+
+POSITION = 1.0
+"""First coordinate of a reference token's rotary position; every other token has 0 there."""
+
+
+class ReferenceBlock(nn.Module):
+    """What is added to one block's projections."""
+
+    def __init__(self, rank: int, hidden_size: int) -> None:
+        super().__init__()
+        self.to_q_ref = LowRank(hidden_size, hidden_size, rank)
+        self.to_k_ref = LowRank(hidden_size, hidden_size, rank)
+        self.to_v_ref = LowRank(hidden_size, hidden_size, rank)
+
+    def update(self, heads: Projected) -> Projected:
+        """Projected queries, keys and values, each [B, L, E] before norms -> x + lowrank(x)."""
+        return heads._replace(
+            q=heads.q + self.to_q_ref(heads.q),
+            k=heads.k + self.to_k_ref(heads.k),
+            v=heads.v + self.to_v_ref(heads.v),
+        )
+
+
+class ReferenceAdapter(nn.Module):
+    """The updates of every block, numbered over double then single blocks."""
+
+    def __init__(self, config: ReferenceConfig, mmdit: MMDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.adapter_modules = nn.ModuleDict(
+            {str(i): ReferenceBlock(config.rank, mmdit.hidden_size) for i in range(mmdit.num_blocks)}
+        )
+
+    def block(self, index: int) -> ReferenceBlock:
+        return self.adapter_modules[str(index)]  # type: ignore[return-value]
+
+
+class ReferenceKeys:
+    """A reference picture as keys and values, by block: filled in one pass, read in every step."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def put(self, block: int, k: Tensor, v: Tensor) -> None:
+        """k, v [B, M, H, D], copied where they are views of something larger."""
+        self._kept[block] = k.contiguous(), v.contiguous()
+
+    def get(self, block: int) -> tuple[Tensor, Tensor]:
+        """Both [B, M, H, D]."""
+        return self._kept[block]
+
+
+def reference_ids(ids: Tensor, txt_length: int) -> Tensor:
+    """Positions [T + N, 3] of a reference picture's row: as any row's, its image tokens set apart."""
+    apart = torch.zeros_like(ids)
+    apart[txt_length:, 0] = POSITION
+    return ids + apart
