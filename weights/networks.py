@@ -11,10 +11,20 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
 
-from bokehflux.configs import CLIP_L, FLUX_DEV, FLUX_SCHNELL, FLUX_VAE, T5_XXL, BokehConfig, MMDiTConfig
+from bokehflux.configs import (
+    CLIP_L,
+    FLUX_DEV,
+    FLUX_SCHNELL,
+    FLUX_VAE,
+    T5_XXL,
+    BokehConfig,
+    MMDiTConfig,
+    ReferenceConfig,
+)
 from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.reference import ReferenceAdapter
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.models.vae import AutoencoderKL
@@ -22,7 +32,7 @@ from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 
 from .codec import Codec, Shapes
 from .mapping import Table
-from .tables import adapter, clip, flux, lora, t5, tiny_decoder, vae
+from .tables import adapter, clip, flux, lora, reference, t5, tiny_decoder, vae
 
 ADAPTER = "adapter"
 ADAPTER_PREFIX = "bokeh."
@@ -202,4 +212,14 @@ def adapter_for(transformer: MMDiTConfig) -> Network[BokehConfig, BokehAdapter]:
         codec=adapter.codec(transformer),
         tables=adapter.TABLES,
         pickled=True,
+    )
+
+
+def reference_for(transformer: MMDiTConfig) -> Network[ReferenceConfig, ReferenceAdapter]:
+    """The reference adapter of transformers of one config."""
+    return Network(
+        name="reference",
+        build=lambda config: ReferenceAdapter(config, transformer),
+        codec=reference.codec(transformer),
+        tables=reference.TABLES,
     )

@@ -212,9 +212,7 @@ class MMDiT(Network):
         specs = self._specs_by_level(rows.attention or Plain(), rows.bokeh, rows.constants)
         if rows.reference is None:
             return specs
-        return [
-            dataclasses.replace(spec, reference=rows.reference.block(i)) for i, spec in enumerate(specs)
-        ]
+        return [dataclasses.replace(spec, reference=rows.reference.block(i)) for i, spec in enumerate(specs)]
 
     def _specs_by_level(
         self, spec: AttentionSpec, bokeh: BokehCondition | None, constants: RunConstants | None

@@ -1,4 +1,4 @@
-"""The reference adapter: it lets a photograph pass the network once and serve every target as keys and values.
+"""The reference adapter: a photograph passes the network once and serves targets as keys and values.
 
 A row that shows the photograph has noise level 0, rotary positions of its own and low-rank updates of its
 queries, keys and values; targets are computed by the network as it is, and read the photograph's keys and

@@ -18,6 +18,7 @@ from bokehflux.configs import (
     VAEConfig,
 )
 from bokehflux.training.adapter import Sampling
+from bokehflux.training.reference import Pairs
 
 TXT_LENGTH = 48
 SIZE_PX = 256
@@ -89,6 +90,19 @@ class AdapterStage(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceStage(Pairs):
+    seed: int = 4
+    scenes: int = 12_288
+    levels_per_scene: int = 5
+    """As for the adapter, the first exactly 0 in most of the scenes."""
+    steps: int = 1500
+    minutes: float = 0.0
+    """Above 0: train this long instead of `steps`, to find out how many a machine affords."""
+    batch: int = 256
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     mmdit: MMDiTConfig
     bokeh: BokehConfig
@@ -100,6 +114,7 @@ class Recipe:
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     base: BaseStage = field(default_factory=BaseStage)
     adapter: AdapterStage = field(default_factory=AdapterStage)
+    reference: ReferenceStage = field(default_factory=ReferenceStage)
 
 
 NANO = Recipe(

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from bokehflux.conditioning import Conditioning
+from bokehflux.configs import ReferenceConfig
 from bokehflux.metrics import psnr
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.reference import ReferenceAdapter, reference_ids
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.nano import captions
@@ -23,6 +25,7 @@ from bokehflux.nano.adapter import EncodedPool, train_adapter
 from bokehflux.nano.autoencoder import train_autoencoder
 from bokehflux.nano.base import Sampler, TextToVelocity, distill_guidance, init_mmdit, train_base
 from bokehflux.nano.pool import (
+    LevelDraw,
     Shoot,
     Tokenize,
     latent_pool,
@@ -32,13 +35,14 @@ from bokehflux.nano.pool import (
     uniform_levels,
 )
 from bokehflux.nano.recipe import Recipe
+from bokehflux.nano.reference import train_reference
 from bokehflux.nano.tokenizers import train_tokenizers
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 from bokehflux.training.log import Log
 from bokehflux.training.state import Saves
-from bokehflux.weights.load import load_network
-from bokehflux.weights.networks import CLIP, T5, TRANSFORMER, VAE, Network, adapter_for
+from bokehflux.weights.load import load_network, load_transformer
+from bokehflux.weights.networks import CLIP, T5, TRANSFORMER, VAE, Network, adapter_for, reference_for
 from bokehflux.weights.save import save_index, save_network, save_schedule, split_adapter
 
 CAPTIONS_FOR_TOKENIZERS = 20_000
@@ -95,10 +99,12 @@ class Run:
         clip = CLIPTokenizer.from_folder(self.out / "tokenizer")
         return lambda texts: (t5(texts, self.recipe.defaults.txt_length), clip(texts))
 
-    def rope(self) -> RopeTable:
+    def rope(self, *, of_reference: bool = False) -> RopeTable:
         defaults = self.recipe.defaults
         grid = LatentGrid(height_px=defaults.height_px, width_px=defaults.width_px)
         ids = position_ids(grid, defaults.txt_length, self.device)
+        if of_reference:
+            ids = reference_ids(ids, defaults.txt_length)
         return rope_table(ids, self.recipe.mmdit.axes_dim, self.recipe.mmdit.theta)
 
     def vae(self) -> AutoencoderKL:
@@ -175,7 +181,8 @@ def base(run: Run, *, warm: bool = False) -> None:
     save_index(out, recipe.defaults, adapter="adapter")
 
 
-def adapter(run: Run) -> None:
+def encoded_pool(run: Run, draw: LevelDraw) -> EncodedPool:
+    """Scenes for the stages on a frozen base, captions as its text encoders see them."""
     recipe, stage, out, device = run.recipe, run.stage, run.out, run.device
     torch.manual_seed(stage.seed)
     tokenize = run.tokenize()
@@ -185,7 +192,7 @@ def adapter(run: Run) -> None:
     shoot = Shoot(
         scenes=stage.scenes,
         renders=stage.levels_per_scene,
-        draw=stratified_levels(stage.levels_per_scene),
+        draw=draw,
         size_px=recipe.defaults.height_px,
     )
     pool = latent_pool(run.vae(), tokenize, shoot, generator)
@@ -198,9 +205,12 @@ def adapter(run: Run) -> None:
             txt=txt, pooled=torch.cat([clip(part) for part in clip_ids.to(device).split(1024)])
         )
 
-    scenes = EncodedPool(
-        pool=pool, captions=encode(pool.t5_ids, pool.clip_ids), empty=encode(*tokenize([""]))
-    )
+    return EncodedPool(pool=pool, captions=encode(pool.t5_ids, pool.clip_ids), empty=encode(*tokenize([""])))
+
+
+def adapter(run: Run) -> None:
+    recipe, stage, out, device = run.recipe, run.stage, run.out, run.device
+    scenes = encoded_pool(run, stratified_levels(stage.levels_per_scene))
     mmdit = MMDiT(recipe.mmdit, recipe.bokeh).to(device)
     trained_base = load_network(TRANSFORMER, out / TRANSFORMER.folder, device=device, dtype=torch.float32)
     mmdit.load_state_dict(mmdit.state_dict() | trained_base.state_dict())
@@ -214,11 +224,26 @@ def adapter(run: Run) -> None:
     save_network(adapter_for(recipe.mmdit), out / "adapter", saved, tensors)
 
 
+def reference(run: Run) -> None:
+    recipe, stage, out, device = run.recipe, run.stage, run.out, run.device
+    scenes = encoded_pool(run, stratified_levels(stage.levels_per_scene, exact_zero=0.7))
+    mmdit = load_transformer(
+        out / TRANSFORMER.folder, adapter=out / "adapter", device=device, dtype=torch.float32
+    )
+    made = ReferenceAdapter(ReferenceConfig(), recipe.mmdit).to(device)
+    train_reference(
+        mmdit, made, scenes, (run.rope(), run.rope(of_reference=True)), stage, run.log, run.saves()
+    )
+    run.log.note("parameters", sum(p.numel() for p in made.parameters()))
+    save_network(reference_for(recipe.mmdit), out / "reference", made.config, half(made))
+
+
 STAGES: dict[str, Callable[[Run], None]] = {
     "autoencoder": autoencoder,
     "base": base,
     "base-resumed": functools.partial(base, warm=True),
     "adapter": adapter,
+    "reference": reference,
 }
 
 

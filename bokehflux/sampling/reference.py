@@ -1,0 +1,37 @@
+"""A photograph as keys and values: one pass of the network, before the first step.
+
+Its row has noise level 0, its own level, and positions of its own; `models.reference` has the updates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bokehflux.attention import ReferenceRow
+from bokehflux.conditioning import Conditioning
+from bokehflux.models.adapter import BokehCondition
+from bokehflux.models.embeddings import RopeTable
+from bokehflux.models.mmdit import MMDiT, Rows
+from bokehflux.models.reference import ReferenceAdapter, ReferenceKeys
+
+
+def read_reference(
+    mmdit: MMDiT,
+    adapter: ReferenceAdapter,
+    photo: Tensor,
+    text: Conditioning,
+    levels: BokehCondition | None,
+    rope: RopeTable,
+    guidance: Tensor,
+) -> ReferenceKeys:
+    """The keys and values of photographs, for `attention.OnReference`.
+
+    photo [B, N, C]: packed latents. text: what each shows, [B, ...]. levels: of the B photographs. rope: of
+    `reference_ids`. guidance [B]: that of the targets. Blocks that the bokeh adapter leaves alone keep none.
+    """
+    keys, sigma = ReferenceKeys(), torch.zeros(len(photo), device=photo.device)
+    spec = ReferenceRow(store=keys, first=text.txt.shape[1])
+    rows = Rows(img=photo, txt=text.txt, attention=spec, bokeh=levels, reference=adapter)
+    mmdit.velocities([rows], mmdit.modulations(text.pooled, sigma, guidance), rope)
+    return keys
