@@ -235,9 +235,7 @@ def _extended_attention(
 
 
 @_extended_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, k_more: Tensor, v_more: Tensor, fixed: bool
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, k_more: Tensor, v_more: Tensor, fixed: bool) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 

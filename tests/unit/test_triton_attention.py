@@ -455,20 +455,13 @@ def test_operators_are_registered_completely() -> None:
     bias = bias_of(2, 1)
     k_pivot = k.detach()[:1].clone().requires_grad_()
     own = k.detach().clone().requires_grad_()
-<<<<<<< HEAD
     torch.library.opcheck(ops._attention, (own, k, None, v, None, None, True))
     q_, k_, v_, bias_ = (x.detach() for x in (own, k, v, bias))
     torch.library.opcheck(ops._attention, (q_, k_, None, v_, None, bias_, False))
     torch.library.opcheck(ops._attention, (q, k, k_pivot, v, [0, 0], None, False))
     torch.library.opcheck(ops._attention, (q, k, None, v, [1, 1], None, False))
-=======
-    torch.library.opcheck(ops._attention, (own, k, v, None, True))
-    torch.library.opcheck(ops._attention, (*(x.detach() for x in (own, k, v, bias)), False))
     more = [x.detach().clone().requires_grad_() for x in (k_pivot, k_pivot)]
     torch.library.opcheck(ops._extended_attention, (own, k, v, *more, False))
-    torch.library.opcheck(ops._target_attention, (q, k_pivot, k, v, [0, 0], None, False))
-    torch.library.opcheck(ops._grounded_attention, (q, k, v, [1, 1], None, False))
->>>>>>> 3ca9732 (kernels: attention to further keys with values of their own; the reference adapter)
 
 
 @pytest.mark.parametrize(
