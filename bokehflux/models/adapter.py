@@ -148,10 +148,9 @@ class BokehAdapter(nn.Module):
         return [p for p in self.parameters() if id(p) not in unread]
 
 
-def init_adapter(adapter: BokehAdapter, generator: torch.Generator | None = None) -> None:
+def init_adapter(adapter: nn.Module, generator: torch.Generator | None = None) -> None:
     """Start of training: down-projections N(0, 1/rank), up-projections zero: the adapter does nothing yet."""
-    modules: Sequence[nn.Module] = list(adapter.modules())
-    for module in modules:
+    for module in adapter.modules():
         if isinstance(module, LowRank):
-            nn.init.normal_(module.down.weight, std=1 / adapter.config.rank, generator=generator)
+            nn.init.normal_(module.down.weight, std=1 / module.down.out_features, generator=generator)
             nn.init.zeros_(module.up.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from bokehflux.models.adapter import init_adapter
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.reference import ReferenceAdapter
@@ -12,7 +13,7 @@ from bokehflux.nano.recipe import ReferenceStage
 from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, train
 from bokehflux.training.optim import Optimizer, trapezoid
-from bokehflux.training.reference import init_reference, reference_loss
+from bokehflux.training.reference import reference_loss
 from bokehflux.training.state import Saves
 
 
@@ -26,7 +27,7 @@ def train_reference(
     saves: Saves | None = None,
 ) -> None:
     """Train the adapter in place; it ends as its moving average. ropes: of targets, of photographs."""
-    init_reference(adapter)
+    init_adapter(adapter)
     course = Course(
         seed=stage.seed,
         batch=stage.batch,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bokehflux.attention import OnReference
 from bokehflux.models.adapter import BokehCondition
@@ -30,14 +30,6 @@ class Pairs:
     """Share of photographs that are their scene's first render, the sharpest; the others are any of them."""
     caption_dropout: float = 0.1
     """Share of scenes whose caption is left out."""
-
-
-def init_reference(adapter: ReferenceAdapter, generator: torch.Generator | None = None) -> None:
-    """Start of training: down-projections N(0, 1/rank), up-projections zero, as the bokeh adapter's."""
-    for block in adapter.adapter_modules.children():
-        for update in block.children():
-            nn.init.normal_(update.down.weight, std=1 / adapter.config.rank, generator=generator)
-            nn.init.zeros_(update.up.weight)
 
 
 def reference_loss(
