@@ -151,15 +151,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    k_pivot: Tensor | None,
-    v: Tensor,
-    pivots: Sequence[int] | None,
-    value_bias: Tensor | None,
-    fixed: bool,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, k_pivot: Tensor | None, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     rows, length = v.shape[0], q.shape[1]
     out = q.new_empty((rows, length, *v.shape[2:]))
     return out, q.new_empty((rows, v.shape[2], length), dtype=torch.float32)
@@ -188,16 +180,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    k_pivot: Tensor | None,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    pivots: Sequence[int] | None,
-) -> list[Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, k_pivot: Tensor | None, v: Tensor, *_: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in (q, k, v, k_pivot) if x is not None]
 
 

@@ -42,7 +42,7 @@ def add_gated_quantize_modulated(
 
 
 @add_gated_quantize_modulated.register_fake
-def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), *_outputs(x, x.shape[-1])
 
 
@@ -80,7 +80,7 @@ def _quantize_gelu(hidden: Tensor, beside: Tensor | None) -> tuple[Tensor, Tenso
 
 
 @_quantize.register_fake
-def _(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
     return _outputs(x, x.shape[-1])
 
 

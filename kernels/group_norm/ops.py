@@ -36,7 +36,7 @@ def _group_norm_silu(
 
 
 @_group_norm_silu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(x)
 
 
@@ -57,9 +57,7 @@ def _group_norm_silu_backward(
 
 
 @_group_norm_silu_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, sums: Tensor, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x)[0], torch.empty_like(weight), torch.empty_like(bias)
 
 

@@ -33,7 +33,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 @modulate.register_fake
-def _(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _(x: Tensor, *_: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -45,7 +45,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 @add_gated.register_fake
-def _(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def _(x: Tensor, *_: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -59,7 +59,7 @@ def add_gated_modulate(
 
 
 @add_gated_modulate.register_fake
-def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
