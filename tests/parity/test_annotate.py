@@ -61,13 +61,19 @@ def save_sam(folder: Path) -> Any:
     with torch.no_grad():
         for weights in model.mask_decoder.parameters():
             weights.mul_(10)  # or all masks would be nearly 0.5
+        model.mask_decoder.iou_prediction_head.proj_out.bias[-2] += (
+            100  # neither the first nor the last is best
+        )
     model.save_pretrained(folder)
     return model
 
 
 def their_depth(model: Any, image: Image.Image, fov_degrees: float | None) -> np.ndarray:
     """The library's processor, network and post-processing; fov_degrees takes the place of its own guess."""
-    module: Any = importlib.import_module("transformers.models.depth_pro.image_processing_depth_pro")
+    try:
+        module: Any = importlib.import_module("transformers.models.depth_pro.image_processing_depth_pro")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"the processor of transformers 5 needs {error.name}")
     # All that the class takes from torchvision, which need not be here.
     modes = {Image.Resampling.BILINEAR: SimpleNamespace(value="bilinear")}
     module.pil_torch_interpolation_mapping = getattr(module, "pil_torch_interpolation_mapping", modes)
@@ -127,7 +133,7 @@ def test_sam_at_the_sharpest_point(tmp_path: Path, size: tuple[int, int]) -> Non
     sizes = [inputs[name].tolist() for name in ("original_sizes", "reshaped_input_sizes")]
     (logits,) = images.post_process_masks(list(out.pred_masks), *sizes, binarize=False)
     best = int(out.iou_scores[0, 0].argmax())
-    assert best != 0, "another seed, or the choice is not tested"
+    assert best == 1
     theirs = logits[0, best].sigmoid().numpy()
     assert np.abs(theirs - logits[0, 0].sigmoid().numpy()).max() > 0.01
     np.testing.assert_allclose(ours, theirs, atol=1e-5)

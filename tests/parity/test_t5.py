@@ -14,7 +14,7 @@ from transformers.models.t5.modeling_t5 import T5Attention as OracleAttention
 
 from bokehflux.configs import T5_XXL, T5Config
 from bokehflux.models.t5 import T5Encoder, relative_position_bucket
-from tests.helpers import assert_within_2x, needs_shared, shared
+from tests.helpers import needs_shared, shared
 
 configs = st.builds(
     T5Config,
@@ -73,13 +73,15 @@ def test_states_equal_transformers(config: T5Config, batch: int, length: int, se
 @given(configs, st.sampled_from([1, 5, 63]), st.integers(0, 2**31))
 def test_bfloat16_is_as_accurate_as_transformers(config: T5Config, length: int, seed: int) -> None:
     ours, theirs = pair(config, seed)
-    ids = torch.randint(config.vocab_size, (2, length))
+    ids = torch.randint(config.vocab_size, (max(2, 200 // length), length))
     # The reference runs in float32 on weights that bfloat16 can hold.
     ours, theirs = ours.bfloat16(), theirs.bfloat16()
     low_ours, low_theirs = ours(ids), theirs(ids)[0]
     exact = theirs.float()(ids)[0]
     assert low_ours.dtype == torch.bfloat16
-    assert_within_2x(low_ours, low_theirs, exact)
+    # Of networks as small as these the largest error is often twice another's by chance; the mean is not.
+    error, other = ((x.float() - exact).square().mean().sqrt() for x in (low_ours, low_theirs))
+    assert error <= 1.5 * other
 
 
 @settings(max_examples=6)
