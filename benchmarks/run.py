@@ -39,7 +39,10 @@ from bokehflux.weights.files.write import replacing, write_json
 
 Item = TypeVar("Item")
 RESULTS = Path("benchmarks/results")
-UNITS = {"ms": "ms", "us": "us", "total_s": "s", "seconds": "s", "gpu_gb": "GB", "speedup": "x"}
+UNITS = {
+    "ms": "ms", "us": "us", "total_s": "s", "seconds": "s", "images_s": "images/s", "gpu_gb": "GB",
+    "speedup": "x",
+}  # fmt: skip
 """Units of what is plotted."""
 
 

@@ -382,10 +382,10 @@ def test_training_compares_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("ms" in rows[1]) == (verdict == "ok")
 
 
-@pytest.mark.parametrize("name", ["attention", "train_attention", "pointwise"])
+@pytest.mark.parametrize("name", ["attention", "train_attention", "pointwise", "scatter"])
 def test_our_kernels_run(name: str, tmp_path: Path) -> None:
     """In Triton's interpreter."""
-    case = {"pointwise": "modulate"}.get(name, "plain")
+    case = {"pointwise": "modulate", "scatter": "level"}.get(name, "plain")
     options = ["--cases", case, "--repeats", "1", "--out", str(tmp_path)]
     assert runner.main([name, "--tiny", *options]) == 0
     assert any(row["ours"] and row["ms"] > 0 for row in results(tmp_path, name))
