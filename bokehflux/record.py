@@ -163,7 +163,8 @@ class Settings(Checked):
     def summary(self) -> str:
         """How it was made, for the foot of a sheet."""
         grounded = f", {self.num_grounding_steps} grounded" if self.makes_pivot else ""
-        return f"{self.num_inference_steps} steps{grounded} \u00b7 guidance {self.guidance_scale:g}"
+        reuse = f", reuse {self.reuse}" if self.reuse else ""
+        return f"{self.num_inference_steps} steps{grounded}{reuse} \u00b7 guidance {self.guidance_scale:g}"
 
     def numbers(self) -> Numbers:
         """The numbers of completed settings."""

@@ -1,8 +1,8 @@
 """Draw the pictures in the documents with the bundled model, on a CPU:
 
-    python scripts/make_pictures.py [sweep] [levels] [plain] [scenes]
+    python scripts/make_pictures.py [sweep] [levels] [plain] [scenes] [shortcuts]
 
-Without a name, all four: four minutes on two free cores. Prompts are captions kept out of nano's training, by
+Without a name, all five: five minutes on two free cores. Prompts are captions kept out of nano's training, by
 number, with the default seed. Sweeps that are finished in outputs/pictures are taken from there.
 """
 
@@ -63,6 +63,13 @@ def levels(prompts: Sequence[str]) -> Image.Image:
     return swept_sheet(prompts[SCALE])
 
 
+def shortcuts(prompts: Sequence[str]) -> Image.Image:
+    """One scene exactly, and with reuse 2, 3 and 4."""
+    flags = ["--bokeh-targets", "0", "8", "28", "--bokeh-pivot", "15"]
+    ways = [[], *(["--reuse", str(every)] for every in (2, 3, 4))]
+    return joined([swept_sheet(prompts[SWEPT[1]], *flags, *way) for way in ways], "down")
+
+
 def plain(prompts: Sequence[str]) -> Image.Image:
     """The model without its adapter, and at level 0."""
     tiles = []
@@ -85,7 +92,7 @@ def scenes(_: Sequence[str]) -> Image.Image:
     return contact_sheet(tiles, title, f"held-out captions {SWEPT}", columns=len(LEVELS))
 
 
-PICTURES = {"sweep": sweep, "levels": levels, "plain": plain, "scenes": scenes}
+PICTURES = {"sweep": sweep, "levels": levels, "plain": plain, "scenes": scenes, "shortcuts": shortcuts}
 
 
 def main() -> None:

@@ -89,6 +89,7 @@ def test_a_sweep(options: dict[str, Any]) -> None:
     coarse = pipe.generate("a red mug", LEVELS, bokeh_pivot=15, num_inference_steps=STEPS // 2, **options)
     error = (short.latents - exact.latents).square().mean()
     assert 1e-8 < error < (coarse.latents - exact.latents).square().mean() / 4
+    assert ", reuse 3 " in short.record.settings.summary
     assert short.record.recipe()["reuse"] == 3 and "reuse" not in exact.record.recipe()
 
 
