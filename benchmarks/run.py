@@ -18,7 +18,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from benchmarks.registry import Benchmark, Session
 from benchmarks.timing import Budget, Row
 from bokehflux.evaluation.report import commit
 from bokehflux.pictures import plot
+from bokehflux.pipeline.provenance import provenance_here
 from bokehflux.weights.files.write import replacing, write_json
 
 Item = TypeVar("Item")
@@ -256,24 +256,15 @@ def shown(value: object) -> str:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What a figure depends on besides the code: GPU, driver, versions, commit, command."""
-    threads = f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-    found = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
-        "driver": "none",
-        "torch": torch.__version__,
-        "triton": "none",
+    here = provenance_here(device)
+    return {
+        "device": here.device_name + (f", {here.threads} threads" if here.threads else ""),
+        "driver": driver() if device.type == "cuda" else "none",
+        "torch": here.torch,
+        "triton": here.triton or "none",
         "commit": commit(),
         "command": f"python -m benchmarks.run {shlex.join(sys.argv[1:])}",
     }
-    if device.type == "cuda":
-        found["driver"] = driver()
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
-    return found
 
 
 def driver() -> str:

@@ -32,7 +32,6 @@ ATTENTION = re.compile(
 """Names of attention kernels: PyTorch's, cuDNN's and ours."""
 FACTORS = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "_addmm_activation": 1, "baddbmm": 1}
 """Matrix products by operator: the place of the first factor among the arguments, the second follows."""
-NAME_WIDTH = 80
 
 
 def trace(run: Callable[[], object], device: torch.device) -> Sequence[FunctionEvent]:
@@ -75,7 +74,7 @@ def table_of(events: Sequence[FunctionEvent], attention_flop: float, steps: int 
         work = steps * attention_flop * time / attention if ATTENTION.search(name) else flop[name]
         rows.append(
             {
-                "kernel": name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 3] + "...",
+                "kernel": label_of(name, 80),
                 "calls": calls[name] // steps,
                 "ms": time / 1000 / steps,
                 "share": time / us.total(),
