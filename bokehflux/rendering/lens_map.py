@@ -22,9 +22,12 @@ from bokehflux.lens import TRAINING_SIDE_PX, Unify, check_level
 
 from .depth import disparity_of, quantile
 from .photo import blur_photo
+from .probe import fit_radius
 
 POINT_PX = 5
 """Side of the square around a point whose median is the point's blur."""
+LARGEST_PX = 1.3
+"""The largest radius by level that two pictures are searched for, at a shorter side of 512."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +44,8 @@ class LensMap:
     """What 1/m more of disparity adds to `blur`; None where the picture's distances are not known."""
     at_infinity: float = 0.0
     """`blur` of the horizon, where distances are known."""
+    residual: float = 0.0
+    """What a fit could not explain: root mean square of display values."""
 
     def __post_init__(self) -> None:
         if self.blur.dim() != 2 or not self.blur.isfinite().all():
@@ -66,6 +71,22 @@ class LensMap:
             raise ValueError('unify "range" needs depth that differs from place to place')
         px_m = scale / float(high - low)
         return cls(blur=(disparity - low) * px_m, px_m=px_m, at_infinity=-float(low) * px_m)
+
+    @classmethod
+    def from_pictures(cls, sharp: Tensor, blurred: Tensor, level: float, own_level: float = 0.0) -> Self:
+        """From a picture [3, H, W] and the same one at a level [3, h, w], both display values 0 to 1.
+
+        Needs no depth. In focus is what is sharp in both, and all else is taken to lie behind it: blur alone
+        does not tell near from far. own_level: that of `sharp`; blurs add up as squares do. Radii up to 1.3
+        pixels a level, in a picture of 512, are looked for: those of the horizon behind a subject at 0.77 m.
+        Raises ValueError for a level that is not above own_level, and what `fit_radius` raises.
+        """
+        check_level(level)
+        if not 0 <= own_level < level:
+            raise ValueError(f"own_level: expected from 0 to below {level:g}, got {own_level:g}")
+        added = math.sqrt(level**2 - own_level**2)
+        fit = fit_radius(sharp, blurred, LARGEST_PX * added / TRAINING_SIDE_PX)
+        return cls(blur=-fit.radius_px / added, far=0.0, residual=fit.residual)
 
     def focused_at(self, focus: Focus, mask: Tensor | None = None) -> Self:
         """The same lens with another focus. mask: bool [H, W], for `Subject`.
@@ -108,7 +129,7 @@ class LensMap:
         picture: Tensor,
         level: Tensor | float,
         aperture: Aperture = DISC,
-        highlights: float = 1.0,
+        highlights: float | None = 1.0,
         matte: Tensor | None = None,
     ) -> Tensor:
         """picture [3, H, W], display values 0 to 1, at a level; the rest as for `blur_photo`, errors, too."""

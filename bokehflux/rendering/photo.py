@@ -8,6 +8,7 @@ from bokehflux.aperture import DISC, Aperture
 
 from .cut import cut
 from .layers import composite_by_quarters
+from .lights import restored
 
 GAMMA = 2.2
 """Light = display value ^ GAMMA."""
@@ -20,18 +21,19 @@ def blur_photo(
     radius_px: Tensor,
     aperture: Aperture = DISC,
     matte: Tensor | None = None,
-    highlights: float = 1.0,
+    highlights: float | None = 1.0,
 ) -> Tensor:
     """image [3, H, W], 0 ... 1, blurred by radius_px [H, W], above 0 for what is nearer than the focus.
 
-    matte [H, W]: see `cut`. highlights: how bright a clipped light really was, 1 as the picture has it; see
-    `raised`. Where nothing is blurred the picture stays as it is. Raises ValueError for other shapes and
-    numbers.
+    matte [H, W]: see `cut`. highlights: how bright a clipped light really was, 1 as the picture has it (see
+    `raised`); None: as its glow says (`lights.restored`). Where nothing is blurred the picture stays as it
+    is. Raises ValueError for other shapes and numbers.
     """
     if not (0 <= image.min() and image.max() <= 1):
         low, high = float(image.min()), float(image.max())
         raise ValueError(f"image: expected display values of 0 ... 1, got {low:g} ... {high:g}")
-    light = raised(image[None] ** GAMMA, highlights)
+    light = image[None] ** GAMMA
+    light = restored(light) if highlights is None else raised(light, highlights)
     layers = cut(light, radius_px[None], None if matte is None else matte[None])
     margin = min(int(radius_px.abs().max()) + 2, *(side - 1 for side in radius_px.shape))
     return composite_by_quarters(layers, aperture, margin_px=margin)[0].clamp(0, 1) ** (1 / GAMMA)

@@ -1,8 +1,9 @@
-"""Follow a picture back to the noise that the network would make it from, and forward along that path again.
+"""Paths between a picture and noise, and targets that are sampled beside a picture on its path.
 
-Integrating dx/dsigma = velocity from data to noise retraces a sampler's steps: started from the noise found
-here, the same network returns to the picture. Source: Rout et al., arXiv 2410.10792 (rectified flows),
-without their controller.
+A path is the network's own, integrated backwards from data to noise, or a straight line to any noise. Targets
+add what the network's prediction for the picture lacks to follow its path: so even on a straight path a
+target at the picture's own level comes back as the picture. Sources: Rout et al., arXiv 2410.10792 (inverting
+rectified flows); Uni-Inv (the previous velocity as a predictor); FlowEdit and FlowAlign (no inversion).
 """
 
 from __future__ import annotations
@@ -14,51 +15,47 @@ from torch import Tensor
 
 from bokehflux.sampling.samplers import OnStep, StepInfo, Velocity
 
-ITERATIONS = 2
-"""Velocity evaluations per step. Seen from its end, a step of `euler` is an implicit equation for its start;
-each evaluation is one fixed-point iteration of it."""
 
-
-def invert(
-    velocity: Velocity,
-    x: Tensor,
-    sigmas: Tensor,
-    on_step: OnStep | None = None,
-    iterations: int = ITERATIONS,
-) -> list[Tensor]:
+def invert(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> list[Tensor]:
     """The n + 1 states, each [B, N, C], through which `euler` would come from noise to x; noise first.
 
     x [B, N, C]: latents of pictures. sigmas [n + 1]: float32 on the CPU, falling, as for the samplers.
-    on_step: called after every step, counted from the picture's end, with the state reached. iterations:
-    velocity evaluations per step. Raises ValueError for less than one iteration.
+    on_step: called after every step, counted from the picture's end, with the state reached.
+
+    Seen from its end, a step of `euler` is an implicit equation for its start. The guess is the start that
+    the previous step's velocity would lead to, and one evaluation there is the answer: more iterations
+    diverge near the noise.
     """
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
     states, num_steps = [x], len(sigmas) - 1
+    v: Tensor | None = None
     for i in reversed(range(num_steps)):
-        length, before = sigmas[i + 1] - sigmas[i], states[-1]
-        # Solve after = before + length * velocity(before) for `before` by fixed-point iteration.
-        for _ in range(iterations):
-            before = (states[-1].float() - length * velocity(before, sigmas[i], i)).to(x.dtype)  # [B, N, C]
-        states.append(before)
+        length, after = sigmas[i + 1] - sigmas[i], states[-1].float()
+        guess = after if v is None else after - length * v
+        v = velocity(guess.to(x.dtype), sigmas[i], i)  # [B, N, C]
+        states.append((after - length * v).to(x.dtype))
         if on_step is not None:
             done = num_steps - 1 - i
-            on_step(StepInfo(step=done, num_steps=num_steps, sigma=float(sigmas[i]), latents=before))
+            on_step(StepInfo(step=done, num_steps=num_steps, sigma=float(sigmas[i]), latents=states[-1]))
     return states[::-1]
 
 
+def straight(x: Tensor, noise: Tensor, sigmas: Tensor) -> list[Tensor]:
+    """The n + 1 states on the line from noise to x, all [B, N, C]; noise first. sigmas [n + 1], 1 to 0."""
+    return [torch.lerp(x, noise, float(sigma)) for sigma in sigmas]
+
+
 def followed(velocity: Velocity, states: Sequence[Tensor], sigmas: Tensor) -> Velocity:
-    """A velocity whose first row is forced along `states`, ignoring the prediction; other rows are unchanged.
+    """A velocity whose first row is forced along `states`; the others get what its prediction lacks for that.
 
-    states: n + 1 of [1, N, C], as `invert` returns them; sigmas [n + 1].
+    states: n + 1 of [1, N, C], as `invert` and `straight` return them; sigmas [n + 1].
     """
-
     along = path(states, sigmas)
 
     def follow(x: Tensor, sigma: Tensor, step: int) -> Tensor:
         # The state itself, not x[:1]: rounding along the way must not add up in the row that others read.
         v = velocity(torch.cat([states[step], x[1:]]), sigma, step)  # [B, N, C]
-        return torch.cat([along(x, sigma, step), v[1:]])
+        forced = along(x, sigma, step)
+        return torch.cat([forced, v[1:] + (forced - v[:1])])
 
     return follow
 
