@@ -17,7 +17,7 @@ from bokehflux.rendering.blur import Blur
 DISPLAY_GAMMA = 2.2
 SMALLEST_FALL = 1e-3
 """A fall of `sharpness` that is less is rounding, not blur."""
-RADIUS_STEP = 1.06
+RADIUS_STEP = 1.12
 """Ratio of neighbouring radii that `blur_radius` tries; what lies between is interpolated."""
 LARGEST_RADIUS = 1 / 12
 """The largest that it tries, as a share of the shorter side; level 30 across all of a scene is 1 / 17."""

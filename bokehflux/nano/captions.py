@@ -11,6 +11,7 @@ import torch
 from .scenery.spec import (
     BACKGROUNDS,
     COLORS,
+    MAX_MID,
     NUM_HELD_OUT,
     PATTERNS,
     SHAPES,
@@ -32,6 +33,7 @@ __all__ = [
     "corpus",
     "held_out",
     "is_held_out",
+    "spec_of",
     "vocabulary",
 ]
 
@@ -123,6 +125,33 @@ def held_out(n: int = NUM_HELD_OUT) -> tuple[SceneSpec, list[str]]:
     """The first n <= 32 evaluation scenes (on the CPU) and their captions; never sampled for training."""
     spec = held_out_spec(n)
     return spec, [caption(spec, i, random.Random(i)) for i in range(n)]
+
+
+def spec_of(prompt: str) -> SceneSpec | None:
+    """The one scene that a caption describes, or None for words that are not a caption of nano's world.
+
+    Objects that a caption does not mention are not there. Order, commas and openings do not matter.
+    """
+    text = " ".join(re.findall(r"[a-z-]+", prompt.lower()))
+    tables = [i for i, name in enumerate(TABLES) if name in text]
+    backgrounds = [i for i, name in enumerate(BACKGROUNDS) if name.removeprefix("a ") in text]
+    for name in (*TABLES, *BACKGROUNDS):
+        text = text.replace(name, "")
+    things = re.findall(rf"(?:({'|'.join(PATTERNS[1:])}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", text)
+    if len(tables) != 1 or len(backgrounds) != 1 or not 1 <= len(things) <= 1 + MAX_MID:
+        return None
+    (pattern, color, shape), *others = things
+    mid = [*others, *[("", COLORS[0], SHAPES[0])] * (MAX_MID - len(others))]
+    return SceneSpec(
+        shape=torch.tensor([SHAPES.index(shape)]),
+        color=torch.tensor([COLORS.index(color)]),
+        pattern=torch.tensor([PATTERNS.index(pattern or PATTERNS[0])]),
+        table=torch.tensor(tables),
+        background=torch.tensor(backgrounds),
+        num_mid=torch.tensor([len(others)]),
+        mid_shape=torch.tensor([[SHAPES.index(one[2]) for one in mid]]),
+        mid_color=torch.tensor([[COLORS.index(one[1]) for one in mid]]),
+    )
 
 
 def _with_article(noun: str) -> str:
