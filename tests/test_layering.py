@@ -42,6 +42,7 @@ ALLOWED_IN = {
     "bokehflux.training": {"torch"},
     "bokehflux.nano": {"torch", "numpy", "tokenizers"},
     "bokehflux.evaluation": {"torch", "numpy", "PIL"},
+    "bokehflux.evaluation.perceptual": {"torch", "torchmetrics"},
     "bokehflux.app": {"torch", "PIL"},
     "bokehflux.app.fetch": {"huggingface_hub"},
 }
@@ -76,8 +77,11 @@ OWN_IN = {
     "pipeline": LIBRARY | {"record", "pictures", "photos", "rendering", "pipeline"},
     "training": LIBRARY | {"rendering", "metrics", "training"},
     "nano": LIBRARY | {"rendering", "metrics", "training", "nano"},
-    "evaluation": LIBRARY | {"record", "rendering", "metrics", "pictures", "pipeline", "nano", "evaluation"},
+    "evaluation": LIBRARY
+    | {"record", "rendering", "metrics", "pictures", "photos", "pipeline", "nano", "evaluation"},
     "app": LIBRARY | {"fields", "record", "metrics", "pictures", "photos", "pipeline", "app"},
+    # The one command that judges: nano's renderer, which it measures by, comes with the evaluation.
+    "app.judge": {"evaluation", "pictures", "app.arguments", "app.sweep", "app.terminal"},
     "app.train": {"training", "app.terminal"},
 }
 """Which of our own modules (below bokehflux) each part may import; a part that is not named may not exist."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from bokehflux.app import photos, train
+from bokehflux.app import judge, photos, train
 from bokehflux.fields import SEED, Checked
 from bokehflux.record import DEFAULT_SEED, GenerateSettings, RefocusSettings, RenderSettings
 from bokehflux.version import __version__
@@ -45,6 +45,12 @@ examples:
   bokehflux sweep --prompt "a blue vase" --seeds 1 2 --output sweeps
   bokehflux sweep --prompts-file prompts.jsonl --shard 1/4
   A line of a .jsonl file: {"prompt": "a mug", "levels": [0, 20], "pivot": 15, "seed": 3, "size": "768x512"}
+""",
+    "eval": """\
+examples:
+  bokehflux eval sweeps
+  bokehflux eval --model path/to/FLUX.1-dev --adapter path/to/BokehDiffusion --output judged
+  A line of a .jsonl manifest: {"file": "a.png", "level": 5, "scene": "mug", "mask": "mask.png"}
 """,
     "refocus": """\
 example:
@@ -126,6 +132,15 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _output_flags(render.add_argument_group("where pictures go"))
     photos.add_commands(command, _shard)
 
+    evaluate = command("eval", "judge how well pictures follow their level and keep their scene")
+    judge.add_flags(evaluate)
+    what = evaluate.add_argument_group("what to make where there is no folder")
+    what.add_argument("--prompts-file", metavar="FILE", help="prompts in place of the 20, as for sweep")
+    what.add_argument("--seeds", type=SEED.parse, nargs="+", default=[DEFAULT_SEED], metavar="N",
+                      help=f"every prompt is made with each (default: {DEFAULT_SEED})")  # fmt: skip
+    _settings_flags(what, GenerateSettings, without=("prompt", "seed"))
+    _run_flags(evaluate)
+    evaluate.set_defaults(shard=(1, 1))
     info = command("info", "show how a picture was made")
     info.add_argument("image", metavar="IMAGE", help="a picture that bokehflux wrote")
     info.add_argument("--json", action="store_true", help="as one JSON object")

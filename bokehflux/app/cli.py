@@ -16,11 +16,11 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bokehflux.app import photos
+from bokehflux.app import judge, photos
 from bokehflux.app import train as training
 from bokehflux.app.arguments import loras_from, model_from, options_from, parse, settings_from
 from bokehflux.app.terminal import plain, prepare, say, show, show_files
@@ -105,6 +105,27 @@ def sweep(args: argparse.Namespace) -> int:
 
     given = args.prompts_file
     lines = [{"prompt": args.prompt}] if given is None else sweeps.read_prompts(Path(given))
+    _swept(args, lines, _preview(args))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """How well pictures follow their level; without a folder, a model makes them first."""
+    judge.check(args)
+    if args.place is not None:
+        judge.judge(args)
+        return 0
+    lines, args.bokeh_targets = judge.protocol(args)
+    judge.judge(args, _swept(args, lines))
+    return 0
+
+
+def _swept(
+    args: argparse.Namespace, lines: Sequence[Mapping[str, Any]], preview: PreviewFile | None = None
+) -> list[Path]:
+    """Make the scenes of a sweep, print their paths, and return their folders."""
+    from bokehflux.app import sweep as sweeps
+
     base = settings_from(
         args,
         GenerateSettings,
@@ -117,7 +138,7 @@ def sweep(args: argparse.Namespace) -> int:
     asked = sweeps.grid(base, lines, args.seeds)[index - 1 :: count]
     if not asked:
         raise ValueError(f"--shard {index}/{count} holds no scene: there are fewer scenes than shards")
-    preview, options = _preview(args), _checked(args, asked)
+    options = _checked(args, asked)
     from bokehflux.app.watched import Interrupted
     from bokehflux.pipeline.generate import plan_generate
     from bokehflux.pipeline.run import Stopped
@@ -148,7 +169,7 @@ def sweep(args: argparse.Namespace) -> int:
             finished += f", and {begun} of the levels of the next"
         raise Interrupted(f"; {finished}; the same command continues") from stop
     show_files(scenes.overviews())
-    return 0
+    return [output / sweeps.folder_name(record) for record in scenes.scenes]
 
 
 def refocus(args: argparse.Namespace) -> int:
@@ -250,8 +271,8 @@ def fetch(args: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "generate": generate, "sweep": sweep, "refocus": refocus, "render": render, "info": info,
-    "exif": photos.exif, "annotate": photos.annotate, "train": training.train, "doctor": doctor,
+    "generate": generate, "sweep": sweep, "refocus": refocus, "render": render, "eval": evaluate,
+    "info": info, "exif": photos.exif, "annotate": photos.annotate, "train": training.train, "doctor": doctor,
     "inspect": inspect, "fetch": fetch,
 }  # fmt: skip
 

@@ -25,7 +25,15 @@ from bokehflux.photos.read import read_photo
 from bokehflux.pictures.metadata import SUFFIXES, NoRecipe, read_recipe
 from bokehflux.record import Record
 
-MANIFEST = {"file": str, "level": int | float, "scene": str, "prompt": str, "role": str, "mask": str, "truth": str}
+MANIFEST = {
+    "file": str,
+    "level": int | float,
+    "scene": str,
+    "prompt": str,
+    "role": str,
+    "mask": str,
+    "truth": str,
+}
 """What a line of a manifest may tell; file and level it must."""
 ROLES = ("target", "pivot")
 
@@ -72,7 +80,9 @@ class Found:
             other for other in others if other.prompt == self.prompt or len(others) == 1
         ]
         if len(alike) != 1:
-            raise ValueError(f"{self.name}: {len(alike)} scenes of the reference could be its own; expected one")
+            raise ValueError(
+                f"{self.name}: expected one scene of the reference to be like it, got {len(alike)}"
+            )
         truths = {picture.level: picture.path for picture in alike[0].pictures}
         if lacking := [f"{level:g}" for level in self.levels if level not in truths]:
             raise ValueError(f"{self.name}: the reference has no picture of level {', '.join(lacking)}")
@@ -100,7 +110,7 @@ class Found:
 def find_scenes(place: Path, among: Iterable[Path] | None = None) -> list[Found]:
     """The scenes of two or more levels in a folder, or in a .jsonl manifest. Pictures are not read yet.
 
-    among: subfolders to look in, in place of all. Raises ValueError, with what is needed, where there are none.
+    among: subfolders to look in, in place of all. Raises ValueError, with what is needed, for none.
     """
     if place.is_file() and place.suffix == ".jsonl":
         groups = _told(place)
@@ -112,10 +122,9 @@ def find_scenes(place: Path, among: Iterable[Path] | None = None) -> list[Found]
     scenes = [scene for scene in map(_scene, groups) if len(scene.pictures) > 1]
     if not scenes:
         raise ValueError(
-            f"{place} holds no scene that can be judged: expected at least two pictures of one scene, made by "
-            "`bokehflux generate`, `sweep`, `refocus` or `render` at different levels, whose recipes are still "
-            'in them; for other pictures give a .jsonl manifest, a line such as {"file": "a.png", "level": 5} '
-            "for each"
+            f"{place} holds no scene that can be judged: expected two or more levels of one scene, made by "
+            "`bokehflux generate`, `sweep`, `refocus` or `render`, with the recipes still in the pictures; "
+            'for other pictures give a .jsonl manifest, a line for each: {"file": "a.png", "level": 5}'
         )
     return scenes
 
@@ -155,13 +164,15 @@ def _recipes(folders: Iterable[Path]) -> list[_Group]:
                 record = Record.from_recipe(recipe)
             except NoRecipe:
                 continue
+            except ValueError as error:
+                raise ValueError(f"{path} holds a recipe that cannot be used: {error}") from error
             if record.role not in ROLES or record.bokeh_level is None:
                 continue
             key = json.dumps([str(path.parent), record.decides()], sort_keys=True, default=str)
-            settings, photo_hash = record.settings, recipe.get("photo_hash")
+            prompt, model = recipe.get("prompt"), recipe.get("model")
             group = _Group(
-                settings.prompt or path.parent.name, settings.prompt, record.provenance.model,
-                settings.bokeh_pivot, photo_hash, [],
+                prompt or str(recipe.get("photo", path.parent.name)), prompt, model,
+                recipe.get("bokeh_pivot"), recipe.get("photo_hash"), [],
             )  # fmt: skip
             mask = _near(recipe.get("mask"), path.parent)
             picture = Picture(path=path, level=record.bokeh_level, role=record.role, mask=mask)

@@ -22,6 +22,7 @@ from bokehflux.evaluation.figures import (
     rank_correlation,
     scene_psnr,
 )
+from bokehflux.evaluation.renderer import SUBJECT_COLUMNS, SUBJECT_ROWS, through_vae
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.metrics import psnr, sharpness
 from bokehflux.models.vae import to_uint8
@@ -44,8 +45,6 @@ FIRST_SEED = 1000
 UNSEEN_PER_CAPTION = 4
 SHEET_CAPTIONS = 6
 PLOTTED = ("renderer through VAE", "grounded", "unbounded", "base without adapter")
-SUBJECT_ROWS, SUBJECT_COLUMNS = (0.62, 0.78), (0.44, 0.56)
-"""Shares of the picture's height and width that lie within nearly every subject."""
 
 RANKS = "blur follows level, Spearman"
 SHAPE = "sharpness curve as rendered, Pearson"
@@ -139,13 +138,6 @@ def figure(name: str, of: str, value: float) -> Figure:
     return Figure(figure=name, of=of, value=value, target=TARGETS.get((name, of)))
 
 
-@torch.inference_mode()
-def through_vae(pipe: Pipeline, images: Tensor) -> Tensor:
-    """[B, 3, H, W] in 0 ... 1 -> uint8 [B, H, W, 3] after encoding and decoding."""
-    parts = (images * 2 - 1).to(pipe.device, pipe.dtype).split(32)
-    return torch.cat([to_uint8(pipe.vae.decode(pipe.vae.encode(part))) for part in parts])
-
-
 def vae_figures(pipe: Pipeline, count: int, size_px: int) -> list[Figure]:
     """How well the autoencoder returns `count` random renders that no training run drew."""
     generator = torch.Generator().manual_seed(90_001)
@@ -154,7 +146,7 @@ def vae_figures(pipe: Pipeline, count: int, size_px: int) -> list[Figure]:
     found = []
     for of, drawn in (("random levels", levels), ("level 0", levels * 0), ("level 28", levels * 0 + 28)):
         pictures = render(scene, drawn.to(pipe.device))
-        value = psnr(floats(through_vae(pipe, pictures)), floats(to_uint8(pictures * 2 - 1))).mean()
+        value = psnr(floats(through_vae(pipe.vae, pictures)), floats(to_uint8(pictures * 2 - 1))).mean()
         found.append(figure(DECODED, of, float(value)))
     return found
 
@@ -170,7 +162,7 @@ def reference_series(pipe: Pipeline, spec: SceneSpec, size_px: int) -> dict[str,
     """The renderer's own pictures: as they are, through the autoencoder, against another scene's pivot."""
     scenes, others = (rendered(spec, size_px, seed, pipe.device) for seed in (90_002, 90_003))
     shown, other = (torch.stack([to_uint8(one * 2 - 1) for one in both]) for both in (scenes, others))
-    decoded = torch.stack([through_vae(pipe, one) for one in scenes])
+    decoded = torch.stack([through_vae(pipe.vae, one) for one in scenes])
     return {
         "renderer": Series(images=shown, pivots=shown[:, -1]),
         "renderer through VAE": Series(images=decoded, pivots=decoded[:, -1]),

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bokehflux.evaluation.figures import floats
 from bokehflux.evaluation.scores import Shots
 from bokehflux.models.vae import AutoencoderKL, to_uint8
 from bokehflux.nano.captions import spec_of
@@ -17,7 +18,7 @@ from bokehflux.weights.load import load_network
 from bokehflux.weights.networks import VAE
 
 SEED, OTHER_SEED = 90_002, 90_003
-"""Of the reference's scene, and of the other scene of the same caption, which is judged by it."""
+"""Decide the reference's scene, and another scene of the same caption, which is judged by it."""
 SUBJECT_ROWS, SUBJECT_COLUMNS = (0.62, 0.78), (0.44, 0.56)
 """Shares of the picture's height and width that lie within nearly every subject."""
 BEHIND_ROWS, BEHIND_BESIDE = 0.6, 0.25
@@ -39,7 +40,7 @@ class Renderer:
             return None
         reference, scene = (rendered(spec, (*levels, pivot), height, seed)[0] for seed in (SEED, OTHER_SEED))
         subject, behind = regions(height)
-        sources = {"renderer": scene, "renderer, through the VAE": through_vae(self.vae, scene)}
+        sources = {"renderer": scene, "renderer, through the VAE": floats(through_vae(self.vae, scene))}
         return reference[:-1], {
             name: Shots(
                 levels=tuple(levels), images=images[:-1], pivot=images[-1], subject=subject, behind=behind,
@@ -62,10 +63,9 @@ def rendered(spec: SceneSpec, levels: Sequence[float], size_px: int, seed: int) 
 
 @torch.inference_mode()
 def through_vae(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """[B, 3, H, W] in 0 ... 1 after encoding and decoding, rounded to 8 bits."""
-    like = next(vae.parameters())
-    decoded = [vae.decode(vae.encode(part)) for part in (images * 2 - 1).to(like).split(32)]
-    return torch.cat([to_uint8(part).movedim(-1, 1).float() / 255 for part in decoded])
+    """[B, 3, H, W] in 0 ... 1 -> uint8 [B, H, W, 3] after encoding and decoding."""
+    parts = (images * 2 - 1).to(next(vae.parameters())).split(32)
+    return torch.cat([to_uint8(vae.decode(vae.encode(part))) for part in parts])
 
 
 def regions(size_px: int) -> tuple[Tensor, Tensor]:

@@ -56,19 +56,19 @@ METRICS = {
     "lvcorr_reference_without_0": Metric("ref, >0", "most", "the same without level 0"),
     "lvcorr_level": Metric(
         "LVCorr lvl", "truth",
-        "-Pearson of the Laplacian's variance with the level; the truth's own is best (Generative Refocusing)",
+        "-Pearson of that variance with the level; the truth's own is best (Generative Refocusing)",
     ),
     "lvcorr_level_without_0": Metric("lvl, >0", "truth", "the same without level 0"),
     "monotonicity": Metric("falls", "most", "share of neighbouring levels between which sharpness falls"),
     "blur_px_per_level": Metric(
-        "px/level", "truth", "radius of the blur behind the subject, in pixels a level, from the lowest level's"
+        "px/level", "truth", "radius of the blur behind the subject, in pixels a level, beyond the lowest's"
     ),
     "subject_blur_px": Metric("subj. px", "least", "mean radius of the subject's blur; 0 is best"),
     "subject_kept": Metric("subj. kept", "most", "share of the subject's sharpness that is kept; 1 is best"),
     "scene_psnr_db": Metric(
         "scene dB", "capped", "PSNR to the pivot, both strongly blurred; no better beyond the truth's own"
     ),
-    "scene_ssim": Metric("scene SSIM", "capped", "SSIM to the pivot, likewise blurred and capped"),
+    "scene_ssim": Metric("scene SSIM", "capped", "SSIM to the pivot, blurred and capped as well"),
     "truth_psnr_db": Metric("truth dB", "most", "PSNR to the true picture of the level"),
     "truth_ssim": Metric("truth SSIM", "most", "SSIM to the true picture of the level"),
     "lpips": Metric("LPIPS", "least", "LPIPS (AlexNet) to the true picture of the level"),
@@ -120,7 +120,9 @@ def score(shots: Shots, perceptual: Perceptual | None = None) -> Scores:
     """Every figure that these pictures allow. Raises ValueError for fewer than two levels or other shapes."""
     levels, images = torch.tensor(shots.levels), shots.images
     if len(levels) < 2 or len(images) != len(levels) or (levels.diff() <= 0).any():
-        raise ValueError(f"expected pictures at two or more ascending levels, got {len(images)}: {shots.levels}")
+        raise ValueError(
+            f"expected pictures at two or more ascending levels, got {len(images)}: {shots.levels}"
+        )
     found: dict[str, float | Tensor] = {}
     curves = {"sharpness": sharpness(images)}
     above = levels > 0
