@@ -13,7 +13,7 @@ import torch
 from benchmarks.timing import Budget, Replayed, Row, Sustained
 
 NAMES = (
-    "attention", "step", "generate", "memory", "train_attention", "pointwise", "scatter", "profile_step",
+    "attention", "step", "generate", "memory", "train_attention", "train_step", "pointwise", "scatter", "profile_step",
     "tiles", "nano_seconds", "ranks",
 )  # fmt: skip
 Item = TypeVar("Item")

@@ -12,14 +12,12 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bokehflux.kernels.attention import interface
-
-Spec = TypeVar("Spec", bound="AttentionSpec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +26,15 @@ class AttentionSpec(ABC):
     """[B, H, D] added to every token's output, or None. Set per block by the bokeh adapter."""
     logit_bound: float | None = None
     """What |q . k| / sqrt(D) never exceeds, set per block of a run; None: not known."""
-    block: int = 0
-    """The block it is called in, counted over double then single blocks."""
     backend: str = "auto"
     """A name in `kernels.attention.select.BACKENDS`, or "auto"."""
 
     def for_block(
-        self: Spec, block: int, value_bias: Tensor | None, logit_bound: float | None = None
-    ) -> Spec:
-        """A copy for one block, whose outputs are shifted by value_bias [B, H, D]."""
-        return dataclasses.replace(self, block=block, value_bias=value_bias, logit_bound=logit_bound)
+        self, block: int, value_bias: Tensor | None, logit_bound: float | None = None
+    ) -> AttentionSpec:
+        """A copy for one block, counted over double then single ones, whose outputs are shifted by value_bias
+        [B, H, D]. It does not keep the number, or blocks would be compiled one by one."""
+        return dataclasses.replace(self, value_bias=value_bias, logit_bound=logit_bound)
 
     def _call(self, function: Callable[..., Tensor], *args: Tensor | Sequence[int]) -> Tensor:
         """One of the interface's functions, with what every specification holds."""
@@ -103,7 +100,18 @@ class PivotStore(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded(Grounded):
+class _AtBlock(AttentionSpec):
+    block: int = 0
+    """The block it is called in."""
+
+    def for_block(
+        self, block: int, value_bias: Tensor | None, logit_bound: float | None = None
+    ) -> AttentionSpec:
+        return dataclasses.replace(self, block=block, value_bias=value_bias, logit_bound=logit_bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded(_AtBlock, Grounded):
     """`Grounded` on one pivot, whose query and keys are stored on the way."""
 
     store: PivotStore
@@ -116,7 +124,7 @@ class Recorded(Grounded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnStored(AttentionSpec):
+class OnStored(_AtBlock):
     """Every row is a target, grounded on a stored pivot: no row of the batch needs a query."""
 
     store: PivotStore

@@ -75,7 +75,8 @@ OWN_IN = {
     "pictures": LEAVES | {"fields", "record", "metrics", "pictures"},
     "photos": LEAVES | {"record", "pictures", "photos"},
     "pipeline": LIBRARY | {"record", "pictures", "photos", "rendering", "pipeline"},
-    "training": LIBRARY | {"rendering", "metrics", "training"},
+    # A run streams its base as a pipeline does, and makes pictures of what it has learned.
+    "training": LIBRARY | {"rendering", "metrics", "pictures", "pipeline", "training"},
     "nano": LIBRARY | {"rendering", "metrics", "training", "nano"},
     "evaluation": LIBRARY
     | {"record", "rendering", "metrics", "pictures", "photos", "pipeline", "nano", "evaluation"},

@@ -115,8 +115,9 @@ class Linear(nn.Linear):
         else:
             assert isinstance(x, Tensor)
             # Dense weights as they are: under autocast it is the product that casts.
-            rows = slice(start, stop)
-            weight = self.weight[rows] if self.is_dense else self.dense_part(x.dtype, rows)
+            rows, kind = slice(start, stop), x.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            weight = self.weight[rows] if self.is_dense else self.dense_part(dtype, rows)
             # PyTorch would multiply a strided x (one stream of several rows) row by row and add the bias in a
             # second pass, with another rounding. The copy costs no more.
             out = F.linear(x.contiguous(), weight, bias)

@@ -231,8 +231,9 @@ class Stream:
     """Modules that run one after the other, each with its parameters on the device only while it is at work.
 
     Two pieces of device memory take turns: while one module runs, as often as it is called, the parameters of
-    the next are copied into the other piece, on a CUDA stream of their own. again: the first module follows
-    the last, for the next step; otherwise the memory is given back after the last.
+    the next are copied into the other piece, on a CUDA stream of their own. Modules may run downwards, too,
+    as those do that are computed again for a backward pass. again: the first module follows the last, for
+    the next step; otherwise the memory is given back after the last.
     """
 
     def __init__(self, units: Sequence[Unit], device: torch.device, *, again: bool) -> None:
@@ -260,6 +261,7 @@ class Stream:
     def _arrive(self, i: int) -> None:
         if i == self.here:
             return
+        downwards = self.here == i + 1
         self._leave()
         if i != self.coming:
             self._fetch(i)
@@ -268,8 +270,9 @@ class Stream:
         self.slots.reverse()  # the first is at work
         self.homes[i].show(self.slots[0])
         self.here, self.coming = i, None
-        if i + 1 < len(self.homes) or self.again:
-            self._fetch((i + 1) % len(self.homes))
+        following = i - 1 if downwards and i > 0 else i + 1
+        if following < len(self.homes) or self.again:
+            self._fetch(following % len(self.homes))
 
     def _fetch(self, i: int) -> None:
         """Begin to copy into the second slot, whose last module's work has been queued."""

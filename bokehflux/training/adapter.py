@@ -14,7 +14,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bokehflux.attention import AttentionSpec, Grounded, Plain
 from bokehflux.conditioning import Conditioning
@@ -22,6 +21,7 @@ from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.training.batches import Draws
+from bokehflux.training.engine import Recorded
 from bokehflux.training.loop import Loss, Step
 from bokehflux.training.objective import draw_guidance, guided, mix, velocity_target
 
@@ -84,6 +84,9 @@ class Sampling:
     """Above 1: lead away from the prediction without text by a guidance drawn between 1 and this."""
     level_guidance: float = 0.0
     """Share of scenes in which that prediction leaves out the level, too: 0 keeps the blur's own strength."""
+    deterministic: bool = False
+    """Equal bits in every run on one kind of GPU: attention with our own backward pass, which adds in a fixed
+    order, and no other algorithm that does not. Slower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,20 @@ class AdapterBatch:
     attention: AttentionSpec
     """Which rows are grounded on which."""
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it but `attention`."""
+        drawn = self.x0, self.eps, self.sigma, self.levels, self.unguided_levels, self.guidance
+        return *drawn, self.text.txt, self.text.pooled
+
+    @classmethod
+    def of(cls, attention: AttentionSpec, *tensors: Tensor) -> AdapterBatch:
+        """From its `tensors`."""
+        x0, eps, sigma, levels, unguided_levels, guidance, txt, pooled = tensors
+        return cls(
+            x0=x0, eps=eps, sigma=sigma, levels=levels, unguided_levels=unguided_levels,
+            text=Conditioning(txt=txt, pooled=pooled), guidance=guidance, attention=attention,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroundedFrom(AttentionSpec):
@@ -115,15 +132,14 @@ class GroundedFrom(AttentionSpec):
     grounded: Grounded
     first: int
 
-    def query_rows(self) -> tuple[int, ...] | None:
-        return self._here().query_rows()
+    def for_block(
+        self, block: int, value_bias: Tensor | None, logit_bound: float | None = None
+    ) -> AttentionSpec:
+        spec = self.grounded if block >= self.first else Plain(backend=self.backend)
+        return spec.for_block(block, value_bias, logit_bound)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._here()(q, k, v)
-
-    def _here(self) -> AttentionSpec:
-        spec = self.grounded if self.block >= self.first else Plain(backend=self.backend)
-        return spec.for_block(self.block, self.value_bias, self.logit_bound)
+        raise AssertionError("blocks are given what `for_block` returns")
 
 
 def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> AdapterBatch:
@@ -146,12 +162,13 @@ def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> Ad
     x0 = scenes.latents(rows(scene), render).to(draws.device)
     levels = scenes.levels(rows(scene), render).to(draws.device)
     eps, sigma = rows(_noise(each, how, x0.shape)), rows(_sigma(each, how))
-    spec: AttentionSpec = Plain(backend="sdpa")
+    backend = "triton" if how.deterministic and draws.device.type == "cuda" else "sdpa"
+    spec: AttentionSpec = Plain(backend=backend)
     if grouped:
         pivot_of = _pivots(each, how)
-        spec = Grounded(pivot_of=pivot_of, backend="sdpa")
+        spec = Grounded(pivot_of=pivot_of, backend=backend)
         if how.first_grounded_block:
-            spec = GroundedFrom(grounded=spec, first=how.first_grounded_block, backend="sdpa")
+            spec = GroundedFrom(grounded=spec, first=how.first_grounded_block, backend=backend)
         if how.swap_probability < 1:
             alone = [row == pivot and row % group > 0 for row, pivot in enumerate(pivot_of)]
             own = torch.tensor(alone, device=x0.device)
@@ -222,20 +239,32 @@ def adapter_step(
             u = mmdit(x, txt, pooled, batch.sigma, torch.ones_like(batch.sigma), rope, spec, levels).float()
         target, weight = guided(target, u, batch.guidance), batch.guidance**2
     # The first block's inputs ask for gradients like every other's, so that all share one compiled graph.
-    x, txt = x.requires_grad_(), text.txt.detach().requires_grad_()
+    x, txt = x.detach().requires_grad_(), text.txt.detach().requires_grad_()
     levels = BokehCondition(levels=batch.levels)
     v = mmdit(x, txt, text.pooled, batch.sigma, batch.guidance, rope, spec, levels).float()
     return ((v - target).square().mean(dim=(1, 2)) / weight).mean()
 
 
-def adapter_loss(mmdit: MMDiT, rope: RopeTable, how: Sampling, plain: Scenes, grouped: Scenes) -> Loss:
-    """For `train`: unrelated rows of `plain` and groups of `grouped` in turn."""
+def adapter_loss(
+    mmdit: MMDiT, rope: RopeTable, how: Sampling, plain: Scenes, grouped: Scenes, *, record: bool = False
+) -> Loss:
+    """For `train`: unrelated rows of `plain` and groups of `grouped` in turn.
+
+    record: as CUDA graphs, one for each pattern of grounded rows.
+    """
     null_text = plain.null_text() if how.max_guidance > 1 else None
+
+    def of_tensors(attention: AttentionSpec, *tensors: Tensor) -> Tensor:
+        return adapter_step(mmdit, AdapterBatch.of(attention, *tensors), rope, null_text)
+
+    compute = (
+        Recorded(of_tensors, [p for p in mmdit.parameters() if p.requires_grad]) if record else of_tensors
+    )
 
     def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         in_groups = step.number % 2 == 1
         batch = draw_batch(grouped if in_groups else plain, how, in_groups, step.draws)
-        error = adapter_step(mmdit, batch, rope, null_text)
+        error = compute(batch.attention, *batch.tensors())
         return error, {"grounded" if in_groups else "plain": error}
 
     return loss
@@ -249,15 +278,3 @@ def trainable_adapter(mmdit: MMDiT) -> list[tuple[str, nn.Parameter]]:
     for parameter in mmdit.bokeh.trainable():
         parameter.requires_grad_(True)
     return [(name, p) for name, p in mmdit.bokeh.named_parameters() if p.requires_grad]
-
-
-def recompute_blocks(mmdit: MMDiT) -> None:
-    """Keep of each block its inputs only, and compute the rest again on the way back.
-
-    Less memory, for a third more time. Names in `state_dict` stay. Blocks that are to be compiled are
-    compiled before, so that what is kept is decided outside them.
-    """
-    for blocks in (mmdit.double_blocks, mmdit.single_blocks):
-        for i, block in enumerate(blocks):
-            # Nothing in a block is random, so that no generator's state need be kept.
-            blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)

@@ -13,7 +13,7 @@ Scalars = tuple[Tensor, dict[str, Tensor]]
 """A loss, and the scalars to log for it."""
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """The number of this process, and how many there are."""
     shared = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)
@@ -33,7 +33,7 @@ class _Objective(nn.Module):
 
 def averaged(loss: Callable[[At], Scalars], parameters: Sequence[nn.Parameter]) -> Callable[[At], Scalars]:
     """The loss, whose gradients and figures become those of all processes: the mean of their means."""
-    world = place()[1]
+    world = rank_and_world()[1]
     if world == 1:
         return loss
     objective = nn.parallel.DistributedDataParallel(_Objective(loss, parameters))

@@ -29,7 +29,7 @@ class Estimate:
     state_bytes: int
     """The state of the run on disk: weights, average, two moments, float32."""
     gpu_bytes: int
-    """Frozen transformer in bfloat16, adapter with gradients, moments and average, activations."""
+    """Frozen transformer, adapter with gradients, moments and average, activations."""
     flops: float
     """Operations of a step of groups on one process."""
 
@@ -40,9 +40,21 @@ class Estimate:
 
 
 def estimate(
-    mmdit: MMDiTConfig, bokeh: BokehConfig, *, rows: int, txt_tokens: int, img_tokens: int, recompute: bool
+    mmdit: MMDiTConfig,
+    bokeh: BokehConfig,
+    *,
+    rows: int,
+    txt_tokens: int,
+    img_tokens: int,
+    activations: float = 0.0,
+    narrow: bool = False,
+    streamed: bool = False,
 ) -> Estimate:
-    """Cost of training with `rows` a process, each of txt_tokens + img_tokens."""
+    """Cost of training with `rows` a process, each of txt_tokens + img_tokens.
+
+    activations: share of them that is kept; narrow: the base in 8 bits; streamed: two of its blocks at most
+    are on the GPU at a time. How long streaming takes depends on the machine and is not in `seconds`.
+    """
     with torch.device("meta"):
         network = MMDiT(mmdit, bokeh)
     adapter = network.bokeh
@@ -59,15 +71,17 @@ def estimate(
     attention = 2 * tokens * mmdit.hidden_size * mmdit.num_blocks
     forward = 2 * rows * tokens * (projections + low_rank + attention)
     # With frozen weights the way back is as much work as the way there, and the way there may come twice.
-    flops = forward * (3 if recompute else 2)
+    flops = forward * (3 - activations)
     block_bytes = KEPT_BYTES * mmdit.hidden_size * rows * tokens
     inputs_bytes = 2 * mmdit.hidden_size * rows * tokens * mmdit.num_blocks
-    kept = inputs_bytes + block_bytes if recompute else block_bytes * mmdit.num_blocks
+    kept = max(inputs_bytes + block_bytes, activations * block_bytes * mmdit.num_blocks)
+    largest = max(sum(p.numel() for p in block.parameters()) for block in network.blocks)
+    there = (1 if narrow else 2) * (2 * largest if streamed else base)
     return Estimate(
         base=base,
         trained=trained,
         adapter_bytes=4 * whole,
         state_bytes=4 * 4 * trained,
-        gpu_bytes=2 * base + 4 * whole + 4 * 4 * trained + kept,
+        gpu_bytes=int(there + 4 * whole + 4 * 4 * trained + kept),
         flops=flops,
     )

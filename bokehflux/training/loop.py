@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.training.batches import Draws
-from bokehflux.training.distributed import averaged, place
+from bokehflux.training.distributed import averaged, rank_and_world
 from bokehflux.training.log import Log
 from bokehflux.training.optim import Optimizer, trapezoid
 from bokehflux.training.state import Ema, Saves, State
@@ -74,7 +74,7 @@ def train(loss: Loss, optimizer: Optimizer, course: Course, log: Log, saves: Sav
     saves: where the run keeps its state, and whether it goes on from there; CheckpointError when it cannot.
     Raises ValueError for a run paced by the clock that is to be saved or shared: no two clocks agree.
     """
-    rank, world = place()
+    rank, world = rank_and_world()
     if course.minutes and (saves is not None or world > 1):
         raise ValueError(
             "a run paced by minutes can be neither resumed nor shared: give it a number of steps"

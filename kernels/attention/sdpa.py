@@ -1,10 +1,10 @@
 """Attention through PyTorch's `scaled_dot_product_attention`: backend `sdpa`.
 
 A row that looks at two sets of keys, its own and a pivot's or further ones, is two calls merged by their
-log-sum-exp without gradients, so neither keys nor values are ever concatenated. With gradients it is one
-call on concatenated keys, because PyTorch does not differentiate through the log-sum-exp. In bfloat16 on a
-CPU, targets share the exponentials of their pivot's scores. Pivot rows are plain attention: a doubled,
-identical set of keys leaves a softmax unchanged.
+log-sum-exp, so neither keys nor values are ever concatenated. With gradients `stock` does so for groups of
+pivots and targets; other rows are one call on concatenated keys, because PyTorch does not differentiate
+through the log-sum-exp. In bfloat16 on a CPU, targets share the exponentials of their pivot's scores. Pivot
+rows are plain attention: a doubled, identical set of keys leaves a softmax unchanged.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dispatch import needs_gradients
+from . import stock
 
 BLOCK_SCORES = 1 << 19
 """Scores of one row that a CPU works on at once: 2 MB, which stay in its cache."""
@@ -24,6 +25,8 @@ BLOCK_SCORES = 1 << 19
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, value_bias: Tensor | None = None) -> Tensor:
     """Shapes as `reference.attention`; accumulation as PyTorch's kernel for this device and dtype."""
+    if needs_gradients(q, k, v) and q.shape == k.shape and stock.is_fastest(q):
+        return add_bias(stock.grounded_attention(q, k, v, range(len(q))), value_bias)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(
         1, 2
     )
@@ -103,6 +106,8 @@ def grounded_attention(
     q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int], *, value_bias: Tensor | None = None
 ) -> Tensor:
     """Shapes and meaning as `reference.grounded_attention`."""
+    if needs_gradients(q, k, v) and stock.takes(q):
+        return add_bias(stock.grounded_attention(q, k, v, pivot_of), value_bias)
     return add_bias(by_rows(attention, target_attention, q, k, v, pivot_of), value_bias)
 
 
@@ -136,18 +141,13 @@ def merge(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention [B, L, H, D] and the log-sum-exp of its scaled scores [B, L, H]. No gradients."""
+    if stock.takes(q):
+        out, lse = stock.with_lse(q, k, v)
+        return out, lse.transpose(1, 2)
     args = [t.transpose(1, 2) for t in (q, k, v)]
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)
-    elif q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*args)
-    elif q.device.type == "cuda":
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)
-    else:
-        scores = args[0] @ args[1].mT * q.shape[-1] ** -0.5
-        out, lse = scores.softmax(dim=-1) @ args[2], scores.float().logsumexp(dim=-1)
-    # Some kernels pad the log-sum-exp to a multiple of their tile.
-    return out.transpose(1, 2), lse.reshape(*args[0].shape[:2], -1)[..., : q.shape[1]].transpose(1, 2)
+    scores = args[0] @ args[1].mT * q.shape[-1] ** -0.5
+    out, lse = scores.softmax(dim=-1) @ args[2], scores.float().logsumexp(dim=-1)
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:

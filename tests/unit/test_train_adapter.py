@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from bokehflux.attention import AttentionSpec, Grounded, Plain
 from bokehflux.conditioning import Conditioning
@@ -23,10 +24,10 @@ from bokehflux.training.adapter import (
     Sampling,
     adapter_step,
     draw_batch,
-    recompute_blocks,
     trainable_adapter,
 )
 from bokehflux.training.batches import Draws
+from bokehflux.training.engine import keep_activations, store_fp8
 from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, Step, train
 from bokehflux.training.objective import draw_guidance
@@ -354,7 +355,7 @@ def test_gradients_with_recomputed_blocks_are_the_same(name: str) -> None:
     for checkpointed in (False, True):
         mmdit, named = golden_mmdit()
         if checkpointed:
-            recompute_blocks(mmdit)
+            keep_activations(mmdit, 0.0, compile=False)
         batch, table = golden_batch(golden(name))
         count = [0]
 
@@ -373,9 +374,41 @@ def test_gradients_with_recomputed_blocks_are_the_same(name: str) -> None:
     assert saved[1] < saved[0] / 2, "blocks keep little but their inputs"
 
 
+def test_blocks_of_a_kind_share_one_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their number, level and adapter; with and without checkpoints around them."""
+    for share in (0.0, 1.0):
+        torch._dynamo.reset()
+        mmdit, counter = tiny_mmdit(), CompileCounter()
+        trainable_adapter(mmdit)
+        assert len(mmdit.doubles) > 1 and len(mmdit.singles) > 1
+        monkeypatch.setattr(
+            nn.Module, "compile", lambda self, c=counter, **_: setattr(
+                self, "_compiled_call_impl", torch.compile(self._call_impl, dynamic=False, backend=c)
+            ),
+        )  # fmt: skip
+        keep_activations(mmdit, share, compile=True)
+        for count, grouped in ((2, True), (4, False)):
+            adapter_step(mmdit, toy_batch(grouped), rope()).backward()
+            assert counter.frame_count == count
+    torch._dynamo.reset()
+
+
+def test_narrow_weights_give_nearly_the_same_gradients() -> None:
+    gradients = []
+    for narrow in (False, True):
+        mmdit, _ = golden_mmdit()
+        if narrow:
+            store_fp8(mmdit)
+            assert all(x.weight.dtype == torch.float8_e4m3fn for x in mmdit.units().projections.values())
+        batch, table = golden_batch(golden("grounded"))
+        adapter_step(mmdit, batch, table).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in mmdit.parameters() if p.grad is not None]))
+    assert 0 < relative(gradients[1], gradients[0]) < 0.3  # of narrow random networks
+
+
 def test_recomputed_blocks_keep_the_names_in_files() -> None:
     mmdit, named = golden_mmdit()
     names = list(mmdit.state_dict())
-    recompute_blocks(mmdit)
+    keep_activations(mmdit, 0.0, compile=False)
     assert list(mmdit.state_dict()) == names
     assert [name for name, _ in trainable_adapter(mmdit)] == [name for name, _ in named]

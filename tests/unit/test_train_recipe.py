@@ -143,7 +143,7 @@ def test_scenes_without_captions_are_not_written(tmp_path: Path) -> None:
 
 RECIPE = AdapterRecipe(
     model="nano", groups="set by a fixture", rank=4, blocks=(0, 3, 10), batch=4, group=2, steps=6, lr=3e-3,
-    warmup_steps=1, save_every=2, log_every=4, max_guidance=3.0, recompute=False,
+    warmup_steps=1, save_every=2, log_every=4, max_guidance=3.0, activations=1.0,
 )  # fmt: skip
 
 
@@ -159,13 +159,13 @@ def test_a_recipe_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_everything_wrong_with_a_recipe_is_said_at_once(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(
-        'model = 3\nstep = 5\nbatch = 2.5\nrecompute = "yes"\nsigma = "even"\nblocks = ["a"]\nsteps = true\n'
+        'model = 3\nstep = 5\nbatch = 2.5\ncompile = "yes"\nsigma = "even"\nblocks = ["a"]\nsteps = true\n'
     )
     with pytest.raises(ValueError) as error:
         AdapterRecipe.read(path)
     assert str(error.value) == (
         f"{path}: unknown setting 'step'; model must be text, got 3; batch must be a whole number, got 2.5; "
-        "recompute must be true or false, got 'yes'; sigma must be one of uniform, logit-normal, got 'even'; "
+        "compile must be true or false, got 'yes'; sigma must be one of uniform, logit-normal, got 'even'; "
         "blocks must be a list of whole numbers, got ('a',); steps must be a whole number, got True; "
         "groups is missing"
     )
@@ -187,6 +187,8 @@ def test_everything_wrong_with_a_recipe_is_said_at_once(tmp_path: Path) -> None:
         ({"sigma_mean": 1.0}, 'sigma_mean and sigma_std count with sigma = "logit-normal" only'),
         ({"max_guidance": 1.0, "level_guidance": 0.2}, "level_guidance counts with a max_guidance above 1"),
         ({"warmup_steps": 6}, "warmup_steps must be below steps, 6, got 6"),
+        ({"activations": 0.5}, "activations must be 0 or 1, or between them with compile = true"),
+        ({"memory": "stream"}, 'memory = "stream" needs activations = 0'),
     ],
 )
 def test_values_that_no_run_can_have(change: dict[str, object], said: str) -> None:
@@ -251,13 +253,20 @@ def test_a_run_that_stops_goes_on(
 
 def test_recomputed_and_muon_runs_take_their_own_way(recipe: AdapterRecipe, tmp_path: Path) -> None:
     recipes.train_adapter(recipe, tmp_path / "kept", CPU)
-    recipes.train_adapter(dataclasses.replace(recipe, recompute=True), tmp_path / "recomputed", CPU)
+    recipes.train_adapter(dataclasses.replace(recipe, activations=0.0), tmp_path / "recomputed", CPU)
     recipes.train_adapter(dataclasses.replace(recipe, optimizer="muon"), tmp_path / "muon", CPU)
-    kept, recomputed, muon = (written(tmp_path / name) for name in ("kept", "recomputed", "muon"))
+    streamed = dataclasses.replace(recipe, activations=0.0, memory="stream")
+    recipes.train_adapter(streamed, tmp_path / "streamed", CPU)
+    recipes.train_adapter(dataclasses.replace(recipe, storage="fp8"), tmp_path / "fp8", CPU)
+    kept, recomputed, muon, streamed_too, fp8 = (
+        written(tmp_path / name) for name in ("kept", "recomputed", "muon", "streamed", "fp8")
+    )
     for name, tensor in kept.items():
         torch.testing.assert_close(recomputed[name], tensor, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(streamed_too[name], recomputed[name], rtol=0, atol=0)
     name = "adapter_modules.3.to_q_adp.up.weight"
     assert (muon[name] - kept[name]).abs().max() > 1e-4
+    assert 0 < (fp8[name] - kept[name]).norm() < 0.5 * kept[name].norm()
 
 
 def test_data_that_does_not_fit(
@@ -275,7 +284,7 @@ def test_data_that_does_not_fit(
     write_latents(tmp_path / "large", *toy_latents(side=8))
     with pytest.raises(ValueError, match="differ in size"):
         recipes.check_data(recipe, mmdit, folders[0], LatentFolder(tmp_path / "large", spoken))  # type: ignore
-    monkeypatch.setattr(recipes, "place", lambda: (1, 3))
+    monkeypatch.setattr(recipes, "rank_and_world", lambda: (1, 3))
     with pytest.raises(ValueError, match=f"whole groups of {recipe.group} for each of 3 processes"):
         recipes.check_data(recipe, mmdit, *folders)
 
@@ -323,11 +332,11 @@ def test_the_cost_of_flux_is_what_was_measured() -> None:
     """On an H100, rank 128 on 57 blocks, groups of 4 at 512 px, blocks compiled: 0.460 s and 69.3 GB, or
     0.674 s and 28.8 GB with recomputed blocks; one plain row at 1024 px 0.376 s and 50.1 GB."""
     bokeh = BokehConfig(blocks=tuple(range(57)), rank=128)
-    for rows, img_tokens, recompute, seconds, gigabytes in (
-        (4, 1024, False, 0.460, 69.3), (4, 1024, True, 0.674, 28.8), (1, 4096, False, 0.376, 50.1),
+    for rows, img_tokens, activations, seconds, gigabytes in (
+        (4, 1024, 1.0, 0.460, 69.3), (4, 1024, 0.0, 0.674, 28.8), (1, 4096, 1.0, 0.376, 50.1),
     ):  # fmt: skip
         cost = estimate(
-            FLUX_DEV, bokeh, rows=rows, txt_tokens=512, img_tokens=img_tokens, recompute=recompute
+            FLUX_DEV, bokeh, rows=rows, txt_tokens=512, img_tokens=img_tokens, activations=activations
         )
         assert cost.seconds == pytest.approx(seconds, rel=0.1)
         assert cost.gpu_bytes / 1e9 == pytest.approx(gigabytes, rel=0.15)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 import tomllib
 import types
@@ -21,9 +22,11 @@ from bokehflux.conditioning import Conditioning
 from bokehflux.configs import BokehConfig, MMDiTConfig
 from bokehflux.models.adapter import BokehAdapter, init_adapter
 from bokehflux.models.embeddings import RopeTable, rope_table
+from bokehflux.pipeline.memory import place
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.training.adapter import Sampling, adapter_loss, recompute_blocks, trainable_adapter
-from bokehflux.training.distributed import place
+from bokehflux.training.adapter import Sampling, adapter_loss, trainable_adapter
+from bokehflux.training.distributed import rank_and_world
+from bokehflux.training.engine import keep_activations, store_fp8
 from bokehflux.training.estimate import estimate
 from bokehflux.training.latents import Encode, LatentFolder
 from bokehflux.training.log import Log
@@ -70,10 +73,17 @@ class AdapterRecipe(Sampling):
     ema_rate: float = 0.001
     """Share of the weights that a step adds to their moving average, which is what is kept."""
 
-    recompute: bool = True
-    """Keep no activations inside blocks: less memory, for a third more time."""
+    activations: float = 0.0
+    """Share of what blocks compute that is kept for the way back. 0 keeps their inputs only: least memory,
+    for a third more time. 1 keeps everything. Between the two the compiler decides what."""
     compile: bool = False
     """Compile blocks: minutes at first, then about a third less time."""
+    graphs: bool = False
+    """Record the way there and back as CUDA graphs: for small pictures, which Python launches too slowly."""
+    storage: Literal["dtype", "fp8"] = "dtype"
+    """fp8 keeps the frozen weights in half the memory, widened where they are used."""
+    memory: Literal["resident", "stream"] = "resident"
+    """stream keeps the frozen weights on the host and brings them block by block, for every pass."""
     save_every: int = 500
     """Steps from one saved state to the next."""
     log_every: int = 50
@@ -98,6 +108,16 @@ class AdapterRecipe(Sampling):
             raise ValueError(f"batch must hold whole groups of {self.group}, got {self.batch}")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps must be below steps, {self.steps}, got {self.warmup_steps}")
+        if not 0 <= self.activations <= 1 or (0 < self.activations < 1 and not self.compile):
+            raise ValueError(
+                "activations must be 0 or 1, or between them with compile = true, "
+                f"got {self.activations} and compile = {str(self.compile).lower()}"
+            )
+        if self.memory == "stream" and (self.activations or self.compile or self.graphs):
+            raise ValueError(
+                'memory = "stream" needs activations = 0 without compile and graphs: '
+                "a block's weights are there only while it runs"
+            )
         # What another setting would make a run ignore is refused.
         if self.sigma == "uniform" and (self.sigma_mean, self.sigma_std) != (0, 1):
             raise ValueError('sigma_mean and sigma_std count with sigma = "logit-normal" only')
@@ -190,6 +210,9 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     saves = Saves(
         path=out / "state.safetensors", every=recipe.save_every, settings=vars(recipe), resume=resume
@@ -204,7 +227,7 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
 
     def encode(prompts: Sequence[str]) -> Conditioning:
         # As they encode when pictures are made, whatever the loss is computed in.
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), placement.phase("text"):
             return parts.text.encode(prompts)
 
     groups, photographs = _data(recipe, encode)
@@ -213,14 +236,17 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
         check_data(recipe, found.config, groups, photographs)
         recipe.bokeh(found.config)
 
-    parts = load_components(recipe.model, device=device, dtype=dtype, on_found=check)
+    # What does not stay on the device as it is read is never put there.
+    home = device if (recipe.memory, recipe.storage) == ("resident", "dtype") else torch.device("cpu")
+    parts = load_components(recipe.model, device=home, dtype=dtype, on_found=check)
     mmdit = parts.transformer
+    mmdit.bokeh = None  # the card's own; ours stays on the device, whatever the base does
+    if recipe.storage == "fp8":
+        store_fp8(mmdit)
+    placement = place(mmdit, parts.text.networks, parts.vae, recipe.memory, device)
     mmdit.bokeh = _first_adapter(recipe, mmdit.config).to(device)
     named = trainable_adapter(mmdit)
-    if recipe.compile:
-        mmdit.compile_blocks()
-    if recipe.recompute:
-        recompute_blocks(mmdit)
+    keep_activations(mmdit, recipe.activations, compile=recipe.compile)
     optimizer = Optimizer(
         named,
         recipe.lr,
@@ -238,9 +264,12 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     )
     log = Log(out / "log.json", every=recipe.log_every)
     log.note("recipe", vars(recipe))
-    loss = adapter_loss(mmdit, _rope(parts, groups.grid, device), recipe, plain=photographs, grouped=groups)
+    rope = _rope(parts, groups.grid, device)
+    loss = adapter_loss(
+        mmdit, rope, recipe, plain=photographs, grouped=groups, record=recipe.graphs and device.type == "cuda"
+    )
     train(loss, optimizer, course, log, saves)
-    if place()[0] == 0:
+    if rank_and_world()[0] == 0:
         tensors = {name: t.detach().cpu() for name, t in mmdit.bokeh.state_dict().items()}
         save_network(adapter_for(mmdit.config), out / "adapter", mmdit.bokeh.config, tensors)
         recipe.write(out / "recipe.toml")
@@ -264,14 +293,16 @@ def dry_run(recipe: AdapterRecipe, out: Path) -> list[str]:
     groups, photographs = _data(recipe, _never)
     check_data(recipe, snapshot.config, groups, photographs)
     bokeh = recipe.bokeh(snapshot.config)
-    rows, txt_tokens = recipe.batch // place()[1], snapshot.defaults.txt_length
+    rows, txt_tokens = recipe.batch // rank_and_world()[1], snapshot.defaults.txt_length
     cost = estimate(
         snapshot.config,
         bokeh,
         rows=rows,
         txt_tokens=txt_tokens,
         img_tokens=groups.grid.num_tokens,
-        recompute=recipe.recompute,
+        activations=recipe.activations,
+        narrow=recipe.storage == "fp8",
+        streamed=recipe.memory == "stream",
     )
     text = sum(snapshot.parts[row.name].num_bytes for row in (T5, CLIP))
     free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
@@ -318,7 +349,7 @@ def check_data(
         raise ValueError(
             f"a group takes {recipe.group} renders of a scene, {recipe.groups} has {groups.num_renders}"
         )
-    processes = place()[1]
+    processes = rank_and_world()[1]
     if recipe.batch % (recipe.group * processes):
         raise ValueError(
             f"batch must hold whole groups of {recipe.group} for each of {processes} processes, "

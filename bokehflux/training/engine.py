@@ -1,0 +1,122 @@
+"""How a frozen network with a live adapter goes there and back: what is kept, stored, compiled, recorded.
+
+The mathematics is the same in every form, to the rounding of a compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from bokehflux.models.fp8 import fp8_weight
+from bokehflux.models.linear import Linear
+from bokehflux.models.mmdit import MMDiT
+from bokehflux.weights.precision import RowScaled
+
+
+def keep_activations(mmdit: MMDiT, share: float, *, compile: bool) -> None:
+    """Decide what blocks keep for the way back, and compile them if asked. Names in `state_dict` stay.
+
+    share 0: each block's inputs only, the rest is computed again, for a third more time. 1: everything.
+    Between: the compiler keeps about this share and computes again what is cheapest. Raises ValueError for a
+    share between without a compiler.
+    """
+    if compile:
+        for block in mmdit.blocks:
+            block.compile(dynamic=False)
+    if 0 < share < 1:
+        if not compile:
+            raise ValueError(f"activations between 0 and 1 need compiled blocks, got {share}")
+        torch._functorch.config.activation_memory_budget = share
+    elif share == 0:
+        # Around what is compiled: what is kept is decided outside it.
+        for blocks in (mmdit.double_blocks, mmdit.single_blocks):
+            for i, block in enumerate(blocks):
+                # Nothing in a block is random, so that no generator's state need be kept.
+                blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
+
+
+@torch.no_grad()
+def store_fp8(mmdit: MMDiT) -> None:
+    """Keep every linear weight of the base as float8 e4m3 with a scale a row; it is widened where it is used.
+
+    A product is one of the dtype as before, on weights that are 2.6 % off (root mean square).
+    """
+    for layer in mmdit.modules():
+        if isinstance(layer, Linear):
+            values, scale = layer.weight, layer.scale
+            if scale is None:
+                values, scale = fp8_weight(layer.weight, layer.dequantize)
+            layer.weight, layer.scale = nn.Parameter(values, requires_grad=False), None
+            layer.dequantize = RowScaled(scale=scale[:, None])
+
+
+class Recorded:
+    """A loss and its gradients as CUDA graphs, one for each kind of batch: one launch in place of thousands.
+
+    The loss must do the same on every batch of a kind: no random numbers, no waiting for the GPU. Of each
+    kind a set of gradients stays on the device.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], parameters: Sequence[nn.Parameter]) -> None:
+        self.loss, self.parameters = loss, list(parameters)
+        self._graphs: dict[Hashable, _Graph] = {}
+
+    def __call__(self, kind: Hashable, *inputs: Tensor) -> Tensor:
+        """loss(kind, *inputs), a scalar whose gradients reach the parameters. kind: all but the inputs'
+        values that the loss depends on."""
+        key = kind, tuple((x.shape, x.dtype) for x in inputs)
+        if key not in self._graphs:
+            self._graphs[key] = _Graph(self.loss, self.parameters, kind, inputs)
+        return _Replay.apply(self._graphs[key], inputs, *self.parameters)  # type: ignore[no-any-return]
+
+
+class _Graph:
+    """One graph, and the tensors that it reads and writes."""
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        parameters: list[nn.Parameter],
+        kind: Hashable,
+        inputs: Sequence[Tensor],
+    ) -> None:
+        self.inputs = [x.clone() for x in inputs]
+
+        def compute() -> tuple[Tensor, tuple[Tensor, ...]]:
+            # Casts of weights that the surrounding context remembers would be those of the first step.
+            with torch.enable_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                value = loss(kind, *self.inputs)
+            return value.detach(), torch.autograd.grad(value, parameters)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # kernels are compiled, libraries make their workspaces
+                compute()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.empty_cache()  # what the warm-up took is needed in the graph's own pool
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.value, self.gradients = compute()
+
+    def replay(self, inputs: Sequence[Tensor]) -> Tensor:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.value.clone()  # the next replay overwrites it
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, inputs: Sequence[Tensor], *_: Tensor) -> Tensor:
+        ctx.graph = graph
+        return graph.replay(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, None, *torch._foreach_mul(ctx.graph.gradients, grad)

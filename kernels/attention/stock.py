@@ -1,0 +1,203 @@
+"""Grounded attention with gradients, from PyTorch's kernels: two calls merged by their log-sum-exps, twice.
+
+A target has two sets of keys. Forward, each set is one call of a stock kernel and `sdpa.merge` makes one
+softmax of both. Backward, a stock kernel makes probabilities again from the log-sum-exp that it is given:
+with the merged one, and the merged output, its gradients are exactly those of its own share of the softmax.
+So neither keys nor values are ever concatenated, nor saved twice, and a call has as many keys as queries,
+which cuDNN's backward pass insists on. (The same identity carries ring attention: Liu et al. 2023.)
+
+One custom operator and its gradient, so that compilers and graphs take it as one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import tiles
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def takes(q: Tensor) -> bool:
+    """Whether there is a stock kernel, with a backward pass, for q [B, L, H, D] on its device."""
+    if q.device.type == "cpu":
+        return True
+    if q.device.type != "cuda" or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return False
+    return (
+        q.dtype == torch.float32 or q.dtype in HALF and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def is_fastest(q: Tensor) -> bool:
+    """Whether to use it for plain rows too: PyTorch by itself does not choose cuDNN, which is 1.4 to 1.7
+    times as fast on Hopper (benchmarks/results/train_attention.json)."""
+    return takes(q) and _kernel(q) == "cudnn"
+
+
+def grounded_attention(q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int]) -> Tensor:
+    """Shapes and meaning as `reference.grounded_attention`; rows that name themselves attend plainly."""
+    return _grounded(q, k, v, list(pivot_of))[0]
+
+
+def _kernel(q: Tensor) -> str:
+    if q.device.type == "cpu":
+        return "cpu"
+    if q.dtype == torch.float32:
+        return "efficient"
+    return "cudnn" if tiles.device(q.device).family == tiles.HOPPER else "flash"
+
+
+def with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention [B, L, H, D] and the log-sum-exp of its scaled scores [B, H, L] float32. No gradients."""
+    args, kernel = [x.transpose(1, 2) for x in (q, k, v)], _kernel(q)
+    if kernel == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)
+    elif kernel == "efficient":
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)
+    elif kernel == "cudnn":
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*args, None, True)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*args)
+    # cuDNN adds a dim, and some kernels pad to a multiple of their tile.
+    lse = lse.reshape(*args[0].shape[:2], -1)[..., : q.shape[1]]
+    return out.transpose(1, 2), lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, where out and lse [B, H, L] may be those of a softmax over further keys."""
+    args, kernel = [x.transpose(1, 2) for x in (grad, q, k, v, out)], _kernel(q)
+    if kernel == "cpu":
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, lse, 0.0, False)
+    else:
+        length, none = q.shape[1], torch.zeros((), dtype=torch.int64)  # no dropout, hence no seed
+        if kernel == "efficient":
+            # Padded to 32, where probabilities are exp(-inf).
+            lse = torch.nn.functional.pad(lse, (0, -length % 32), value=float("inf"))
+            op = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+            mask = [True, True, True, False]
+            *grads, _ = op(*args[:4], None, args[4], lse, none, none, 0.0, mask)
+        elif kernel == "cudnn":
+            lse, rest = lse.contiguous()[..., None], (None, None, None, length, k.shape[1], 0.0, False)
+            op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+            grads = op(*args, lse, none, none, *rest)
+        else:
+            op = torch.ops.aten._scaled_dot_product_flash_attention_backward
+            lse, rest = lse.contiguous(), (None, None, length, k.shape[1], 0.0, False, none, none)
+            grads = op(*args, lse, *rest)
+    dq, dk, dv = (x.transpose(1, 2) for x in grads)
+    return dq, dk, dv
+
+
+def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """x[rows] without an index from the host, which a graph cannot hold."""
+    if list(rows) == list(range(len(x))):
+        return x
+    return torch.cat([x[row : row + 1] for row in rows])
+
+
+def _plan(pivot_of: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """For each row the query it takes; the rows that are targets, and their pivots."""
+    pivots = sorted(set(pivot_of))
+    targets = [row for row, pivot in enumerate(pivot_of) if row != pivot]
+    return [pivots.index(p) for p in pivot_of], targets, [pivot_of[row] for row in targets]
+
+
+@torch.library.custom_op("bokehflux::stock_grounded_attention", mutates_args=())
+def _grounded(q: Tensor, k: Tensor, v: Tensor, pivot_of: list[int]) -> tuple[Tensor, Tensor]:
+    """Values [B, L, H, D] and log-sum-exps [B, H, L] of whole softmaxes, which carry no gradient."""
+    query_of, targets, pivots = _plan(pivot_of)
+    queries = _rows(q, query_of)
+    out, lse = with_lse(queries, k, v)
+    out, lse = out.contiguous(), lse.contiguous()
+    if targets:
+        queries, values = _rows(queries, targets), _rows(v, targets)
+        other, other_lse = with_lse(queries, _rows(k, pivots), values)
+        own, own_lse = _rows(out, targets), _rows(lse, targets)
+        share = torch.sigmoid(other_lse - own_lse).transpose(1, 2)[..., None]  # [N, L, H, 1]
+        merged = torch.lerp(own.to(share.dtype), other.to(share.dtype), share).to(out.dtype)
+        together = torch.logaddexp(own_lse, other_lse)
+        for i, row in enumerate(targets):
+            out[row], lse[row] = merged[i], together[i]
+    return out, lse
+
+
+@_grounded.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, pivot_of: list[int]) -> tuple[Tensor, Tensor]:
+    rows, length, heads, _ = v.shape
+    return v.new_empty(v.shape), v.new_empty((rows, heads, length), dtype=_lse_dtype(v))
+
+
+def _lse_dtype(v: Tensor) -> torch.dtype:
+    return torch.float64 if v.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("bokehflux::stock_grounded_attention_backward", mutates_args=())
+def _grounded_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pivot_of: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    query_of, targets, pivots = _plan(pivot_of)
+    grad, queries = grad.contiguous(), _rows(q, query_of)
+    dq_rows, dk, dv = backward(grad, queries, k, v, out, lse)
+    dk, dv = dk.contiguous(), dv.contiguous()
+    more: list[tuple[int, Tensor]] = []
+    if targets:
+        args = [_rows(x, targets) for x in (v, out, lse)]
+        dq_more, dk_more, dv_more = backward(
+            _rows(grad, targets), _rows(queries, targets), _rows(k, pivots), *args
+        )
+        more = [(query_of[row], x) for row, x in zip(targets, dq_more, strict=True)]
+        for i, row in enumerate(targets):
+            dv[row] += dv_more[i]
+        for pivot in set(pivots):
+            # What a pivot is to all its targets is summed before it is rounded.
+            parts = [dk_more[i].float() for i, p in enumerate(pivots) if p == pivot]
+            dk[pivot] = dk[pivot].float().add_(sum(parts[1:], parts[0]))
+    dq = []
+    for query in range(len(q)):
+        parts = [x.float() for i, x in zip(query_of, dq_rows, strict=True) if i == query]
+        parts += [x.float() for i, x in more if i == query]
+        dq.append(sum(parts[1:], parts[0]).to(q.dtype))
+    return torch.stack(dq), dk, dv
+
+
+@_grounded_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pivot_of: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, list[int]], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.pivot_of = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *_grounded_backward(grad, *ctx.saved_tensors, ctx.pivot_of), None
+
+
+_grounded.register_autograd(_gradients, setup_context=_save)
+
+
+def _flops(products: int) -> Any:
+    """What a compiler that weighs memory against time is told: so many L x L x D products a call."""
+
+    def formula(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
+        rows, length, heads, dim = next(s for s in shapes[::-1] if isinstance(s, torch.Size) and len(s) == 4)
+        calls = rows + sum(row != pivot for row, pivot in enumerate(shapes[-1]))
+        return products * 2 * calls * heads * length**2 * dim
+
+    return formula
+
+
+register_flop_formula(torch.ops.bokehflux.stock_grounded_attention)(_flops(2))
+register_flop_formula(torch.ops.bokehflux.stock_grounded_attention_backward)(_flops(5))
