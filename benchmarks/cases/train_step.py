@@ -4,6 +4,9 @@ Random weights, an adapter of rank 128 on all blocks in float32, the base frozen
 not encoded. "published" is the published formulation: queries of all rows, keys concatenated, values doubled,
 with PyTorch's autograd and a checkpoint a block; on diffusers where that is installed ("published,
 diffusers"), and in our blocks. Gradients are compared before an arm is timed.
+
+Under torchrun each process takes as many rows as one would alone, with gradients averaged by
+DistributedDataParallel: twice the rows a step on two.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import copy
 import dataclasses
 import gc
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +42,7 @@ from bokehflux.pipeline.memory import place
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.training.adapter import AdapterBatch, Sampling, adapter_step, draw_batch, trainable_adapter
 from bokehflux.training.batches import Draws
+from bokehflux.training.distributed import averaged, rank_and_world
 from bokehflux.training.engine import Recorded, keep_activations, store_fp8
 from bokehflux.training.estimate import estimate
 from bokehflux.training.objective import mix, velocity_target
@@ -252,6 +257,7 @@ def run_steps(
     """Milliseconds of each phase of each step, and the first step's gradients of the checked blocks."""
     parameters = [p for _, p in arm.named]
     optimizer, ema = Optimizer(arm.named, 1e-4, betas=(0.9, 0.999)), Ema(parameters, 0.001)
+    loss = averaged(lambda batch: (arm.loss(batch), {"loss": batch.sigma.mean()}), parameters)
     times, first = [], {}
     for number in range(count):
         watch = Stopwatch(device)
@@ -259,9 +265,9 @@ def run_steps(
         batch = draw(number)
         watch.mark()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = arm.loss(batch)
+            value, _ = loss(batch)
         watch.mark()
-        loss.backward()
+        value.backward()
         watch.mark()
         if not number:
             first = {
@@ -309,8 +315,10 @@ def measure_arm(
     )
     how = Sampling(group=rows, level_dropout=0.0, caption_dropout=0.0)
 
+    rank, world = rank_and_world()
+
     def draw(number: int) -> AdapterBatch:
-        return draw_batch(scenes, how, rows > 1, Draws.of_step(0, number, rows, device))
+        return draw_batch(scenes, how, rows > 1, Draws.of_step(0, number, rows * world, device, rank, world))
 
     if on_gpu:
         torch.cuda.empty_cache()
@@ -345,11 +353,13 @@ def measure_arm(
 
 def measure(session: Session) -> Iterator[list[Row]]:
     allow_recompiling()
+    if "WORLD_SIZE" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()
     setting = networks.setting(session.tiny)
     if session.device.type != "cuda":
         setting = dataclasses.replace(setting, dtype=torch.float32)
     ceiling = gemm_ceiling(session.device)
-    session.facts["ceiling_tflops"] = ceiling
     mmdit = networks.build_mmdit(setting, session.device)
     assert mmdit.bokeh is not None
     mmdit.bokeh.float()

@@ -23,7 +23,16 @@ from torch.autograd import DeviceType
 from benchmarks import networks, registry, summary, timing
 from benchmarks import run as runner
 from benchmarks.arms import OURS, StepArm
-from benchmarks.cases import attention, generate, memory, profile_step, step, tiles, train_attention
+from benchmarks.cases import (
+    attention,
+    generate,
+    memory,
+    profile_step,
+    step,
+    tiles,
+    train_attention,
+    train_step,
+)
 from benchmarks.networks import TINY
 from benchmarks.shapes import AttentionShape
 from benchmarks.timing import Arm, Budget, Replayed, Row, Rules, Sustained
@@ -626,3 +635,20 @@ def test_the_results_on_file_reach_every_document() -> None:
     ):
         written = (root / document).read_text(encoding="utf-8")
         assert f"{markers[0]}\n{text}\n{markers[1]}" in written, f"{document}: run benchmarks.summary --write"
+
+
+def test_training_steps_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every arm that a CPU can run, by its gradients; graphs say that they need a GPU."""
+    name, case = next(iter(train_step.cases(True).items()))
+    arms = ("our blocks", "eager, kept", "compiled, recomputed", "streamed")
+    asked = session(cases={name: case}, arms=arms, repeats=2)
+    rows = train_step.compared([row for rows in train_step.measure(asked) for row in rows])
+    assert [row["verdict"].split(":")[0] for row in rows] == ["ok"] * 4 + ["failed"] + ["ok"]
+    assert all(row["speedup"] > 0 for row in rows if "ms" in row) and rows[1]["error"] < 1e-4
+    monkeypatch.setitem(train_step.MAX_ERROR, "bf16", 1e-12)
+    rows = [
+        row
+        for rows in train_step.measure(session(cases={name: case}, arms=arms[:2], repeats=2))
+        for row in rows
+    ]
+    assert rows[1]["verdict"].startswith("wrong")
