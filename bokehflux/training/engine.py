@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from bokehflux.kernels.attention import stock
 from bokehflux.models.fp8 import fp8_weight
 from bokehflux.models.linear import Linear
 from bokehflux.models.mmdit import MMDiT
@@ -31,6 +32,7 @@ def keep_activations(mmdit: MMDiT, share: float, *, compile: bool) -> None:
     if 0 < share < 1:
         if not compile:
             raise ValueError(f"activations between 0 and 1 need compiled blocks, got {share}")
+        stock.register_flops()
         torch._functorch.config.activation_memory_budget = share
     elif share == 0:
         # Around what is compiled: what is kept is decided outside it.

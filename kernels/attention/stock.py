@@ -11,12 +11,12 @@ One custom operator and its gradient, so that compilers and graphs take it as on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import tiles
 
@@ -189,7 +189,7 @@ _grounded.register_autograd(_gradients, setup_context=_save)
 
 
 def _flops(products: int) -> Any:
-    """What a compiler that weighs memory against time is told: so many L x L x D products a call."""
+    """So many L x L x D products a call."""
 
     def formula(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
         rows, length, heads, dim = next(s for s in shapes[::-1] if isinstance(s, torch.Size) and len(s) == 4)
@@ -199,5 +199,10 @@ def _flops(products: int) -> Any:
     return formula
 
 
-register_flop_formula(torch.ops.bokehflux.stock_grounded_attention)(_flops(2))
-register_flop_formula(torch.ops.bokehflux.stock_grounded_attention_backward)(_flops(5))
+@functools.cache
+def register_flops() -> None:
+    """Tell PyTorch how much work a call is: its compiler weighs that against memory."""
+    from torch.utils.flop_counter import register_flop_formula  # imports triton
+
+    register_flop_formula(torch.ops.bokehflux.stock_grounded_attention)(_flops(2))
+    register_flop_formula(torch.ops.bokehflux.stock_grounded_attention_backward)(_flops(5))

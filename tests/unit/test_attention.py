@@ -217,6 +217,7 @@ def test_stock_attention_with_gradients_is_one_node() -> None:
     ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+    stock.register_flops()
     with FlopCounterMode(display=False) as counter:
         stock.grounded_attention(*args).sum().backward()
     assert counter.get_total_flops() == 7 * 2 * 5 * 2 * 10**2 * 16  # 2 + 5 products, 3 own and 2 pivots' keys
