@@ -13,8 +13,8 @@ import torch
 from benchmarks.timing import Budget, Replayed, Row, Sustained
 
 NAMES = (
-    "attention", "step", "generate", "memory", "train_attention", "train_step", "pointwise", "scatter", "profile_step",
-    "tiles", "nano_seconds", "ranks",
+    "attention", "step", "generate", "memory", "train_attention", "train_step", "pointwise", "scatter",
+    "profile_step", "tiles", "nano_seconds", "ranks",
 )  # fmt: skip
 Item = TypeVar("Item")
 
