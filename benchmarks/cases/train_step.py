@@ -152,7 +152,7 @@ class Trained:
     loss: Loss
     named: list[tuple[str, nn.Parameter]]
     weight_bytes: int
-    """Of the networks' weights that lie on the device, and were there before the arm was built."""
+    """The networks' weights that lie on the device, and were there before the arm was built."""
 
 
 def build(way: Way, mmdit: MMDiT, rope: RopeTable, ids: Tensor, device: torch.device) -> Trained:
