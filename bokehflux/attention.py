@@ -100,7 +100,9 @@ class PivotStore(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AtBlock(AttentionSpec):
+class AtBlock(AttentionSpec):
+    """Base of what must know where it is called. Under a compiler its blocks share no code."""
+
     block: int = 0
     """The block it is called in."""
 
@@ -111,7 +113,7 @@ class _AtBlock(AttentionSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded(_AtBlock, Grounded):
+class Recorded(AtBlock, Grounded):
     """`Grounded` on one pivot, whose query and keys are stored on the way."""
 
     store: PivotStore
@@ -124,7 +126,7 @@ class Recorded(_AtBlock, Grounded):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnStored(_AtBlock):
+class OnStored(AtBlock):
     """Every row is a target, grounded on a stored pivot: no row of the batch needs a query."""
 
     store: PivotStore
@@ -147,7 +149,7 @@ class ReferenceStore(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceRow(Plain):
+class ReferenceRow(AtBlock, Plain):
     """Every row attends to itself, and the keys and values of its image tokens are stored on the way."""
 
     store: ReferenceStore
@@ -160,7 +162,7 @@ class ReferenceRow(Plain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnReference(AttentionSpec):
+class OnReference(AtBlock):
     """Every row attends with its own queries to its own tokens and to a stored picture's, values included."""
 
     store: ReferenceStore

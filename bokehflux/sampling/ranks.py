@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from bokehflux.attention import AttentionSpec
+from bokehflux.attention import AtBlock, AttentionSpec
 from bokehflux.sampling.pivot_cache import BlockPivot
 
 Batches = Sequence[tuple[slice, AttentionSpec]]
@@ -219,7 +219,7 @@ def _parts(count: int, ranks: int) -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadsOverRanks(AttentionSpec):
+class HeadsOverRanks(AtBlock):
     """Attention of all tokens and some heads, called with some tokens and all heads.
 
     Tokens are exchanged for heads before it, and back after it, in one message each. Between them `whole`

@@ -37,9 +37,9 @@ def keep_activations(mmdit: MMDiT, share: float, *, compile: bool) -> None:
     elif share == 0:
         # Around what is compiled: what is kept is decided outside it.
         for blocks in (mmdit.double_blocks, mmdit.single_blocks):
-            for i, block in enumerate(blocks):
+            for i in range(len(blocks)):
                 # Nothing in a block is random, so that no generator's state need be kept.
-                blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
+                blocks[i] = checkpoint_wrapper(blocks[i], preserve_rng_state=False)
 
 
 @torch.no_grad()
@@ -50,9 +50,7 @@ def store_fp8(mmdit: MMDiT) -> None:
     """
     for layer in mmdit.modules():
         if isinstance(layer, Linear):
-            values, scale = layer.weight, layer.scale
-            if scale is None:
-                values, scale = fp8_weight(layer.weight, layer.dequantize)
+            values, scale = fp8_weight(layer.weight, layer.dequantize)
             layer.weight, layer.scale = nn.Parameter(values, requires_grad=False), None
             layer.dequantize = RowScaled(scale=scale[:, None])
 

@@ -85,13 +85,11 @@ def backward(
             mask = [True, True, True, False]
             *grads, _ = op(*args[:4], None, args[4], lse, none, none, 0.0, mask)
         elif kernel == "cudnn":
-            lse, rest = lse.contiguous()[..., None], (None, None, None, length, k.shape[1], 0.0, False)
-            op = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-            grads = op(*args, lse, none, none, *rest)
+            op, lse = torch.ops.aten._scaled_dot_product_cudnn_attention_backward, lse.contiguous()[..., None]
+            grads = op(*args, lse, none, none, None, None, None, length, k.shape[1], 0.0, False)
         else:
-            op = torch.ops.aten._scaled_dot_product_flash_attention_backward
-            lse, rest = lse.contiguous(), (None, None, length, k.shape[1], 0.0, False, none, none)
-            grads = op(*args, lse, *rest)
+            op, lse = torch.ops.aten._scaled_dot_product_flash_attention_backward, lse.contiguous()
+            grads = op(*args, lse, None, None, length, k.shape[1], 0.0, False, none, none)
     dq, dk, dv = (x.transpose(1, 2) for x in grads)
     return dq, dk, dv
 
