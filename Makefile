@@ -7,7 +7,7 @@ INPUTS := setup.py pyproject.toml constraints.txt
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest lint format bench clean
+.PHONY: help demo photo test test-newest lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | awk -F': ' '{ printf "make %-11s %s\n", $$1, $$2 }'
@@ -31,6 +31,11 @@ demo: .venv/installed ## bokeh sweep with the bundled model on this machine's CP
 	$(BIN)/bokehflux generate --device cpu --prompt "$(DEMO_PROMPT)" \
 	  --bokeh-targets 0 4 8 12 18 28 --bokeh-pivot 15 --output outputs/demo
 	@echo "look at the last file: all levels on one sheet"
+
+# The photograph comes with scikit-image, of which only its files are needed; without it nano's world stands in.
+photo: .venv/installed ## levels, apertures and planes of focus of one photograph, into outputs/photo
+	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps scikit-image
+	$(BIN)/python scripts/photo.py
 
 test: .venv/installed-dev ## all tests that this machine can run
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

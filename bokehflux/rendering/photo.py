@@ -12,6 +12,8 @@ from .lights import restored
 
 GAMMA = 2.2
 """Light = display value ^ GAMMA."""
+BLURRED_PX = 2.0
+"""From this radius on, a light that was clipped shows as a disc."""
 CLIPPED = 0.9
 """A display value from here on may hide any light."""
 
@@ -33,20 +35,22 @@ def blur_photo(
         low, high = float(image.min()), float(image.max())
         raise ValueError(f"image: expected display values of 0 ... 1, got {low:g} ... {high:g}")
     light = image[None] ** GAMMA
-    light = restored(light) if highlights is None else raised(light, highlights)
+    light = restored(light) if highlights is None else raised(light, highlights, radius_px)
     layers = cut(light, radius_px[None], None if matte is None else matte[None])
     margin = min(int(radius_px.abs().max()) + 2, *(side - 1 for side in radius_px.shape))
     return composite_by_quarters(layers, aperture, margin_px=margin)[0].clamp(0, 1) ** (1 / GAMMA)
 
 
-def raised(light: Tensor, highlights: float) -> Tensor:
+def raised(light: Tensor, highlights: float, radius_px: Tensor) -> Tensor:
     """light [B, 3, H, W], 0 ... 1, made brighter where a channel comes near 1: up to `highlights` times at 1.
 
     A sensor cannot tell a lamp from white paper. Blurred as it is, a clipped lamp becomes a dim disc. Colours
-    keep their hue. Raises ValueError below 1.
+    keep their hue, and what is sharp by radius_px, [H, W] or what broadcasts, stays as it is. Raises
+    ValueError below 1.
     """
     if not highlights >= 1:
         raise ValueError(f"highlights: expected at least 1, got {highlights:g}")
     start = CLIPPED**GAMMA
     near = ((light.amax(1, keepdim=True) - start) / (1 - start)).clamp(0, 1)
-    return light * (1 + (highlights - 1) * near**2)
+    blurred = (radius_px.abs() / BLURRED_PX).clamp(max=1)
+    return light * (1 + (highlights - 1) * near**2 * blurred)

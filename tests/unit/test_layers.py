@@ -290,8 +290,10 @@ def test_a_flat_surface_has_a_plane_of_its_own(value: float, sign: int) -> None:
 
 def test_highlights() -> None:
     light = torch.tensor([[0.2, 0.5, 1.0], [0.2, 0.5, 0.8], [0.2, 0.5, 0.6]]).view(1, 3, 1, 3)
-    assert torch.equal(raised(light, 1.0), light)
-    out = raised(light, 20.0)
+    blurred = torch.full((1, 3), -6.0)
+    assert torch.equal(raised(light, 1.0, blurred), light)
+    assert torch.equal(raised(light, 20.0, 0 * blurred), light), "what is sharp stays as it is"
+    out = raised(light, 20.0, blurred)
     torch.testing.assert_close(out[..., :2], light[..., :2])
     torch.testing.assert_close(out[..., 2], 20 * light[..., 2])
     photo = torch.zeros(3, 41, 41)
