@@ -24,7 +24,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def takes(*tensors: Tensor, dtypes: Sequence[torch.dtype] = HALF) -> bool:
-    """Whether Triton kernels run on such tensors: all of one of the types, on an NVIDIA GPU from sm_80 on.
+    """Whether Triton kernels run on such tensors: all of one of the types, on a GPU that `why_not` allows.
 
     Never while compiling: Inductor fuses PyTorch's operators, and could only work around an opaque kernel.
     """
@@ -47,13 +47,16 @@ def runs_triton(device: torch.device) -> bool:
     reason = why_not(device)
     if reason is not None:
         logger.warning("fused kernels are off on %s, PyTorch's operators run instead: %s", device, reason)
+    elif torch.version.hip is not None:
+        logger.warning("fused kernels compile for AMD GPUs, but nobody has tested them there: %s", device)
     return reason is None
 
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
-    """The reason why our Triton kernels cannot run on a CUDA device, or None."""
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device)[0] < 8:
+    """The reason why our Triton kernels cannot run on a CUDA device, or None. AMD's GPUs are untested."""
+    on_amd = torch.version.hip is not None  # PyTorch calls its GPUs CUDA devices too
+    if not on_amd and (torch.version.cuda is None or torch.cuda.get_device_capability(device)[0] < 8):
         return "they need an NVIDIA GPU of compute capability 8.0 or higher"
     version = triton_version()
     if version is None:

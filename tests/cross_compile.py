@@ -1,6 +1,7 @@
 """Compiles our kernels for a GPU that need not be there, through the code that launches them.
 
     python -m tests.cross_compile 90
+    python -m tests.cross_compile gfx942
 
 For every kernel a line of JSON: what it is, and what the compilers say of it. Nothing runs: a launch ends
 when its kernel is compiled. Not with TRITON_INTERPRET=1.
@@ -19,12 +20,13 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from bokehflux.kernels import dispatch
-from bokehflux.kernels.attention import launch, tiles
+from bokehflux.kernels.attention import launch, tiles, triton_fwd
 from bokehflux.kernels.attention.jobs import grounded_jobs
 from bokehflux.kernels.fp8 import ops as fp8
 from bokehflux.kernels.group_norm import ops as group_norm
@@ -40,8 +42,8 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 class Driver:
     """As much of a driver as compiling asks for."""
 
-    def __init__(self, capability: int) -> None:
-        self.target = GPUTarget("cuda", capability, 32)
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -112,8 +114,10 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {"registers": registers, "spills": stack + local}
 
 
-def main(capability: int) -> None:
-    driver.set_active(Driver(capability))
+def main(name: str) -> None:
+    """name: a compute capability of NVIDIA, or an architecture of AMD."""
+    nvidia = name.isdigit()
+    driver.set_active(Driver(GPUTarget("cuda", int(name), 32) if nvidia else GPUTarget("hip", name, 64)))
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, warmup: bool, **options: Any) -> None:
@@ -122,20 +126,21 @@ def main(capability: int) -> None:
             "kernel": f"{self.fn.__module__.removeprefix('bokehflux.kernels.')}.{self.fn.__name__}",
             "shared": kernel.metadata.shared,
             "fused": kernel.metadata.enable_fp_fusion,
-            **usage(kernel.asm["cubin"]),
+            **(usage(kernel.asm["cubin"]) if nvidia else {}),
         }
         print(json.dumps(line), flush=True)
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(dispatch, "why_not", lambda device: None),
+        mock.patch.object(triton_fwd, "PACKED", tl.constexpr(nvidia)),
     ):
-        attention(tiles.HOPPER if capability == 90 else tiles.PORTABLE)
+        attention(tiles.HOPPER if name == "90" else tiles.PORTABLE)
         passes()
         scattering()
-        if capability >= 89:  # e4m3 is younger than sm_80
+        if nvidia and int(name) >= 89:  # e4m3 is younger than sm_80, and AMD's is another one there
             quantisation()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(sys.argv[1])

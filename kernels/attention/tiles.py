@@ -212,7 +212,8 @@ def device(of: torch.device) -> Device:
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    family = HOPPER if properties.major == 9 else PORTABLE
+    # AMD counts in other numbers: an MI300 is a 9.4.
+    family = HOPPER if properties.major == 9 and torch.version.hip is None else PORTABLE
     return Device(family=family, num_sms=properties.multi_processor_count)
 
 

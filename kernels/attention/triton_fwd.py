@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -100,7 +101,8 @@ def pick_job(job, jobs):
 
 INTERPRETED = not isinstance(pick_job, triton.JITFunction)
 """Whether this process imitates the kernels on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
-PACKED: tl.constexpr = tl.constexpr(not INTERPRETED)
+PACKED: tl.constexpr = tl.constexpr(not INTERPRETED and torch.version.hip is None)
+"""Whether an instruction of NVIDIA's narrows two numbers at once."""
 
 
 @triton.jit

@@ -74,6 +74,7 @@ NOT_RUN = {
         NEEDS_WEIGHTS,
     ("docs/training.md", "torchrun --nproc-per-node 2 -m bokehflux train --config mine.toml --output mine"):
         "starts processes; tests/unit/test_training.py compares two with one",
+    ("docs/gpus.md", "python -m tests.cross_compile 86"): "a test runs it for other cards",
     ("CONTRIBUTING.md", DRAWING): "a drawing; tests/test_layering.py enforces it",
 }  # fmt: skip
 """(document, command, or first line of a block without commands) -> why it is not run here."""

@@ -21,6 +21,7 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from bokehflux.attention import Grounded, Plain  # noqa: E402
+from bokehflux.kernels import dispatch  # noqa: E402
 from bokehflux.kernels.attention import tiles  # noqa: E402
 from bokehflux.kernels.pointwise import (  # noqa: E402
     interface,
@@ -327,3 +328,20 @@ def test_without_triton_a_gpu_takes_plain_pytorch_and_says_so_once(
         assert not interface.takes(torch.zeros(1, dtype=torch.float16))
     (said,) = caplog.records
     assert said.levelname == "WARNING" and reason in said.getMessage()
+
+
+def test_amd_is_let_through_and_told_that_nobody_has_tried(
+    monkeypatch: pytest.MonkeyPatch,
+    pretend_gpu: Callable[..., torch.device],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    device = pretend_gpu(tiles.PORTABLE, (3, 9))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "need an NVIDIA GPU" in str(dispatch.why_not(device)), "neither: a CPU's PyTorch"
+    dispatch.why_not.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for _ in range(2):
+        assert interface.takes(torch.zeros(1, dtype=torch.float16))
+    (said,) = caplog.records
+    assert said.levelname == "WARNING" and "nobody has tested them" in said.getMessage()
