@@ -142,7 +142,8 @@ def measure_rows(here: Here, name: str, side_px: int, targets: int) -> Iterator[
         equal = found == pictures(here.run(short, max_rows=share))
         whole = found == pictures(here.run(short))
     one = here.seconds(lambda: here.run(asked), everywhere=False)
-    yield [{"case": name, "arm": "one GPU", "ranks": 1, "verdict": "ok", **one}]
+    steps = here.session.repeats
+    yield [{"case": name, "arm": "one GPU", "ranks": 1, "verdict": "ok", "steps": steps, **one}]
     row = here.seconds(lambda: here.run(asked, ranks), everywhere=True)
     row |= {
         "arm": "rows over GPUs",
@@ -239,7 +240,7 @@ def predicted(case: str, ranks: int, one: Row) -> float | None:
     blocks = FLUX_DEV.num_blocks
     if case.startswith("rows"):
         targets = int(case.split()[1])
-        sending = 30 * 0.8 * blocks * Rates().pivot_ms / 1000
+        sending = 0.8 * one["steps"] * blocks * Rates().pivot_ms / 1000
         share = -(-(targets + 1) // ranks) / (targets + 1)
         return one["seconds"] / (one["seconds"] * share + sending)
     if case.startswith("one row"):

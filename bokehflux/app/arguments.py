@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from bokehflux.app import judge, photos, train
+from bokehflux.app.processes import SPLITS
 from bokehflux.fields import SEED, Checked
 from bokehflux.record import DEFAULT_SEED, GenerateSettings, RefocusSettings, RenderSettings
 from bokehflux.version import __version__
@@ -79,6 +80,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
         commands[args.command].set_defaults(**defaults_from(args.config_from, args.command))
         args = root.parse_args(words)
+    if hasattr(args, "gpus"):
+        args.words = words  # which other processes are started with
     return args
 
 
@@ -103,6 +106,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _settings_flags(generate.add_argument_group("what to make"), GenerateSettings)
     _watching_flags(generate)
     _run_flags(generate)
+    _gpus_flags(generate)
 
     sweep = command("sweep", "make scenes at many levels, and sheet, animations and a page to compare them")
     what = sweep.add_argument_group("what to make")
@@ -117,6 +121,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _settings_flags(what, GenerateSettings, without=("prompt", "seed"))
     _watching_flags(sweep)
     _run_flags(sweep)
+    _gpus_flags(sweep)
 
     refocus = command("refocus", "show a photograph at other bokeh levels")
     refocus.add_argument("photo", metavar="PHOTO", help="the photograph: PNG, JPEG, WebP or GIF")
@@ -347,6 +352,19 @@ def _output_flags(parser: argparse._ActionsContainer) -> None:
         help="where to put pictures; those of earlier runs are kept (default: %(default)s)")
     parser.add_argument("--format", choices=("png", "jpeg", "webp"), default="png",
         help="of the pictures; webp is lossless (default: %(default)s)")
+    # fmt: on
+
+
+def _gpus_flags(parser: argparse.ArgumentParser) -> None:
+    """How many GPUs, and what they share."""
+    add = parser.add_argument_group("on several GPUs").add_argument
+    # fmt: off
+    add("--gpus", type=int, default=1, metavar="N",
+        help="a process on each of N GPUs of this machine, or N processes with --device cpu; torchrun, where "
+             "it started them, says how many (default: %(default)s)")
+    add("--split", choices=SPLITS,
+        help="what they share: scenes of a sweep, rows (the pictures of a scene) or tokens of every picture "
+             "(default: scenes where there are several, else rows, for a single picture tokens)")
     # fmt: on
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from bokehflux.app import judge, photos
 from bokehflux.app import train as training
 from bokehflux.app.arguments import loras_from, model_from, options_from, parse, settings_from
+from bokehflux.app.processes import Team, inside, on_gpus
 from bokehflux.app.terminal import plain, prepare, say, show, show_files
 from bokehflux.fields import Recipe
 from bokehflux.record import (
@@ -74,7 +75,8 @@ def ended_like_ctrl_c() -> Iterator[list[int]]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        names = ("SIGTERM", "SIGHUP")
+        # A launcher ends processes that may wait for one that is gone: they end at once.
+        names = () if inside() else ("SIGTERM", "SIGHUP")
         for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             if signal.getsignal(number) is signal.SIG_DFL:
                 before[number] = signal.signal(number, end)
@@ -89,14 +91,26 @@ def generate(args: argparse.Namespace) -> int:
     """One picture per level, the pivot and a contact sheet; prints their paths."""
     settings = settings_from(args, GenerateSettings)
     preview, options = _preview(args), _checked(args, [settings])
+    return on_gpus(args, [settings], lambda team: _generate(args, settings, options, preview, team))
+
+
+def _generate(
+    args: argparse.Namespace,
+    settings: GenerateSettings,
+    options: Options,
+    preview: PreviewFile | None,
+    team: Team,
+) -> None:
     from bokehflux.app.watched import Interrupted
     from bokehflux.pipeline.generate import plan_generate
 
-    pipe, watched = _open(args, [settings], options, preview)
+    pipe, watched = _open(args, [settings], options, preview, team)
+    if team.follows:
+        watched.follow()
+        return
     scene, paths, stop = _make(args, watched, plan_generate(pipe, settings))
     if stop is not None:
         raise Interrupted(_kept(settings, scene, paths, args.output)) from stop
-    return 0
 
 
 def sweep(args: argparse.Namespace) -> int:
@@ -105,8 +119,9 @@ def sweep(args: argparse.Namespace) -> int:
 
     given = args.prompts_file
     lines = [{"prompt": args.prompt}] if given is None else sweeps.read_prompts(Path(given))
-    _swept(args, lines, _preview(args))
-    return 0
+    asked = _asked(args, lines)
+    preview, options = _preview(args), _checked(args, asked)
+    return on_gpus(args, asked, lambda team: _swept(args, team.agreed(asked), options, preview, team))
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -116,14 +131,13 @@ def evaluate(args: argparse.Namespace) -> int:
         judge.judge(args)
         return 0
     lines, args.bokeh_targets = judge.protocol(args)
-    judge.judge(args, _swept(args, lines))
+    asked = _asked(args, lines)
+    judge.judge(args, _swept(args, asked, _checked(args, asked)))
     return 0
 
 
-def _swept(
-    args: argparse.Namespace, lines: Sequence[Mapping[str, Any]], preview: PreviewFile | None = None
-) -> list[Path]:
-    """Make the scenes of a sweep, print their paths, and return their folders."""
+def _asked(args: argparse.Namespace, lines: Sequence[Mapping[str, Any]]) -> list[GenerateSettings]:
+    """The scenes of a sweep."""
     from bokehflux.app import sweep as sweeps
 
     base = settings_from(
@@ -138,14 +152,28 @@ def _swept(
     asked = sweeps.grid(base, lines, args.seeds)[index - 1 :: count]
     if not asked:
         raise ValueError(f"--shard {index}/{count} holds no scene: there are fewer scenes than shards")
-    options = _checked(args, asked)
+    return asked
+
+
+def _swept(
+    args: argparse.Namespace,
+    asked: Sequence[GenerateSettings],
+    options: Options,
+    preview: PreviewFile | None = None,
+    team: Team | None = None,
+) -> list[Path]:
+    """Make the scenes of a sweep, print their paths, and return their folders."""
+    from bokehflux.app import sweep as sweeps
     from bokehflux.app.watched import Interrupted
     from bokehflux.pipeline.generate import plan_generate
     from bokehflux.pipeline.run import Stopped
 
-    output, num_done = Path(args.output), 0
+    output, num_done, (index, count) = Path(args.output), 0, args.shard
     try:
-        pipe, watched = _open(args, asked, options, preview)
+        pipe, watched = _open(args, asked, options, preview, team)
+        if team is not None and team.follows:
+            watched.follow()
+            return []
         watched.progress.batch(1, len(asked))
         scenes = sweeps.Sweep.of(
             pipe,
@@ -156,7 +184,9 @@ def _swept(
             sign=_signer(args),
             part="" if count == 1 else f"-{index}of{count}",
         )
-        with contextlib.closing(scenes.made()) as made:  # Ctrl-C between two scenes leaves the page, too
+        numbers = team.claimed(len(asked)) if team is not None and team.shares_scenes else None
+        made = scenes.made() if numbers is None else scenes.made_of(numbers)
+        with contextlib.closing(made):  # Ctrl-C between two scenes leaves the page, too
             for num_done, done in enumerate(made, 1):
                 show_files(done.paths)
                 if done.num_kept:
@@ -168,6 +198,10 @@ def _swept(
         if isinstance(stop, Stopped) and (begun := len(stop.result.images)):
             finished += f", and {begun} of the levels of the next"
         raise Interrupted(f"; {finished}; the same command continues") from stop
+    if team is not None and team.shares_scenes:
+        if not team.ends_last():
+            return []
+        scenes.write_pages()
     show_files(scenes.overviews())
     return [output / sweeps.folder_name(record) for record in scenes.scenes]
 
@@ -334,7 +368,11 @@ def _preview(args: argparse.Namespace) -> PreviewFile | None:
 
 
 def _open(
-    args: argparse.Namespace, asked: Sequence[Settings], options: Options, preview: PreviewFile | None = None
+    args: argparse.Namespace,
+    asked: Sequence[Settings],
+    options: Options,
+    preview: PreviewFile | None = None,
+    team: Team | None = None,
 ) -> tuple[Pipeline, Watched]:
     """The model that the flags ask for, and its runs as people see them.
 
@@ -346,7 +384,11 @@ def _open(
     from bokehflux.pipeline.progress import Progress
     from bokehflux.pipeline.provenance import provenance_of
 
-    progress, replayed = Progress.for_people(), getattr(args, "config_from", None)
+    leads = team is None or team.leads
+    progress, replayed = (
+        Progress.for_people() if leads else Progress(None),
+        getattr(args, "config_from", None),
+    )
     if replayed is not None:
         use_threads_of(replayed)
     progress.show(f"loading {args.model}")
@@ -365,11 +407,13 @@ def _open(
         )
     finally:
         progress.end()
-    if args.memory == "auto" and pipe.device.type == "cuda":  # elsewhere there is no choice
+    if args.memory == "auto" and pipe.device.type == "cuda" and leads:  # elsewhere there is no choice
         say(f"memory mode {pipe.memory.mode}, chosen from free memory")
-    if replayed is not None:
+    if replayed is not None and leads:
         warn_of_differences(replayed, provenance_of(pipe))
-    return pipe, Watched(pipe, progress, options, preview)
+    if team is not None:
+        options = dataclasses.replace(options, ranks=team.ranks)
+    return pipe, Watched(pipe, progress, options, preview, team)
 
 
 def _make(

@@ -13,7 +13,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,19 @@ class Sweep:
         for number, end in enumerate(self._ends()):
             yield from self._page(self.scenes[number * SCENES_PER_PAGE :][:SCENES_PER_PAGE], end)
 
+    def made_of(self, numbers: Iterable[int]) -> Generator[Done, None, None]:
+        """Make some of the scenes, by number, and no page: the others are other processes' work."""
+        for number in numbers:
+            made = self._make(self.scenes[number])
+            with uninterrupted():
+                yield made.saved(self.kind, self.sign)
+
+    def write_pages(self) -> None:
+        """Pages and grids of the scenes that are finished, from their files."""
+        for number, end in enumerate(self._ends()):
+            wanted = self.scenes[number * SCENES_PER_PAGE :][:SCENES_PER_PAGE]
+            self._write_page([scene for record in wanted if (scene := self._on_disk(record))], end)
+
     def overviews(self) -> list[Path]:
         """The files that the sweep leaves, or has left, beside the scenes."""
         paths = []
@@ -180,11 +193,32 @@ class Sweep:
                     scenes.append(done.scene)
                     yield done
         finally:
-            if scenes:
-                names = [folder_name(scene.record) for scene in scenes]
-                write_page(scenes, self.output / PAGE.format(end), names)
-            if len(scenes) > 1:
-                replace_file(self.output / GRID.format(end), _grid_sheet(scenes, PAGE.format(end)))
+            self._write_page(scenes, end)
+
+    def _write_page(self, scenes: Sequence[Scene], end: str) -> None:
+        if scenes:
+            names = [folder_name(scene.record) for scene in scenes]
+            write_page(scenes, self.output / PAGE.format(end), names)
+        if len(scenes) > 1:
+            replace_file(self.output / GRID.format(end), _grid_sheet(scenes, PAGE.format(end)))
+
+    def _on_disk(self, wanted: Record) -> Scene | None:
+        """A scene as its files tell it; None where one of them is missing."""
+        settings = wanted.settings
+        assert isinstance(settings, GenerateSettings)
+        shots = finished(self.output / folder_name(wanted), wanted)
+        keys = [("target", level) for level in settings.bokeh_targets or ()]
+        keys += [("pivot", settings.bokeh_pivot or 0.0)] if settings.makes_pivot else []
+        if not set(keys) <= set(shots):
+            return None
+        found = [shots[key] for key in keys]
+        pivot = found.pop() if settings.makes_pivot else None
+        return self._nothing_new(found[0]).merged(found, pivot)
+
+    def _nothing_new(self, shot: Shot) -> Scene:
+        """A scene without pictures, made as one that is on the disk."""
+        made = Record.from_recipe(metadata.read_recipe(self.output / (shot.file or "")))
+        return Scene(record=dataclasses.replace(made, role=None, bokeh_level=None), targets=(), pivot=None)
 
     def _ends(self) -> list[str]:
         """Ends of the pages' names. A page with scenes that this sweep lacks is another sweep's and stays."""
@@ -218,7 +252,7 @@ class Sweep:
             return made if pivot is None else dataclasses.replace(made, pivot=None)
 
         if not missing and (pivot is not None or not settings.makes_pivot):
-            fresh = Scene(record=wanted, targets=(), pivot=None)
+            fresh = self._nothing_new(old[0])
             return _Made(fresh=fresh, kept=tuple(old), pivot=pivot, folder=folder)
         try:
             fresh = new(self.run(dataclasses.replace(settings, bokeh_targets=missing or levels[:1])))

@@ -12,9 +12,12 @@ from pathlib import Path
 from torch import Tensor
 
 from bokehflux.app.preview import Preview, fit_rgb_map
+from bokehflux.app.processes import Team
+from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.progress import Progress
 from bokehflux.pipeline.run import Options, Plan, Result, Stopped, execute, with_fewer_rows
+from bokehflux.record import GenerateSettings
 from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.samplers import StepInfo
 from bokehflux.weights.find.resolve import BUNDLED
@@ -42,11 +45,24 @@ class Watched:
     """Executes plans one after the other, and lets people see what is going on."""
 
     def __init__(
-        self, model: Model, progress: Progress, options: Options, preview: PreviewFile | None = None
+        self,
+        model: Model,
+        progress: Progress,
+        options: Options,
+        preview: PreviewFile | None = None,
+        team: Team | None = None,
     ) -> None:
         self.model, self.progress, self.options, self.preview = model, progress, options, preview
+        self.team = team
         self._to_rgb = None if preview is None else _to_rgb(model, preview)
         self._read: set[str] = set()
+
+    def follow(self) -> None:
+        """Execute what the first process of the team announces, with it, until it is done."""
+        assert self.team is not None
+        for settings in self.team.announced():
+            assert isinstance(settings, GenerateSettings)
+            execute(self.model, plan_generate(self.model, settings), self.options)
 
     def run(self, plan: Plan) -> Result:
         """As `pipeline.run.execute`, with fewer rows at a time where memory runs out.
@@ -76,7 +92,11 @@ class Watched:
                         self.model, plan, dataclasses.replace(self.options, on_step=watch, max_rows=max_rows)
                     )
 
-                result = with_fewer_rows(attempt, settings.num_rows, self.options.max_rows)
+                if self.options.ranks.size > 1 and self.team is not None:
+                    self.team.announce(settings)  # and all try once: what one does, the others must do, too
+                    result = attempt(self.options.max_rows)
+                else:
+                    result = with_fewer_rows(attempt, settings.num_rows, self.options.max_rows)
         except Stopped:
             raise
         except KeyboardInterrupt as stop:

@@ -260,12 +260,18 @@ def _check_split(
         return
     if grounding.pivot_row is None and grounding.cache is None:
         raise ValueError("grounding needs a pivot: give pivot_row, or a filled cache")
-    if grounding.cache is not None and isinstance(ranks, RowsOverRanks):
+    over = isinstance(ranks, RowsOverRanks)
+    if grounding.cache is not None and over:
         raise ValueError(
             "a pivot cache is filled by one process: share out the tokens, or the scenes, not the rows"
         )
-    splits = max_rows is not None or grounding.cache is not None
+    splits = max_rows is not None or grounding.cache is not None or over
     if splits and grounding.pivot_row not in (0, None):
-        raise ValueError(f"max_rows and a pivot cache need the pivot in row 0, got row {grounding.pivot_row}")
+        row = grounding.pivot_row
+        raise ValueError(
+            f"max_rows, a pivot cache and rows over ranks need the pivot in row 0, got row {row}"
+        )
     if splits and mmdit.bokeh is not None and not mmdit.bokeh.config.adapt_k:
-        raise ValueError("max_rows and a pivot cache need an adapter that updates keys (unfreeze_k)")
+        raise ValueError(
+            "max_rows, a pivot cache and rows over ranks need an adapter that updates keys (unfreeze_k)"
+        )

@@ -22,7 +22,7 @@ from bokehflux.record import GenerateSettings
 from bokehflux.sampling.denoise import Grounding, denoiser
 from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.pivot_cache import PivotCache
-from bokehflux.sampling.ranks import RowsOverRanks, TokensOverRanks
+from bokehflux.sampling.ranks import RowsOverRanks, Shared, Sizes, TokensOverRanks
 from tests.faults.child import finish, needs_linux, start
 from tests.tiny import BOKEH, MMDIT, FakeText, tiny_mmdit, tiny_pipeline
 
@@ -128,3 +128,44 @@ def test_tokens_over_ranks_make_the_pictures_of_one_process(tmp_path: Path, coun
     expected = velocities()
     for found in on_ranks(tmp_path, count, lambda mesh: velocities(ranks=TokensOverRanks(mesh))):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+class Mesh:
+    """So many processes, for what needs none of them."""
+
+    ndim, device_type = 1, "cpu"
+
+    def __init__(self, count: int) -> None:
+        self.size = lambda: count
+        self.get_group = self.get_local_rank = lambda: 0
+
+
+def shared(count: int, **options: Any) -> object:
+    mmdit, text = tiny_mmdit(options.pop("bokeh", BOKEH), HEADS), FakeText(torch.float32).encode(["a"])
+    kind = options.pop("kind", TokensOverRanks)
+    ranks = object.__new__(kind)
+    Shared.__init__(ranks, Mesh(count))  # type: ignore[arg-type]
+    return denoiser(mmdit, text, LatentGrid(height_px=48, width_px=80), ranks=ranks, **options)
+
+
+def test_what_cannot_be_shared_out_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="4 heads of attention cannot be shared out among 3 ranks: take 1, 2, 4"
+    ):
+        shared(3)
+    grounding = Grounding(pivot_row=0, num_steps=1, cache=PivotCache())
+    with pytest.raises(ValueError, match="a pivot cache is filled by one process"):
+        shared(2, kind=RowsOverRanks, grounding=grounding)
+    with pytest.raises(ValueError, match="need an adapter that updates keys"):
+        keys_alone = dataclasses.replace(BOKEH, adapt_k=False)
+        shared(2, kind=RowsOverRanks, grounding=Grounding(pivot_row=0, num_steps=1), bokeh=keys_alone)
+    mesh = Mesh(2)
+    mesh.ndim = 2
+    with pytest.raises(ValueError, match="a mesh of one dimension, got 2"):
+        TokensOverRanks(mesh)  # type: ignore[arg-type]
+
+
+def test_too_few_tokens_are_refused() -> None:
+    sizes = Sizes((6, 3), 8, 16, torch.float32)
+    with pytest.raises(ValueError, match="6 text and 3 image tokens are too few for 4 ranks"):
+        TokensOverRanks(Mesh(4)).of(sizes)  # type: ignore[arg-type]
