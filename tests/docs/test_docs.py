@@ -51,6 +51,8 @@ NEEDS_NETWORK = "installs from a network"
 NEEDS_WEIGHTS = "needs weights that are not part of the project"
 RUNS_TESTS = "runs these tests"
 DRAWING = "version, configs, lens, focus, aperture, fingerprint -> everything below"
+GPUS = "docs/several_gpus.md"
+PROCESSES = "starts processes; tests/unit/test_processes.py compares two with one"
 NOT_RUN = {
     ("README.md", "pip install -c constraints.txt -e ."): NEEDS_NETWORK,
     ("CONTRIBUTING.md", "make test"): RUNS_TESTS,
@@ -75,6 +77,11 @@ NOT_RUN = {
     ("docs/training.md", "torchrun --nproc-per-node 2 -m bokehflux train --config mine.toml --output mine"):
         "starts processes; tests/unit/test_training.py compares two with one",
     ("docs/gpus.md", "python -m tests.cross_compile 86"): "a test runs it for other cards",
+    (GPUS, "bokehflux sweep --prompts-file prompts.txt --seeds 1 2 3 4 --gpus 4"): PROCESSES,
+    (GPUS, "bokehflux generate --prompt a red mug --bokeh-targets 0 5 10 20 25 30 --bokeh-pivot 15 --gpus 2"):
+        PROCESSES,
+    (GPUS, "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint host:29500 -m bokehflux sweep "
+     "--prompts-file prompts.txt"): "needs two hosts",
     ("CONTRIBUTING.md", DRAWING): "a drawing; tests/test_layering.py enforces it",
 }  # fmt: skip
 """(document, command, or first line of a block without commands) -> why it is not run here."""
