@@ -274,7 +274,8 @@ def measure_shape(shape: AttentionShape, session: Session, ceiling: float) -> li
     ways.sort(key=lambda way: way.kind != "ours")
     sets = draw_sets(shape, session)
     arms = arms_of([way for way in ways if session.wants(way.name)], shape, sets)
-    rules = Rules(error_of=[arm.name for arm in arms if not arm.is_ours], speed_of=YARDSTICKS)
+    stock = [arm.name for arm in arms if not arm.is_ours]
+    rules = Rules(error_of=stock or [arm.name for arm in arms], speed_of=YARDSTICKS)
     return [{"shape": shape.name, **row} for row in race(arms, rules, session.replayed(len(sets), ceiling))]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bokehflux.attention import OnReference
+from bokehflux.conditioning import Conditioning
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
@@ -53,9 +54,12 @@ def reference_loss(
         levels = [BokehCondition(levels=scenes.levels(scene, r).to(draws.device)) for r in (source, target)]
         sigma, eps = draws.spread("sigma"), draws.normal("noise", *x0.shape[1:])
         guidance = torch.ones_like(sigma)
+        text = Conditioning(txt=text.txt.detach().requires_grad_(), pooled=text.pooled)
+        photo.requires_grad_()
         keys = read_reference(mmdit, adapter, photo, text, levels[0], reference_rope, guidance)
         spec = OnReference(store=keys, backend="sdpa")
-        x = mix(x0, eps, sigma)
+        # As in `adapter_step`: every block sees inputs that ask for gradients.
+        x = mix(x0, eps, sigma).requires_grad_()
         v = mmdit(x, text.txt, text.pooled, sigma, guidance, rope, spec, levels[1]).float()
         error = (v - velocity_target(x0, eps)).square().mean()
         return error, {"loss": error}

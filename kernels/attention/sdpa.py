@@ -106,7 +106,7 @@ def grounded_attention(
     q: Tensor, k: Tensor, v: Tensor, pivot_of: Sequence[int], *, value_bias: Tensor | None = None
 ) -> Tensor:
     """Shapes and meaning as `reference.grounded_attention`."""
-    if needs_gradients(q, k, v) and stock.takes(q):
+    if needs_gradients(q, k, v) and stock.takes_rows(q, pivot_of):
         return add_bias(stock.grounded_attention(q, k, v, pivot_of), value_bias)
     return add_bias(by_rows(attention, target_attention, q, k, v, pivot_of), value_bias)
 

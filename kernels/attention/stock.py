@@ -21,6 +21,8 @@ from torch import Tensor
 from . import tiles
 
 HALF = (torch.bfloat16, torch.float16)
+MAX_ROWS = 16
+"""Rows of a batch with targets. Hundreds, as small models train on, are for concatenated keys."""
 
 
 def takes(q: Tensor) -> bool:
@@ -32,6 +34,11 @@ def takes(q: Tensor) -> bool:
     return (
         q.dtype == torch.float32 or q.dtype in HALF and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
+
+
+def takes_rows(q: Tensor, pivot_of: Sequence[int]) -> bool:
+    """`takes`, for few enough rows: gradients of targets and pivots are joined row by row."""
+    return takes(q) and len(pivot_of) <= MAX_ROWS
 
 
 def is_fastest(q: Tensor) -> bool:
@@ -77,7 +84,8 @@ def backward(
     if kernel == "cpu":
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, lse, 0.0, False)
     else:
-        length, none = q.shape[1], torch.zeros((), dtype=torch.int64)  # no dropout, hence no seed
+        # No dropout, hence no seed; cuDNN wants one on the device all the same.
+        length, none = q.shape[1], torch.zeros((), dtype=torch.int64, device=q.device)
         if kernel == "efficient":
             # Padded to 32, where probabilities are exp(-inf).
             lse = torch.nn.functional.pad(lse, (0, -length % 32), value=float("inf"))
@@ -145,19 +153,19 @@ def _grounded_backward(
     grad, queries = grad.contiguous(), _rows(q, query_of)
     dq_rows, dk, dv = backward(grad, queries, k, v, out, lse)
     dk, dv = dk.contiguous(), dv.contiguous()
-    more: list[tuple[int, Tensor]] = []
-    if targets:
-        args = [_rows(x, targets) for x in (v, out, lse)]
-        dq_more, dk_more, dv_more = backward(
-            _rows(grad, targets), _rows(queries, targets), _rows(k, pivots), *args
-        )
-        more = [(query_of[row], x) for row, x in zip(targets, dq_more, strict=True)]
-        for i, row in enumerate(targets):
-            dv[row] += dv_more[i]
-        for pivot in set(pivots):
-            # What a pivot is to all its targets is summed before it is rounded.
-            parts = [dk_more[i].float() for i, p in enumerate(pivots) if p == pivot]
-            dk[pivot] = dk[pivot].float().add_(sum(parts[1:], parts[0]))
+    if not targets:
+        return dq_rows.contiguous(), dk, dv
+    args = [_rows(x, targets) for x in (v, out, lse)]
+    dq_more, dk_more, dv_more = backward(
+        _rows(grad, targets), _rows(queries, targets), _rows(k, pivots), *args
+    )
+    more = [(query_of[row], x) for row, x in zip(targets, dq_more, strict=True)]
+    for i, row in enumerate(targets):
+        dv[row] += dv_more[i]
+    for pivot in set(pivots):
+        # What a pivot is to all its targets is summed before it is rounded.
+        parts = [dk_more[i].float() for i, p in enumerate(pivots) if p == pivot]
+        dk[pivot] = dk[pivot].float().add_(sum(parts[1:], parts[0]))
     dq = []
     for query in range(len(q)):
         parts = [x.float() for i, x in zip(query_of, dq_rows, strict=True) if i == query]
