@@ -273,6 +273,8 @@ def measure(session: Session) -> Iterator[list[Row]]:
         raise ValueError("start it with torchrun: torchrun --nproc-per-node 2 -m benchmarks.run ranks")
     if session.device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # gloo for what is not on a GPU: who is ready, and how often a step is timed.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if session.device.type == "cuda" else "gloo")
     mesh = init_device_mesh(session.device.type, (int(os.environ["WORLD_SIZE"]),))
     setting = networks.setting(session.tiny)
     pipeline = networks.build_pipeline(setting, session.device)

@@ -160,8 +160,9 @@ def _joined(args: argparse.Namespace, split: str) -> Iterator[Team]:
     ranks: Ranks = ALONE
     try:
         if split != "scenes":
-            distributed.init_process_group(store=store, rank=rank, world_size=size, timeout=DAYS)
             kind = "cuda" if (args.device or "").startswith("cuda") else "cpu"
+            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"  # gloo for what is announced
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=DAYS)
             mesh = distributed.device_mesh.init_device_mesh(kind, (size,))
             ranks = RowsOverRanks(mesh) if split == "rows" else TokensOverRanks(mesh)
         team = Team(rank=rank, size=size, split=split, store=store, ranks=ranks)
