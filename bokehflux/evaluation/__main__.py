@@ -96,9 +96,9 @@ def judge_refocus(pipe: Pipeline, args: argparse.Namespace) -> int:
     scores, sheet = refocus.evaluate(
         pipe, captions=args.captions, photo_level=args.photo_level, steps=args.steps
     )
-    print(f"{args.captions} photos, means in dB\nlevel   refocused   left as it is   scene kept")
+    print(f"{args.captions} photos, means in dB\nlevel   refocused   left as it is   truth through VAE")
     for row in scores:
-        print(f"{row.level:5.0f}{row.psnr:12.1f}{row.photo:16.1f}{row.scene:13.1f}")
+        print(f"{row.level:5.0f}{row.psnr:12.1f}{row.photo:16.1f}{row.decoded:20.1f}")
     record = made_by(pipe, args, time.perf_counter() - start) | {"photo_level": args.photo_level}
     write_json(args.results / "refocus.json", record | {"rows": [asdict(row) for row in scores]})
     save(sheet, args.results / "refocus.jpg")

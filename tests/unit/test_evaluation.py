@@ -133,6 +133,7 @@ def test_a_report_on_refocusing_knows_the_photograph(tiny: None, tmp_path: Path)
     record = json.loads((tmp_path / "refocus.json").read_text())
     assert [row["level"] for row in record["rows"]] == [0, 8, 15, 28]
     assert record["rows"][0]["photo"] > 55 > record["rows"][1]["photo"], "the photograph is at level 0"
+    assert all(0 < row["decoded"] < 100 for row in record["rows"]), "the truth through the autoencoder"
     assert (tmp_path / "refocus.jpg").is_file()
 
 
