@@ -49,6 +49,11 @@ class ReferenceAdapter(nn.Module):
     def block(self, index: int) -> ReferenceBlock:
         return self.adapter_modules[str(index)]  # type: ignore[return-value]
 
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """By name, every parameter that can change a target: nothing reads the last block's own output."""
+        unread = {id(p) for p in self.block(len(self.adapter_modules) - 1).to_q_ref.parameters()}
+        return [(name, p) for name, p in self.named_parameters() if id(p) not in unread]
+
 
 class ReferenceKeys:
     """A reference picture as keys and values, by block: filled in one pass, read in every step."""

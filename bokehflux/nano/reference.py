@@ -37,5 +37,5 @@ def train_reference(
         schedule=functools.partial(trapezoid, warmup=0.05),
     )
     loss = reference_loss(mmdit, adapter, *ropes, stage, scenes)
-    optimizer = Optimizer(list(adapter.named_parameters()), stage.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = Optimizer(adapter.trainable(), stage.lr, betas=(0.9, 0.99), weight_decay=0.0)
     log.note("steps", train(loss, optimizer, course, log, saves))

@@ -1,4 +1,4 @@
-"""nano's four stages at toy size: what each is trained on and towards, and the way from one to the next."""
+"""nano's stages at toy size: what each is trained on and towards, and the way from one to the next."""
 
 from __future__ import annotations
 
@@ -37,7 +37,15 @@ from bokehflux.nano.pool import (
     stratified_levels,
     uniform_levels,
 )
-from bokehflux.nano.recipe import NANO, RESUMED, AdapterStage, AutoencoderStage, BaseStage, Recipe
+from bokehflux.nano.recipe import (
+    NANO,
+    RESUMED,
+    AdapterStage,
+    AutoencoderStage,
+    BaseStage,
+    Recipe,
+    ReferenceStage,
+)
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.training.adapter import adapter_step, draw_batch
 from bokehflux.training.batches import Draws
@@ -387,8 +395,9 @@ TOY = Recipe(
     autoencoder=AutoencoderStage(scenes=6, steps=4, batch=8),
     base=BaseStage(scenes=6, steps=5, distill_steps=4, batch=4),
     adapter=AdapterStage(scenes=6, steps=5, batch=8),
+    reference=ReferenceStage(scenes=6, steps=5, batch=4),
 )
-STAGES = ("autoencoder", "base", "base-resumed", "adapter")
+STAGES = ("autoencoder", "base", "base-resumed", "adapter", "reference")
 
 
 def run(out: Path, name: str, **how: Any) -> train.Run:
@@ -423,7 +432,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.usefixtures("toy_sizes")
-def test_four_stages_make_a_model_killed_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stages_make_a_model_killed_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each writes its networks and a log, and they load as one model. Killed in every loop and
     continued, they write the same files."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
