@@ -31,7 +31,7 @@ CONFIG = ReferenceConfig(rank=4)
 
 
 def ropes() -> tuple[RopeTable, RopeTable]:
-    """Of targets, of photographs."""
+    """Those of targets, then those of photographs."""
     ids = (IDS, reference_ids(IDS, TXT_LENGTH))
     return tuple(rope_table(i, MMDIT.axes_dim, MMDIT.theta) for i in ids)  # type: ignore[return-value]
 
