@@ -97,6 +97,7 @@ def load_components(
     schedule: ScheduleName | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    text_dtype: torch.dtype | None = None,
     fp8_on: torch.device | None = None,
     env: Env | None = None,
     on_found: Callable[[Snapshot], None] | None = None,
@@ -107,7 +108,7 @@ def load_components(
     `adapter`: folder, file or repository id; None takes the one that the model's card names, if any.
     `loras`: attached beside the weights of the transformer and the text encoders, where they add up.
     `schedule`: as in `resolve_model`.
-    `fp8_on`: as in `load_transformer`.
+    `text_dtype`: what the text encoders compute in; None: `dtype`. `fp8_on`: as in `load_transformer`.
     `env`: stands in for the environment. Weights that are stored narrow stay so; `dtype` is computed in.
     `on_found`: called when every part is found, before a weight is read.
     `on_progress`: hears of every parameter of the networks and the adapter.
@@ -129,8 +130,9 @@ def load_components(
     try:
         for network in NETWORKS[1:]:
             part, config = parts[network.name], configs[network.name]
+            kind = dtype if text_dtype is None or network.tokenizer is None else text_dtype
             networks[network.name] = load_network(
-                network, part, config, device=device, dtype=dtype, on_read=on_read
+                network, part, config, device=device, dtype=kind, on_read=on_read
             )
         added = [(read_lora(path, configs), strength) for path, strength in snapshot.loras]
         networks[TRANSFORMER.name] = load_transformer(

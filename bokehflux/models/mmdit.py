@@ -24,6 +24,7 @@ from bokehflux.models.blocks import (
 from bokehflux.models.embeddings import SINUSOID_DIM, MLPEmbedder, RopeTable, sinusoid
 from bokehflux.models.fused import Residual
 from bokehflux.models.linear import Linear
+from bokehflux.models.precision import careful_dtype
 from bokehflux.models.reference import ReferenceAdapter
 from bokehflux.models.units import Network, Units
 
@@ -134,11 +135,12 @@ class MMDiT(Network):
 
         They depend on nothing else: a run computes them once a step for all its rows, or once for all steps.
         """
-        vec = self.time_in(sinusoid(sigma.to(self.dtype)).to(self.dtype))
+        careful = careful_dtype(self.device, self.dtype)
+        vec = self.time_in(sinusoid(sigma.to(careful)).to(self.dtype))
         if self.guidance_in is not None:
             if guidance is None:
                 raise ValueError("this model is guidance-distilled: guidance [B] is required")
-            vec = vec + self.guidance_in(sinusoid(guidance.to(self.dtype)).to(self.dtype))
+            vec = vec + self.guidance_in(sinusoid(guidance.to(careful)).to(self.dtype))
         vec = vec + self.vector_in(pooled)
         return Modulations(
             double=tuple(block.modulation_of(vec) for block in self.doubles),
@@ -162,8 +164,9 @@ class MMDiT(Network):
             """A part that waits for its turn holds its tokens and no update beside them."""
             return stream.settled() if len(parts) > 1 else stream
 
-        imgs = [Residual(self.img_in(rows.img)) for rows in parts]  # [B, N, E]
-        txts = [Residual(self.txt_in(rows.txt)) for rows in parts]  # [B, T, E]
+        careful = careful_dtype(self.device, self.dtype)
+        imgs = [Residual(self.img_in(rows.img).to(careful)) for rows in parts]  # [B, N, E]
+        txts = [Residual(self.txt_in(rows.txt).to(careful)) for rows in parts]  # [B, T, E]
         for i, (double, double_mod) in enumerate(zip(self.doubles, mods.double, strict=True)):
             for n, spec in enumerate(specs):  # one by one, so that no part's input outlives its output
                 imgs[n], txts[n] = map(waiting, double(imgs[n], txts[n], double_mod, rope, spec[i]))

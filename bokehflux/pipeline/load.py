@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 
 from bokehflux.models.fp8 import check_fp8
-from bokehflux.models.precision import default_dtype
+from bokehflux.models.precision import careful_dtype, default_dtype
 from bokehflux.pipeline.memory import (
     MODES,
     MemoryMode,
@@ -93,6 +93,7 @@ def load(
             schedule=schedule,
             device=home,
             dtype=kind,
+            text_dtype=careful_dtype(where, kind),
             fp8_on=where if compute == "fp8" else None,
             on_found=on_found,
             on_progress=on_progress,

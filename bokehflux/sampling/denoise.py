@@ -19,6 +19,7 @@ from bokehflux.conditioning import Conditioning
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT, Modulations, Rows, RunConstants
+from bokehflux.models.precision import careful_dtype
 from bokehflux.sampling.cuda_graph import StepGraphs, worth_capturing
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.sampling.pivot_cache import PivotCache
@@ -100,7 +101,7 @@ class PromptPass:
         count, device, dtype = len(sigmas), self.mmdit.device, self.mmdit.dtype
         mods = self.mmdit.modulations(
             self.conditioning.pooled.expand(count, -1),  # [S, P]: the noise levels are the rows here
-            model_sigma(sigmas, dtype).to(device),
+            model_sigma(sigmas, careful_dtype(device, dtype)).to(device),
             torch.full((count,), self.guidance, device=device),
         )
         return {float(sigma): mods.row(i) for i, sigma in enumerate(sigmas)}
@@ -220,7 +221,10 @@ def denoiser(
         with torch.inference_mode():
             made = PromptPass(
                 mmdit=mmdit,
-                conditioning=dataclasses.replace(conditioning, txt=ranks.tokens(conditioning.txt, dim=1)),
+                conditioning=Conditioning(
+                    txt=ranks.tokens(conditioning.txt, dim=1).to(mmdit.dtype),
+                    pooled=conditioning.pooled.to(mmdit.dtype),
+                ),
                 guidance=guidance,
                 rope=rope,
                 bokeh=bokeh,

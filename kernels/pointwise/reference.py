@@ -36,7 +36,9 @@ class Projected(NamedTuple):
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+    out = F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+    # A CPU keeps x in float32 where it multiplies in bfloat16.
+    return out.to(scale.dtype) if x.device.type == "cpu" else out
 
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

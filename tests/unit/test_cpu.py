@@ -11,12 +11,20 @@ from bokehflux.kernels.attention import reference, sdpa
 from bokehflux.kernels.pointwise import reference as passes
 from bokehflux.models import fused
 from bokehflux.models.linear import Linear
-from bokehflux.models.precision import default_dtype
+from bokehflux.models.precision import careful_dtype, default_dtype
 from bokehflux.models.vae import AutoencoderKL
+from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.sampling.denoise import denoiser
+from bokehflux.sampling.latents import LatentGrid
 from tests.helpers import assert_within_2x
 from tests.tiny import VAE
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def nano() -> Pipeline:
+    return bokehflux.load("nano", device="cpu", dtype="bfloat16")
 
 
 @pytest.mark.parametrize("avx512", [False, True])
@@ -91,3 +99,46 @@ def test_decoding_in_channels_last() -> None:
     assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [False, True]
     assert ours.dtype == torch.bfloat16
     assert_within_2x(ours, low.decoder(low.unscaled(z.bfloat16())), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_only_a_cpu_in_bfloat16_is_careful(dtype: torch.dtype) -> None:
+    assert careful_dtype(torch.device("cuda"), dtype) == careful_dtype(torch.device("mps"), dtype) == dtype
+    assert careful_dtype(CPU, dtype) == (torch.float32 if dtype == torch.bfloat16 else dtype)
+
+
+def test_what_a_cpu_keeps_in_float32(nano: Pipeline) -> None:
+    """Text encoders and the residual stream; noise levels that bfloat16 cannot tell apart are told apart."""
+    assert {p.dtype for net in nano.text.networks for p in net.parameters()} == {torch.float32}
+    assert {p.dtype for net in (nano.transformer, nano.vae) for p in net.parameters()} == {torch.bfloat16}
+    seen: list[torch.dtype] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].x.dtype))
+        for block in nano.transformer.blocks
+    ]
+    grid = LatentGrid(height_px=32, width_px=32)
+    velocity = denoiser(nano.transformer, nano.text.encode(["a red ball"]), grid)
+    x = torch.randn(1, 4, 64).bfloat16()
+    first, second = (velocity(x, torch.tensor(sigma), 0) for sigma in (0.7123, 0.7125))
+    assert first.dtype == torch.bfloat16 and not torch.equal(first, second)
+    for hook in hooks:
+        hook.remove()
+    assert set(seen) == {torch.float32}
+
+
+def test_pictures_in_bfloat16_are_those_of_float32(nano: Pipeline) -> None:
+    exact, ours = (
+        pipe.generate(
+            "a red ball on a wooden table",
+            [8],
+            bokeh_pivot=15,
+            height=96,
+            width=96,
+            num_inference_steps=4,
+            seed=1,
+        )
+        for pipe in (bokehflux.load("nano", device="cpu", dtype="float32"), nano)
+    )
+    assert ours.record.recipe()["dtype"] == "bfloat16"
+    error = (ours.latents.float() - exact.latents).norm() / exact.latents.norm()
+    assert error < 0.008
