@@ -57,6 +57,8 @@ OnProgress = Callable[[int, int], None]
 OnRead = Callable[[int], None]
 """Called with the bytes of each parameter in its file, when it is on its device."""
 log = logging.getLogger(__name__)
+MAX_CAREFUL_BYTES = 10**9
+"""In float32 T5-XXL would take 19 GB, twice what its files hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,8 @@ def load_components(
     `adapter`: folder, file or repository id; None takes the one that the model's card names, if any.
     `loras`: attached beside the weights of the transformer and the text encoders, where they add up.
     `schedule`: as in `resolve_model`.
-    `text_dtype`: what the text encoders compute in; None: `dtype`. `fp8_on`: as in `load_transformer`.
+    `text_dtype`: what text encoders of up to `MAX_CAREFUL_BYTES` compute in; None: `dtype`.
+    `fp8_on`: as in `load_transformer`.
     `env`: stands in for the environment. Weights that are stored narrow stay so; `dtype` is computed in.
     `on_found`: called when every part is found, before a weight is read.
     `on_progress`: hears of every parameter of the networks and the adapter.
@@ -130,7 +133,8 @@ def load_components(
     try:
         for network in NETWORKS[1:]:
             part, config = parts[network.name], configs[network.name]
-            kind = dtype if text_dtype is None or network.tokenizer is None else text_dtype
+            careful = text_dtype is not None and network.tokenizer and part.num_bytes <= MAX_CAREFUL_BYTES
+            kind = text_dtype if careful else dtype
             networks[network.name] = load_network(
                 network, part, config, device=device, dtype=kind, on_read=on_read
             )

@@ -42,7 +42,7 @@ def quantize(x: Tensor) -> Quantized:
 def quantize_modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Quantized:
     """norm(x) * (1 + scale) + shift in one pass; x [B, L, K], scale and shift [B or 1, 1, K]."""
     values, scales = _module(x).quantize_modulated(x, scale, shift)
-    return Quantized(values, scales, x.dtype)
+    return Quantized(values, scales, shift.dtype)  # that of x, which a CPU keeps in float32
 
 
 def add_gated_quantize_modulated(
@@ -50,7 +50,7 @@ def add_gated_quantize_modulated(
 ) -> tuple[Tensor, Quantized]:
     """x + gate * y [B, L, K], and `quantize_modulated` of that sum, in one pass."""
     x, values, scales = _module(x).add_gated_quantize_modulated(x, y, gate, scale, shift)
-    return x, Quantized(values, scales, x.dtype)
+    return x, Quantized(values, scales, shift.dtype)
 
 
 def quantize_gelu(hidden: Tensor, beside: Tensor | None = None) -> Quantized:
