@@ -133,8 +133,9 @@ def load_components(
     try:
         for network in NETWORKS[1:]:
             part, config = parts[network.name], configs[network.name]
-            careful = text_dtype is not None and network.tokenizer and part.num_bytes <= MAX_CAREFUL_BYTES
-            kind = text_dtype if careful else dtype
+            kind = dtype
+            if text_dtype is not None and network.tokenizer and part.num_bytes <= MAX_CAREFUL_BYTES:
+                kind = text_dtype
             networks[network.name] = load_network(
                 network, part, config, device=device, dtype=kind, on_read=on_read
             )
