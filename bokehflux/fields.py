@@ -133,6 +133,7 @@ APERTURE = Kind(
 )
 UNIFY = _one_of(*get_args(Unify))
 RENDERER = _one_of("layers", "scatter", "bokehme")
+METHOD = _one_of("render", "inversion")
 PAIRS = Kind("pairs of text", _pairs)
 WEIGHTED = Kind("pairs of text and strength", _weighted)
 

@@ -17,6 +17,7 @@ from bokehflux.fields import (
     FOCUS,
     LEVEL,
     LEVELS,
+    METHOD,
     NUMBER,
     PAIRS,
     PHOTO_LEVEL,
@@ -43,6 +44,10 @@ NEGATIVE_PROMPT = "bad quality, low resolution"
 MAX_PROMPT = 20_000
 """Characters; far above what the text encoders read, and small enough for every file format's metadata."""
 MAX_THREADS = 256
+PROBE_LEVEL = 28.0
+"""The level at which a picture is asked for to see where, and how strongly, it is blurred."""
+PROBE_STEPS = 8
+"""How many steps that picture takes: it shows blur, not detail."""
 
 
 class Numbers(NamedTuple):
@@ -71,6 +76,10 @@ class LensSettings(Checked):
     highlights: float = setting(
         1.0, NUMBER, least=1, most=1000, metavar="X",
         help="how many times as bright clipped lights really were (default: %(default)s, as they are)",
+    )  # fmt: skip
+    long_side: int = setting(
+        2048, WHOLE, least=64, most=MAX_SIDE_PX, metavar="PX",
+        help="larger photographs are scaled down to it first (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -245,7 +254,7 @@ class GenerateSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefocusSettings(Settings):
+class RefocusSettings(LensSettings, Settings):
     """A photograph at other levels. `bokeh_pivot` is the photograph's own."""
 
     command: ClassVar = "refocus"
@@ -264,10 +273,53 @@ class RefocusSettings(Settings):
         help="distilled guidance; at 1 the photograph is kept best, more pulls towards the prompt "
              "(default: %(default)s)",
     )  # fmt: skip
+    method: str = setting(
+        "render", METHOD, metavar="NAME",
+        help="render: ask the model once for strong blur, and blur the photograph itself as it shows; "
+             "inversion: let the model draw every level, as it must for less blur (default: %(default)s)",
+    )  # fmt: skip
+    highlights: float | None = setting(
+        None, NUMBER, least=1, most=1000, metavar="X", sparse=True,
+        help="how many times as bright clipped lights really were (default: as their glow says)",
+    )  # fmt: skip
     photo: str | None = setting(None, TEXT)
     """The photograph's file name; None where it came from no file."""
     photo_hash: str | None = setting(None, TEXT)
     """The fingerprint of its file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "inversion":
+            if self.focus is not None or self.aperture != "disc" or self.highlights is not None:
+                raise ValueError("focus, aperture and highlights need method render: a lens blurs there")
+            return
+        least = min(self.bokeh_targets)
+        if least < self.bokeh_pivot:
+            raise ValueError(
+                f"level {least:g} is below the photograph's {self.bokeh_pivot:g}: only method inversion "
+                "lessens blur"
+            )
+        if self.bokeh_pivot >= PROBE_LEVEL:
+            raise ValueError(f"method render needs a photograph below level {PROBE_LEVEL:g}")
+        if self.reuse is not None:
+            raise ValueError("reuse is for method inversion: method render asks the model for one picture")
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
+        return super().from_recipe({"method": "inversion", **recipe})  # which early recipes do not name
+
+    def completed(self, defaults: Defaults) -> Self:
+        steps = self.num_inference_steps or (PROBE_STEPS if self.method == "render" else None)
+        return super(RefocusSettings, dataclasses.replace(self, num_inference_steps=steps)).completed(
+            defaults
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return 2 if self.method == "render" else super().num_rows
+
+    def _default_grounding(self, steps: int) -> int:
+        return steps if self.method == "render" else super()._default_grounding(steps)
 
     @property
     def summary(self) -> str:
@@ -311,10 +363,6 @@ class RenderSettings(LensSettings):
     )  # fmt: skip
     arnet: str | None = setting(None, TEXT, metavar="FILE", sparse=True, help="BokehMe's first network")
     iunet: str | None = setting(None, TEXT, metavar="FILE", sparse=True, help="BokehMe's second network")
-    long_side: int = setting(
-        2048, WHOLE, least=64, most=MAX_SIDE_PX, metavar="PX",
-        help="larger photographs are scaled down to it first (default: %(default)s)",
-    )  # fmt: skip
     file_hashes: tuple[tuple[str, str], ...] = setting((), PAIRS)
     """Setting and fingerprint of each file."""
 

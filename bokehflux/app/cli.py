@@ -208,9 +208,12 @@ def _swept(
 
 def refocus(args: argparse.Namespace) -> int:
     """A photograph at other levels, and a contact sheet; prints their paths."""
-    levels = DEFAULT_LEVELS if args.bokeh_targets is None else args.bokeh_targets
     if args.bokeh_pivot == "auto":
         args.bokeh_pivot = photos.photo_level_of(Path(args.photo))
+    least = 0 if args.method == "inversion" else args.bokeh_pivot
+    levels = args.bokeh_targets
+    if levels is None:
+        levels = [level for level in DEFAULT_LEVELS if level >= least] or DEFAULT_LEVELS
     settings = settings_from(args, RefocusSettings, bokeh_targets=levels, photo=None)
     options = _checked(args, [settings])
     from bokehflux.app.watched import Interrupted

@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     judging.add_argument("--guidance", type=float, default=3.0)
     refocusing = commands.add_parser("refocus", help="how well photographs are refocused")
     refocusing.add_argument("--photo-level", type=float, default=0.0)
+    refocusing.add_argument("--method", choices=("render", "inversion"), default="render")
+    refocusing.add_argument("--seed", type=int, default=refocus.SEED, help="of the scenes photographed")
     cutting = commands.add_parser("shortcuts", help="what the shortcuts of a sweep save and change")
     for command, captions, run in (
         (judging, 32, judge_nano), (refocusing, 8, judge_refocus), (cutting, 32, judge_shortcuts),
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.set_defaults(run=run)
         command.add_argument("--model", default="nano", help="a bundled model, or a folder with an adapter")
         command.add_argument("--captions", type=int, default=captions, help="how many of the 32")
-        command.add_argument("--steps", type=int, default=20)
+        steps = None if command is refocusing else 20
+        command.add_argument("--steps", type=int, default=steps, help="default: 20, the method's for refocus")
         command.add_argument("--device", help="default: CUDA, MPS or CPU, what there is")
         command.add_argument("--dtype", help="default: the device's usual one")
     writing = commands.add_parser("card", help="renew the generated parts of weights/nano/README.md")
@@ -94,12 +97,18 @@ def judge_nano(pipe: Pipeline, args: argparse.Namespace) -> int:
 def judge_refocus(pipe: Pipeline, args: argparse.Namespace) -> int:
     start = time.perf_counter()
     scores, sheet = refocus.evaluate(
-        pipe, captions=args.captions, photo_level=args.photo_level, steps=args.steps
+        pipe,
+        captions=args.captions,
+        photo_level=args.photo_level,
+        method=args.method,
+        steps=args.steps,
+        seed=args.seed,
     )
     print(f"{args.captions} photos, means in dB\nlevel   refocused   left as it is   truth through VAE")
     for row in scores:
         print(f"{row.level:5.0f}{row.psnr:12.1f}{row.photo:16.1f}{row.decoded:20.1f}")
-    record = made_by(pipe, args, time.perf_counter() - start) | {"photo_level": args.photo_level}
+    asked = {"photo_level": args.photo_level, "method": args.method, "seed": args.seed}
+    record = made_by(pipe, args, time.perf_counter() - start) | asked
     write_json(args.results / "refocus.json", record | {"rows": [asdict(row) for row in scores]})
     save(sheet, args.results / "refocus.jpg")
     return 0

@@ -1,42 +1,141 @@
-"""Other bokeh levels of a photograph: its own path from noise serves as the pivot.
+"""Other bokeh levels of a photograph, in one of two ways.
 
-The photograph's latents are followed back to noise along the model's own velocity, at the level that the
-photograph has (`sampling.inversion`). From that noise the targets are sampled at their levels, grounded on
-the photograph's path as they would be on a pivot's.
+"render" asks the network once for the photograph at a strong level, beside the photograph on a straight path
+to noise. Where and how much that picture is blurred is a map, and the photograph's own pixels are blurred
+through it: at any level, by any aperture, at the photograph's own size. "inversion" follows the photograph
+back to the noise that it would come from, and lets the network draw every level from there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from bokehflux.aperture import Aperture, parse_aperture
 from bokehflux.configs import MAX_SIDE_PX
+from bokehflux.focus import parse_focus
+from bokehflux.lens import MAX_LEVEL
 from bokehflux.photos.read import upright_rgb
 from bokehflux.pipeline.model import Model
+from bokehflux.pipeline.render import picture_of_aperture
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_finite, check_levels
-from bokehflux.record import RefocusSettings
+from bokehflux.record import DEFAULT_SEED, PROBE_LEVEL, RefocusSettings
+from bokehflux.rendering.lens_map import LensMap
 from bokehflux.sampling.denoise import Grounding
-from bokehflux.sampling.inversion import followed, invert, path
-from bokehflux.sampling.latents import TOKEN_PX, LatentGrid
+from bokehflux.sampling.inversion import followed, invert, path, straight
+from bokehflux.sampling.latents import TOKEN_PX, LatentGrid, noise, pack
 from bokehflux.sampling.shortcuts import reused
+
+logger = logging.getLogger(__name__)
+POOR = 0.1
+"""A residual from which two pictures hardly show one scene: the blur of nano's leaves 0.03 to 0.05."""
 
 
 def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Plan:
     """The run that shows a photograph at the levels asked for.
 
-    The photograph is turned upright, scaled and cropped around its middle to fill the run's size. Raises
-    ValueError for settings that the model cannot serve.
+    The photograph is turned upright. Where a size is asked for it is scaled and cropped around its middle to
+    fill it; else "render" keeps its size, up to `long_side`, and "inversion" makes it as large as the model
+    likes. Raises ValueError for settings that the model cannot serve, and a focus that the photograph lacks.
     """
     check_levels(asked, has_adapter=model.transformer.bokeh is not None)
     upright = upright_rgb(photo)
     grid = grid_of(upright, model, asked.height, asked.width)
     settings = dataclasses.replace(asked, height=grid.height_px, width=grid.width_px)
     settings = settings.completed(model.defaults)
-    fitted = ImageOps.fit(upright, (grid.width_px, grid.height_px), Image.Resampling.LANCZOS)
+    size = (grid.width_px, grid.height_px)
+    fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
+    if settings.method == "inversion":
+        return Plan(settings=settings, begin=_inverted(model, settings), end=_end, photo=fitted)
+    shown = fitted if asked.height is not None else upright
+    if (scale := settings.long_side / max(shown.size)) < 1:
+        small = (round(scale * shown.width), round(scale * shown.height))
+        shown = shown.resize(small, Image.Resampling.LANCZOS)
+    lens = Lens(model.device, shown, settings.bokeh_pivot, settings.focus, settings.aperture)
 
+    def finish(images: list[Image.Image]) -> list[Image.Image]:
+        return lens.pictures(images[0], settings.bokeh_targets, settings.highlights)
+
+    # The whole photograph, so that the map lies over it: a few pixels wider or higher than it is.
+    asked_of = shown.resize(size, Image.Resampling.LANCZOS)
+    return Plan(
+        settings=settings,
+        begin=_probed(model, settings),
+        end=_end,
+        photo=asked_of,
+        shown=shown,
+        finish=finish,
+    )
+
+
+class Lens:
+    """A photograph, waiting for the map of its blur."""
+
+    def __init__(
+        self, device: torch.device, sharp: Image.Image, level: float, focus: str | None, aperture: str
+    ) -> None:
+        """level: what `sharp` has. Raises ValueError for a focus that it cannot have, and an aperture's
+        picture that cannot be read."""
+        self.photo = sharp
+        self.sharp = torch.from_numpy(np.array(sharp)).to(device).movedim(-1, 0) / 255  # [3, H, W]
+        self.level = level
+        self.focus = None if focus is None else parse_focus(focus)
+        if self.focus is not None:
+            LensMap(blur=self.sharp[0]).focused_at(self.focus)
+        found = parse_aperture(aperture)
+        self.aperture: Aperture = picture_of_aperture(found) if isinstance(found, Path) else found
+
+    def pictures(
+        self, blurred: Image.Image, levels: tuple[float, ...], highlights: float | None
+    ) -> list[Image.Image]:
+        """At each level, through the map that `blurred` shows, the same at `PROBE_LEVEL`."""
+        probe = torch.from_numpy(np.array(blurred)).to(self.sharp).movedim(-1, 0) / 255
+        lens = LensMap.from_pictures(self.sharp, probe, PROBE_LEVEL, self.level)
+        logger.info("the map of blur leaves a residual of %.3f", lens.residual)
+        if lens.residual > POOR:
+            logger.warning(
+                "the model changed the photograph where it should only blur it (residual %.2f): its blur may "
+                "be wrong; bokehflux render takes a depth map in its place",
+                lens.residual,
+            )
+        if self.focus is not None:
+            lens = lens.focused_at(self.focus)
+        made = []
+        for level in levels:
+            # The photograph's own blur is there already; blurs add up as squares do.
+            added = math.sqrt(level**2 - self.level**2)
+            if not added:
+                made.append(self.photo)
+                continue
+            out = lens.render(self.sharp, min(added, MAX_LEVEL), self.aperture, highlights)
+            made.append(Image.fromarray((out.movedim(0, -1) * 255).round().byte().cpu().numpy()))
+        return made
+
+
+def _probed(model: Model, settings: RefocusSettings) -> Callable[[Stage], Start]:
+    """One row for the photograph on its way to noise that is always the same, and one for strong blur."""
+
+    def begin(stage: Stage) -> Start:
+        photo, sigmas = stage.photo, stage.sigmas
+        assert photo is not None
+        end = pack(noise(stage.grid, DEFAULT_SEED, model.dtype)).to(model.device)
+        states = straight(photo, end, sigmas)
+        levels = [settings.bokeh_pivot, PROBE_LEVEL]
+        velocity = followed(stage.velocity(levels, _grounding(settings)), states, sigmas)
+        return Start(states[0].expand(2, -1, -1), velocity)
+
+    return begin
+
+
+def _inverted(model: Model, settings: RefocusSettings) -> Callable[[Stage], Start]:
     def begin(stage: Stage) -> Start:
         photo, sigmas = stage.photo, stage.sigmas
         assert photo is not None
@@ -44,21 +143,24 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
         states = invert(alone, photo, sigmas, stage.on_step)
         check_finite(model, states[0], alone, lambda velocity: invert(velocity, photo, sigmas))
         del alone  # and with it the memory of its CUDA graphs
-        grounding = None
-        if settings.makes_pivot:
-            grounding = Grounding(pivot_row=0, num_steps=settings.numbers().grounded_steps)
-        velocity = followed(
-            stage.velocity([settings.bokeh_pivot, *settings.bokeh_targets], grounding), states, sigmas
-        )
+        levels = [settings.bokeh_pivot, *settings.bokeh_targets]
+        velocity = followed(stage.velocity(levels, _grounding(settings)), states, sigmas)
         if settings.reuse is not None:
             velocity = reused(velocity, path(states, sigmas), settings.reuse, len(sigmas) - 1)
-        return Start(states[0].expand(1 + len(settings.bokeh_targets), -1, -1), velocity)
+        return Start(states[0].expand(len(levels), -1, -1), velocity)
 
-    def end(x: Tensor, photo: Tensor | None) -> End:
-        assert photo is not None
-        return End(x[1:], photo[0])
+    return begin
 
-    return Plan(settings=settings, begin=begin, end=end, photo=fitted)
+
+def _grounding(settings: RefocusSettings) -> Grounding | None:
+    if not settings.makes_pivot:
+        return None
+    return Grounding(pivot_row=0, num_steps=settings.numbers().grounded_steps)
+
+
+def _end(x: Tensor, photo: Tensor | None) -> End:
+    assert photo is not None
+    return End(x[1:], photo[0])
 
 
 def grid_of(photo: Image.Image, model: Model, height: int | None, width: int | None) -> LatentGrid:

@@ -103,6 +103,10 @@ class Plan:
     negative_prompt: str = ""
     photo: Image.Image | None = None
     """A photograph of the run's size that takes the pivot's place."""
+    shown: Image.Image | None = None
+    """The photograph at the size of the result's pictures; None: `photo`."""
+    finish: Callable[[list[Image.Image]], list[Image.Image]] | None = None
+    """Pictures as they are decoded -> those of the result; None: the same."""
 
     @property
     def grid(self) -> LatentGrid:
@@ -221,9 +225,10 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     provenance = dataclasses.replace(
         provenance_of(model, options.backend), max_rows=max_rows, vae_tiling=made.tiled
     )
+    images = made.images if plan.finish is None or made.stop is not None else plan.finish(made.images)
     result = Result(
-        images=made.images,
-        pivot_image=made.pivot if plan.photo is None else plan.photo,
+        images=images,
+        pivot_image=plan.shown or plan.photo or made.pivot,
         latents=end.targets,
         pivot_latents=end.pivot,
         record=Record(settings=settings, provenance=provenance),

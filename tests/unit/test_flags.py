@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE = {
     "generate": ["--prompt", "a cup", "--bokeh-targets", "0", "20", "--bokeh-pivot", "10"],
     "sweep": ["--prompt", "a cup", "--bokeh-targets", "0", "20", "--num-inference-steps", "2"],
-    "refocus": ["photo.jpg", "--prompt", "a cup", "--bokeh-targets", "0", "20"],
+    "refocus": ["photo.jpg", "--prompt", "a cup", "--bokeh-targets", "0", "20", "--method", "inversion"],
 }
 COMMON: dict[str, list[str]] = {
     "--prompt": ["a dog"],
@@ -71,6 +71,8 @@ REFOCUS = (
 )  # fmt: skip
 FLAGS = {
     "refocus": {flag: COMMON[flag] for flag in REFOCUS}
+    | {"--method": ["render"], "--focus": ["60,5"], "--aperture": ["donut"], "--highlights": ["20"]}
+    | {"--long-side": ["64"]}
     | {"--photo-level": ["9"], "--height": ["48", "--width", "48"], "--width": ["64", "--height", "32"]},
     "generate": COMMON | {"--seed": ["3"]},
     "sweep": COMMON
@@ -83,6 +85,7 @@ NEEDS = {
     "--preview-every": ["--preview", "preview.png"],
     "--preview-vae": ["--preview", "preview.png"],
     "--reuse": ["--num-inference-steps", "8"],
+    **{flag: ["--method", "render"] for flag in ("--focus", "--aperture", "--highlights", "--long-side")},
 }
 TINY = {kind: tiny_pipeline(dtype=dtype) for kind, dtype in DTYPES.items()} | {"fp8": tiny_pipeline()}
 quantize_mmdit(TINY["fp8"].transformer)
@@ -110,7 +113,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     write("taef1_decoder.safetensors", TinyDecoder(16).state_dict())
-    Image.radial_gradient("L").convert("RGB").resize((48, 32)).save("photo.jpg")
+    Image.radial_gradient("L").convert("RGB").resize((72, 48)).save("photo.jpg")
     Path("prompts.txt").write_text("a cup\n# no prompt\n\na tree\n")
     assert cli.main(["generate", "--prompt", "a boat", "--bokeh-targets", "7", "--output", "."]) == 0
     Path("bokeh-07.0.png").rename("earlier.png")

@@ -23,7 +23,7 @@ FULL = GenerateSettings(
     max_sequence_length=9, reuse=2,
 )  # fmt: skip
 PHOTO = RefocusSettings(
-    prompt="a mug", bokeh_targets=(3.0,), bokeh_pivot=7.0, photo="mug.jpg", photo_hash="0"
+    method="inversion", prompt="a mug", bokeh_targets=(3.0,), bokeh_pivot=7.0, photo="mug.jpg", photo_hash="0"
 )
 MADE_BY = Provenance(
     model="m", vae="ae.sft", clip="c.sft", t5="t.sft", tokenizers="k",

@@ -16,8 +16,9 @@ from bokehflux.app import cli
 from bokehflux.models.vae import to_uint8
 from bokehflux.photos.read import read_photo, upright_rgb
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.pipeline.refocus import grid_of
+from bokehflux.pipeline.refocus import Lens, grid_of
 from bokehflux.pipeline.run import Options, Result, Stopped, execute
+from bokehflux.record import Record, RefocusSettings
 from bokehflux.sampling.diagnose import NonFiniteError
 from bokehflux.sampling.inversion import followed, invert, straight
 from bokehflux.sampling.latents import LatentGrid, unpack
@@ -96,8 +97,8 @@ def test_a_photo_at_its_own_level_comes_back(max_rows: int | None, grounded: int
     errors = []
     for steps in (10, 40):
         made = pipe.refocus(
-            photo(), "a mug", [7, 30], photo_level=7, height=32, width=48, max_rows=max_rows,
-            num_inference_steps=steps, num_grounding_steps=grounded,
+            photo(), "a mug", [7, 30], photo_level=7, method="inversion", height=32, width=48,
+            max_rows=max_rows, num_inference_steps=steps, num_grounding_steps=grounded,
         )  # fmt: skip
         assert made.pivot_latents is not None and made.pivot_image is not None
         same, other = ((row - made.pivot_latents).abs().mean() for row in made.latents)
@@ -122,14 +123,15 @@ def test_an_overflow_on_the_way_to_noise_is_named_by_layer_and_step() -> None:
 
     pipe.transformer.single_blocks[0].linear2.register_forward_hook(overflow)
     with pytest.raises(NonFiniteError, match="^single_blocks.0.linear2 .* at step 0, from finite weights"):
-        pipe.refocus(photo(), "a mug", [30], num_inference_steps=2)
+        pipe.refocus(photo(), "a mug", [30], num_inference_steps=2, method="inversion")
 
 
 def test_every_argument_counts() -> None:
     pipe = tiny_pipeline()
 
     def latents(**changed: object) -> Tensor:
-        options = {"prompt": "a mug", "bokeh_targets": [30], "num_inference_steps": 4} | changed
+        options = {"prompt": "a mug", "bokeh_targets": [30], "num_inference_steps": 4, "method": "inversion"}
+        options |= changed
         return pipe.refocus(photo(), **options).latents  # type: ignore[arg-type]
 
     plain = latents()
@@ -166,7 +168,14 @@ def test_the_photos_own_shape(size: tuple[int, int], orientation: int, tokens: t
 @pytest.mark.parametrize(("changed", "says"), [
     ({"photo_level": 31}, "bokeh level must be between 0"), ({"bokeh_targets": []}, "bokeh_targets must be"),
     ({"prompt": 3}, "prompt must be text"), ({"height": 64}, "both height and width"),
-    ({"num_grounding_steps": 99}, "at most the 5 steps"), ({"num_inference_steps": 0}, "at least 1"),
+    ({"num_grounding_steps": 99}, "at most the 8 steps"),
+    ({"bokeh_targets": [5, 20], "photo_level": 9}, "only method inversion lessens blur"),
+    ({"photo_level": 29}, "below level 28"), ({"reuse": 3}, "reuse is for method inversion"),
+    ({"method": "inversion", "aperture": "donut"}, "need method render"),
+    ({"method": "magic"}, "method must be"), ({"focus": "48,3"}, "a pixel of 48 x 32"),
+    ({"focus": "2m"}, "distances are not known"), ({"focus": "mask"}, "expected a mask"),
+    ({"aperture": "none.png"}, "cannot read the photograph none.png"),
+    ({"num_inference_steps": 0}, "at least 1"),
 ])  # fmt: skip
 def test_bad_arguments(changed: dict[str, object], says: str) -> None:
     options = {"prompt": "a mug", "bokeh_targets": [30]} | changed
@@ -207,7 +216,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("at_home")
 def test_the_command(capsys: pytest.CaptureFixture) -> None:
-    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--photo-level", "4"]
+    argv = ["refocus", "mug.jpg", "--method", "inversion", "--prompt", "a mug", "--photo-level", "4"]
     assert cli.main([*argv, "--bokeh-targets", "0", "20", "--output", "out"]) == 0
     paths = capsys.readouterr().out.split()
     assert paths == ["out/bokeh-00.0.png", "out/bokeh-20.0.png", "out/sheet.png"], (
@@ -239,7 +248,7 @@ def test_the_command_goes_on_with_fewer_rows(
         return execute(model, plan, options)
 
     monkeypatch.setattr("bokehflux.app.watched.execute", run)
-    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
+    argv = ["refocus", "mug.jpg", "--method", "inversion", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
     assert cli.main([*argv, "--num-inference-steps", "2"]) == 0
     assert tried == [None, 1] and read_recipe("results/bokeh-20.0.png")["max_rows"] == 1
     assert "trying again with 1 pictures at a time" in caplog.text
@@ -254,8 +263,59 @@ def test_the_command_keeps_what_is_finished(
         raise Stopped(dataclasses.replace(made, images=made.images[:1]))
 
     monkeypatch.setattr("bokehflux.app.watched.execute", stopped)
-    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
+    argv = ["refocus", "mug.jpg", "--method", "inversion", "--prompt", "a mug", "--bokeh-targets", "0", "20"]
     assert cli.main([*argv, "--num-inference-steps", "2"]) == 130
     said = capsys.readouterr()
     assert said.out.split() == ["results/bokeh-00.0.png"]
     assert "; 1 of 2 pictures are finished and kept in results" in said.err
+
+
+def test_rendered_pictures_are_the_photographs_own() -> None:
+    """At its own size; at its own level, bit for bit. Two rows go through the network, whatever is asked."""
+    pipe, rows = tiny_pipeline(), []
+
+    def count(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        rows.append(len(args[0]))
+
+    pipe.transformer.img_in.register_forward_pre_hook(count)
+    wide = photo(112, 80)
+    made = pipe.refocus(wide, "a mug", [4, 9, 20, 30], photo_level=4, aperture="polygon:6", focus="9,9")
+    assert sum(rows) == 16 and made.latents.shape[0] == 1
+    assert [image.size for image in made.images] == [(112, 80)] * 4
+    assert made.pivot_image is not None and made.pivot_image.size == (112, 80)
+    assert np.array_equal(np.asarray(made.images[0]), np.asarray(wide))
+    assert made.record.settings.numbers()[:2] == (8, 8)
+    small = pipe.refocus(wide, "a mug", [9], long_side=64).images[0]
+    assert small.size == (64, 46)
+    assert pipe.refocus(wide, "a mug", [9], height=32, width=48).images[0].size == (48, 32)
+
+
+def test_the_lens_counts() -> None:
+    pipe = tiny_pipeline()
+
+    def pixels(**changed: object) -> np.ndarray:
+        return np.asarray(pipe.refocus(photo(96, 64), "a mug", [30], **changed).images[0])  # type: ignore[arg-type]
+
+    plain = pixels()
+    assert np.array_equal(plain, pixels())
+    for change in ({"focus": "80,10"}, {"aperture": "donut"}, {"highlights": 20.0}, {"photo_level": 20}):
+        assert not np.array_equal(plain, pixels(**change)), change
+
+
+def test_a_scene_that_changed_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """The tiny network draws noise."""
+    lens = Lens(torch.device("cpu"), photo(96, 64), 0.0, None, "disc")
+    lens.pictures(photo(96, 64).transpose(Image.Transpose.ROTATE_180), (20.0,), None)
+    assert "takes a depth map in its place" in caplog.text
+    caplog.clear()
+    lens.pictures(photo(96, 64), (20.0,), None)
+    assert not caplog.text
+
+
+def test_early_recipes_of_refocus_mean_inversion() -> None:
+    made = tiny_pipeline().refocus(photo(), "a mug", [9, 30], num_inference_steps=2, focus="9,9")
+    recipe = made.record.recipe()
+    assert Record.from_recipe(recipe).settings == made.record.settings
+    early = {key: value for key, value in recipe.items() if key not in ("method", "focus", "aperture")}
+    settings = Record.from_recipe(early).settings
+    assert isinstance(settings, RefocusSettings) and settings.method == "inversion"
