@@ -278,7 +278,7 @@ class RefocusSettings(LensSettings, Settings):
         help="render: ask the model once for strong blur, and blur the photograph itself as it shows; "
              "inversion: let the model draw every level, as it must for less blur (default: %(default)s)",
     )  # fmt: skip
-    highlights: float | None = setting(
+    highlights: float | None = setting(  # type: ignore[assignment]
         None, NUMBER, least=1, most=1000, metavar="X", sparse=True,
         help="how many times as bright clipped lights really were (default: as their glow says)",
     )  # fmt: skip

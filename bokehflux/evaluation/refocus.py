@@ -64,8 +64,10 @@ def evaluate(
     found, strips = [], []
     for i, prompt in enumerate(prompts):
         photo, true = picture(photos[i]), [renders[i : i + 1] for renders in truth]
-        how = {"photo_level": photo_level, "method": method, "num_inference_steps": steps}
-        made = pipe.refocus(photo, prompt, levels, **how).images
+        result = pipe.refocus(
+            photo, prompt, levels, photo_level=photo_level, method=method, num_inference_steps=steps
+        )
+        made = result.images
         for image, expected in zip(made, true, strict=True):
             shown, given = pixels(image), pixels(photo)
             decoded = floats(through_vae(pipe.vae, expected)).cpu()

@@ -92,7 +92,13 @@ def others(options: Options) -> list[tuple[Tensor, list[bytes], dict]]:
     quantize_mmdit(fp8.transformer)
     photo = Image.linear_gradient("L").convert("RGB")
     settings = RefocusSettings(
-        prompt="a mug", bokeh_targets=(7.0, 30.0), bokeh_pivot=7.0, num_inference_steps=2, height=32, width=48
+        prompt="a mug",
+        bokeh_targets=(7.0, 30.0),
+        bokeh_pivot=7.0,
+        num_inference_steps=2,
+        height=32,
+        width=48,
+        method="inversion",
     )
     refocused = facts(execute(pipe, plan_refocus(pipe, photo, settings), options))
     return [refocused, made(fp8, asked(2), options)]
