@@ -151,7 +151,10 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 
 def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """x[rows], as a view where the rows are one row repeated or a contiguous run (every inference batch)."""
+    """x[rows], as a view where the rows are one row repeated or a contiguous run (every inference batch).
+
+    A few others are joined: an index comes from the host, and a CUDA graph cannot hold one.
+    """
     if not rows:
         return x[:0]
     first, count = rows[0], len(rows)
@@ -159,7 +162,7 @@ def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
         return x[first : first + 1].expand(count, *x.shape[1:])
     if list(rows) == list(range(first, first + count)):
         return x[first : first + count]
-    return x[list(rows)]
+    return torch.cat([x[row : row + 1] for row in rows]) if count <= stock.MAX_ROWS else x[list(rows)]
 
 
 def add_bias(out: Tensor, value_bias: Tensor | None) -> Tensor:
