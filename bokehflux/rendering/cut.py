@@ -49,7 +49,7 @@ def cut(light: Tensor, radius_px: Tensor, matte: Tensor | None = None) -> list[L
     matte [1, H, W], 0 ... 1: how much of a pixel the subject covers. None: rims lie where radii jump, and
     their colours tell the shares. Raises ValueError for other shapes and numbers.
     """
-    _check(light, radius_px, matte)
+    check(light, radius_px, matte)
     radius = radius_px[:, None]
     rims = rims_of_depth(radius) if matte is None else rims_of_matte(radius, matte[:, None])
     planes = _planes(rims)
@@ -134,7 +134,8 @@ def _near(there: Tensor, reach_px: int) -> Tensor:
     return squares.repeat_interleave(reach_px, 2).repeat_interleave(reach_px, 3)[..., :height, :width]
 
 
-def _check(light: Tensor, radius_px: Tensor, matte: Tensor | None) -> None:
+def check(light: Tensor, radius_px: Tensor, matte: Tensor | None) -> None:
+    """Raise ValueError for what `cut` cannot take."""
     if light.dim() != 4 or light.shape[:2] != (1, 3) or radius_px.shape != (1, *light.shape[2:]):
         raise ValueError(
             "expected light [1, 3, H, W] and radius_px [1, H, W], "

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bokehflux.aperture import DISC, Aperture
 
-from .cut import cut
+from .cut import check, cut
 from .layers import composite_by_quarters
 from .lights import restored
 
@@ -35,6 +35,7 @@ def blur_photo(
         low, high = float(image.min()), float(image.max())
         raise ValueError(f"image: expected display values of 0 ... 1, got {low:g} ... {high:g}")
     light = image[None] ** GAMMA
+    check(light, radius_px[None], None if matte is None else matte[None])
     light = restored(light) if highlights is None else raised(light, highlights, radius_px)
     layers = cut(light, radius_px[None], None if matte is None else matte[None])
     margin = min(int(radius_px.abs().max()) + 2, *(side - 1 for side in radius_px.shape))

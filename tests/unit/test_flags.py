@@ -254,6 +254,7 @@ def test_the_other_commands_have_no_other_flags(command: str) -> None:
         "train": {"--config", "--output", "--resume", "--dry-run", "--device"},
         "fetch": set(FETCH), "info": {"--json"}, "exif": {"--focus-distance", "--short-side", "--json"},
         "render": flags,  # tests/unit/test_render.py
+        "eval": flags,  # tests/unit/test_judge.py
         "annotate": {"--output", "--depth", "--depth-kind", "--mask", "--mask-kind", "--focus-source",
                      "--exif", "--long-side", "--shard", "--device"},
     }  # fmt: skip
