@@ -134,7 +134,8 @@ def test_dependencies_are_what_the_code_imports() -> None:
     third_party = imported - set(sys.stdlib_module_names) - {"bokehflux"}
     names = {IMPORT_NAMES.get(name, name) for name in declared}
     extras = {
-        "c2pa", "flash_attn", "gguf", "huggingface_hub", "onnxruntime", "pyarrow", "torchmetrics", "transformers",
+        "c2pa", "flash_attn", "gguf", "huggingface_hub", "onnxruntime", "pyarrow", "torchmetrics",
+        "transformers",
     }  # fmt: skip
     assert third_party - extras <= names
     assert names <= third_party
