@@ -192,7 +192,7 @@ def parse_aperture(text: str) -> Aperture | Path:
             "aperture: expected disc, polygon:BLADES, polygon:BLADES@DEGREES, donut:HOLE, anamorphic:SQUEEZE,"
             f" cats-eye:CUT or the name of a picture ({', '.join(PICTURES)}), got {text!r:.80}"
         )
-    given = {name: float(number) for name, number in zip(names, numbers, strict=False) if number}
+    given = {name: float(number) for name, number in zip(names, numbers[: len(names)], strict=True) if number}
     return kind(**{name: int(number) if number.is_integer() else number for name, number in given.items()})
 
 
@@ -204,4 +204,4 @@ def aperture_text(aperture: Aperture | Path) -> str:
     if name is None:
         raise ValueError(f"aperture: {type(aperture).__name__} cannot be written as text")
     numbers = [repr(value).removesuffix(".0") for value in vars(aperture).values()]
-    return name + "".join(mark + number for mark, number in zip(":@", numbers, strict=False))
+    return name + "".join(mark + number for mark, number in zip(":@"[: len(numbers)], numbers, strict=True))
