@@ -6,18 +6,18 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bokehflux.conditioning import Conditioning
 from bokehflux.models.adapter import init_adapter
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.nano.pool import LatentPool
-from bokehflux.nano.recipe import AdapterStage
+from bokehflux.nano.recipe import AdapterStage, FrozenBaseStage
 from bokehflux.training.adapter import adapter_loss, trainable_adapter
 from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
-from bokehflux.training.loop import Course, train
+from bokehflux.training.loop import Course, Loss, train
 from bokehflux.training.optim import Optimizer, trapezoid
 from bokehflux.training.state import Saves
 
@@ -72,6 +72,19 @@ def train_adapter(
     named = trainable_adapter(mmdit)
     assert mmdit.bokeh is not None
     init_adapter(mmdit.bokeh)
+    loss = adapter_loss(mmdit, rope, stage, plain=scenes, grouped=scenes)
+    train_on_frozen(loss, named, stage, log, saves)
+    mmdit.requires_grad_(False)
+
+
+def train_on_frozen(
+    loss: Loss,
+    named: list[tuple[str, nn.Parameter]],
+    stage: FrozenBaseStage,
+    log: Log,
+    saves: Saves | None,
+) -> None:
+    """Train what a stage adds to the frozen base; the parameters end as their moving average."""
     course = Course(
         seed=stage.seed,
         batch=stage.batch,
@@ -80,7 +93,5 @@ def train_adapter(
         ema_rate=0.003,
         schedule=functools.partial(trapezoid, warmup=0.05),
     )
-    loss = adapter_loss(mmdit, rope, stage, plain=scenes, grouped=scenes)
     optimizer = Optimizer(named, stage.lr, betas=(0.9, 0.99), weight_decay=0.0)
     log.note("steps", train(loss, optimizer, course, log, saves))
-    mmdit.requires_grad_(False)

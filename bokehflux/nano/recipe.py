@@ -66,16 +66,25 @@ class BaseStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterStage(Sampling):
-    seed: int = 3
+class FrozenBaseStage:
+    """A stage that adds to the trained base and leaves it as it is."""
+
+    seed: int
     scenes: int = 12_288
     levels_per_scene: int = 5
     """One level from each fifth of 0-30, the first exactly 0 in a share of the scenes."""
-    steps: int = 2397
+    steps: int
     minutes: float = 0.0
     """Above 0: train this long instead of `steps`, to find out how many a machine affords."""
-    batch: int = 512
+    batch: int
     lr: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterStage(FrozenBaseStage, Sampling):
+    seed: int = 3
+    steps: int = 2397
+    batch: int = 512
     max_guidance: float = 5.0
     level_guidance: float = 0.18
     saved_scale: float = 1.2
@@ -90,16 +99,11 @@ class AdapterStage(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceStage(Pairs):
+class ReferenceStage(FrozenBaseStage, Pairs):
     seed: int = 4
-    scenes: int = 12_288
-    levels_per_scene: int = 5
-    """As for the adapter, the first exactly 0 in most of the scenes."""
     steps: int = 1500
-    minutes: float = 0.0
-    """Above 0: train this long instead of `steps`, to find out how many a machine affords."""
+    """Never run to their end: docs/log.md tells of 613."""
     batch: int = 256
-    lr: float = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
