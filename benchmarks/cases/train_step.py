@@ -164,7 +164,6 @@ class Trained:
 def build(way: Way, mmdit: MMDiT, rope: RopeTable, ids: Tensor, device: torch.device) -> Trained:
     """Raises ImportError where diffusers is wanted and missing."""
     torch._dynamo.reset()
-    torch._functorch.config.activation_memory_budget = 1.0
     twin = networks.on_same_weights(mmdit)
     twin.bokeh = copy.deepcopy(twin.bokeh)
     assert twin.bokeh is not None
@@ -174,7 +173,7 @@ def build(way: Way, mmdit: MMDiT, rope: RopeTable, ids: Tensor, device: torch.de
         place(twin, [], Network(), "stream", device)
         twin.bokeh = bokeh
     if way.storage == "fp8":
-        store_fp8(twin)
+        store_fp8(twin, device)
     named = trainable_adapter(twin)
     weight_bytes = 0 if way.stream or way.storage == "fp8" else base_bytes
     if way.published == "diffusers":

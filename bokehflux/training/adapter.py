@@ -88,6 +88,10 @@ class Sampling:
     """Equal bits in every run on one kind of GPU: attention with our own backward pass, which adds in a fixed
     order, and no other algorithm that does not. Slower."""
 
+    def num_patterns(self, rows: int) -> int:
+        """Attentions that steps of `rows` can have: plain, and one for each pattern of grounded rows."""
+        return 1 + (self.group ** (rows // self.group) if 0 < self.swap_probability < 1 else 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterBatch:

@@ -22,7 +22,7 @@ from bokehflux.weights.precision import RowScaled
 def keep_activations(mmdit: MMDiT, share: float, *, compile: bool) -> None:
     """Decide what blocks keep for the way back, and compile them if asked. Names in `state_dict` stay.
 
-    share 0: each block's inputs only, the rest is computed again, for a third more time. 1: everything.
+    share 0: each block's inputs only, the rest is computed again, for half as much time again. 1: everything.
     Between: the compiler keeps about this share and computes again what is cheapest. Raises ValueError for a
     share between without a compiler.
     """
@@ -33,8 +33,9 @@ def keep_activations(mmdit: MMDiT, share: float, *, compile: bool) -> None:
         if not compile:
             raise ValueError(f"activations between 0 and 1 need compiled blocks, got {share}")
         stock.register_flops()
-        torch._functorch.config.activation_memory_budget = share
-    elif share == 0:
+    # It counts for the whole process: a network before this one may have been given another.
+    torch._functorch.config.activation_memory_budget = share or 1.0
+    if share == 0:
         # Around what is compiled: what is kept is decided outside it.
         for blocks in (mmdit.double_blocks, mmdit.single_blocks):
             for i in range(len(blocks)):
@@ -43,16 +44,17 @@ def keep_activations(mmdit: MMDiT, share: float, *, compile: bool) -> None:
 
 
 @torch.no_grad()
-def store_fp8(mmdit: MMDiT) -> None:
+def store_fp8(mmdit: MMDiT, device: torch.device) -> None:
     """Keep every linear weight of the base as float8 e4m3 with a scale a row; it is widened where it is used.
 
-    A product is one of the dtype as before, on weights that are 2.6 % off (root mean square).
+    A product is one of the dtype as before, on weights that are 2.6 % off (root mean square). device: where
+    the work is done. Scales lie there, wherever the weights are.
     """
     for layer in mmdit.modules():
         if isinstance(layer, Linear):
             values, scale = fp8_weight(layer.weight, layer.dequantize)
             layer.weight, layer.scale = nn.Parameter(values, requires_grad=False), None
-            layer.dequantize = RowScaled(scale=scale[:, None])
+            layer.dequantize = RowScaled(scale=scale[:, None].to(device))
 
 
 class Recorded:

@@ -49,11 +49,15 @@ def estimate(
     activations: float = 0.0,
     narrow: bool = False,
     streamed: bool = False,
+    guided: bool = False,
+    graphs: int = 0,
 ) -> Estimate:
     """Cost of training with `rows` a process, each of txt_tokens + img_tokens.
 
     activations: share of them that is kept; narrow: the base in 8 bits; streamed: two of its blocks at most
     are on the GPU at a time. How long streaming takes depends on the machine and is not in `seconds`.
+    guided: the base predicts once more, without text. graphs: recorded ones, each with activations and
+    gradients of its own.
     """
     with torch.device("meta"):
         network = MMDiT(mmdit, bokeh)
@@ -71,10 +75,11 @@ def estimate(
     attention = 2 * tokens * mmdit.hidden_size * mmdit.num_blocks
     forward = 2 * rows * tokens * (projections + low_rank + attention)
     # With frozen weights the way back is as much work as the way there, and the way there may come twice.
-    flops = forward * (3 - activations)
+    flops = forward * (3 - activations + guided)
     block_bytes = KEPT_BYTES * mmdit.hidden_size * rows * tokens
     inputs_bytes = 2 * mmdit.hidden_size * rows * tokens * mmdit.num_blocks
     kept = max(inputs_bytes + block_bytes, activations * block_bytes * mmdit.num_blocks)
+    kept = max(kept, graphs * (kept + 4 * trained))
     largest = max(sum(p.numel() for p in block.parameters()) for block in network.blocks)
     there = (1 if narrow else 2) * (2 * largest if streamed else base)
     return Estimate(

@@ -33,6 +33,7 @@ from bokehflux.training.loop import Course, Step, train
 from bokehflux.training.objective import draw_guidance
 from bokehflux.training.optim import Optimizer, cosine
 from bokehflux.weights.load import load_transformer
+from bokehflux.weights.precision import RowScaled
 from tests.tiny import MMDIT, TXT_LENGTH, tiny_mmdit
 
 CPU = torch.device("cpu")
@@ -398,12 +399,38 @@ def test_narrow_weights_give_nearly_the_same_gradients() -> None:
     for narrow in (False, True):
         mmdit, _ = golden_mmdit()
         if narrow:
-            store_fp8(mmdit)
+            store_fp8(mmdit, torch.device("cpu"))
             assert all(x.weight.dtype == torch.float8_e4m3fn for x in mmdit.units().projections.values())
         batch, table = golden_batch(golden("grounded"))
         adapter_step(mmdit, batch, table).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in mmdit.parameters() if p.grad is not None]))
     assert 0 < relative(gradients[1], gradients[0]) < 0.3  # of narrow random networks
+
+
+def test_scales_lie_where_the_work_is_done() -> None:
+    """A graph cannot fetch them from the host, where weights that are not resident begin."""
+    mmdit = tiny_mmdit()
+    store_fp8(mmdit, torch.device("meta"))
+    for layer in mmdit.units().projections.values():
+        assert isinstance(layer.dequantize, RowScaled) and layer.dequantize.scale.is_meta
+        assert not layer.weight.is_meta
+
+
+def test_a_share_of_activations_is_that_of_the_last_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+    for share, budget in ((0.4, 0.4), (1.0, 1.0), (0.3, 0.3), (0.0, 1.0)):
+        keep_activations(tiny_mmdit(), share, compile=True)
+        assert torch._functorch.config.activation_memory_budget == budget
+
+
+@pytest.mark.parametrize(("swap", "rows"), [(1.0, 4), (0.0, 4), (0.5, 2), (0.5, 4)])
+def test_the_patterns_of_attention_are_counted(swap: float, rows: int) -> None:
+    how = Sampling(group=2, swap_probability=swap)
+    seen = {
+        draw_batch(ToyScenes(), how, step % 2 == 1, Draws.of_step(0, step, rows, CPU)).attention
+        for step in range(100)
+    }
+    assert len(seen) == how.num_patterns(rows)
 
 
 def test_recomputed_blocks_keep_the_names_in_files() -> None:

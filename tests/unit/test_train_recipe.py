@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -161,10 +163,12 @@ def test_everything_wrong_with_a_recipe_is_said_at_once(tmp_path: Path) -> None:
     path.write_text(
         'model = 3\nstep = 5\nbatch = 2.5\ncompile = "yes"\nsigma = "even"\nblocks = ["a"]\nsteps = true\n'
     )
+    names = ", ".join(field.name for field in dataclasses.fields(AdapterRecipe))
     with pytest.raises(ValueError) as error:
         AdapterRecipe.read(path)
     assert str(error.value) == (
-        f"{path}: unknown setting 'step'; model must be text, got 3; batch must be a whole number, got 2.5; "
+        f"{path}: unknown setting 'step'; there are {names}; model must be text, got 3; "
+        "batch must be a whole number, got 2.5; "
         "compile must be true or false, got 'yes'; sigma must be one of uniform, logit-normal, got 'even'; "
         "blocks must be a list of whole numbers, got ('a',); steps must be a whole number, got True; "
         "groups is missing"
@@ -186,6 +190,7 @@ def test_everything_wrong_with_a_recipe_is_said_at_once(tmp_path: Path) -> None:
         ({"max_guidance": 0.5}, "max_guidance must be at least 1"),
         ({"sigma_mean": 1.0}, 'sigma_mean and sigma_std count with sigma = "logit-normal" only'),
         ({"max_guidance": 1.0, "level_guidance": 0.2}, "level_guidance counts with a max_guidance above 1"),
+        ({"sigma": "logit-normal", "sigma_mean": float("nan")}, "sigma_mean must be finite, got nan"),
         ({"warmup_steps": 6}, "warmup_steps must be below steps, 6, got 6"),
         ({"activations": 0.5}, "activations must be 0 or 1, or between them with compile = true"),
         ({"memory": "stream"}, 'memory = "stream" needs activations = 0'),
@@ -341,6 +346,36 @@ def test_the_cost_of_flux_is_what_was_measured() -> None:
         assert cost.seconds == pytest.approx(seconds, rel=0.1)
         assert cost.gpu_bytes / 1e9 == pytest.approx(gigabytes, rel=0.15)
         assert cost.base == 11_901_408_320 and cost.trained == 117_719_936
+
+
+def test_what_adds_to_the_cost() -> None:
+    bokeh = BokehConfig(blocks=tuple(range(57)), rank=128)
+    cost = functools.partial(estimate, FLUX_DEV, bokeh, rows=4, txt_tokens=512, img_tokens=1024)
+    plain, recorded = cost(activations=1.0), cost(activations=1.0, graphs=2)
+    kept = plain.gpu_bytes - cost(activations=0.0).gpu_bytes
+    assert recorded.gpu_bytes - plain.gpu_bytes > kept + 2 * 4 * plain.trained
+    assert cost(activations=1.0, guided=True).flops == pytest.approx(1.5 * plain.flops)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"compile": True}, "on one H100, compiled$"),
+        ({}, "on one H100, if compiled, half as long again as it is$"),
+        ({"memory": "stream", "activations": 0.0}, "as it is, and what streaming takes$"),
+    ],
+)
+def test_a_dry_run_says_what_its_time_is_of(
+    recipe: AdapterRecipe, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    lines = recipes.dry_run(dataclasses.replace(recipe, **change), tmp_path)  # type: ignore[arg-type]
+    assert re.search(said, lines[-1])
+
+
+def test_graphs_are_refused_without_a_gpu(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="graphs = true needs a CUDA GPU, the device is cpu"):
+        recipes.train_adapter(dataclasses.replace(recipe, graphs=True), tmp_path / "out", CPU)
+    assert not (tmp_path / "out").exists()
 
 
 def arguments(*words: str) -> argparse.Namespace:

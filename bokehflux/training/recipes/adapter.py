@@ -75,11 +75,12 @@ class AdapterRecipe(Sampling):
 
     activations: float = 0.0
     """Share of what blocks compute that is kept for the way back. 0 keeps their inputs only: least memory,
-    for a third more time. 1 keeps everything. Between the two the compiler decides what."""
+    for half as much time again. 1 keeps everything. Between the two the compiler decides what."""
     compile: bool = False
     """Compile blocks: minutes at first, then about a third less time."""
     graphs: bool = False
-    """Record the way there and back as CUDA graphs: for small pictures, which Python launches too slowly."""
+    """Record the way there and back as CUDA graphs: for small pictures, which Python launches too slowly.
+    Each pattern of grounded rows has memory of its own."""
     storage: Literal["dtype", "fp8"] = "dtype"
     """fp8 keeps the frozen weights in half the memory, widened where they are used."""
     memory: Literal["resident", "stream"] = "resident"
@@ -118,6 +119,8 @@ class AdapterRecipe(Sampling):
                 'memory = "stream" needs activations = 0 without compile and graphs: '
                 "a block's weights are there only while it runs"
             )
+        if not math.isfinite(self.sigma_mean):
+            raise ValueError(f"sigma_mean must be finite, got {self.sigma_mean}")
         # What another setting would make a run ignore is refused.
         if self.sigma == "uniform" and (self.sigma_mean, self.sigma_std) != (0, 1):
             raise ValueError('sigma_mean and sigma_std count with sigma = "logit-normal" only')
@@ -134,6 +137,7 @@ class AdapterRecipe(Sampling):
         hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
         problems = [f"unknown setting {name!r}" for name in values if name not in fields]
+        problems += [f"there are {', '.join(fields)}"] if problems else []
         problems += [
             f"{name} must be {_said(hints[name])}, got {value!r}"
             for name, value in values.items()
@@ -206,8 +210,10 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
 
     The base stays in bfloat16 on a GPU (float32 elsewhere), the adapter and its averages in float32.
     Raises CheckpointError for files that do not fit and for a run that cannot be resumed, ValueError for data
-    that does not fit the recipe.
+    that does not fit the recipe, and for graphs on another device than a CUDA GPU.
     """
+    if recipe.graphs and device.type != "cuda":
+        raise ValueError(f"graphs = true needs a CUDA GPU, the device is {device}: leave graphs out")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     if recipe.deterministic:
@@ -242,7 +248,7 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     mmdit = parts.transformer
     mmdit.bokeh = None  # the card's own; ours stays on the device, whatever the base does
     if recipe.storage == "fp8":
-        store_fp8(mmdit)
+        store_fp8(mmdit, device)
     placement = place(mmdit, parts.text.networks, parts.vae, recipe.memory, device)
     mmdit.bokeh = _first_adapter(recipe, mmdit.config).to(device)
     named = trainable_adapter(mmdit)
@@ -265,9 +271,7 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     log = Log(out / "log.json", every=recipe.log_every)
     log.note("recipe", vars(recipe))
     rope = _rope(parts, groups.grid, device)
-    loss = adapter_loss(
-        mmdit, rope, recipe, plain=photographs, grouped=groups, record=recipe.graphs and device.type == "cuda"
-    )
+    loss = adapter_loss(mmdit, rope, recipe, plain=photographs, grouped=groups, record=recipe.graphs)
     train(loss, optimizer, course, log, saves)
     if rank_and_world()[0] == 0:
         tensors = {name: t.detach().cpu() for name, t in mmdit.bokeh.state_dict().items()}
@@ -303,7 +307,12 @@ def dry_run(recipe: AdapterRecipe, out: Path) -> list[str]:
         activations=recipe.activations,
         narrow=recipe.storage == "fp8",
         streamed=recipe.memory == "stream",
+        guided=recipe.max_guidance > 1,
+        graphs=recipe.num_patterns(rows) if recipe.graphs else 0,
     )
+    how = "compiled" if recipe.compile else "if compiled, half as long again as it is"
+    if recipe.memory == "stream":
+        how += ", and what streaming takes"
     text = sum(snapshot.parts[row.name].num_bytes for row in (T5, CLIP))
     free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
     hours = cost.seconds * recipe.steps / 3600
@@ -317,7 +326,7 @@ def dry_run(recipe: AdapterRecipe, out: Path) -> list[str]:
         f"disk: {_gb(cost.adapter_bytes + cost.state_bytes)} (adapter {_gb(cost.adapter_bytes)}, state "
         f"{_gb(cost.state_bytes)}); {_gb(free)} are free",
         f"GPU: about {_gb(cost.gpu_bytes + text)}, text encoders with {_gb(text)} among them",
-        f"time: about {cost.seconds:.3g} s a step, {hours:.3g} h for {recipe.steps:,}, on one H100, compiled",
+        f"time: about {cost.seconds:.3g} s a step, {hours:.3g} h for {recipe.steps:,}, on one H100, {how}",
     ]
 
 
