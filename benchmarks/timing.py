@@ -88,6 +88,8 @@ class Rules:
         error, limit = errors[arm.name], self.limit(arm, errors)
         if isinstance(error, str):
             return error
+        if math.isnan(limit):
+            return f"not checked: none of {', '.join(self.error_of or ())} ran"
         return "ok" if error <= limit else f"wrong: {error:.2e}, over {limit:.2e}"
 
 

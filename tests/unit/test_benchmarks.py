@@ -117,6 +117,12 @@ def test_a_wrong_yardstick_lets_nothing_wrong_through() -> None:
     assert Rules(error_of=None, max_error=0.1).limit(arm, {}) == 0.1
 
 
+def test_without_a_yardstick_nothing_passes_and_the_verdict_says_why() -> None:
+    arm = arms([])[1]
+    verdict = Rules(error_of=["stock", "other"]).verdict(arm, {"stock": "failed", arm.name: 0.01})
+    assert verdict == "not checked: none of stock, other ran" and not runner.passed([{"verdict": verdict}])
+
+
 def test_arms_take_turns_until_time_is_up() -> None:
     calls: list[str] = []
     measures = {name: lambda name=name: (calls.append(name), len(calls))[1] for name in ("a", "b")}
