@@ -370,6 +370,7 @@ def test_a_dry_run_says_what_its_time_is_of(
 ) -> None:
     lines = recipes.dry_run(dataclasses.replace(recipe, **change), tmp_path)  # type: ignore[arg-type]
     assert re.search(said, lines[-1])
+    assert ("text encoders visit it" in lines[-2]) == ("memory" in change)
 
 
 def test_graphs_are_refused_without_a_gpu(recipe: AdapterRecipe, tmp_path: Path) -> None:

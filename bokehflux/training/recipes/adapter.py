@@ -311,9 +311,10 @@ def dry_run(recipe: AdapterRecipe, out: Path) -> list[str]:
         graphs=recipe.num_patterns(rows) if recipe.graphs else 0,
     )
     how = "compiled" if recipe.compile else "if compiled, half as long again as it is"
-    if recipe.memory == "stream":
-        how += ", and what streaming takes"
     text = sum(snapshot.parts[row.name].num_bytes for row in (T5, CLIP))
+    encoders = f"text encoders with {_gb(text)} among them"
+    if recipe.memory == "stream":
+        how, text, encoders = f"{how}, and what streaming takes", 0, "text encoders visit it"
     free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
     hours = cost.seconds * recipe.steps / 3600
     return [
@@ -325,7 +326,7 @@ def dry_run(recipe: AdapterRecipe, out: Path) -> list[str]:
         f"a step: {rows} rows of {txt_tokens} text and {groups.grid.num_tokens} image tokens on each process",
         f"disk: {_gb(cost.adapter_bytes + cost.state_bytes)} (adapter {_gb(cost.adapter_bytes)}, state "
         f"{_gb(cost.state_bytes)}); {_gb(free)} are free",
-        f"GPU: about {_gb(cost.gpu_bytes + text)}, text encoders with {_gb(text)} among them",
+        f"GPU: about {_gb(cost.gpu_bytes + text)}, {encoders}",
         f"time: about {cost.seconds:.3g} s a step, {hours:.3g} h for {recipe.steps:,}, on one H100, {how}",
     ]
 
