@@ -22,7 +22,9 @@ from bokehflux.evaluation.scores import Shots
 from bokehflux.fingerprint import fingerprint
 from bokehflux.lens import check_level
 from bokehflux.photos.read import read_photo
+from bokehflux.photos.readers import read_map
 from bokehflux.pictures.metadata import SUFFIXES, NoRecipe, read_recipe
+from bokehflux.pipeline.render import fits, resized
 from bokehflux.record import Record
 
 MANIFEST = {
@@ -97,7 +99,7 @@ class Found:
         truths = [each.truth for each in self.pictures if each.truth is not None]
         subject = None
         if masks:
-            subject = _alike([self.pictures[0].path, masks[0]])[1].mean(0) > 0.5
+            subject = _mask(masks[0], images.shape[-2], images.shape[-1])
         reference = None
         if len(truths) == len(self.pictures):
             reference = torch.stack(_alike([self.pictures[0].path, *truths])[1:])
@@ -170,9 +172,10 @@ def _recipes(folders: Iterable[Path]) -> list[_Group]:
                 continue
             key = json.dumps([str(path.parent), record.decides()], sort_keys=True, default=str)
             prompt, model = recipe.get("prompt"), recipe.get("model")
+            photo_hash = recipe.get("photo_hash", dict(recipe.get("file_hashes", ())).get("photo"))
             group = _Group(
                 prompt or str(recipe.get("photo", path.parent.name)), prompt, model,
-                recipe.get("bokeh_pivot"), recipe.get("photo_hash"), [],
+                recipe.get("bokeh_pivot"), photo_hash, [],
             )  # fmt: skip
             mask = _near(recipe.get("mask"), path.parent)
             picture = Picture(path=path, level=record.bokeh_level, role=record.role, mask=mask)
@@ -233,8 +236,20 @@ def _check(line: Any, where: str) -> None:
         raise ValueError(f"{where}: {error}") from error
 
 
+def _mask(path: Path, height: int, width: int) -> Tensor:
+    """Bool [H, W] of a mask that may be larger or smaller, as that of `bokehflux render` may."""
+    values = read_map(path, "mask")
+    if not fits(values, width, height):
+        high, wide = values.shape
+        raise ValueError(
+            f"the mask {path} has {wide} x {high} points and its pictures {width} x {height}: expected one "
+            "shape; a manifest can name another mask"
+        )
+    return resized(torch.from_numpy(values), height, width) > 0.5
+
+
 def _alike(paths: Sequence[Path]) -> list[Tensor]:
-    """Float [3, H, W] in 0 ... 1 of every file; masks may be grey."""
+    """Float [3, H, W] in 0 ... 1 of every file."""
     images = [read_photo(path).image for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.size != images[0].size:

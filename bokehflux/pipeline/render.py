@@ -70,7 +70,7 @@ def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
     lens = lens.resized(height, width)
     matte, focus = None, parse_focus(asked.focus)
     if asked.mask is not None:
-        matte = _resized(_map(asked.mask, "mask", photo).to(device), height, width)
+        matte = resized(_map(asked.mask, "mask", photo).to(device), height, width)
     elif isinstance(focus, Subject):
         raise ValueError("say what is in focus: --focus X,Y or --focus 2.5m, or --mask with the subject's")
     lens = lens.focused_at(focus, None if matte is None else matte > 0.5)
@@ -79,7 +79,7 @@ def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
     if scale < 1:
         image = image.resize((round(scale * width), round(scale * height)), Image.Resampling.LANCZOS)
         lens = lens.resized(image.height, image.width)
-        matte = None if matte is None else _resized(matte, image.height, image.width)
+        matte = None if matte is None else resized(matte, image.height, image.width)
     own = photo_level(photo.exif, width, height).K_px_m_short_side
     assert lens.px_m is not None
     if own is not None:  # a radius by 1/m, in the map's own units
@@ -133,9 +133,9 @@ def _blur(asked: RenderSettings, picture: Tensor, aperture: Aperture, matte: Ten
 def _map(path: str, kind: Kind, photo: Photo) -> Tensor:
     """[H, W] over the upright photograph: a map that fits only the stored pixels is turned with them."""
     values = read_map(Path(path), kind)
-    if not _fits(values, photo.image):
+    if not fits(values, *photo.image.size):
         stored = np.asarray(turned(Image.fromarray(values), photo.exif.orientation))
-        if not _fits(stored, photo.image):
+        if not fits(stored, *photo.image.size):
             high, wide = values.shape
             raise ValueError(
                 f"the {kind} {path} has {wide} x {high} points and the photograph "
@@ -145,11 +145,13 @@ def _map(path: str, kind: Kind, photo: Photo) -> Tensor:
     return torch.from_numpy(values.copy())
 
 
-def _fits(values: NDArray[np.float32], image: Image.Image) -> bool:
+def fits(values: NDArray[np.float32], width: int, height: int) -> bool:
+    """Whether a map [H, W] lies over a picture, which may have another number of pixels."""
     high, wide = values.shape
-    return abs(image.width * high - image.height * wide) <= max(high, wide, *image.size)
+    return abs(width * high - height * wide) <= max(high, wide, width, height)
 
 
-def _resized(values: Tensor, height: int, width: int) -> Tensor:
+def resized(values: Tensor, height: int, width: int) -> Tensor:
+    """A mask [H, W] of 0 ... 1, at another size."""
     size = (height, width)
     return F.interpolate(values[None, None], size, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)

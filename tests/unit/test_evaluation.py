@@ -9,7 +9,6 @@ import dataclasses
 import json
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,6 @@ from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC, _ = held_out(8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small operations: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def renders(seed: int) -> Series:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -30,15 +30,6 @@ SIZE = 128
 NUM = 3
 SPEC, PROMPTS = held_out(NUM)
 ROUNDING = {"scene_psnr_db": 0.01, "truth_psnr_db": 0.01}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small operations: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
@@ -234,6 +225,46 @@ def test_a_reference_is_the_truth(swept: Path, tmp_path: Path) -> None:
         found.with_truth([short])
     with pytest.raises(ValueError, match="expected one scene"):
         found.with_truth([])
+
+
+def rendered(photo: Path, folder: Path, *words: str) -> Path:
+    """What `render` makes of a photograph: all of it 4 m away, the subject of PROMPTS[0] 1 m."""
+    folder.parent.mkdir(exist_ok=True)
+    maps = folder.parent / f"{folder.name}.npz"
+    np.savez(maps, depth=np.where(subjects()[0], 1, 4).astype(np.float32), mask=subjects()[0].numpy())
+    argv = ["render", str(photo), "--depth", str(maps), "--mask", str(maps), "--output", str(folder)]
+    assert cli.main([*argv, "--levels", "0", "30", *words]) == 0
+    return folder
+
+
+def test_the_mask_of_a_render_is_read_as_render_reads_it(swept: Path, tmp_path: Path) -> None:
+    """From an array, and over a picture that was made smaller."""
+    folder = rendered(swept / "scene-0" / "bokeh-0.png", tmp_path / "out", "--long-side", "96")
+    assert cli.main(["eval", str(folder)]) == 0
+    (found,) = find_scenes(folder)
+    shots = found.read()
+    assert shots.subject is not None and shots.subject.shape == (96, 96)
+    share = shots.subject.float().mean()
+    assert share == pytest.approx(float(subjects()[0].float().mean()), rel=0.02)
+    assert score(shots).figures["subject_kept"] > 0.95
+    np.savez(tmp_path / "out.npz", mask=np.ones((40, 90), bool))
+    with pytest.raises(ValueError, match="has 90 x 40 points and its pictures 96 x 96"):
+        found.read()
+
+
+def test_the_reference_is_the_one_of_the_same_photograph(swept: Path, tmp_path: Path) -> None:
+    photos = [swept / f"scene-{i}" / "bokeh-0.png" for i in range(2)]
+    for i, photo in enumerate(photos):
+        rendered(photo, tmp_path / "true" / str(i))
+        rendered(photo, tmp_path / "shown" / str(i), "--aperture", "polygon:5")
+    truths = find_scenes(tmp_path / "true")
+    for i, shown in enumerate(find_scenes(tmp_path / "shown")):
+        found = shown.with_truth(truths)
+        assert [each.truth for each in found.pictures] == [each.path for each in truths[i].pictures], i
+    for i in range(2):  # rendered from one of the pictures themselves
+        (drawn,) = find_scenes(swept / f"scene-{i}")
+        ends = dataclasses.replace(drawn, pictures=(drawn.pictures[0], drawn.pictures[-1]))
+        assert ends.with_truth(truths).pictures[1].truth == truths[i].pictures[1].path
 
 
 def test_a_manifest_tells_of_foreign_pictures(tmp_path: Path) -> None:
