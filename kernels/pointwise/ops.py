@@ -76,15 +76,16 @@ def _residual_norm(
     batch, length, width = x.shape
     gated, normed = y is not None, scale is not None
     # What a part does not read is some pointer.
-    y, gate = (y, gate) if y is not None and gate is not None else (x, x)
-    scale, shift = (scale, shift) if scale is not None and shift is not None else (x, x)
+    y, gate = (y, gate) if y is not None and gate is not None else (x, x[:, :1])
+    scale, shift = (scale, shift) if scale is not None and shift is not None else (x[:, :1], x[:, :1])
     block = triton.next_power_of_2(width)
     rows = max(1, NORM_TILE // block)
     with torch.cuda.device_of(x):
         triton_forms.residual_norm[(triton.cdiv(length, rows), batch)](
             x, y, gate, scale, shift,
             x if x_out is None else x_out, x if norm_out is None else norm_out, length, width, EPS,
-            *_strides(x), *_strides(y), *(_strides(vector)[0] for vector in (gate, scale, shift)),
+            *_strides(x, x.shape), *_strides(y, x.shape),
+            *(_strides(vector, (batch, 1, width))[0] for vector in (gate, scale, shift)),
             GATED=gated, NORMED=normed, ROWS=rows, BLOCK_E=block, num_warps=NORM_WARPS,
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -116,15 +117,21 @@ def _joint_heads(
     sin: Tensor,
 ) -> list[Tensor]:
     outs = _like_heads(q, k, v, q_scale, k_scale, cos, sin)
-    joint_length, num_heads, dim = outs[1].shape[1:]
-    first = 0
+    rows, joint_length, num_heads, dim = outs[1].shape
+    queries, width, first = outs[0].shape[0], num_heads * dim, 0
+    if any(x.shape != (joint_length, dim // 2) or not x.is_contiguous() for x in (cos, sin)):
+        raise ValueError(
+            f"expected contiguous cos and sin {(joint_length, dim // 2)} for {joint_length} tokens, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
     for stream in zip(q, k, v, q_scale, k_scale, strict=True):
         length = stream[1].shape[1]
         with torch.cuda.device_of(cos):
-            triton_forms.stream_heads[(length, len(stream[0]) + len(stream[1]))](
+            triton_forms.stream_heads[(length, queries + rows)](
                 *stream, cos, sin, outs[0], outs[1], outs[-1],
-                len(stream[0]), first, joint_length, num_heads, EPS,
-                *_strides(stream[0]), *_strides(stream[1]), *_strides(stream[2]),
+                queries, first, joint_length, num_heads, EPS,
+                *_strides(stream[0], (queries, length, width)),
+                *_strides(stream[1], (rows, length, width)), *_strides(stream[2], (rows, length, width)),
                 COPY_V=len(outs) > 2, BLOCK_H=triton.next_power_of_2(num_heads), D=dim,
                 num_warps=HEADS_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
@@ -154,7 +161,8 @@ def concat_gelu(joint: Tensor, hidden: Tensor) -> Tensor:
     batch, length, width = out.shape
     with torch.cuda.device_of(joint):
         triton_forms.concat_gelu[(length, triton.cdiv(width, GELU_BLOCK), batch)](
-            joint, hidden, out, joint.shape[2], hidden.shape[2], length, *_strides(joint), *_strides(hidden),
+            joint, hidden, out, joint.shape[2], hidden.shape[2], length,
+            *_strides(joint, joint.shape), *_strides(hidden, (batch, length, hidden.shape[2])),
             BLOCK=GELU_BLOCK, num_warps=GELU_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out
@@ -165,8 +173,13 @@ def _like_concat(joint: Tensor, hidden: Tensor) -> Tensor:
     return joint.new_empty((*joint.shape[:2], joint.shape[2] + hidden.shape[2]))
 
 
-def _strides(x: Tensor) -> tuple[int, int]:
-    """Strides of batch rows (0 where all share one) and of tokens. Raises ValueError for strided channels."""
+def _strides(x: Tensor, shape: Sequence[int]) -> tuple[int, int]:
+    """Strides of batch rows (0 where all share one) and of tokens, of what is read as `shape` [B, L, E].
+
+    Raises ValueError for other shapes, beyond which a kernel would read, and for strided channels.
+    """
+    if len(x) not in (1, shape[0]) or x.shape[1:] != tuple(shape[1:]):
+        raise ValueError(f"expected shape {tuple(shape)}, or one row of it, got {tuple(x.shape)}")
     if x.stride(2) != 1:
         raise ValueError(f"expected contiguous channels, got strides {x.stride()} for {tuple(x.shape)}")
-    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)
+    return x.stride(0) if len(x) > 1 else 0, x.stride(1)

@@ -207,6 +207,26 @@ def test_strided_channels_are_refused() -> None:
         ops.modulate(x, scale, shift)
 
 
+def test_what_a_kernel_would_read_beyond_is_refused() -> None:
+    """On a GPU it would be an illegal memory access, or numbers of another tensor."""
+    x, y = (randn(3, 5, 48, dtype=torch.float32) for _ in range(2))
+    gate, scale, shift = vectors(3, 3, 48, torch.float32)
+    made, (cos, sin) = streams((2, 3), 2, 2, 3, 16, torch.float32), rotations(5, 16)
+    few_values = [made[0], made[1]._replace(v=made[1].v[:, :2])]
+    few_queries = [made[0], made[1]._replace(q=torch.cat([made[1].q, made[1].q]))]
+    strided = cos.T.contiguous().T
+    calls = [
+        *((ops.add_gated, (x, bad, gate)) for bad in (y[:2], y[:, :4], y[..., :32])),
+        *((ops.modulate, (x, bad, shift)) for bad in (scale[:2], scale[..., :32], x)),
+        *((ops.joint_heads, (bad, cos, sin)) for bad in (few_values, few_queries)),
+        *((ops.joint_heads, (made, bad, sin)) for bad in (cos[:4], cos[:, :4], strided)),
+        *((ops.concat_gelu, (x, bad)) for bad in (y[:2], y[:, :4])),
+    ]
+    for op, args in calls:
+        with pytest.raises(ValueError, match="expected (shape|contiguous cos and sin)"):
+            op(*args)
+
+
 @pytest.mark.parametrize("spec", [Plain(), Grounded(pivot_of=(0, 0, 0))], ids=["plain", "grounded"])
 def test_a_network_through_them(spec: Plain | Grounded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pass of every block, strides and row counts as they come."""
