@@ -206,6 +206,17 @@ def _told(manifest: Path) -> list[_Group]:
             mask=files.get("mask"), truth=files.get("truth"),
         )  # fmt: skip
         groups.setdefault(name, _Group(name, prompt, None, None, None, [])).pictures.append(picture)
+    for group in groups.values():
+        targets = [picture for picture in group.pictures if picture.role == "target"]
+        if len({picture.level for picture in targets}) < len(targets):
+            raise ValueError(
+                f"{manifest}: scene {group.name!r:.80} has two pictures of one level; "
+                'name each scene by "scene"'
+            )
+        if len({picture.truth is None for picture in targets}) > 1:
+            raise ValueError(
+                f"{manifest}: scene {group.name!r:.80} needs a truth for every level, or for none"
+            )
     return list(groups.values())
 
 

@@ -48,17 +48,19 @@ class Report:
         }
 
     def shortfalls(self) -> dict[str, float]:
-        """How far the pictures' means fall short of the last yardstick's, 0 at best; empty without any."""
-        *_, last = means = list(self.means().values())
-        return (
-            {}
-            if len(means) < 2
-            else {
-                name: METRICS[name].shortfall(value, last[name])
-                for name, value in means[0].items()
-                if name in last
-            }
-        )
+        """How far the pictures' means fall short of the last yardstick's, 0 at best; empty without any.
+
+        Over the scenes that have both values.
+        """
+        last = self.sources[-1]
+        if last == PICTURES:
+            return {}
+        both = [
+            (v.sources[PICTURES].figures, v.sources[last].figures) for v in self.verdicts if last in v.sources
+        ]
+        shown = mean([{name: ours[name] for name in ours.keys() & own} for ours, own in both])
+        truth = mean([{name: own[name] for name in ours.keys() & own} for ours, own in both])
+        return {name: METRICS[name].shortfall(value, truth[name]) for name, value in shown.items()}
 
     def lines(self) -> Iterator[str]:
         """The table and what its columns mean."""

@@ -137,7 +137,9 @@ def spec_of(prompt: str) -> SceneSpec | None:
     backgrounds = [i for i, name in enumerate(BACKGROUNDS) if name.removeprefix("a ") in text]
     for name in (*TABLES, *BACKGROUNDS):
         text = text.replace(name, "")
-    things = re.findall(rf"(?:({'|'.join(PATTERNS[1:])}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", text)
+    things = re.findall(
+        rf"\b(?:({'|'.join(PATTERNS[1:])}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", text
+    )
     if len(tables) != 1 or len(backgrounds) != 1 or not 1 <= len(things) <= 1 + MAX_MID:
         return None
     (pattern, color, shape), *others = things

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from bokehflux.app import cli
-from bokehflux.evaluation.folder import find_scenes
-from bokehflux.evaluation.judge import judge
+from bokehflux.evaluation.folder import Found, find_scenes
+from bokehflux.evaluation.judge import Report, Verdict, judge
 from bokehflux.evaluation.perceptual import WEIGHTS, HubPerceptual
 from bokehflux.evaluation.renderer import Renderer
 from bokehflux.evaluation.scores import METRICS, Scores, Shots, mean, score
@@ -283,6 +283,34 @@ def test_a_manifest_tells_of_foreign_pictures(tmp_path: Path) -> None:
     (scene,) = json.loads((tmp_path / "eval.json").read_text())["scenes"]
     assert scene["sources"]["pictures"]["figures"]["subject_kept"] == pytest.approx(1, abs=1e-3)
     assert scene["sources"]["pictures"]["figures"]["truth_psnr_db"] > 99
+
+
+def test_scenes_without_a_yardstick_do_not_count_against_it() -> None:
+    """Whatever they score, and whatever could be measured on one side alone."""
+    found = Found(name="mug", prompt=None, model=None, pictures=(), pivot=None)
+    ours, own = Scores(figures={"monotonicity": 0.5, "lpips": 3.0}), Scores(figures={"monotonicity": 0.75})
+    both = Verdict(found=found, sources={"pictures": ours, "truth": own})
+    alone = Verdict(found=found, sources={"pictures": Scores(figures={"monotonicity": 0.0})})
+    for verdicts in ([both], [both, alone], [alone, both]):
+        assert Report(verdicts=verdicts).shortfalls() == {"monotonicity": 0.25}
+    assert Report(verdicts=[alone]).shortfalls() == {}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([(0, {}), (5, {}), (5, {})], "has two pictures of one level"),
+        ([(0, {"truth": "a.png"}), (5, {})], "needs a truth for every level"),
+    ],
+)
+def test_a_manifest_is_not_read_in_part(
+    tmp_path: Path, lines: list[tuple[float, dict[str, str]]], said: str
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    told = [{"file": "a.png", "level": level, "scene": "mug", **more} for level, more in lines]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, told)))
+    with pytest.raises(ValueError, match=f"scene 'mug' {said}"):
+        find_scenes(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -228,3 +228,34 @@ def test_captions_name_what_is_there_in_known_words() -> None:
 def test_corpus_repeats_itself_only_for_one_seed() -> None:
     a = list(captions.corpus(50, seed=3))
     assert len(a) == 50 and a == list(captions.corpus(50, seed=3)) and a != list(captions.corpus(50, seed=4))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_caption_tells_its_scene(seed: int) -> None:
+    """All that it mentions, in every phrasing."""
+    many, rng = sample_specs(300, seeded(seed)), random.Random(seed)
+    for i in range(len(many)):
+        text, scene = captions.caption(many, i, rng), many.select(slice(i, i + 1))
+        found = captions.spec_of(text)
+        assert found is not None, text
+        told = int(found.num_mid[0])
+        assert told in (0, int(scene.num_mid[0])), text
+        for name in ("shape", "color", "pattern", "table", "background"):
+            assert torch.equal(getattr(found, name), getattr(scene, name)), (text, name)
+        for name in ("mid_shape", "mid_color"):
+            assert torch.equal(getattr(found, name)[:, :told], getattr(scene, name)[:, :told]), (text, name)
+
+
+def test_other_words_are_not_a_caption() -> None:
+    setting = "on a wooden table, city lights at night"
+    assert captions.spec_of(f"a RED ball {setting}") is not None
+    for words in (
+        "",
+        "a red ball",
+        f"a lamp {setting}",
+        f"a colored ball {setting}",
+        f"a red balloon {setting}",
+        f"a red ball {setting} and a brick wall",
+        f"a red ball and a blue cone and a pink mug and a teal star {setting}",
+    ):
+        assert captions.spec_of(words) is None, words
