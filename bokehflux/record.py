@@ -290,8 +290,10 @@ class RefocusSettings(LensSettings, Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method == "inversion":
-            if self.focus is not None or self.aperture != "disc" or self.highlights is not None:
-                raise ValueError("focus, aperture and highlights need method render: a lens blurs there")
+            fields = self.fields()
+            for name in LensSettings.fields():
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(f"{name} needs method render: a lens blurs there")
             return
         least = min(self.bokeh_targets)
         if least < self.bokeh_pivot:

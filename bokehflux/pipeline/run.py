@@ -225,7 +225,9 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     provenance = dataclasses.replace(
         provenance_of(model, options.backend), max_rows=max_rows, vae_tiling=made.tiled
     )
-    images = made.images if plan.finish is None or made.stop is not None else plan.finish(made.images)
+    images = made.images
+    if plan.finish is not None:  # what is decoded there is no picture of the result's
+        images = plan.finish(images) if made.stop is None else []
     result = Result(
         images=images,
         pivot_image=plan.shown or plan.photo or made.pivot,

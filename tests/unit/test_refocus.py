@@ -16,6 +16,7 @@ from bokehflux.app import cli
 from bokehflux.models.vae import to_uint8
 from bokehflux.photos.read import read_photo, upright_rgb
 from bokehflux.pictures.metadata import read_recipe
+from bokehflux.pipeline.decode import Decoded, decode_pictures
 from bokehflux.pipeline.refocus import Lens, grid_of
 from bokehflux.pipeline.run import Options, Result, Stopped, execute
 from bokehflux.record import Record, RefocusSettings
@@ -171,7 +172,8 @@ def test_the_photos_own_shape(size: tuple[int, int], orientation: int, tokens: t
     ({"num_grounding_steps": 99}, "at most the 8 steps"),
     ({"bokeh_targets": [5, 20], "photo_level": 9}, "only method inversion lessens blur"),
     ({"photo_level": 29}, "below level 28"), ({"reuse": 3}, "reuse is for method inversion"),
-    ({"method": "inversion", "aperture": "donut"}, "need method render"),
+    ({"method": "inversion", "aperture": "donut"}, "aperture needs method render"),
+    ({"method": "inversion", "long_side": 512}, "long_side needs method render"),
     ({"method": "magic"}, "method must be"), ({"focus": "48,3"}, "a pixel of 48 x 32"),
     ({"focus": "2m"}, "distances are not known"), ({"focus": "mask"}, "expected a mask"),
     ({"aperture": "none.png"}, "cannot read the photograph none.png"),
@@ -268,6 +270,18 @@ def test_the_command_keeps_what_is_finished(
     said = capsys.readouterr()
     assert said.out.split() == ["results/bokeh-00.0.png"]
     assert "; 1 of 2 pictures are finished and kept in results" in said.err
+
+
+def test_an_early_end_leaves_no_picture_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it decodes for the map of blur is at none of the levels."""
+
+    def stopped(*args: Any, **options: Any) -> Decoded:
+        return dataclasses.replace(decode_pictures(*args, **options), stop=KeyboardInterrupt())
+
+    monkeypatch.setattr("bokehflux.pipeline.run.decode_pictures", stopped)
+    with pytest.raises(Stopped) as end:
+        tiny_pipeline().refocus(photo(), "a mug", [9], num_inference_steps=2)
+    assert end.value.result.images == []
 
 
 def test_rendered_pictures_are_the_photographs_own() -> None:
