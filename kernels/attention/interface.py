@@ -25,7 +25,7 @@ def attention(
     q, k, v: [B, L, H, D], one dtype. value_bias: [B, H, D] or None, added to every token of its row.
     logit_bound: what |q . k| / sqrt(D) never exceeds, if that is known: see `ops.is_bounded`.
     backend: a name in `select.BACKENDS`, or "auto". Returns [B, L, H, D].
-    Raises ValueError for shapes that disagree or an unknown backend.
+    Raises ValueError for shapes or dtypes that disagree or an unknown backend.
     """
     _check(q, k, v, value_bias)
     name = select.resolve(backend, q, k, v, value_bias, grounded=False)
@@ -49,7 +49,7 @@ def extended_attention(
     nor values are concatenated, except with gradients in PyTorch's kernels. Other arguments and errors as
     `attention`; the mathematics is `reference.extended_attention`.
     """
-    _check(q, k, v, value_bias)
+    _check(q, k, v, value_bias, k_more, v_more)
     if k_more.shape != v_more.shape or k_more.ndim != 4 or k_more.shape[2:] != k.shape[2:]:
         raise ValueError(
             f"expected k_more and v_more [B, M, H, D] for k {tuple(k.shape)}, "
@@ -78,7 +78,7 @@ def target_attention(
     q, k_pivot [P, L, H, D]; k, v [N, L, H, D]; pivot_index: N numbers below P; value_bias [N, H, D].
     Returns [N, L, H, D]. The mathematics is `reference.target_attention`; errors as `attention`.
     """
-    _check(k, k, v, value_bias)
+    _check(k, k, v, value_bias, q, k_pivot)
     if q.shape != k_pivot.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
             "expected q and k_pivot [P, L, H, D], k and v [N, L, H, D] with equal L, H, D; "
@@ -107,7 +107,7 @@ def grounded_attention(
     pivot names itself. Other arguments and errors as `attention`; the mathematics is
     `reference.grounded_attention`.
     """
-    _check(k, k, v, value_bias)
+    _check(k, k, v, value_bias, q)
     check_pivots(pivot_of)
     if len(pivot_of) != k.shape[0]:
         raise ValueError(f"pivot_of names {len(pivot_of)} rows, but k has {k.shape[0]}")
@@ -131,12 +131,19 @@ def check_pivots(pivot_of: Sequence[int]) -> None:
             )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, value_bias: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, value_bias: Tensor | None, *others: Tensor) -> None:
+    """Raise ValueError unless the shapes fit and all but the bias, which is cast, have one dtype.
+
+    Stock kernels called by themselves may not look: they would read one type's memory as another's.
+    """
     if q.ndim != 4 or k.shape != v.shape or k.shape[:1] + k.shape[2:] != q.shape[:1] + q.shape[2:]:
         raise ValueError(
             "expected q, k, v in [B, L, H, D] with equal B, H, D; "
             f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if any(x.dtype != v.dtype for x in (q, k, *others)):
+        found = sorted({str(x.dtype) for x in (q, k, v, *others)})
+        raise ValueError(f"expected queries, keys and values of one dtype, got {' and '.join(found)}")
     if value_bias is not None and value_bias.shape != (q.shape[0], *q.shape[2:]):
         raise ValueError(
             f"expected value_bias [B, H, D] for q {tuple(q.shape)}, got {tuple(value_bias.shape)}"

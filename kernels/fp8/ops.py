@@ -64,7 +64,7 @@ def _quantize(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Te
 )
 def _quantize_gelu(hidden: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
     rows, width_beside = _rows(hidden), 0 if beside is None else beside.shape[-1]
-    others = rows if beside is None else _rows(beside)
+    others = rows if beside is None else _rows(beside.expand(*hidden.shape[:-1], width_beside))
     length, width = rows.shape[1:]
     values, scales = _outputs(hidden, width + width_beside)
     if scales.numel():
@@ -106,7 +106,7 @@ def _quantize_rows(
     others = [_rows(vector.expand(len(rows), 1, width)) for vector in modulation or ()] or [rows, rows]
     update, gate, added = rows, rows, None
     if gated is not None:
-        update, gate = _rows(gated[0]), _rows(gated[1].expand(len(rows), 1, width))
+        update, gate = _rows(gated[0].expand(x.shape)), _rows(gated[1].expand(len(rows), 1, width))
         added = x.new_empty(x.shape)
     if scales.numel():
         triton_quantize.norm_kernel[(scales.numel(),)](

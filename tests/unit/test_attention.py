@@ -89,6 +89,23 @@ def test_extended_attention_is_the_definition(
     torch.testing.assert_close(ours.detach().double(), exact, atol=3e-6, rtol=0)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_mixed_types_are_refused(backend: str) -> None:
+    """A stock kernel called by itself may read float32 as if it were bfloat16, and say nothing."""
+    q, k, v = qkv(2, 5)
+    low = k.bfloat16()
+    calls = [
+        (interface.attention, (q, low, v)),
+        (interface.extended_attention, (q, k, v, low, v)),
+        (interface.target_attention, (q[:1], low[:1], k, v, [0, 0])),
+        (interface.target_attention, (q[:1].bfloat16(), low[:1], k, v, [0, 0])),
+        (interface.grounded_attention, (q[:1].bfloat16(), k.clone().requires_grad_(), v, [0, 0])),
+    ]
+    for function, args in calls:
+        with pytest.raises(ValueError, match=r"one dtype, got torch.bfloat16 and torch.float"):
+            function(*args, backend=backend)
+
+
 def test_further_keys_that_do_not_fit_are_refused() -> None:
     q, k, v = qkv(3, 5)
     for rows, heads in ((2, 2), (3, 1)):

@@ -168,6 +168,16 @@ def test_triton_takes_any_rows() -> None:
         ops.quantize(torch.zeros(1, 32769, device=TRITON))
 
 
+def test_what_a_kernel_would_read_beyond_is_refused() -> None:
+    x, y = (torch.randn(3, 5, 48, device=TRITON) for _ in range(2))
+    gate, scale, shift = torch.randn(3, 3, 1, 48, device=TRITON)
+    for bad in (y[:2], y[:, :4]):
+        with pytest.raises(RuntimeError, match="expand"):
+            ops.add_gated_quantize_modulated(x, bad, gate, scale, shift)
+        with pytest.raises(RuntimeError, match="expand"):
+            ops.quantize_gelu(x, bad)
+
+
 @each_form
 def test_operators_tell_their_shapes(form: str) -> None:
     args: tuple[Tensor | None, ...] = tuple(x.to(TRITON) for x in inputs(form))
