@@ -28,7 +28,7 @@ from bokehflux.lens import Blur, Unify
 from bokehflux.photos.annotate import DepthModel, MaskModel
 from bokehflux.photos.exif import focal_px, photo_level
 from bokehflux.photos.focus import FocusSource, Refused, disparity_per_m, find_focus
-from bokehflux.photos.read import Photo
+from bokehflux.photos.read import Photo, within
 from bokehflux.photos.readers import Row, Rows
 from bokehflux.pictures.files import replace_file
 from bokehflux.pictures.metadata import UNREADABLE
@@ -92,7 +92,7 @@ class Labeller:
     def label(self, row: Row) -> Label:
         """The label of one photograph; its maps are written. Raises ValueError where there can be none."""
         photo = row.photo()
-        image = _within(photo.image, self.long_side_px)
+        image = within(photo.image, self.long_side_px)
         depth, mask, maps = self._maps(row, photo, image)
         focus_m, refined = None, False
         ends: tuple[float, float] | tuple[None, None] = (None, None)
@@ -235,14 +235,6 @@ def _about(given: NDArray[np.float32] | None, model: DepthModel | MaskModel | No
     if given is not None:
         return {"given": fingerprint_of_bytes(given.tobytes())}
     return None if model is None else model.about
-
-
-def _within(image: Image.Image, long_side_px: int) -> Image.Image:
-    scale = long_side_px / max(image.size)
-    if scale >= 1:
-        return image
-    width, height = (max(1, round(scale * side)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _fitted(values: NDArray[np.float32] | None, size: tuple[int, int]) -> NDArray[np.float32] | None:

@@ -139,6 +139,15 @@ def upright_rgb(photo: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def within(image: Image.Image, long_side_px: int) -> Image.Image:
+    """The picture itself, or scaled down to a long side; no side of it vanishes."""
+    scale = long_side_px / max(image.size)
+    if scale >= 1:
+        return image
+    width, height = (max(1, round(scale * side)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
 def _refuse_other_formats(start: bytes) -> None:
     for name, beginnings in EXPORT.items():
         for beginning in beginnings:

@@ -23,7 +23,7 @@ from bokehflux.aperture import Aperture, parse_aperture
 from bokehflux.configs import MAX_SIDE_PX
 from bokehflux.focus import parse_focus
 from bokehflux.lens import MAX_LEVEL
-from bokehflux.photos.read import upright_rgb
+from bokehflux.photos.read import upright_rgb, within
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.render import picture_of_aperture
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_finite, check_levels
@@ -55,10 +55,7 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
     fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
     if settings.method == "inversion":
         return Plan(settings=settings, begin=_inverted(model, settings), end=_end, photo=fitted)
-    shown = fitted if asked.height is not None else upright
-    if (scale := settings.long_side / max(shown.size)) < 1:
-        small = (round(scale * shown.width), round(scale * shown.height))
-        shown = shown.resize(small, Image.Resampling.LANCZOS)
+    shown = within(fitted if asked.height is not None else upright, settings.long_side)
     lens = Lens(model.device, shown, settings.bokeh_pivot, settings.focus, settings.aperture)
 
     def finish(images: list[Image.Image]) -> list[Image.Image]:

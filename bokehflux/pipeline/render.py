@@ -20,7 +20,7 @@ from bokehflux.fingerprint import fingerprint
 from bokehflux.focus import Subject, parse_focus
 from bokehflux.lens import MAX_LEVEL, TRAINING_SIDE_PX
 from bokehflux.photos.exif import photo_level
-from bokehflux.photos.read import Photo, read_photo, turned
+from bokehflux.photos.read import Photo, read_photo, turned, within
 from bokehflux.photos.readers import Kind, read_map
 from bokehflux.pipeline.provenance import provenance_here
 from bokehflux.record import DEFAULT_LEVELS, Record, RenderSettings
@@ -75,9 +75,8 @@ def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
         raise ValueError("say what is in focus: --focus X,Y or --focus 2.5m, or --mask with the subject's")
     lens = lens.focused_at(focus, None if matte is None else matte > 0.5)
 
-    image, scale = photo.image, min(1.0, asked.long_side / max(photo.image.size))
-    if scale < 1:
-        image = image.resize((round(scale * width), round(scale * height)), Image.Resampling.LANCZOS)
+    image = within(photo.image, asked.long_side)
+    if image.size != photo.image.size:
         lens = lens.resized(image.height, image.width)
         matte = None if matte is None else resized(matte, image.height, image.width)
     own = photo_level(photo.exif, width, height).K_px_m_short_side

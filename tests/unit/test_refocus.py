@@ -301,6 +301,7 @@ def test_rendered_pictures_are_the_photographs_own() -> None:
     assert made.record.settings.numbers()[:2] == (8, 8)
     small = pipe.refocus(wide, "a mug", [9], long_side=64).images[0]
     assert small.size == (64, 46)
+    assert pipe.refocus(photo(9000, 16), "a mug", [9], long_side=64).images[0].size == (64, 1)
     assert pipe.refocus(wide, "a mug", [9], height=32, width=48).images[0].size == (48, 32)
 
 
