@@ -65,8 +65,8 @@ class LensSettings(Checked):
 
     focus: str | None = setting(
         None, FOCUS, metavar="WHAT", sparse=True,
-        help="what is sharp: a point X,Y in pixels, mask, a distance 2.5m, a range 2m-4m, or the plane "
-             "through three points X,Y/X,Y/X,Y",
+        help="what becomes sharp: a point X,Y in pixels, or the plane through three points X,Y/X,Y/X,Y "
+             "(default: what is sharp stays so)",
     )  # fmt: skip
     aperture: str = setting(
         "disc", APERTURE, metavar="SHAPE",

@@ -112,6 +112,9 @@ def on_gpus(args: argparse.Namespace, asked: Sequence[Settings], work: Callable[
     split = args.split or ("scenes" if len(asked) > 1 else "rows" if asked[0].num_rows > 1 else "tokens")
     if split == "scenes" and args.command != "sweep":
         raise ValueError("--split scenes is for sweeps: one picture's GPUs share its rows or tokens")
+    count = int(os.environ["WORLD_SIZE"]) if inside() else args.gpus
+    if args.preview is not None and split == "scenes" and count > 1:
+        raise ValueError("--preview shows one scene, and several processes make several: leave it out")
     if inside():
         with _joined(args, split) as team:
             work(team)
@@ -119,7 +122,7 @@ def on_gpus(args: argparse.Namespace, asked: Sequence[Settings], work: Callable[
     if args.gpus == 1:
         work(Team(ranks=ALONE))
         return 0
-    _check(args, split)
+    _check(args)
     if split != "scenes":
         return _launch(args.words, args.gpus)[0]
     for count in range(args.gpus, 0, -1):
@@ -131,7 +134,7 @@ def on_gpus(args: argparse.Namespace, asked: Sequence[Settings], work: Callable[
     return code
 
 
-def _check(args: argparse.Namespace, split: str) -> None:
+def _check(args: argparse.Namespace) -> None:
     import torch
 
     if args.gpus < 1:
@@ -141,8 +144,6 @@ def _check(args: argparse.Namespace, split: str) -> None:
         raise ValueError(f"--gpus takes --device cuda, or cpu for processes without a GPU, not {device}")
     if device == "cuda" and args.gpus > torch.cuda.device_count():
         raise ValueError(f"--gpus {args.gpus}: this machine shows {torch.cuda.device_count()} CUDA device(s)")
-    if args.preview is not None and split == "scenes":
-        raise ValueError("--preview shows one scene, and --gpus makes several at once: leave one of them out")
 
 
 @contextlib.contextmanager

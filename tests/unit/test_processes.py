@@ -114,3 +114,13 @@ def test_what_cannot_be_shared_is_refused(
 ) -> None:
     assert cli.main([*words, "--output", str(tmp_path)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_preview_of_several_scenes_is_refused_under_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nobody says --gpus."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("bokehflux.app.processes._joined", None)
+    assert cli.main([*SWEEP, "--preview", "x.png", "--output", str(tmp_path)]) == 2
+    assert "--preview shows one scene" in capsys.readouterr().err
