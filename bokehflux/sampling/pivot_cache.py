@@ -84,13 +84,12 @@ class PivotCache:
         return sum(t.nbytes for pair in self._kept.values() for t in pair)
 
     def _keep(self, x: Tensor) -> Tensor:
-        if self.device is None or self.device == x.device:
-            return x.clone()
-        if self.device.type == "cpu" and x.is_cuda:
+        device = self.device or x.device
+        if device.type == "cpu" and x.is_cuda:
             # Pinned, so that neither this copy nor the one back waits for the GPU.
             host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             return host.copy_(x, non_blocking=True)
-        return x.to(self.device)
+        return x.to(device, copy=True)  # never a view, which would hold every row
 
 
 class BlockPivot:

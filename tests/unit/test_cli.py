@@ -238,6 +238,7 @@ def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fa
         (["doctor", "--fast"], "--fast"),
         (["generate", "--prompt", "p", "--unknown", "1"], "--unknown"),
         (["generate", "--prompt", "p", "--bokeh-targts", "1"], "did you mean --bokeh-targets?"),
+        (["refocus", "p.png", "--true-cfg", "2"], "--true-cfg 2 (a flag of generate, sweep, eval)"),
         (["genrate"], "did you mean generate?"),
         (["generate", "--prompt", "p", "--size", "48x15"], "height must be at least 16"),
         (["sweep", "--prompt", "p", "--shard", "5/4"], "expected I/N"),
