@@ -457,6 +457,16 @@ def test_stored_pivot() -> None:
         OnStored(store=store, step=3).for_block(8, None)(q[:0], k[2:], v[2:])
 
 
+@pytest.mark.parametrize("device", [None, "cpu", "cpu:0"])
+def test_a_cache_holds_no_more_than_the_pivot(device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where "cuda" and "cuda:0" differ, and a tensor is moved between them without a copy."""
+    monkeypatch.setattr(Tensor, "to", lambda x, *_, copy=False, **__: x.clone() if copy else x)
+    store, k = PivotCache(device), torch.randn(4, 9, 2, 16)
+    store.put(0, 0, k[:1], k[:1])
+    kept = store.get(0, 0, k.device)
+    assert [x.untyped_storage().nbytes() for x in kept] == [x.nbytes for x in kept]
+
+
 HOPPER, AMPERE = tiles.HOPPER, tiles.PORTABLE
 BF16 = torch.bfloat16
 
