@@ -228,7 +228,11 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search(r"unrecognized arguments: (--[\w-]+)|invalid choice: '([^']*)'", message)
         if wrong is None:
             return ""
-        known = [flag for parser in (self, *parsers()[1].values()) for flag in parser._option_string_actions]
+        commands = parsers()[1]
+        takers = [name for name, parser in commands.items() if wrong[1] in parser._option_string_actions]
+        if takers:
+            return f" (a flag of {', '.join(takers)})"
+        known = [flag for parser in (self, *commands.values()) for flag in parser._option_string_actions]
         known = [*known, *ALIASES] if wrong[1] else re.findall(r"[\w-]+", message[wrong.end() :])
         close = difflib.get_close_matches(wrong[1] or wrong[2], sorted(set(known)), n=1)
         return f" (did you mean {close[0]}?)" if close else ""
