@@ -80,19 +80,21 @@ def _switch(value: Any) -> bool:
     return value
 
 
-def _weighted(value: Any) -> tuple[tuple[str, float], ...]:
+def _in_twos(value: Any) -> tuple[Any, ...]:
     if isinstance(value, str | bytes | Mapping):
         raise TypeError
     pairs = tuple(value)
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise TypeError
-    return tuple((_text(name), _number(strength)) for name, strength in pairs)
+    return pairs
+
+
+def _weighted(value: Any) -> tuple[tuple[str, float], ...]:
+    return tuple((_text(name), _number(strength)) for name, strength in _in_twos(value))
 
 
 def _pairs(value: Any) -> tuple[tuple[str, str], ...]:
-    if isinstance(value, str | bytes | Mapping):
-        raise TypeError
-    return tuple((_text(name), _text(other)) for name, other in value)
+    return tuple((_text(name), _text(other)) for name, other in _in_twos(value))
 
 
 def _one_of(*words: str) -> Kind:

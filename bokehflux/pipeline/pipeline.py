@@ -79,7 +79,7 @@ class Pipeline(Model):
             as many pixels as the model is made for.
         Other arguments, and errors, are those of `generate`. By inversion on_step is called for the way to
         noise, then for the way back. The result's pivot_image and pivot_latents are the photograph's, as it
-        was used.
+        was used; by "render" its latents are [1, L, 64], of the one picture that the model made.
         """
         asked = RefocusSettings(
             prompt=prompt,

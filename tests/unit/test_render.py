@@ -226,3 +226,9 @@ def test_from_python(tmp_path: Path) -> None:
     asked = RenderSettings(photo="a.jpg", depth="a.npz", focus="20,30", bokeh_targets=(30,))
     found = render.open_rendering(asked, torch.device("cpu")).picture(30.0)
     assert np.array_equal(np.asarray(found), made(*BASE)["bokeh-30.0.png"])
+
+
+@pytest.mark.parametrize("wrong", [[["photo"]], ["ab"], [["photo", "0", "1"]], "ab"])
+def test_fingerprints_come_in_pairs(wrong: object) -> None:
+    with pytest.raises(ValueError, match="file_hashes must be pairs of text"):
+        RenderSettings(photo="a.png", depth="a.npy", file_hashes=wrong)  # type: ignore[arg-type]
