@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from bokehflux.aperture import DISC
 from bokehflux.rendering.blur import Blur
+from bokehflux.rendering.photo import GAMMA
 
-DISPLAY_GAMMA = 2.2
 SMALLEST_FALL = 1e-3
 """A fall of `sharpness` that is less is rounding, not blur."""
 RADIUS_STEP = 1.12
@@ -156,7 +156,7 @@ def blur_radius(
     lies outside of region [H, W] is left out on both sides, so that it does not bleed in. 0 is unchanged; NaN
     where the region has fewer than 16 pixels, and where the largest disc fits best.
     """
-    light = luma(torch.cat([sharp[None], images]).float().clamp(0, 1) ** DISPLAY_GAMMA)[:, None]
+    light = luma(torch.cat([sharp[None], images]).float().clamp(0, 1) ** GAMMA)[:, None]
     weight = torch.ones_like(light[:1]) if region is None else region.to(light)[None, None]
     largest = LARGEST_RADIUS * min(light.shape[-2:])
     if weight.sum() < 16 or largest < 1:

@@ -73,7 +73,7 @@ class LensSettings(Checked):
         help="what lights become: disc, polygon:6, polygon:6@15 (turned), donut:0.5, anamorphic:2, "
              "cats-eye:0.5, or a picture's name (default: %(default)s)",
     )  # fmt: skip
-    highlights: float = setting(
+    highlights: float | None = setting(
         1.0, NUMBER, least=1, most=1000, metavar="X",
         help="how many times as bright clipped lights really were (default: %(default)s, as they are)",
     )  # fmt: skip
@@ -278,7 +278,7 @@ class RefocusSettings(LensSettings, Settings):
         help="render: ask the model once for strong blur, and blur the photograph itself as it shows; "
              "inversion: let the model draw every level, as it must for less blur (default: %(default)s)",
     )  # fmt: skip
-    highlights: float | None = setting(  # type: ignore[assignment]
+    highlights: float | None = setting(
         None, NUMBER, least=1, most=1000, metavar="X", sparse=True,
         help="how many times as bright clipped lights really were (default: as their glow says)",
     )  # fmt: skip

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from bokehflux.app import judge, photos
 from bokehflux.app.arguments import loras_from, model_from, options_from, settings_from
-from bokehflux.app.processes import Team, on_gpus
+from bokehflux.app.processes import Team, inside, on_gpus
 from bokehflux.app.terminal import plain, say, show_files
 from bokehflux.fields import Recipe
 from bokehflux.record import (
@@ -171,6 +173,9 @@ def refocus(args: argparse.Namespace) -> int:
 
     photo = read_photo(Path(args.photo))
     settings = dataclasses.replace(settings, photo=photo.name, photo_hash=photo.fingerprint)
+    if settings.method == "render":  # each level is written at the photograph's size
+        scale = min(1.0, settings.long_side / max(photo.image.size))
+        _check_room(args, [settings.recipe()], int(6 * len(levels) * scale**2 * math.prod(photo.image.size)))
     pipe, watched = _open(args, [settings], options)
     scene, _, stop = _make(args, watched, plan_refocus(pipe, photo.image, settings))
     if stop is not None:
@@ -251,9 +256,11 @@ def _check_room(args: argparse.Namespace, recipes: Sequence[Recipe], num_bytes: 
 def _preview(args: argparse.Namespace) -> PreviewFile | None:
     """The preview that was asked for. Raises ValueError where it could not be written."""
     typed = args.config_from is None and args.negative_prompt != NEGATIVE_PROMPT
-    if typed and args.true_cfg <= 1:
+    # Among several processes one says it: the one that has started them, or the first.
+    told = inside() and (args.gpus > 1 or os.environ.get("RANK", "0") != "0")
+    if typed and args.true_cfg <= 1 and not told:
         say("--negative-prompt does nothing without --true-cfg above 1")
-    if args.true_cfg > 1.5 and args.guidance_scale > 2:
+    if args.true_cfg > 1.5 and args.guidance_scale > 2 and not told:
         both = f"--guidance-scale {args.guidance_scale:g} and --true-cfg {args.true_cfg:g}"
         say(f"{both} add up; if pictures look burnt, lower one")
     if args.preview is None and args.preview_every == 1 and args.preview_vae is None:

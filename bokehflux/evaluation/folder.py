@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from bokehflux.pictures.metadata import SUFFIXES, NoRecipe, read_recipe
 from bokehflux.pipeline.render import fits, resized
 from bokehflux.record import Record
 
+logger = logging.getLogger(__name__)
 MANIFEST = {
     "file": str,
     "level": int | float,
@@ -172,12 +174,15 @@ def _recipes(folders: Iterable[Path]) -> list[_Group]:
                 continue
             key = json.dumps([str(path.parent), record.decides()], sort_keys=True, default=str)
             prompt, model = recipe.get("prompt"), recipe.get("model")
-            photo_hash = recipe.get("photo_hash", dict(recipe.get("file_hashes", ())).get("photo"))
+            hashes = dict(getattr(record.settings, "file_hashes", ()))  # of render, which names several files
+            photo_hash = recipe.get("photo_hash", hashes.get("photo"))
             group = _Group(
                 prompt or str(recipe.get("photo", path.parent.name)), prompt, model,
                 recipe.get("bokeh_pivot"), photo_hash, [],
             )  # fmt: skip
-            mask = _near(recipe.get("mask"), path.parent)
+            mask = _near(named := recipe.get("mask"), path.parent)
+            if named and mask is None and key not in groups:
+                logger.warning("%s was made with the mask %s, which is not there: no subject", path, named)
             picture = Picture(path=path, level=record.bokeh_level, role=record.role, mask=mask)
             groups.setdefault(key, group).pictures.append(picture)
     return list(groups.values())

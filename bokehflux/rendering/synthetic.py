@@ -14,8 +14,8 @@ from torch import Tensor
 from .bokehme import PX_PER_UNIT, classical, render
 from .bokehme_networks import Networks
 from .depth import disparity_of, known_depth, normalised, quantile
+from .photo import GAMMA
 
-GAMMA = 2.2
 FLAT_M = 10.0
 """A subject no deeper than this is sharp as a whole."""
 INLIERS = 0.96

@@ -273,6 +273,16 @@ def test_the_mask_of_a_render_is_read_as_render_reads_it(swept: Path, tmp_path: 
         found.read()
 
 
+def test_a_mask_that_is_gone_is_said_once(
+    swept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = rendered(swept / "scene-0" / "bokeh-0.png", tmp_path / "out")
+    (tmp_path / "out.npz").unlink()
+    (found,) = find_scenes(folder)
+    assert found.read().subject is None
+    assert caplog.text.count("out.npz, which is not there: no subject") == 1
+
+
 def test_the_reference_is_the_one_of_the_same_photograph(swept: Path, tmp_path: Path) -> None:
     photos = [swept / f"scene-{i}" / "bokeh-0.png" for i in range(2)]
     for i, photo in enumerate(photos):

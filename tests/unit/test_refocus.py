@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -235,6 +236,19 @@ def test_the_command(capsys: pytest.CaptureFixture) -> None:
     ):
         assert cli.main(wrong) == 2
         assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("at_home")
+def test_a_disk_needs_room_for_every_level_of_the_photograph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Not for the two pictures that the model draws at its own size."""
+    photo(2048, 2048).save("large.jpg")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=50_000_000))
+    monkeypatch.setattr("bokehflux.pipeline.load.load", lambda *_, **__: pytest.fail("it loads"))
+    argv = ["refocus", "large.jpg", "--prompt", "a mug", "--bokeh-targets", "8", "20", "28"]
+    assert cli.main(argv) == 2
+    assert "has 50 MB free, and up to 75 MB are expected" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("at_home")
