@@ -42,7 +42,6 @@ ALLOWED_IN = {
     "bokehflux.training": {"torch"},
     "bokehflux.nano": {"torch", "numpy", "tokenizers"},
     "bokehflux.evaluation": {"torch", "numpy", "PIL"},
-    "bokehflux.evaluation.perceptual": {"torch", "torchmetrics"},
     "bokehflux.app": {"torch", "PIL"},
     "bokehflux.app.fetch": {"huggingface_hub"},
 }

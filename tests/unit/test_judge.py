@@ -15,7 +15,7 @@ from PIL import Image
 from bokehflux.app import cli
 from bokehflux.evaluation.folder import Found, find_scenes
 from bokehflux.evaluation.judge import Report, Verdict, judge
-from bokehflux.evaluation.perceptual import WEIGHTS, HubPerceptual
+from bokehflux.evaluation.perceptual import WEIGHTS
 from bokehflux.evaluation.renderer import Renderer
 from bokehflux.evaluation.scores import METRICS, Scores, Shots, mean, score
 from bokehflux.metrics import disc_blur, lvcorr, lvcorr_to
@@ -386,13 +386,6 @@ def test_what_cannot_be_judged_is_said_first(
         assert cli.main(["eval", *words]) == 2
         err = capsys.readouterr().err
         assert said in err and err.count("\n") == 1, err
-
-
-def test_a_pickle_is_not_run(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    torch.save({"weights": Scores(figures={})}, tmp_path / "checkpoints" / WEIGHTS["lpips"])
-    with pytest.raises(ValueError, match="does not hold weights alone"):
-        HubPerceptual(tmp_path)
 
 
 def test_perceptual_figures_go_to_the_truth_or_to_the_pivot() -> None:
