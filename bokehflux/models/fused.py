@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bokehflux.kernels.attention.sdpa import take_rows
+from bokehflux.kernels.attention.joins import take_rows
 from bokehflux.kernels.fp8 import interface as fp8
 from bokehflux.kernels.fp8.interface import Quantized
 from bokehflux.kernels.pointwise import interface as pointwise

@@ -20,7 +20,7 @@ from bokehflux.conditioning import Conditioning
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
-from bokehflux.training.batches import Draws
+from bokehflux.training.batches import Draws, onto
 from bokehflux.training.engine import Recorded
 from bokehflux.training.loop import Loss, Step
 from bokehflux.training.objective import draw_guidance, guided, mix, velocity_target
@@ -163,8 +163,8 @@ def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> Ad
     render = chosen.uniform("renders", scenes.num_renders).argsort(dim=1)[:, :group].flatten()
     drop = chosen.uniform("caption") < how.caption_dropout
     text = scenes.text(scene, drop, chosen)
-    x0 = scenes.latents(rows(scene), render).to(draws.device)
-    levels = scenes.levels(rows(scene), render).to(draws.device)
+    x0 = onto(scenes.latents(rows(scene), render), draws.device)
+    levels = onto(scenes.levels(rows(scene), render), draws.device)
     eps, sigma = rows(_noise(each, how, x0.shape)), rows(_sigma(each, how))
     backend = "triton" if how.deterministic and draws.device.type == "cuda" else "sdpa"
     spec: AttentionSpec = Plain(backend=backend)
@@ -175,7 +175,7 @@ def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> Ad
             spec = GroundedFrom(grounded=spec, first=how.first_grounded_block, backend=backend)
         if how.swap_probability < 1:
             alone = [row == pivot and row % group > 0 for row, pivot in enumerate(pivot_of)]
-            own = torch.tensor(alone, device=x0.device)
+            own = onto(torch.tensor(alone), x0.device)
             eps = torch.where(own[:, None, None], _noise(draws, how, x0.shape), eps)
             sigma = torch.where(own, _sigma(draws, how), sigma)
     levels = torch.where(draws.uniform("level") < how.level_dropout, math.nan, levels)
@@ -187,7 +187,7 @@ def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> Ad
         levels=levels,
         unguided_levels=torch.where(leave_out, math.nan, levels),
         text=Conditioning(txt=rows(text.txt), pooled=rows(text.pooled)),
-        guidance=rows(torch.where(drop.to(draws.device), 1.0, draw_guidance(each, how.max_guidance))),
+        guidance=rows(torch.where(onto(drop, draws.device), 1.0, draw_guidance(each, how.max_guidance))),
         attention=spec,
     )
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import needs_gradients
-from .sdpa import add_bias, by_rows, merge, take_rows
+from .joins import merge, take_rows
+from .sdpa import add_bias, by_rows
 
 MODULES = ("flash_attn_interface", "fa3_fwd_interface", "flash_attn")
 """Where `flash_attn_func` may live: FlashAttention 3, its forward-only wheel `fa3-fwd`, FlashAttention 2."""

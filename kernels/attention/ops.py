@@ -16,7 +16,8 @@ from torch import Tensor
 from ..dispatch import needs_gradients
 from . import launch, select
 from .jobs import Job, grounded_jobs, target_jobs
-from .sdpa import add_bias, merge
+from .joins import merge
+from .sdpa import add_bias
 
 MAX_LOG2_SCORE = {torch.bfloat16: 96.0, torch.float16: 14.0}
 """How large |q . k| * log2(e) / sqrt(D) may get without a running maximum: see `is_bounded`."""

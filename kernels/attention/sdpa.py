@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dispatch import needs_gradients
 from . import stock
+from .joins import merge, take_rows
 
 BLOCK_SCORES = 1 << 19
 """Scores of one row that a CPU works on at once: 2 MB, which stay in its cache."""
@@ -133,12 +134,6 @@ def by_rows(
     return take_rows(torch.cat([ungrounded, grounded]), back)
 
 
-def merge(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """One softmax over two sets of keys, from values [B, L, H, D] and log-sum-exps [B, L, H] of each."""
-    share = torch.sigmoid(other[1] - own[1])[..., None]
-    return torch.lerp(own[0].to(share.dtype), other[0].to(share.dtype), share).to(own[0].dtype)
-
-
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention [B, L, H, D] and the log-sum-exp of its scaled scores [B, L, H]. No gradients."""
     if stock.takes(q):
@@ -148,21 +143,6 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     scores = args[0] @ args[1].mT * q.shape[-1] ** -0.5
     out, lse = scores.softmax(dim=-1) @ args[2], scores.float().logsumexp(dim=-1)
     return out.transpose(1, 2), lse.transpose(1, 2)
-
-
-def take_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """x[rows], as a view where the rows are one row repeated or a contiguous run (every inference batch).
-
-    A few others are joined: an index comes from the host, and a CUDA graph cannot hold one.
-    """
-    if not rows:
-        return x[:0]
-    first, count = rows[0], len(rows)
-    if all(row == first for row in rows):
-        return x[first : first + 1].expand(count, *x.shape[1:])
-    if list(rows) == list(range(first, first + count)):
-        return x[first : first + count]
-    return torch.cat([x[row : row + 1] for row in rows]) if count <= stock.MAX_ROWS else x[list(rows)]
 
 
 def add_bias(out: Tensor, value_bias: Tensor | None) -> Tensor:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from . import tiles
+from .joins import MAX_ROWS, merge_, runs, sum_rows, take_rows
 
 HALF = (torch.bfloat16, torch.float16)
-MAX_ROWS = 16
-"""Rows of a batch with targets. Hundreds, as small models train on, are for concatenated keys."""
 
 
 def takes(q: Tensor) -> bool:
@@ -102,13 +101,6 @@ def backward(
     return dq, dk, dv
 
 
-def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """x[rows] without an index from the host, which a graph cannot hold."""
-    if list(rows) == list(range(len(x))):
-        return x
-    return torch.cat([x[row : row + 1] for row in rows])
-
-
 def _plan(pivot_of: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """For each row the query it takes; the rows that are targets, and their pivots."""
     pivots = sorted(set(pivot_of))
@@ -120,18 +112,14 @@ def _plan(pivot_of: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
 def _grounded(q: Tensor, k: Tensor, v: Tensor, pivot_of: list[int]) -> tuple[Tensor, Tensor]:
     """Values [B, L, H, D] and log-sum-exps [B, H, L] of whole softmaxes, which carry no gradient."""
     query_of, targets, pivots = _plan(pivot_of)
-    queries = _rows(q, query_of)
+    queries = take_rows(q, query_of)
     out, lse = with_lse(queries, k, v)
     out, lse = out.contiguous(), lse.contiguous()
     if targets:
-        queries, values = _rows(queries, targets), _rows(v, targets)
-        other, other_lse = with_lse(queries, _rows(k, pivots), values)
-        own, own_lse = _rows(out, targets), _rows(lse, targets)
-        share = torch.sigmoid(other_lse - own_lse).transpose(1, 2)[..., None]  # [N, L, H, 1]
-        merged = torch.lerp(own.to(share.dtype), other.to(share.dtype), share).to(out.dtype)
-        together = torch.logaddexp(own_lse, other_lse)
-        for i, row in enumerate(targets):
-            out[row], lse[row] = merged[i], together[i]
+        queries, values = take_rows(queries, targets), take_rows(v, targets)
+        other, other_lse = with_lse(queries, take_rows(k, pivots), values)
+        for these, rows in runs(targets):
+            merge_(out[rows], lse[rows], other[these], other_lse[these])
     return out, lse
 
 
@@ -150,28 +138,27 @@ def _grounded_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pivot_of: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     query_of, targets, pivots = _plan(pivot_of)
-    grad, queries = grad.contiguous(), _rows(q, query_of)
+    grad, queries = grad.contiguous(), take_rows(q, query_of)
     dq_rows, dk, dv = backward(grad, queries, k, v, out, lse)
     dk, dv = dk.contiguous(), dv.contiguous()
     if not targets:
         return dq_rows.contiguous(), dk, dv
-    args = [_rows(x, targets) for x in (v, out, lse)]
+    args = [take_rows(x, targets) for x in (v, out, lse)]
     dq_more, dk_more, dv_more = backward(
-        _rows(grad, targets), _rows(queries, targets), _rows(k, pivots), *args
+        take_rows(grad, targets), take_rows(queries, targets), take_rows(k, pivots), *args
     )
-    more = [(query_of[row], x) for row, x in zip(targets, dq_more, strict=True)]
-    for i, row in enumerate(targets):
-        dv[row] += dv_more[i]
-    for pivot in set(pivots):
+    for these, rows in runs(targets):
+        dv[rows] += dv_more[these]
+    dq = q.new_empty(q.shape)
+    for query, pivot in enumerate(sorted(set(pivot_of))):
         # What a pivot is to all its targets is summed before it is rounded.
-        parts = [dk_more[i].float() for i, p in enumerate(pivots) if p == pivot]
-        dk[pivot] = dk[pivot].float().add_(sum(parts[1:], parts[0]))
-    dq = []
-    for query in range(len(q)):
-        parts = [x.float() for i, x in zip(query_of, dq_rows, strict=True) if i == query]
-        parts += [x.float() for i, x in more if i == query]
-        dq.append(sum(parts[1:], parts[0]).to(q.dtype))
-    return torch.stack(dq), dk, dv
+        total = sum_rows(dq_rows, [row for row, index in enumerate(query_of) if index == query])
+        those = [i for i, p in enumerate(pivots) if p == pivot]
+        if those:
+            total += sum_rows(dq_more, those)
+            dk[pivot] = sum_rows(dk_more, those).add_(dk[pivot])
+        dq[query] = total
+    return dq, dk, dv
 
 
 @_grounded_backward.register_fake

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bokehflux.attention import Grounded, OnStored, PivotQuery, Plain, Recorded
-from bokehflux.kernels.attention import interface, reference, sdpa, select, stock, tiles
+from bokehflux.kernels.attention import interface, joins, reference, sdpa, select, stock, tiles
 from bokehflux.kernels.attention.select import FOR_GRADIENTS, Choice
 from bokehflux.sampling.pivot_cache import PivotCache
 from tests.helpers import assert_within_2x, max_error
@@ -282,9 +283,42 @@ def test_any_shape(wishes: list[int], length: int, heads: int, dim: int, with_bi
 )
 def test_take_rows(rows: tuple[int, ...], is_view: bool) -> None:
     x = torch.randn(4, 3)
-    taken = sdpa.take_rows(x, rows)
+    taken = joins.take_rows(x, rows)
     assert torch.equal(taken, x[list(rows)])
     assert (taken.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()) == is_view
+
+
+@pytest.mark.parametrize(
+    ("rows", "runs"),
+    [
+        ([1, 2, 3], [(slice(0, 3), slice(1, 4))]),
+        ([1, 3, 4], [(slice(0, 1), slice(1, 2)), (slice(1, 3), slice(3, 5))]),
+        ([2, 2], [(slice(0, 1), slice(2, 3)), (slice(1, 2), slice(2, 3))]),
+    ],
+)
+def test_runs_and_sums_of_rows(rows: list[int], runs: list[tuple[slice, slice]]) -> None:
+    assert joins.runs(rows) == runs
+    x = torch.randn(5, 40).bfloat16()
+    assert torch.equal(joins.sum_rows(x, rows), x[rows].float().sum(0))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("shape", [(1, 33, 2, 24), (3, 64, 1, 128)], ids=str)
+def test_two_softmaxes_are_joined_in_triton(shape: tuple[int, ...]) -> None:
+    """As by PyTorch's operators, even where one of the sets has all of the weight."""
+    from bokehflux.kernels.attention import triton_joins
+
+    batch, length, heads, _ = shape
+    values = [torch.randn(shape).half() for _ in range(2)]
+    sums = [torch.randn(batch, heads, length) * 60 for _ in range(2)]
+    ours, lse = (torch.cat([torch.full_like(x[:1], 7), x]) for x in (values[0], sums[0]))
+    triton_joins.merge_(ours[1:], lse[1:], values[1], sums[1])
+    exact = joins.merge(
+        *((x.double(), s.double().transpose(1, 2)) for x, s in zip(values, sums, strict=True))
+    )
+    torch.testing.assert_close(ours[1:].double(), exact, atol=2e-3, rtol=0)
+    torch.testing.assert_close(lse[1:], torch.logaddexp(*sums), atol=1e-5, rtol=1e-6)
+    assert (ours[0] == 7).all() and (lse[0] == 7).all()
 
 
 @pytest.mark.parametrize(
