@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from .files.unpack import FORMATS
 from .find.layouts import PARTS, Candidate, Findings, misfit, scan
 from .find.snapshot import likely
 from .lora.read import PREFIXES, made_for, match_layers
-from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, Network, adapter_for
-from .parts import is_left_over, open_any, part_of, prefixes, strangers
-from .relatives import stranger, task
+from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, VAE, Network, adapter_for
+from .parts import is_left_over, open_any, part_of, prefixes, shapes_of, strangers
+from .relatives import like_autoencoder, stranger, task
 from .tables import adapter
 from .tables import lora as lora_names
 
@@ -63,7 +64,11 @@ def _checkpoint(checkpoint: Checkpoint) -> list[str]:
         return _networks(checkpoint, found, facts)
     if adapter.LEVEL in checkpoint.tensors:
         lines = _network(checkpoint, adapter_for(FLUX_DEV), fault="not for FLUX.1-dev")
-        return [f"bokeh adapter, {facts}", *lines, "use: --adapter"]
+        use = "--adapter"
+        if any(line.startswith("not for ") for line in lines):
+            lacks = _lacks(checkpoint)
+            lines, use = [*lines, *lacks], "none as it is" if lacks else "--adapter, with its own model"
+        return [f"bokeh adapter, {facts}", *lines, f"use: {use}"]
     if any(table.marks(checkpoint.tensors) for table in TINY_DECODER.tables):
         lines = _network(checkpoint, TINY_DECODER, FLUX_VAE.latent_channels)
         wrong = any(line.startswith("problem: ") for line in lines)
@@ -77,6 +82,20 @@ def _checkpoint(checkpoint: Checkpoint) -> list[str]:
         f"precision: {_precision(checkpoint.tensors.values(), False)}",
         "use: none; a FLUX.1 transformer, autoencoder, CLIP-L, T5, adapter, LoRA or TAEF1 was looked for",
     ]
+
+
+def _lacks(checkpoint: Checkpoint) -> list[str]:
+    """What a bokeh adapter lacks for any transformer: its own shapes tell the width, and blocks enough."""
+    try:
+        shapes = shapes_of(checkpoint, adapter_for(FLUX_DEV))
+        up = next((name for name in shapes if name.endswith(".to_v_bokeh.up.weight")), "to_v_bokeh.up.weight")
+        width, blocks = shapes.size(up), shapes.count("adapter_modules")
+        host = replace(FLUX_DEV, hidden_size=width, num_heads=1, axes_dim=(width,), num_single=blocks)
+        network = adapter_for(host)
+        lines = _network(checkpoint, network, network.codec.from_shapes(shapes))
+    except CheckpointError as error:
+        return [f"problem: {problem}" for problem in error.problems[:_SHOWN]]
+    return [line for line in lines if line.startswith("problem: ")]
 
 
 def _networks(checkpoint: Checkpoint, found: dict[str, str], facts: str) -> list[str]:
@@ -136,6 +155,8 @@ def _network(
     if network is TRANSFORMER and not config.guidance_embed:
         lines.append("no guidance embedding: schnell, or a dev without distillation (--schedule dev)")
     lines += ["complete: nothing missing, nothing unexpected"]
+    if network is VAE and (alike := like_autoencoder(checkpoint)):
+        lines.append(f"problem: {alike}")
     how = "linear weights stay as stored and are cast at use" if kept else "cast to the compute dtype"
     return [*lines, f"loading: {how}; about {_bytes(_memory(infos, kept))} when that is bf16"]
 

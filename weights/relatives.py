@@ -54,6 +54,7 @@ _OTHERS = re.compile(
     r"(?<![a-z0-9])(?:sd[\W_]?3|sd[\W_]?xl|sd[\W_]?1|wan|qwen|hunyuan|flux[\W_]?2|z[\W_]?image|chroma|lumina|hidream)",
     re.IGNORECASE,
 )
+_SD3 = re.compile(r"(?<![a-z0-9])(?:sd|stable[\W_]?diffusion)[\W_]?v?3", re.IGNORECASE)
 _REPO = re.compile(r"FLUX\.1-(Kontext|Fill|Depth|Canny)-dev", re.IGNORECASE)
 _TASK = re.compile(
     r"(kontext)|flux[\W_]*1?[\W_]*(?:dev[\W_]*)?(fill|depth|canny)(?![^\W_])(?![\W_]+of)", re.IGNORECASE
@@ -95,11 +96,23 @@ def is_named_after_another(checkpoint: Checkpoint) -> bool:
     return task(checkpoint) is not None or any(_OTHERS.search(name) for name in (path.stem, path.parent.name))
 
 
+def like_autoencoder(checkpoint: Checkpoint) -> str | None:
+    """What an autoencoder of FLUX.1's shapes calls itself, where that is another with the same shapes."""
+    path = checkpoint.path
+    if any(_SD3.search(text) for text in (*_words(checkpoint), path.stem, path.parent.name)):
+        return "calls itself the autoencoder of Stable Diffusion 3, which has the shapes of FLUX.1's"
+    return None
+
+
+def _words(checkpoint: Checkpoint) -> list[str]:
+    """What a file's metadata say of its model."""
+    about = ("modelspec.", "ss_base_model", "ss_sd_model", "ss_output_name")
+    return [value for key, value in checkpoint.metadata.items() if key.startswith(about)]
+
+
 def task(checkpoint: Checkpoint) -> str | None:
     """Kontext, Fill, Depth or Canny, where no shape tells: by the file's metadata or, last, by its name."""
-    about = ("modelspec.", "ss_base_model", "ss_sd_model", "ss_output_name")
-    words = [v for k, v in checkpoint.metadata.items() if k.startswith(about)]
-    for text in (*words, checkpoint.path.stem):
+    for text in (*_words(checkpoint), checkpoint.path.stem):
         if match := _TASK.search(text):
             return (match[1] or match[2]).capitalize()
     folders = (_REPO.search(part) for part in checkpoint.path.parts)

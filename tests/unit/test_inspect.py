@@ -246,3 +246,20 @@ def test_what_cannot_be_read_is_an_error(tmp_path, content, message):
         describe(tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="no such file"):
         describe(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("lost", ["adapter_modules.1.to_q_adp.up.weight", "embedding_layer.2.bias",
+                                  "adapter_modules.0.to_v_bokeh.up.weight"])  # fmt: skip
+@pytest.mark.parametrize("host", [files.MMDIT, FLUX_DEV])
+def test_what_load_refuses_of_an_adapter_is_not_recommended(tmp_path, host, lost):
+    """Whether it is FLUX.1's or another model's, which only loading can tell."""
+    config = BokehConfig(blocks=(0, 1), rank=2, hidden_dim=3, context_dim=5)
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in BokehAdapter(config, host).state_dict().items()}
+    files.write_sparse(tmp_path / "a.safetensors", shapes)
+    use = lines(tmp_path / "a.safetensors")[-1]
+    assert use == ("use: --adapter" if host is FLUX_DEV else "use: --adapter, with its own model")
+    del shapes[lost]
+    files.write_sparse(tmp_path / "a.safetensors", shapes)
+    found = lines(tmp_path / "a.safetensors")
+    assert found[-1] == "use: none as it is" and any(lost in line for line in found)

@@ -17,7 +17,7 @@ from bokehflux.weights import load, manifests
 from bokehflux.weights.describe import describe
 from bokehflux.weights.files import write
 from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError
-from bokehflux.weights.find import resolve
+from bokehflux.weights.find import layouts, resolve
 from bokehflux.weights.find.resolve import ModelFiles, resolve_model
 from bokehflux.weights.find.snapshot import open_snapshot
 from bokehflux.weights.mapping import to_official
@@ -190,6 +190,44 @@ def test_unreadable_files_are_named_when_something_lacks(home, env):
     (home / "unet" / "flux.safetensors").write_bytes(b"<!DOCTYPE html>")
     message = problems(resolve_model, home, env)
     assert "not found: transformer/" in message and "it is a web page" in message
+
+
+@pytest.mark.parametrize(
+    "closed",
+    ["models", "models/vae", "models/loras", "models/unet/private", "models/unet/locked.safetensors"],
+)
+def test_what_cannot_be_read_hides_nothing_else(tmp_path, env, monkeypatch, closed):
+    """Folders of another user, and lost+found: they are noted, the rest of the tree is found."""
+    files.write_comfyui(tmp_path / "tree" / "models", STATES)
+    files.write_tokenizers(tmp_path / "tree" / "models")
+    shut = tmp_path / "tree" / closed
+    shut.parent.mkdir(parents=True, exist_ok=True)
+    if shut.suffix:
+        write.save(shut, STATES["transformer"])
+    else:
+        shut.mkdir(exist_ok=True)
+    shut_to(monkeypatch, shut)
+    tree, needed = tmp_path / "tree", closed in ("models", "models/vae")
+    if needed:
+        message = problems(resolve_model, tree, env)
+        assert f"{shut}: cannot be looked through: Permission denied" in message
+        assert ("not found: transformer" in message) is (closed == "models")
+    else:
+        assert resolve_model(tree, env).paths["transformer"].name == "flux1-dev.safetensors"
+    if closed != "models/loras":  # nobody looks there
+        assert f"unreadable: {shut}: cannot be" in describe(tree)
+
+
+def shut_to(monkeypatch, shut: Path) -> None:
+    """As to a user without permissions, which tests that run as root do not know."""
+    listed, opened = Path.iterdir, layouts.Shelf.open
+
+    def denied(path: Path) -> None:
+        if path == shut:
+            raise PermissionError(13, "Permission denied", str(shut))
+
+    monkeypatch.setattr(Path, "iterdir", lambda path: denied(path) or listed(path))
+    monkeypatch.setattr(layouts.Shelf, "open", lambda shelf, path: denied(path) or opened(shelf, path))
 
 
 def test_two_files_for_one_part_are_a_question(home, env):

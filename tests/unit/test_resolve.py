@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bokehflux.weights import load
+from bokehflux.weights import load, networks, save
 from bokehflux.weights.files import write
 from bokehflux.weights.files.checkpoint import CheckpointError
 from bokehflux.weights.find.resolve import (
@@ -159,7 +159,7 @@ def test_bfl_variables(tmp_path, env, newer, older):
 
 
 def test_schnell_has_its_own_variable(tmp_path, env):
-    schnell = {n: t for n, t in STATES["transformer"].items() if not n.startswith("guidance_in")}
+    schnell = without_guidance()
     write.save(tmp_path / "s.safetensors", schnell)
     write.save(tmp_path / "d.safetensors", STATES["transformer"])
     put_in_cache(tmp_path / "hub", DEV, STATES)
@@ -169,9 +169,49 @@ def test_schnell_has_its_own_variable(tmp_path, env):
     assert resolve_model("flux-dev", env).config == files.MMDIT
 
 
+def without_guidance() -> dict[str, torch.Tensor]:
+    return {n: t for n, t in STATES["transformer"].items() if not n.startswith("guidance_in")}
+
+
+@pytest.mark.parametrize("place", ["FLUX_MODEL", "named folder", "own folder", "cache"])
+@pytest.mark.parametrize("asked", ["flux-dev", "flux-schnell"])
+def test_a_name_gets_its_own_model_or_none(tmp_path, env, place, asked):
+    """Wherever the other one lies: variables and folders are mixed up easily, and pictures would be bad."""
+    right, wrong = STATES["transformer"], without_guidance()
+    repo, says = DEV, "has no guidance embedding, so it is not dev"
+    if asked == "flux-schnell":
+        right, wrong, repo = wrong, right, SCHNELL
+        says = "has a guidance embedding, so it is not schnell"
+    parts, own = STATES | {"transformer": wrong}, tmp_path / "own"
+    if place == "FLUX_MODEL":
+        write.save(tmp_path / "some.safetensors", wrong)
+        env["FLUX_MODEL"] = str(tmp_path / "some.safetensors")
+    elif place == "cache":
+        put_in_cache(tmp_path / "hub", repo, parts)
+        env["HF_HUB_CACHE"] = str(tmp_path / "hub")
+    else:
+        folder = own / repo.split("/")[1] if place == "named folder" else own
+        (files.write_official if place == "own folder" else files.write_flat)(
+            folder, STATES if place == "own folder" else parts
+        )
+        if place == "own folder":
+            config = files.SCHNELL if repo == DEV else files.MMDIT
+            save.save_network(networks.TRANSFORMER, folder / "transformer", config, wrong)
+        env["BOKEHFLUX_MODELS"] = str(own)
+    message = problems(resolve_model, asked, env)
+    assert says in message and "pass its path to use it" in message
+    later = tmp_path / "later.safetensors"
+    write.save(later, right)
+    env["FLUX_DEV" if repo == DEV else "FLUX_SCHNELL"] = str(later)
+    if place != "cache":  # which comes last
+        env["HF_HUB_CACHE"] = str(tmp_path / "hub")
+        put_in_cache(tmp_path / "hub", DEV, STATES)
+        assert resolve_model(asked, env).paths["transformer"] == later
+
+
 def test_one_folder_of_many_models(tmp_path, env):
     """In a ComfyUI tree the guidance embedding tells dev from schnell, as the names need not."""
-    schnell = {n: t for n, t in STATES["transformer"].items() if not n.startswith("guidance_in")}
+    schnell = without_guidance()
     files.write_comfyui(tmp_path / "comfy", STATES)
     files.write_tokenizers(tmp_path / "comfy")
     write.save(tmp_path / "comfy" / "unet" / "another.safetensors", schnell)

@@ -252,6 +252,40 @@ def test_an_autoencoder_that_looks_alike_is_passed_over_by_its_name(tree, env, n
     assert finds(tree, env).paths["vae"].name == "ae.safetensors"
 
 
+SD3_NAMES = ("sd3_vae", "sd3.5/vae", "sd-3.5-large-vae", "stable-diffusion-3.5-large/vae", "SD35_VAE")
+
+
+@pytest.mark.parametrize("name", SD3_NAMES)
+def test_the_autoencoder_of_sd3_alone_is_named(tree, env, caplog, name):
+    """Its shapes are those of FLUX.1's: its pictures would be wrong, and nothing else would tell."""
+    path = tree / "models" / "vae" / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    (tree / "models" / "vae" / "ae.safetensors").rename(path)
+    says = "calls itself the autoencoder of Stable Diffusion 3"
+    assert f"vae/{name}.safetensors is there, but it {says}" in refusal(tree, env)
+    assert f"passed over: {path.relative_to(tree)} {says}" in describe(tree)
+    assert f"problem: {says}" in describe(path) and "use: none as it is" in describe(path)
+    assert resolve_model(ModelFiles({"transformer": tree, "vae": path}), env).paths["vae"] == path
+    assert says in caplog.text and "pictures will be wrong" in caplog.text
+
+
+def test_the_autoencoder_of_sd3_is_named_by_its_metadata(tree, env):
+    path = tree / "models" / "vae" / "ae.safetensors"
+    write.save(path, STATES["vae"], {"modelspec.architecture": "stable-diffusion-v3.5-large/vae"})
+    assert "calls itself the autoencoder of Stable Diffusion 3" in refusal(tree, env)
+    write.save(path, STATES["vae"], {"modelspec.architecture": "flux-1-dev/vae"})
+    assert finds(tree, env)
+
+
+@pytest.mark.parametrize("name", ["ae", "flux_vae", "z_image_ae", "wsd3d", "asd312/vae"])
+def test_an_autoencoder_of_flux_by_any_name_serves(tree, env, name):
+    """Z-Image and others use FLUX.1's own."""
+    path = tree / "models" / "vae" / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    (tree / "models" / "vae" / "ae.safetensors").rename(path)
+    assert finds(tree, env).paths["vae"] == path
+
+
 def test_an_autoencoder_with_the_scale_of_sd3_is_named(tmp_path, env):
     files.write_official(tmp_path, STATES)
     files.write_tokenizers(tmp_path)

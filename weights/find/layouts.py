@@ -24,17 +24,17 @@ from ..codec import Shapes
 from ..files.checkpoint import (
     CLOSED_SUFFIXES,
     FILE_SUFFIXES,
+    SUFFIXES,
     Checkpoint,
     CheckpointError,
     Shelf,
-    holds_checkpoint,
     is_index,
     located,
     read_json,
 )
-from ..networks import NETWORKS, Network
+from ..networks import NETWORKS, VAE, Network
 from ..parts import prefixes, shapes_of
-from ..relatives import stranger
+from ..relatives import like_autoencoder, stranger
 
 TREE = frozenset({
     "unet", "diffusionmodels", "checkpoints", "stablediffusion", "vae", "clip", "textencoder", "textencoders",
@@ -80,14 +80,6 @@ class Findings:
     """Files that no network can come from, with the reason: other models, formats that cannot be read."""
 
 
-def scan(root: Path, shelf: Shelf) -> Findings:
-    """Look through a folder. Raises CheckpointError when it cannot be listed."""
-    try:
-        return _scan(root, shelf)
-    except OSError as error:
-        raise CheckpointError(root, f"cannot be looked through: {error}") from error
-
-
 def tree_of(path: Path) -> Path | None:
     """The tree of a program that a file lies in, as deep as may be."""
     parents = path.absolute().parents
@@ -95,20 +87,21 @@ def tree_of(path: Path) -> Path | None:
     return next(named, None) or next((folder for folder in parents if _is_invokeai(folder)), None)
 
 
-def _scan(root: Path, shelf: Shelf) -> Findings:
+def scan(root: Path, shelf: Shelf) -> Findings:
+    """Look through a folder. What in it cannot be read is noted, and keeps nothing else from being found."""
     parts: dict[str, tuple[Candidate, ...]] = {}
-    tree = _tree(root)
+    seen = _Sorted(shelf)
+    tree = _tree(root, seen)
     # Alone, these are folders of the official layout; a program's tree has others beside them.
     if all(folder.name in _OFFICIAL for folder in tree):
         tree = []
         parts = {
             row.name: (Candidate(path=root / row.folder, shelf=shelf),)
             for row in NETWORKS
-            if holds_checkpoint(root / row.folder)
+            if any(path.suffix in SUFFIXES for path in seen.listed(root / row.folder))
         }
     official = set(parts)
-    seen = _Sorted(shelf)
-    for file in sorted(root.iterdir()):
+    for file in seen.listed(root):
         seen.add(file)
     for folder in tree:
         seen.walk(folder)
@@ -118,7 +111,7 @@ def _scan(root: Path, shelf: Shelf) -> Findings:
         *(f for f in tree if _plain(f.name) in ("clip", "textencoder", "textencoders")),
     ]
     for tokenizer in TOKENIZERS:
-        folders = [home / tokenizer.folder for home in homes if (home / tokenizer.folder).is_dir()]
+        folders = [home / tokenizer.folder for home in homes if os.path.isdir(home / tokenizer.folder)]
         folders = folders or seen.tokenizers.get(tokenizer.name, [])[:1]
         parts[tokenizer.name] = tuple(Candidate(path=folder, shelf=shelf) for folder in folders)
     parts |= {name: tuple(found) for name, found in seen.parts.items() if name not in official}
@@ -131,23 +124,19 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]", "", name.lower())
 
 
-def _tree(root: Path) -> list[Path]:
+def _tree(root: Path, seen: _Sorted) -> list[Path]:
     """The folders of a program's tree that hold parts of a model."""
-    bases = [root, *(folder for folder in _folders(root) if folder.name.lower() == "models")]
-    tree = [folder for base in bases for folder in _folders(base) if _plain(folder.name) in TREE]
+    bases = [root, *(path for path in seen.listed(root) if path.name.lower() == "models")]
+    tree = [path for base in bases for path in seen.listed(base) if _plain(path.name) in TREE]
     if _is_invokeai(root):
-        tree.append(root / "models" if (root / "models").is_dir() else root)
-    return tree
+        tree.append(root / "models" if os.path.isdir(root / "models") else root)
+    return [path for path in tree if os.path.isdir(path)]
 
 
 def _is_invokeai(folder: Path) -> bool:
     # Its models lie in folders by base and kind, or by numbers, and say for themselves what they are.
     marks = ("invokeai.yaml", "databases/invokeai.db", "flux/main", "models/flux/main")
-    return any((folder / mark).exists() for mark in marks)
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
+    return any(os.path.exists(folder / mark) for mark in marks)
 
 
 class _Sorted:
@@ -166,21 +155,30 @@ class _Sorted:
         if not self._is_new(top):
             return
         for tokenizer in TOKENIZERS:
-            if top.name == tokenizer.folder and any((top / mark).is_file() for mark in tokenizer.marks):
+            if top.name == tokenizer.folder and any(os.path.isfile(top / mark) for mark in tokenizer.marks):
                 self.tokenizers.setdefault(tokenizer.name, []).append(top)
         if (kind := _pipeline(top)) is not None:
             self.passed_over.append((top, f"is a snapshot for {kind}, not for FLUX.1"))
             return
-        inside = sorted(top.iterdir())
-        if (top / "config.json").is_file() and (component := _component(top)) is not None:
+        inside = self.listed(top)
+        if top / "config.json" in inside and (component := _component(top)) is not None:
             self.add(component)
-            inside = [path for path in inside if path.is_dir()]
+            inside = [path for path in inside if os.path.isdir(path)]
         for path in inside:
-            if path.is_dir():
+            if os.path.isdir(path):
                 if not path.name.startswith("."):
                     self.walk(path)
             else:
                 self.add(path)
+
+    def listed(self, folder: Path) -> list[Path]:
+        """What a folder holds: nothing where there is none, and where it cannot be listed, which is noted."""
+        try:
+            return sorted(folder.iterdir()) if os.path.isdir(folder) else []
+        except OSError as error:
+            note = f"{folder}: cannot be looked through: {error.strerror}"
+            self.unreadable += [] if note in self.unreadable else [note]
+            return []
 
     def add(self, file: Path) -> None:
         """One file, or the index of one checkpoint."""
@@ -198,6 +196,9 @@ class _Sorted:
             found = {} if problem else candidates(file, self._shelf)
         except CheckpointError as error:
             self.unreadable.append(str(error))
+            return
+        except OSError as error:
+            self.unreadable.append(f"{file}: cannot be read: {error.strerror}")
             return
         if not found:
             some = ", ".join(list(checkpoint.tensors)[:3]) or "nothing"
@@ -217,7 +218,7 @@ def _component(folder: Path) -> Path | None:
     """The checkpoint of a folder that holds one, whatever its variants."""
     try:
         return located(folder)
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return None
 
 
@@ -225,8 +226,8 @@ def _pipeline(folder: Path) -> str | None:
     """The class of a snapshot of another model."""
     index = folder / "model_index.json"
     try:
-        kind = str(read_json(index).get("_class_name", "")) if index.is_file() else ""
-    except CheckpointError:
+        kind = str(read_json(index).get("_class_name", "")) if os.path.isfile(index) else ""
+    except (CheckpointError, OSError):
         return None
     return kind if kind and not re.match(r"Flux(?!2)", kind) else None
 
@@ -253,6 +254,8 @@ def misfit(
         config = candidate.checkpoint.config()
         if config is not None and network.codec.owns(config) and (faults := network.codec.faults(config)):
             return f"does not fit: {'; '.join(faults)}"
+        if network is VAE and (alike := like_autoencoder(candidate.checkpoint)):
+            return f"{alike}: --vae with its path uses it all the same"
     except CheckpointError as error:
         return f"does not fit: {error.problems[0]}"
     return None

@@ -238,7 +238,7 @@ class _Search:
                 label = f"{hub_cache(env)}, the Hugging Face cache, for {name}"
                 folder = cached_snapshot(name, env)
                 found = scan(folder, self._shelf) if folder is not None else None
-                yield Place(label=label, findings=found, has_model=name == repo)
+                yield Place(label=label, findings=found, has_model=name == repo, guided=GUIDED.get(name))
         words = self._found(VOCABULARIES, {row.name: VOCABULARIES / row.folder for row in TOKENIZERS})
         yield Place(label="what comes with bokehflux", findings=words, has_model=False, bundled=True)
 
@@ -264,19 +264,20 @@ class _Search:
         return Place(label=str(folder), findings=scan(folder, self._shelf), has_model=False)
 
     def _own_folders(self, repo: str | None) -> Iterator[Place]:
+        guided = GUIDED.get(repo or "")
         for folder in _model_folders(self._env):
             if not folder.is_dir():
                 raise CheckpointError(folder, f"{OWN} names this folder, which does not exist")
             for name in (repo, repo.split("/")[1]) if repo else ():
                 if (folder / name).is_dir():
                     found = scan(folder / name, self._shelf)
-                    yield Place(label=f"{folder / name} ({OWN})", findings=found)
+                    yield Place(label=f"{folder / name} ({OWN})", findings=found, guided=guided)
             # A folder of files that are not called after a repository can only tell dev from schnell.
             yield Place(
                 label=f"{folder} ({OWN})",
                 findings=scan(folder, self._shelf),
                 has_model=repo in GUIDED,
-                guided=GUIDED.get(repo or ""),
+                guided=guided,
             )
 
     def _bfl(self, repo: str | None) -> Iterator[Place]:

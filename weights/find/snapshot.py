@@ -18,9 +18,9 @@ from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, Defaults, MMDiTCo
 
 from ..codec import UNSET, Codec, Field, Json
 from ..files.checkpoint import CheckpointError, NotFoundError, Shelf, holds_checkpoint, read_json
-from ..networks import NETWORKS, TRANSFORMER, adapter_for
+from ..networks import NETWORKS, TRANSFORMER, VAE, adapter_for
 from ..parts import Part, open_part, part_of, shapes_of
-from ..relatives import is_named_after_another, task
+from ..relatives import is_named_after_another, like_autoencoder, task
 from ..tables import scheduler
 from .layouts import PARTS, TOKENIZERS, Candidate, Findings, misfit, scan
 
@@ -140,6 +140,8 @@ def complete(places: Iterable[Place], failure: str, advice: Sequence[str] = ()) 
         raise _incomplete(seen, set(chosen), config if home else None, failure, advice)
     for part, candidate in chosen.items():
         log.info("%s: %s", part, candidate.path)
+    if alike := like_autoencoder(chosen[VAE.name].checkpoint):
+        log.warning("%s %s: if it is, pictures will be wrong", chosen[VAE.name].path, alike)
     if kind := task(chosen[TRANSFORMER.name].checkpoint):
         log.warning(
             "%s calls itself FLUX.1 %s, which edits a picture: it is used as FLUX.1-dev, from a prompt alone",
@@ -156,16 +158,14 @@ def _transformer(place: Place) -> Candidate | None:
         candidate
         for candidate in place.findings.parts.get(TRANSFORMER.name, ())
         if misfit(candidate, TRANSFORMER) is None
-        and place.guided in (None, _is_guided(candidate, place.guided))
+        and (place.guided is None or place.guided == _is_guided(candidate))
     ]
     return _one(place, TRANSFORMER.name, found)
 
 
-def _is_guided(transformer: Candidate, presumed: bool | None) -> bool | None:
-    """Whether it has a guidance embedding; as presumed where only its place speaks for it."""
-    if transformer.prefix is None:
-        return presumed
-    return "guidance_in.in_layer.weight" in transformer.shapes(TRANSFORMER)
+def _is_guided(transformer: Candidate) -> bool:
+    """Whether it has a guidance embedding."""
+    return part_of(transformer.checkpoint, TRANSFORMER).config().guidance_embed
 
 
 def _choice(place: Place, part: str, transformer: Candidate, config: MMDiTConfig) -> Candidate | None:
@@ -255,12 +255,8 @@ def _refused(
         for candidate in findings.parts.get(network.name, ()) if network.name in missing else ():
             reason = misfit(candidate, network, transformer)
             if reason is None and network is TRANSFORMER and place.guided is not None:
-                kinds = (
-                    ("dev, with", "schnell, without")
-                    if not place.guided
-                    else ("schnell, without", "dev, with")
-                )
-                reason = f"is {kinds[0]} guidance embedding; asked for was {kinds[1]}"
+                here, asked = ("no", "dev") if place.guided else ("a", "schnell")
+                reason = f"has {here} guidance embedding, so it is not {asked}: pass its path to use it"
             if reason is not None:
                 reasons[candidate.path] = reason
     return [f"{_below(path, findings.root)} is there, but it {reason}" for path, reason in reasons.items()]
