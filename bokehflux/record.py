@@ -21,6 +21,7 @@ from bokehflux.fields import (
     NUMBER,
     PAIRS,
     PHOTO_LEVEL,
+    PIVOT_STEPS,
     RENDERER,
     SEED,
     SWITCH,
@@ -197,6 +198,11 @@ class Settings(Checked):
         return self.bokeh_pivot is not None and self.num_grounding_steps != 0
 
     @property
+    def shows_pivot(self) -> bool:
+        """Whether its pivot is a picture of the result."""
+        return self.makes_pivot
+
+    @property
     def num_rows(self) -> int:
         """Pictures that are computed, the pivot included."""
         return len(self.bokeh_targets or (None,)) + self.makes_pivot
@@ -232,6 +238,19 @@ class GenerateSettings(Settings):
              "%(default)s)",
     )  # fmt: skip
 
+    pivot_steps: str | None = setting(
+        None, PIVOT_STEPS, metavar="WHICH", sparse=True,
+        help="grounded: leave the pivot out once grounding is over, where its own picture is not wanted "
+             "(default: all)",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pivot_steps == "grounded" and not self.makes_pivot:
+            raise ValueError("pivot_steps grounded needs a grounded run: give bokeh_pivot")
+        if self.pivot_steps == "grounded" and self.reuse is not None:
+            raise ValueError("reuse follows the pivot to the end: leave out pivot_steps grounded, or reuse")
+
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
         # Early recipes may hold negative seeds, which were taken modulo 2^64.
@@ -243,6 +262,10 @@ class GenerateSettings(Settings):
     def completed(self, defaults: Defaults) -> Self:
         complete = super().completed(defaults)
         return complete if self.seed is not None else dataclasses.replace(complete, seed=random_seed())
+
+    @property
+    def shows_pivot(self) -> bool:
+        return self.makes_pivot and self.pivot_steps != "grounded"
 
     @property
     def summary(self) -> str:
@@ -315,6 +338,11 @@ class RefocusSettings(LensSettings, Settings):
         return super(RefocusSettings, dataclasses.replace(self, num_inference_steps=steps)).completed(
             defaults
         )
+
+    @property
+    def shows_pivot(self) -> bool:
+        """Whether its pivot is a picture of the result."""
+        return self.makes_pivot
 
     @property
     def num_rows(self) -> int:

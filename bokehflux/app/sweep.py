@@ -208,11 +208,11 @@ class Sweep:
         assert isinstance(settings, GenerateSettings)
         shots = finished(self.output / folder_name(wanted), wanted)
         keys = [("target", level) for level in settings.bokeh_targets or ()]
-        keys += [("pivot", settings.bokeh_pivot or 0.0)] if settings.makes_pivot else []
+        keys += [("pivot", settings.bokeh_pivot or 0.0)] if settings.shows_pivot else []
         if not set(keys) <= set(shots):
             return None
         found = [shots[key] for key in keys]
-        pivot = found.pop() if settings.makes_pivot else None
+        pivot = found.pop() if settings.shows_pivot else None
         return self._nothing_new(found[0]).merged(found, pivot)
 
     def _nothing_new(self, shot: Shot) -> Scene:
@@ -242,7 +242,7 @@ class Sweep:
         old = [found["target", level] for level in levels if ("target", level) in found]
         missing = tuple(level for level in levels if ("target", level) not in found)
         pivot = None
-        if settings.makes_pivot and settings.bokeh_pivot is not None:
+        if settings.shows_pivot and settings.bokeh_pivot is not None:
             pivot = found.get(("pivot", settings.bokeh_pivot))
 
         def new(result: Result) -> Scene:
@@ -251,7 +251,7 @@ class Sweep:
             made = made if missing else dataclasses.replace(made, targets=())
             return made if pivot is None else dataclasses.replace(made, pivot=None)
 
-        if not missing and (pivot is not None or not settings.makes_pivot):
+        if not missing and (pivot is not None or not settings.shows_pivot):
             fresh = self._nothing_new(old[0])
             return _Made(fresh=fresh, kept=tuple(old), pivot=pivot, folder=folder)
         try:

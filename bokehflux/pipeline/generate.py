@@ -13,7 +13,7 @@ from bokehflux.sampling.denoise import Grounding
 from bokehflux.sampling.latents import LatentGrid, noise, pack
 from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import Velocity
-from bokehflux.sampling.shortcuts import reused
+from bokehflux.sampling.shortcuts import reused, without_pivot
 
 
 def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache | None = None) -> Plan:
@@ -27,7 +27,7 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
     # Sizes that are not multiples of 16 are floored, and it says so.
     LatentGrid.floored(asked.height or model.defaults.height_px, asked.width or model.defaults.width_px)
     settings = asked.completed(model.defaults)
-    grounded = settings.makes_pivot
+    grounded, numbers = settings.makes_pivot, settings.numbers()
     if pivot_cache is not None and not grounded:
         raise ValueError("pivot_cache needs a grounded run: give bokeh_pivot and at least one grounded step")
     scene = _scene(model, settings)
@@ -41,9 +41,13 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
     if grounded:
         grounding = Grounding(
             pivot_row=0 if kept is None else None,
-            num_steps=settings.numbers().grounded_steps,
+            num_steps=numbers.grounded_steps,
             cache=pivot_cache,
         )
+
+    leaves = settings.pivot_steps == "grounded"
+    if leaves and pivot_cache is not None:
+        raise ValueError("a pivot_cache keeps the whole pivot: leave out pivot_steps grounded")
 
     def begin(stage: Stage) -> Start:
         assert settings.seed is not None
@@ -54,6 +58,9 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
         if settings.reuse is not None:
             pivot = alone(stage) if kept is None else kept.velocity
             velocity = reused(velocity, pivot, settings.reuse, len(stage.sigmas) - 1)
+        if leaves and numbers.grounded_steps < numbers.steps:
+            targets = stage.velocity(settings.bokeh_targets, None)
+            velocity = without_pivot(velocity, targets, numbers.grounded_steps)
         if pivot_cache is not None and kept is None:
             velocity = pivot_cache.recorded(velocity)
         return Start(start.expand(settings.num_rows, -1, -1), velocity)

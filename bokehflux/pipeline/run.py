@@ -228,11 +228,12 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     images = made.images
     if plan.finish is not None:  # what is decoded there is no picture of the result's
         images = plan.finish(images) if made.stop is None else []
+    shown = settings.shows_pivot or not settings.makes_pivot
     result = Result(
         images=images,
-        pivot_image=plan.shown or plan.photo or made.pivot,
+        pivot_image=(plan.shown or plan.photo or made.pivot) if shown else None,
         latents=end.targets,
-        pivot_latents=end.pivot,
+        pivot_latents=end.pivot if shown else None,
         record=Record(settings=settings, provenance=provenance),
     )
     if made.stop is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 
+import torch
 from torch import Tensor
 
 from bokehflux.sampling.samplers import Velocity
@@ -32,6 +33,24 @@ def reused(velocity: Velocity, pivot: Velocity, every: int, num_steps: int) -> V
         along = float((sigma - sigma_1) / (sigma_1 - sigma_0))
         v = pivot(x, sigma, step)  # [1, N, C]
         return (v.float() + newest + along * (newest - before)).to(v.dtype)
+
+    return follow
+
+
+def without_pivot(velocity: Velocity, targets: Velocity, num_steps: int) -> Velocity:
+    """A velocity that computes row 0 in the first `num_steps` only; then `targets` ([N, L, C]) alone.
+
+    Row 0 then keeps its last velocity, so that it ends as what the network held it for: near enough to tell
+    the scene's colours by, not a picture.
+    """
+    kept: list[Tensor] = []
+
+    def follow(x: Tensor, sigma: Tensor, step: int) -> Tensor:
+        if step >= num_steps:
+            return torch.cat([kept[0], targets(x[1:], sigma, step)])
+        v = velocity(x, sigma, step)
+        kept[:] = [v[:1]]
+        return v
 
     return follow
 

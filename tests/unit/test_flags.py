@@ -41,6 +41,7 @@ COMMON: dict[str, list[str]] = {
     "--width": ["64"],
     "--max-sequence-length": ["3"],
     "--reuse": ["2"],
+    "--pivot-steps": ["grounded"],
     "--max-rows": ["1"],
     "--vae-tiling": ["on"],
     "--model": ["other"],

@@ -68,6 +68,7 @@ ROWS: dict[str, GenerateSettings] = {
     "fewer rows than ranks": asked(1),
     "no pivot": asked(3, pivot=None),
     "true CFG": asked(2, true_cfg=2.0),
+    "without the pivot": asked(3, num_grounding_steps=2, pivot_steps="grounded"),
     "reuse": dataclasses.replace(asked(3, reuse=2), num_inference_steps=8),
 }
 

@@ -17,7 +17,7 @@ from bokehflux.pipeline.run import Result
 from bokehflux.record import GenerateSettings, Record
 from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import euler
-from bokehflux.sampling.shortcuts import is_computed, reused
+from bokehflux.sampling.shortcuts import is_computed, reused, without_pivot
 from tests.tiny import tiny_pipeline
 
 STEPS = 14
@@ -105,6 +105,56 @@ def test_a_pivot_cache_gives_the_pivot_of_every_step(device: str | None, filled_
     assert seen == [2] * COMPUTED
     torch.testing.assert_close(later.latents, whole.latents[[2, 1]], atol=2e-4, rtol=0)
     torch.testing.assert_close(later.pivot_latents, whole.pivot_latents, atol=2e-4, rtol=0)
+
+
+def test_a_pivot_that_is_left_out() -> None:
+    """Targets are computed as before, and keep nearly the pivot's colours; nobody gets a picture of it."""
+    pipe = tiny_pipeline()
+    exact = generate(pipe)
+    seen = rows_of(pipe)
+    short = generate(pipe, pivot_steps="grounded")
+    grounded = round(0.8 * STEPS)
+    assert seen == [1 + len(LEVELS)] * grounded + [len(LEVELS)] * (STEPS - grounded)
+    torch.testing.assert_close(short.latents, exact.latents, atol=2e-4, rtol=0)
+    assert short.pivot_image is None and short.pivot_latents is None
+    assert exact.pivot_image is not None and exact.pivot_latents is not None
+    for mine, theirs in zip(short.images, exact.images, strict=True):
+        assert np.abs(np.asarray(mine, float).mean((0, 1)) - np.asarray(theirs, float).mean((0, 1))).max() < 6
+    assert short.record.recipe()["pivot_steps"] == "grounded"
+    whole = generate(pipe, pivot_steps="grounded", num_grounding_steps=STEPS)
+    assert whole.pivot_image is None
+    torch.testing.assert_close(whole.latents, generate(pipe, num_grounding_steps=STEPS).latents)
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_a_row_that_is_left_goes_on_straight(grounded: int, more: int) -> None:
+    """... to what the network held it for when it was last computed."""
+    sigmas, x = torch.linspace(1, 0, grounded + more + 1), torch.randn(1, 3, 4).expand(3, -1, -1)
+
+    def velocity(x: Tensor, sigma: Tensor, step: int) -> Tensor:
+        return x * sigma
+
+    before = euler(velocity, x, sigmas[:grounded])
+    held = before[0] - sigmas[grounded - 1] * before[0] * sigmas[grounded - 1]
+    short = euler(without_pivot(velocity, velocity, grounded), x, sigmas)
+    torch.testing.assert_close(short[0], held, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(short[1:], euler(velocity, x, sigmas)[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"bokeh_pivot": None}, "needs a grounded run"),
+        ({"num_grounding_steps": 0}, "needs a grounded run"),
+        ({"reuse": 2}, "follows the pivot"),
+        ({"pivot_cache": PivotCache()}, "keeps the whole pivot"),
+        ({"pivot_steps": "some"}, "all or grounded"),
+    ],
+    ids=str,
+)
+def test_a_pivot_that_cannot_be_left_out(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        tiny_pipeline().generate("a mug", [0, 8], **{"bokeh_pivot": 15, "pivot_steps": "grounded", **options})
 
 
 def test_refocus_computes_nothing_between() -> None:
