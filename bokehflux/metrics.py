@@ -154,10 +154,11 @@ def blur_radius(
 
     A fit by least squares in linear light, over all discs up to `LARGEST_RADIUS` of the shorter side. What
     lies outside of region [H, W] is left out on both sides, so that it does not bleed in. 0 is unchanged; NaN
-    where the region has fewer than 16 pixels, and where the largest disc fits best.
+    where the region has fewer than 16 pixels, where it holds NaN, and where the largest disc fits best.
     """
     light = luma(torch.cat([sharp[None], images]).float().clamp(0, 1) ** GAMMA)[:, None]
     weight = torch.ones_like(light[:1]) if region is None else region.to(light)[None, None]
+    light = torch.where(weight > 0, light, 0.0)  # 0 times NaN would be NaN
     largest = LARGEST_RADIUS * min(light.shape[-2:])
     if weight.sum() < 16 or largest < 1:
         return torch.full((len(images),), math.nan)
@@ -184,6 +185,8 @@ def blur_radius(
 def _lowest(radii: torch.Tensor, errors: torch.Tensor) -> torch.Tensor:
     """The radius of the least of errors [R], by the parabola through it and its neighbours."""
     best = int(errors.argmin())
+    if not errors.isfinite().all():
+        return errors.new_tensor(math.nan)
     if best in (0, len(radii) - 1):
         return radii[best] if best == 0 else errors.new_tensor(math.nan)
     (a, b, c), (x, y, z) = errors[best - 1 : best + 2].double(), radii[best - 1 : best + 2].double()

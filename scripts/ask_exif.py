@@ -11,8 +11,10 @@ keeps below the service's limit of 3600 an hour. `bokehflux annotate --exif exif
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
+import re
 import sys
 import time
 import urllib.error
@@ -38,13 +40,17 @@ class Busy(Exception):
 def ids_in(path: Path, newer_than: int) -> Iterator[str]:
     """Photo ids in a file of ids and links, each once, above a number. Raises ValueError for other lines."""
     seen = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text with a photo id or a link a line: {error}") from None
+    for number, line in enumerate(lines, 1):
         word = line.strip()
         found = PHOTO_ID.search(word)
         photo_id = (found[1] or found[2]) if found else word
         if not word:
             continue
-        if not photo_id.isdigit():
+        if not re.fullmatch("[0-9]{1,30}", photo_id):
             raise ValueError(
                 f"{path}, line {number}: expected a photo id or a link of Flickr, got {word!r:.80}"
             )
@@ -54,15 +60,26 @@ def ids_in(path: Path, newer_than: int) -> Iterator[str]:
 
 
 def answered(path: Path) -> set[str]:
-    """Ids that a file of answers holds. A last line that was cut off is taken away."""
+    """Ids that a file of answers holds. A last line that was cut off is taken away.
+
+    Raises ValueError for a file of anything else, which is left as it is.
+    """
     if not path.exists():
         return set()
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
+    ids = set()
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        try:
+            ids.add(str(json.loads(line)["photo_id"]))
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise ValueError(f"{path}, line {number}: not an answer of this script: {line!r:.80}") from None
+    if len(whole) < len(data) and not (whole or data.startswith(b"{")):
+        raise ValueError(f"{path}: not a file of answers of this script")
     if len(whole) < len(data):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    return {json.loads(line)["photo_id"] for line in whole.splitlines()}
+    return ids
 
 
 def ask(service: str, key: str, photo_id: str) -> dict[str, Any]:
@@ -76,16 +93,18 @@ def ask(service: str, key: str, photo_id: str) -> dict[str, Any]:
         if error.code == 429 or error.code >= 500:
             raise Busy(f"HTTP {error.code}") from None
         raise ValueError(f"the service refuses: HTTP {error.code} {error.reason}") from None
-    except (OSError, ValueError) as error:
-        raise Busy(str(error)) from None
-    if answer.get("stat") == "ok":
-        return {"photo_id": photo_id, "stat": "ok", "flickr_exif": answer["photo"]["exif"]}
-    code = answer.get("code")
-    if code in REFUSALS:
-        return {"photo_id": photo_id, "stat": REFUSALS[code], "flickr_exif": None}
-    if code in (105, 106):  # "service currently unavailable", "write operation failed"
-        raise Busy(answer.get("message", ""))
-    raise ValueError(f"the service refuses: {answer.get('message')} (code {code})")
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+        raise Busy(str(error) or type(error).__name__) from None
+    match answer:
+        case {"stat": "ok", "photo": {"exif": list(found)}}:
+            return {"photo_id": photo_id, "stat": "ok", "flickr_exif": found}
+        case {"stat": "fail", "code": int(code)} if code in REFUSALS:
+            return {"photo_id": photo_id, "stat": REFUSALS[code], "flickr_exif": None}
+        case {"stat": "fail", "code": 105 | 106}:  # "service currently unavailable", "write operation failed"
+            raise Busy(answer.get("message", ""))
+        case {"stat": "fail"}:
+            raise ValueError(f"the service refuses: {answer.get('message')} (code {answer.get('code')})")
+    raise ValueError(f"the service answers in another form than expected, about {photo_id}: {answer!r:.200}")
 
 
 def ask_patiently(asked: Callable[[], dict[str, Any]], sleep: Callable[[float], None]) -> dict[str, Any]:
@@ -112,6 +131,10 @@ def main() -> int:
                         help="seconds between two requests (default: %(default)s)")  # fmt: skip
     parser.add_argument("--service", default=SERVICE, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not 0 <= args.every_s <= 86_400:
+        parser.error(f"--every-s must be between 0 and 86400 seconds, got {args.every_s:g}")
+    if not args.service.startswith(("http://", "https://")):
+        parser.error(f"--service must be a link that begins with http, got {args.service}")
     key = os.environ.get("FLICKR_API_KEY")
     if not key:
         parser.error(

@@ -39,7 +39,7 @@ def train(args: argparse.Namespace) -> int:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-    lines = dry_run(recipe, out)  # which finds what is wrong, whether or not it is shown
+    lines = dry_run(recipe, out, resume=args.resume)  # which finds what is wrong, whether or not it is shown
     if not args.dry_run:
         train_adapter(recipe, out, device, resume=args.resume)
         lines = [str(out / "adapter")]

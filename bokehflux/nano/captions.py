@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -96,8 +96,11 @@ def all_words() -> list[str]:
         *COMPANY,
         "an",
     ]
-    plain = re.sub(r"\{\w+\}", " ", " ".join(texts))
-    return sorted(set(re.findall(r"[a-z-]+", plain)))
+    return sorted(_words(texts))
+
+
+def _words(texts: Iterable[str]) -> set[str]:
+    return set(re.findall(r"[a-z-]+", re.sub(r"\{\w+\}", " ", " ".join(texts))))
 
 
 def vocabulary() -> dict[str, tuple[str, ...]]:
@@ -130,17 +133,18 @@ def held_out(n: int = NUM_HELD_OUT) -> tuple[SceneSpec, list[str]]:
 def spec_of(prompt: str) -> SceneSpec | None:
     """The one scene that a caption describes, or None for words that are not a caption of nano's world.
 
-    Objects that a caption does not mention are not there. Order, commas and openings do not matter.
+    Objects that a caption does not mention are not there. Order, commas and openings do not matter; a word
+    that no caption has makes it another picture's.
     """
     text = " ".join(re.findall(r"[a-z-]+", prompt.lower()))
     tables = [i for i, name in enumerate(TABLES) if name in text]
     backgrounds = [i for i, name in enumerate(BACKGROUNDS) if name.removeprefix("a ") in text]
     for name in (*TABLES, *BACKGROUNDS):
-        text = text.replace(name, "")
-    things = re.findall(
-        rf"\b(?:({'|'.join(PATTERNS[1:])}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", text
-    )
-    if len(tables) != 1 or len(backgrounds) != 1 or not 1 <= len(things) <= 1 + MAX_MID:
+        text = text.replace(name.removeprefix("a "), "")
+    thing = rf"\b(?:({'|'.join(PATTERNS[1:])}) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b"
+    things = re.findall(thing, text)
+    strange = _words([re.sub(thing, " ", text)]) - _words([*OPENINGS, *SETTINGS, FRAMED, *COMPANY, "a an"])
+    if strange or len(tables) != 1 or len(backgrounds) != 1 or not 1 <= len(things) <= 1 + MAX_MID:
         return None
     (pattern, color, shape), *others = things
     mid = [*others, *[("", COLORS[0], SHAPES[0])] * (MAX_MID - len(others))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,6 +176,13 @@ class OnnxRecipe:
     def __post_init__(self) -> None:
         if self.gives not in get_args(Gives):
             raise ValueError(f"gives must be one of {', '.join(get_args(Gives))}, got {self.gives!r}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(math.isfinite(v) for v in values) or name == "std" and 0 in values:
+                raise ValueError(f"{name} must be three numbers, those of std not 0, got {values!r}")
+        whole = {"side_px": self.side_px, "multiple_px": self.multiple_px}
+        for name, value in (whole | self.more).items():
+            if type(value) is not int or (name in whole and value < 1):
+                raise ValueError(f"{name} must be a whole number, sizes at least 1, got {value!r}")
 
 
 RECIPES = {
@@ -234,6 +242,14 @@ class _Onnx:
         needed = {*(POINTS if recipe.gives == "points" else ()), *([recipe.sky] if recipe.sky else [])}
         if lacking := sorted(needed - set(outputs)):
             raise ValueError(f"{file} has no output {', '.join(lacking)}, but {', '.join(outputs)}")
+        inputs = {one.name for one in self.session.get_inputs()} - {self.input.name}
+        if lacking := sorted(set(recipe.more) - inputs):
+            raise ValueError(f"{file} has no input {', '.join(lacking)}: a .json recipe can leave it out")
+        if lacking := sorted(inputs - set(recipe.more)):
+            raise ValueError(
+                f"{file} has inputs that nothing is known of, {', '.join(lacking)}: a .json recipe can give "
+                'them whole numbers, as in "more": {"num_tokens": 2500}'
+            )
 
     def run(self, image: Image.Image) -> tuple[dict[str, Array], tuple[int, int]]:
         """Outputs by name, the first first, without their axes of length 1; and the size that went in."""
@@ -242,8 +258,7 @@ class _Onnx:
         x = _normalised(image.resize(size, Image.Resampling.BILINEAR), (self.recipe.mean, self.recipe.std))
         if self.input.type == "tensor(float16)":
             x = x.astype(np.float16)
-        names = {one.name for one in self.session.get_inputs()}
-        more = {name: np.array(value, np.int64) for name, value in self.recipe.more.items() if name in names}
+        more = {name: np.array(value, np.int64) for name, value in self.recipe.more.items()}
         outputs = self.session.run(None, {self.input.name: x, **more})
         found = [one.name for one in self.session.get_outputs()]
         return {

@@ -48,21 +48,32 @@ def distinct(stems: Sequence[str]) -> list[str]:
     return [stem if count == 1 else f"{stem}-{count}" for stem, count in zip(stems, counts, strict=True)]
 
 
-def check_folder(folder: Path, num_bytes: int = 0) -> None:
-    """Make the output folder and raise ValueError unless `num_bytes` of files can be written there."""
+def check_place(folder: Path) -> None:
+    """Raise ValueError unless a folder is there that can be written to, or could be made. Makes nothing."""
     try:
         for place in (folder, *folder.parents):
             if place.is_symlink() and not place.exists():
                 raise OSError(f"{place} is a link to {os.readlink(place)}, which is not there")
             if place.exists() and not place.is_dir():
                 raise OSError(f"{place} is a file, and a folder was expected")
+        here = next(place for place in (folder, *folder.parents) if place.exists())
+        if not os.access(here, os.W_OK | os.X_OK):
+            raise OSError(f"{here} is closed to you, or on a disk that is only read")
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write to output folder {folder}: {said}") from error
+
+
+def check_folder(folder: Path, num_bytes: int = 0) -> None:
+    """Make the output folder and raise ValueError unless `num_bytes` of files can be written there."""
+    check_place(folder)
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         free = shutil.disk_usage(folder).free
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        said = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot write to output folder {folder}: {said}") from error
+    except OSError as error:
+        raise ValueError(f"cannot write to output folder {folder}: {error.strerror or error}") from error
     if free < num_bytes:
         raise ValueError(
             f"output folder {folder} has {free / 1e6:.0f} MB free, and up to {num_bytes / 1e6:.0f} MB are "

@@ -202,6 +202,41 @@ def test_outputs_that_a_kind_needs_and_a_file_lacks(tmp_path: Path) -> None:
             open_depth(file, kind, "cpu")
 
 
+def test_inputs_that_a_kind_knows_are_those_of_the_file(tmp_path: Path) -> None:
+    """A number that went nowhere, or that nothing gave, was not said."""
+    outputs = {
+        "points": ("Points", [1, "h", "w", 3]),
+        "mask": ("Sigmoid", MAP),
+        "metric_scale": ("Scale", []),
+    }
+    without = save(tmp_path / "without.onnx", "any", outputs)
+    with pytest.raises(ValueError, match="without.onnx has no input num_tokens: a .json recipe can leave it"):
+        open_depth(without, "moge-2", "cpu")
+    own = tmp_path / "own.json"
+    own.write_text('{"gives": "points"}')
+    assert open_depth(without, str(own), "cpu").depth_m(photograph(), 80.0).shape == (40, 60)
+    asking = save(tmp_path / "asking.onnx", 32, {"mask": ("Abs", [1, 1, 32, 32])}, tokens=True)
+    with pytest.raises(ValueError, match="asking.onnx has inputs that nothing is known of, num_tokens"):
+        open_mask(asking, "isnet", "cpu")
+    own.write_text('{"gives": "matte", "more": {"num_tokens": 3}}')
+    assert open_mask(asking, str(own), "cpu").mask(photograph()).shape == (40, 60)
+
+
+@pytest.mark.parametrize(("field", "says"), [
+    ('"more": {"num_tokens": "3"}', "num_tokens must be a whole number"),
+    ('"more": {"num_tokens": 2.5}', "num_tokens must be a whole number"),
+    ('"side_px": 0', "side_px must be"), ('"multiple_px": 0', "multiple_px must be"),
+    ('"side_px": "1"', "side_px must be"),
+    ('"std": [1, 0, 1]', "std must be three numbers"), ('"mean": [1, 1]', "mean must be three numbers"),
+    ('"mean": ["1", "1", "1"]', "is not a recipe"), ('"more": [1]', "is not a recipe"),
+    ('"gives": ["matte"]', "gives must be one of"),
+])  # fmt: skip
+def test_recipes_that_no_file_has(tmp_path: Path, field: str, says: str) -> None:
+    (tmp_path / "own.json").write_text('{"gives": "matte", ' + field + "}")
+    with pytest.raises(ValueError, match=says):
+        open_mask(tmp_path / "m.onnx", str(tmp_path / "own.json"), "cpu")
+
+
 @pytest.mark.parametrize("started", [True, False])
 def test_cuda_is_the_device_that_was_named_or_an_error(
     tmp_path: Path, started: bool, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import runpy
 import sys
@@ -131,6 +132,67 @@ def test_what_ends_the_work(
     said = capsys.readouterr().err
     assert says in said and KEY not in said
     assert Path("exif.jsonl").read_text() == ""
+
+
+PHOTO: dict[str, Any] = {"stat": "ok", "photo": {"id": "1"}}
+
+
+@pytest.mark.parametrize("answer", [
+    [], "words", 3, None, {}, {"stat": "ok"}, PHOTO, PHOTO | {"photo": []},
+    {"stat": "ok", "photo": {"exif": 1}},
+    {"stat": "fail", "code": [1]}, {"stat": "fail"},
+])  # fmt: skip
+def test_answers_in_another_form_end_the_work_in_words(
+    service: Service, answer: Any, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    links("53000000001")
+    service.next = [(200, answer)]
+    assert run(service, monkeypatch) == 1
+    assert "ask_exif: error: the service " in capsys.readouterr().err
+    assert Path("exif.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b"\xff\xfe", b""])
+def test_what_is_cut_or_garbled_is_asked_again(service: Service, body: bytes, monkeypatch: Any) -> None:
+    links("53000000001")
+    service.next = [(200, body)]
+    assert run(service, monkeypatch) == 0 and len(service.asked) == 2
+
+
+def test_a_connection_that_breaks_off_is_tried_again(service: Service, monkeypatch: Any) -> None:
+    links("53000000001")
+    real, calls = SCRIPT["json"].load, []
+
+    def cut(response: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise http.client.IncompleteRead(b"half")
+        return real(response)
+
+    monkeypatch.setattr(SCRIPT["json"], "load", cut)
+    assert run(service, monkeypatch) == 0 and len(calls) == 2
+
+
+@pytest.mark.parametrize(("name", "data"), [
+    ("exif.jsonl", b'{"id": 3}\n'), ("exif.jsonl", b"a diary\nof mine\n"), ("exif.jsonl", b"[1]\n"),
+    ("exif.jsonl", b"no line at all"), ("links.txt", b"\xff\xfe\x00"), ("links.txt", "\u00b2".encode()),
+])  # fmt: skip
+def test_files_of_another_kind_are_left_as_they_are(
+    service: Service, name: str, data: bytes, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    links("53000000001")
+    Path(name).write_bytes(data)
+    assert run(service, monkeypatch) == 1
+    assert f"ask_exif: error: {name}" in capsys.readouterr().err
+    assert Path(name).read_bytes() == data and not service.asked
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--every-s", "nan"), ("--every-s", "-1"), ("--every-s", "inf"),
+                                             ("--service", "ftp://x"), ("--service", "flickr")])  # fmt: skip
+def test_flags_that_cannot_be(service: Service, flag: str, value: str, monkeypatch: Any) -> None:
+    links("53000000001")
+    with pytest.raises(SystemExit):
+        run(service, monkeypatch, f"{flag}={value}")
 
 
 def test_rate(service: Service, monkeypatch: Any) -> None:

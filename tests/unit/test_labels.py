@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -289,32 +287,50 @@ def test_annotate_refuses(
     assert says in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_the_maps(tmp_path: Path) -> None:
-    """A run that is killed half-way leaves whole files; the same command finishes them."""
-    place = photographs(tmp_path / "in", **{f"n{n}": sharp() for n in range(40)})
-    for n in range(40):
+HELD_UP = """
+import signal, sys, time
+from bokehflux.app import cli
+from bokehflux.photos.labels import Labeller
+
+label, seen = Labeller.label, []
+
+def held_up(self, row):
+    seen.append(row)
+    if len(seen) == 4:
+        print("three are done", flush=True)
+        time.sleep(60)
+    return label(self, row)
+
+Labeller.label = held_up
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_keeps_the_maps(tmp_path: Path, number: int) -> None:
+    """Whole files, and no labels of a part; the same command finishes them."""
+    place = photographs(tmp_path / "in", **{f"n{n}": sharp() for n in range(6)})
+    for n in range(6):
         (place / f"n{n}.depth.npz").write_bytes(npz(depth=scene("subject")[1]))
         (place / f"n{n}.mask.npz").write_bytes(npz(mask=scene("subject")[2]))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "bokehflux", "annotate", str(place), "--output", str(out)]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    stop = threading.Timer(60, run.kill)
-    stop.start()
-    while not list(out.glob("maps/*.npz")) and run.poll() is None:
-        time.sleep(0.005)
-    run.send_signal(signal.SIGINT)
-    said = run.communicate()[1]
-    stop.cancel()
-    if run.returncode == 0:
-        pytest.skip("it was too fast to be interrupted")
-    assert (
-        run.returncode == 130 and "the same command goes on" in said and not (out / "labels.jsonl").exists()
-    )
-    for path in out.glob("maps/*.npz"):
+    words = ["annotate", str(place), "--output", str(out)]
+    command = [sys.executable, "-c", HELD_UP, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == "three are done\n"
+        run.send_signal(number)
+        said = run.communicate(timeout=30)[1]
+    assert run.returncode == 128 + number and "the same command goes on" in said
+    assert not (out / "labels.jsonl").exists() and not list(out.rglob(".*"))
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("maps/*.npz")}
+    assert len(kept) == 3
+    for path in kept:
         with np.load(path) as maps:
             assert maps["depth"].shape == (128, 192)
-    assert cli.main(command[3:]) == 0
-    assert len(read_labels(out)) == 40
+    assert cli.main(words) == 0
+    assert len(read_labels(out)) == 6
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_a_real_photograph_with_a_real_mask(tmp_path: Path) -> None:

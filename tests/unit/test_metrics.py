@@ -218,6 +218,25 @@ def test_blur_radius_says_when_there_is_none() -> None:
     assert metrics.blur_radius(torch.full((1, 3, 96, 96), 0.5), sharp).isnan().all(), "beyond any disc"
 
 
+def test_blur_radius_says_when_a_pixel_is_none() -> None:
+    """In that picture alone; in none where it lies outside of the region."""
+    light = things("texture")
+    sharp = photographed(light)
+    images = torch.stack([photographed(light, radius) for radius in RADII])
+    inside = torch.zeros(96, 96, dtype=torch.bool)
+    inside[20:76, 20:76] = True
+    wanted = metrics.blur_radius(images, sharp, inside)
+    images[2, 1, 50, 50] = torch.nan
+    found = metrics.blur_radius(images, sharp, inside)
+    assert found.isnan().tolist() == [False, False, True, False, False]
+    assert torch.equal(found[[0, 1, 3, 4]], wanted[[0, 1, 3, 4]])
+    images[2], sharp[0, 5, 5] = photographed(light, RADII[2]), torch.nan
+    images[0, 2, 80, 3] = torch.nan
+    assert torch.equal(metrics.blur_radius(images, sharp, inside), wanted)
+    sharp[:, 50, 50] = torch.nan
+    assert metrics.blur_radius(images, sharp, inside).isnan().all()
+
+
 def test_pictures_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected \[B, 3, H, W\], got \[3, 8, 8\]"):
         metrics.sharpness(torch.zeros(3, 8, 8))

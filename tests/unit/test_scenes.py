@@ -256,6 +256,9 @@ def test_other_words_are_not_a_caption() -> None:
         f"a colored ball {setting}",
         f"a red balloon {setting}",
         f"a red ball {setting} and a brick wall",
+        f"a red ball {setting}, watercolor",
+        f"a very large red ball {setting}",
+        f"a red ball with its subject {setting}",
         f"a red ball and a blue cone and a pink mug and a teal star {setting}",
     ):
         assert captions.spec_of(words) is None, words

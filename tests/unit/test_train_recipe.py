@@ -314,6 +314,28 @@ def test_an_adapter_to_begin_with_decides_its_shape(recipe: AdapterRecipe, tmp_p
             recipes.dry_run(dataclasses.replace(further, **change), tmp_path)  # type: ignore[arg-type]
 
 
+def test_a_dry_run_looks_at_the_output(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    """As the run does, and makes nothing there."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "done" / "adapter").mkdir(parents=True)
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "state.safetensors").write_bytes(b"0")
+    there = sorted(tmp_path.rglob("*"))
+    for out, resume, said in (
+        ("file", False, "file is a file, and a folder was expected"), ("file/x", False, "is a file"),
+        ("link", False, "link is a link to .*gone, which is not there"),
+        ("done", False, "adapter: an earlier run made it"), ("new", True, "no saved run to resume"),
+        ("stopped", False, "--resume goes on with that run"), ("stopped", True, "not a .safetensors file"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            recipes.dry_run(recipe, tmp_path / out, resume=resume)
+        with pytest.raises(ValueError, match=said):
+            recipes.train_adapter(recipe, tmp_path / out, CPU, resume=resume)
+    assert recipes.dry_run(recipe, tmp_path / "new" / "er")
+    assert sorted(tmp_path.rglob("*")) == there
+
+
 def test_what_does_not_fit_is_said_before_weights_are_read(
     recipe: AdapterRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

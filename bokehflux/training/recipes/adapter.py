@@ -22,6 +22,7 @@ from bokehflux.conditioning import Conditioning
 from bokehflux.configs import BokehConfig, MMDiTConfig
 from bokehflux.models.adapter import BokehAdapter, init_adapter
 from bokehflux.models.embeddings import RopeTable, rope_table
+from bokehflux.pictures.files import check_place
 from bokehflux.pipeline.memory import place
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.training.adapter import Sampling, adapter_loss, trainable_adapter
@@ -216,26 +217,13 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     """
     if recipe.graphs and device.type != "cuda":
         raise ValueError(f"graphs = true needs a CUDA GPU, the device is {device}: leave graphs out")
+    saves = _saves(recipe, out, resume)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    saves = Saves(
-        path=out / "state.safetensors", every=recipe.save_every, settings=vars(recipe), resume=resume
-    )
-    if resume:
-        saves.open()[0].close()
-    elif saves.path.exists():
-        raise CheckpointError(
-            saves.path,
-            "a stopped run left it: --resume goes on with that run, without the file one begins anew",
-        )
-    elif (out / "adapter").exists():
-        raise CheckpointError(
-            out / "adapter", "an earlier run made it: choose another folder, or move it away"
-        )
 
     def encode(prompts: Sequence[str]) -> Conditioning:
         # As they encode when pictures are made, whatever the loss is computed in.
@@ -287,6 +275,27 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
         saves.path.unlink(missing_ok=True)
 
 
+def _saves(recipe: AdapterRecipe, out: Path, resume: bool) -> Saves:
+    """Where the run keeps its state. Raises CheckpointError for a folder that holds another run, or none to
+    go on with, and ValueError for one that cannot be written to."""
+    check_place(out)
+    saves = Saves(
+        path=out / "state.safetensors", every=recipe.save_every, settings=vars(recipe), resume=resume
+    )
+    if resume:
+        saves.open()[0].close()
+    elif saves.path.exists():
+        raise CheckpointError(
+            saves.path,
+            "a stopped run left it: --resume goes on with that run, without the file one begins anew",
+        )
+    elif (out / "adapter").exists():
+        raise CheckpointError(
+            out / "adapter", "an earlier run made it: choose another folder, or move it away"
+        )
+    return saves
+
+
 def _first_adapter(recipe: AdapterRecipe, mmdit: MMDiTConfig) -> BokehAdapter:
     """On the CPU, so that one seed means one adapter on every device."""
     if recipe.adapter is not None:
@@ -296,8 +305,9 @@ def _first_adapter(recipe: AdapterRecipe, mmdit: MMDiTConfig) -> BokehAdapter:
     return adapter
 
 
-def dry_run(recipe: AdapterRecipe, out: Path) -> list[str]:
+def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[str]:
     """What the run would take, a line each. Reads headers, writes nothing, and raises as the run would."""
+    _saves(recipe, out, resume)
     snapshot = resolve_model(recipe.model)
     snapshot.close()
     groups, photographs = _data(recipe, _never)
