@@ -40,6 +40,7 @@ ALLOWED_IN = {
     "bokehflux.photos.readers": {"PIL", "numpy", "pyarrow"},
     "bokehflux.pipeline": {"torch", "numpy", "PIL"},
     "bokehflux.training": {"torch"},
+    "bokehflux.training.prepare": {"torch", "numpy", "PIL"},
     "bokehflux.nano": {"torch", "numpy", "tokenizers"},
     "bokehflux.evaluation": {"torch", "numpy", "PIL"},
     "bokehflux.app": {"torch", "PIL"},
@@ -76,13 +77,15 @@ OWN_IN = {
     "pipeline": LIBRARY | {"record", "pictures", "photos", "rendering", "pipeline"},
     # A run streams its base as a pipeline does, and makes pictures of what it has learned.
     "training": LIBRARY | {"rendering", "metrics", "pictures", "pipeline", "training"},
+    "training.prepare": LEAVES | {"models", "photos", "rendering", "training"},
     "nano": LIBRARY | {"rendering", "metrics", "training", "nano"},
     "evaluation": LIBRARY
     | {"record", "rendering", "metrics", "pictures", "photos", "pipeline", "nano", "evaluation"},
     "app": LIBRARY | {"fields", "record", "metrics", "pictures", "photos", "pipeline", "app"},
     # The one command that judges: nano's renderer, which it measures by, comes with the evaluation.
     "app.judge": {"evaluation", "pictures", "app.arguments", "app.sweep", "app.terminal"},
-    "app.train": {"training", "app.terminal"},
+    # What is trained, and what it is trained on.
+    "app.train": {"training", "weights", "photos", "pictures", "rendering", "app.terminal"},
 }
 """Which of our own modules (below bokehflux) each part may import; a part that is not named may not exist."""
 

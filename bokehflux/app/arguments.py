@@ -149,7 +149,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     info = command("info", "show how a picture was made")
     info.add_argument("image", metavar="IMAGE", help="a picture that bokehflux wrote")
     info.add_argument("--json", action="store_true", help="as one JSON object")
-    train.add_flags(command("train", "train a bokeh adapter from a configuration file"))
+    train.add_commands(command)
     command("doctor", "show versions, devices, memory, attention, models, and what is missing")
     inspect = command("inspect", "show what a checkpoint is and what bokehflux would do with it")
     inspect.add_argument("file", metavar="FILE", help="a file or a model folder; only headers are read")

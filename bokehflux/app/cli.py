@@ -109,8 +109,9 @@ def fetch(args: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": making.generate, "sweep": making.sweep, "refocus": making.refocus,
     "render": making.render, "eval": making.evaluate,
-    "info": info, "exif": photos.exif, "annotate": photos.annotate, "train": training.train, "doctor": doctor,
-    "inspect": inspect, "fetch": fetch,
+    "info": info, "exif": photos.exif, "annotate": photos.annotate,
+    "latents": training.latents, "train": training.train, "doctor": doctor, "inspect": inspect,
+    "fetch": fetch,
 }  # fmt: skip
 
 

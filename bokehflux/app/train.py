@@ -1,12 +1,45 @@
-"""`bokehflux train`: an adapter from a configuration file, or what that would take."""
+"""`bokehflux latents` and `bokehflux train`: labelled photographs to latents, and those to an adapter."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bokehflux.app.terminal import show
+from bokehflux.app.terminal import say, show
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Both commands with their flags. command: makes a parser from name and summary."""
+    add_flags(command("train", "train a bokeh adapter from a configuration file"))
+    latents = command("latents", "make latents of labelled photographs, which an adapter is trained on")
+    # fmt: off
+    add = latents.add_argument
+    add("place", metavar="PLACE", help="the photographs, as `bokehflux annotate` took them")
+    add("--labels", default="labels", metavar="FOLDER", help="their labels (default: %(default)s)")
+    add("--model", required=True, metavar="MODEL",
+        help="the model to train for, whose autoencoder is used: as for generate")
+    add("--output", default="latents", metavar="FOLDER",
+        help="folder for `groups` and `photographs` (default: %(default)s)")
+    add("--width", type=int, default=512, metavar="PX", help="of training pictures (default: %(default)s)")
+    add("--height", type=int, default=512, metavar="PX", help="(default: %(default)s)")
+    add("--renders", type=int, default=8, metavar="N",
+        help="pictures of a sharp photograph: itself and N - 1 renders (default: %(default)s)")
+    add("--sharp-below", type=float, default=1.0, metavar="PX",
+        help="a photograph whose largest blur has at most this radius is sharp throughout, unless "
+             "something says whether it is (default: %(default)s)")
+    add("--flip", action="store_true", help="add the mirror image of everything")
+    add("--seed", type=int, default=0, metavar="N", help="of the renders' levels (default: %(default)s)")
+    add("--bokehme", nargs=2, metavar="FILE",
+        help="BokehMe's arnet and iunet, to mend its scatter as for the published adapter (default: without)")
+    _device_flag(latents)
+    # fmt: on
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -16,9 +49,82 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the adapter and its log")
     parser.add_argument("--resume", action="store_true", help="go on from the state that a stopped run left")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and stop")
+    _device_flag(parser)
+
+
+def _device_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", metavar="NAME", help="cuda, mps or cpu (default: cuda where there is one, else cpu)"
     )
+
+
+def _device(name: str | None) -> torch.device:
+    """Raises ValueError for one that this machine lacks."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        raise ValueError(f"--device {name} cannot be used: {error}") from error
+    return device
+
+
+def latents(args: argparse.Namespace) -> int:
+    """Latents of labelled photographs; prints their folders, and says what was made of what."""
+    import torch
+
+    from bokehflux.photos.labels import labelled
+    from bokehflux.photos.readers import open_rows
+    from bokehflux.pictures.files import check_folder, replace_file
+    from bokehflux.rendering.bokehme_networks import Networks, load_networks
+    from bokehflux.training.latents import write_entries
+    from bokehflux.training.prepare import Encoder, Preparation, entries_of, reasons, sort_photographs
+    from bokehflux.weights.find.resolve import resolve_model
+    from bokehflux.weights.load import load_network
+    from bokehflux.weights.networks import VAE
+
+    how = Preparation(
+        width_px=args.width, height_px=args.height, renders=args.renders, sharp_px=args.sharp_below,
+        flip=args.flip, seed=args.seed,
+    )  # fmt: skip
+    kinds, left_out = sort_photographs(labelled(open_rows(Path(args.place)), Path(args.labels)), how)
+    if not kinds["groups"]:
+        raise ValueError(
+            f"none of the labelled photographs in {args.place} is sharp throughout and has depth, and groups "
+            "are made of such: say so in its .json (suitable_for_synthetic), or raise --sharp-below"
+        )
+    output, device = Path(args.output), _device(args.device)
+    vae = resolve_model(args.model).parts[VAE.name]
+    channels = vae.config().latent_channels
+    num_bytes = how.num_bytes(channels, {kind: len(rows) for kind, rows in kinds.items()})
+    say(
+        f"photographs: {len(kinds['groups'])} sharp ones in groups of {how.renders}, "
+        f"{len(kinds['photographs'])} others; latents take {num_bytes / 1e9:.3g} GB in {output}"
+    )
+    check_folder(output, num_bytes)
+    networks = None
+    if args.bokehme is not None:
+        networks = Networks(*(one.to(device) for one in load_networks(*map(Path, args.bokehme))))
+    encoder = Encoder(load_network(VAE, vae, device=device, dtype=torch.float32), networks)
+    for kind, rows in kinds.items():
+        if not rows:
+            continue
+        entries, refused = entries_of(kind, rows, how, encoder)
+        left_out |= refused
+        if not entries:
+            raise ValueError(f"{kind}: none of {len(rows)} photographs can be used; {reasons(refused)[0]}")
+        added, changed = write_entries(output / kind, entries)
+        for name in changed:
+            say(f"{kind}: {name} has changed, its latents were made again")
+        say(f"{kind}: {len(entries)} scenes, {len(added) + len(changed)} made, the others were there")
+    lines = (json.dumps({"key": key, "reason": why}) + "\n" for key, why in left_out.items())
+    replace_file(output / "left-out.jsonl", "".join(lines).encode())
+    for line in reasons(left_out):
+        say(line)
+    show(str(output / kind) for kind, rows in kinds.items() if rows)
+    return 0
 
 
 def train(args: argparse.Namespace) -> int:
@@ -28,12 +134,7 @@ def train(args: argparse.Namespace) -> int:
     recipe, out = AdapterRecipe.read(Path(args.config)), Path(args.output)
     import torch
 
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
-        raise ValueError(f"--device {name} cannot be used: {error}") from error
+    device = _device(args.device)
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group()
         if device.type == "cuda":

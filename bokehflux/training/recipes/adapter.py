@@ -20,6 +20,7 @@ import torch
 
 from bokehflux.conditioning import Conditioning
 from bokehflux.configs import BokehConfig, MMDiTConfig
+from bokehflux.lens import Unify
 from bokehflux.models.adapter import BokehAdapter, init_adapter
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.pictures.files import check_place
@@ -52,6 +53,9 @@ class AdapterRecipe(Sampling):
     """The frozen base: a folder, a file, a repository or a bundled model, as everywhere."""
     groups: str
     """Folder of latents (`training.latents`), of each scene at least as many renders as a group has rows."""
+    unify: Unify = "range"
+    """What a photograph's level is: "raw", its K in px m, as published; "range", the radius across its whole
+    depth, which is what the number means in renders. Scenes without such a level are left out."""
     photographs: str | None = None
     """Folder of latents for the steps of unrelated rows; None takes those of the groups."""
     adapter: str | None = None
@@ -337,7 +341,8 @@ def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[s
         f"base: {recipe.model}, {cost.base:,} parameters, frozen",
         f"adapter: {cost.trained:,} parameters are trained, rank {recipe.rank} in {len(bokeh.blocks)} blocks",
         f"groups: {groups.num_scenes:,} scenes, {groups.num_renders} pictures each, in {recipe.groups}",
-        f"photographs: {photographs.num_scenes:,}, in {recipe.photographs or recipe.groups}",
+        f"photographs: {photographs.num_scenes:,}, in {recipe.photographs or recipe.groups}; "
+        f"{photographs.left_out:,} without a {recipe.unify} level are left out",
         f"size: {groups.grid.width_px} x {groups.grid.height_px} px",
         f"a step: {rows} rows of {txt_tokens} text and {groups.grid.num_tokens} image tokens on each process",
         f"disk: {_gb(cost.adapter_bytes + cost.state_bytes)} (adapter {_gb(cost.adapter_bytes)}, state "
@@ -357,10 +362,10 @@ def _never(prompts: Sequence[str]) -> Conditioning:
 
 def _data(recipe: AdapterRecipe, encode: Encode) -> tuple[LatentFolder, LatentFolder]:
     """Groups and photographs."""
-    groups = LatentFolder(Path(recipe.groups), encode)
+    groups = LatentFolder(Path(recipe.groups), encode, recipe.unify)
     if recipe.photographs is None:
         return groups, groups
-    return groups, LatentFolder(Path(recipe.photographs), encode)
+    return groups, LatentFolder(Path(recipe.photographs), encode, recipe.unify)
 
 
 def check_data(
