@@ -46,7 +46,7 @@ class Entry:
     """A hash of everything that decides its latents: another key means that they are made again."""
     captions: Sequence[str]
     levels: Mapping[Unify, Sequence[float | None]]
-    """Of each of its R pictures under both meanings of the number, None where it is not known."""
+    """Those of its R pictures under both meanings of the number, None where it is not known."""
     make: Callable[[], Tensor]
     """Latents [R, C, h, w] as the model takes them; h and w are even."""
 

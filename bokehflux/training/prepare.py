@@ -36,7 +36,7 @@ from bokehflux.training.latents import Entry
 
 Kind = Literal["groups", "photographs"]
 LEAST_LEVEL = 1.0
-"""Of a render; the photograph itself is the sharp picture of its group."""
+"""The lowest of a render: the photograph itself is the sharp picture of its group."""
 LEAST_BLUR = 0.1
 """A render at some level in which no pixel is blurred by this share of it would be a wrong example."""
 RULE = 1
@@ -118,7 +118,7 @@ class Encoder:
         weights += [] if networks is None else [t for one in networks for t in one.state_dict().values()]
         data = (t.cpu().contiguous().view(-1).view(torch.uint8).numpy(force=True) for t in weights)
         self.key = fingerprint_of_bytes("".join(fingerprint_of_bytes(d.tobytes()) for d in data).encode())
-        """Of its weights."""
+        """A hash of their weights."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class Crop(NamedTuple):
     """[H, W]"""
     mask: NDArray[np.float32] | None
     blur: Blur | None
-    """Of the cropped picture at a shorter side of 512; None where the label lacks a part of it."""
+    """That of the cropped picture at a shorter side of 512; None where the label lacks a part of it."""
     k_px_m: float | None
     """The same for its K alone."""
 

@@ -228,7 +228,7 @@ def test_flags_of_fetch_change_what_is_asked_for(monkeypatch: pytest.MonkeyPatch
     assert asked == [plain, plain | changed[flag]]
 
 
-OTHERS = ["render", "eval", "info", "doctor", "inspect", "fetch", "exif", "annotate", "train"]
+OTHERS = ["render", "eval", "info", "doctor", "inspect", "fetch", "exif", "annotate", "latents", "train"]
 
 
 def test_no_command_is_left_out_here() -> None:
