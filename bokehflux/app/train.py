@@ -106,7 +106,8 @@ def latents(args: argparse.Namespace) -> int:
     check_folder(output, num_bytes)
     networks = None
     if args.bokehme is not None:
-        networks = Networks(*(one.to(device) for one in load_networks(*map(Path, args.bokehme))))
+        arnet, iunet = load_networks(*map(Path, args.bokehme))
+        networks = Networks(arnet.to(device), iunet.to(device))
     encoder = Encoder(load_network(VAE, vae, device=device, dtype=torch.float32), networks)
     for kind, rows in kinds.items():
         if not rows:

@@ -9,6 +9,7 @@ is found again, whatever else has changed, and a folder that was written to and 
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import json
 import math
@@ -74,7 +75,8 @@ def write_entries(folder: Path, entries: Sequence[Entry], shard_scenes: int = 64
     known = {scene["name"] for scene in before}
     there = dict(_rows_there(folder))
     whole = {path.name for path, _ in there.values()}
-    written, shards, shape = Written([], []), [], None
+    written, shape = Written([], []), None
+    shards: list[dict[str, Any]] = []
     for i in range(0, len(entries), shard_scenes):
         part = entries[i : i + shard_scenes]
         keys = json.dumps([entry.key for entry in part])
@@ -94,7 +96,7 @@ def write_entries(folder: Path, entries: Sequence[Entry], shard_scenes: int = 64
         if name not in whole:
             save(folder / name, {"latents": torch.stack(rows)}, {KEYS: keys})
     scenes = [
-        {"name": entry.name, "key": entry.key, "captions": list(entry.captions), "levels": dict(entry.levels)}
+        {"name": entry.name, "key": entry.key, "captions": list(entry.captions), "levels": {**entry.levels}}
         for entry in entries
     ]
     write_json(
@@ -126,7 +128,7 @@ def write_latents(
             key=fingerprint_of_bytes(x0.contiguous().view(torch.uint8).numpy(force=True).tobytes()),
             captions=texts,
             levels={"raw": level, "range": level},
-            make=lambda x0=x0: x0,
+            make=functools.partial(torch.clone, x0),
         )
         for i, (x0, level, texts) in enumerate(zip(latents, levels.float().tolist(), captions, strict=True))
     ]

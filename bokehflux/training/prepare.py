@@ -205,10 +205,9 @@ def _entry(kind: Kind, row: Row, label: Label, how: Preparation, encoder: Encode
         drawn = _levels(f"{how.seed} {row.key}", how.renders - 1)
         own = {meaning: 0.0 if level is None else level for meaning, level in own.items()}
         _check_blurs(crop)
-    decides: list[Any] = [
-        RULE, kind, how.width_px, how.height_px, encoder.key, drawn,
-        *(fingerprint_of_bytes(values.tobytes()) for values in (crop.image, *_maps(crop, drawn))),
-    ]  # fmt: skip
+    seen: list[NDArray[Any]] = [crop.image, *_maps(crop, drawn)]
+    pixels = [fingerprint_of_bytes(values.tobytes()) for values in seen]
+    decides = [RULE, kind, how.width_px, how.height_px, encoder.key, drawn, *pixels]
     return Entry(
         name=f"{row.key}, mirrored" if mirrored else row.key,
         key=fingerprint_of_bytes(json.dumps(decides).encode()),
