@@ -95,7 +95,7 @@ def write_entries(folder: Path, entries: Sequence[Entry], shard_scenes: int = 64
         shards.append({"file": name, "scenes": len(part)})
         if name not in whole:
             save(folder / name, {"latents": torch.stack(rows)}, {KEYS: keys})
-    scenes = [
+    scenes: list[dict[str, Any]] = [
         {"name": entry.name, "key": entry.key, "captions": list(entry.captions), "levels": {**entry.levels}}
         for entry in entries
     ]

@@ -144,10 +144,9 @@ def cropped(row: Row, label: Label, how: Preparation, mirrored: bool) -> Crop:
     """Scaled to cover the size, cropped around the middle. Raises ValueError for an unreadable photograph."""
     photo = row.photo()
     size = how.width_px, how.height_px
-    scale = max(side / given for side, given in zip(size, photo.image.size, strict=True))
-    covers = tuple(
-        max(side, round(scale * given)) for side, given in zip(size, photo.image.size, strict=True)
-    )
+    wide, high = photo.image.size
+    scale = max(size[0] / wide, size[1] / high)
+    covers = max(size[0], round(scale * wide)), max(size[1], round(scale * high))
     left, top = ((whole - side) // 2 for whole, side in zip(covers, size, strict=True))
 
     def fitted(image: Image.Image, resample: Image.Resampling) -> Image.Image:
