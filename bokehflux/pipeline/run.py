@@ -209,7 +209,6 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
                 sigmas=schedule,
                 max_rows=max_rows,
                 ranks=ranks,
-                cuda_graphs=model.memory.mode == "resident",
                 backend=options.backend,
             )
 

@@ -96,7 +96,16 @@ def worth_capturing(mmdit: MMDiT, spec: AttentionSpec, x: Tensor, txt_length: in
         return False
     whole = spec.whole if isinstance(spec, HeadsOverRanks) else spec  # a graph holds its messages, too
     fixed = type(whole) is Plain or (type(whole) is Grounded and set(whole.pivot_of) == {0})
-    return fixed and not any(m._forward_hooks or m._forward_pre_hooks for m in mmdit.modules())
+    return fixed and not has_hooks(mmdit)
+
+
+def has_hooks(mmdit: MMDiT) -> bool:
+    """Whether a step calls a module with hooks. Layers that a run calls before its steps may have some."""
+    hooked = {m for m in mmdit.modules() if m._forward_hooks or m._forward_pre_hooks}
+    if not hooked:
+        return False
+    units = mmdit.units()
+    return bool(hooked - {m for unit in units.ahead + units.values for m in unit.modules()})
 
 
 def _warm_up(evaluate: Evaluate, x: Tensor, mods: Modulations) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from bokehflux.attention import Grounded, Plain
 from bokehflux.conditioning import Conditioning
 from bokehflux.models.adapter import BokehCondition
+from bokehflux.models.units import Network
 from bokehflux.pipeline.memory import place
 from bokehflux.sampling import cuda_graph
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
@@ -115,6 +116,20 @@ def test_hooks_are_called_in_every_step(mmdit) -> None:
     assert torch.equal(velocity(x, SIGMAS[1], 0), replayed) and calls == [1]
     handle.remove()
     assert torch.equal(velocity(x, SIGMAS[1], 0), replayed) and calls == [1]
+
+
+def test_weights_that_visit_for_the_steps_are_recorded() -> None:
+    """Mode offload: layers that are called once before the steps have hooks, those of the steps have none."""
+    mmdit = tiny_mmdit().to(torch.bfloat16)
+    memory = place(mmdit, (), Network(), "offload", torch.device("cuda"))
+    with memory.phase("denoise"):
+        velocity = velocity_of(mmdit, SIZES[0], True, grounding=Grounding(pivot_row=0, num_steps=5))
+        ours = euler(velocity, start(SIZES[0]), SIGMAS)
+        graphs = velocity.positive.graphs
+        assert graphs is not None
+        assert all(isinstance(r, cuda_graph._Captured) for r in graphs._replays.values())
+        eager = velocity_of(mmdit, SIZES[0], False, grounding=Grounding(pivot_row=0, num_steps=5))
+        assert torch.equal(ours, euler(eager, start(SIZES[0]), SIGMAS))
 
 
 def test_pictures_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:

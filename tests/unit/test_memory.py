@@ -19,6 +19,7 @@ from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.units import Network
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.pipeline.memory import Footprint, Placement, Stream, choose, footprint, pieces, place
+from bokehflux.sampling.cuda_graph import has_hooks
 from bokehflux.sampling.samplers import StepInfo
 from tests.tiny import tiny_mmdit, tiny_pipeline
 
@@ -278,3 +279,15 @@ def test_running_out_at_loading_names_a_mode(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(MemoryError, match="in mode 'resident'; try memory='offload'"):
         bokehflux.load(tmp_path, device="cuda", memory="resident")
+
+
+def test_hooks_that_a_step_meets() -> None:
+    """Graphs hold no hooks: layers that a run calls before its steps may have some, blocks may not."""
+    met = {}
+    for mode in ("resident", "offload", "stream"):
+        mmdit = tiny_mmdit()
+        place(mmdit, (), Network(), mode, CPU)  # type: ignore[arg-type]
+        met[mode] = has_hooks(mmdit)
+        mmdit.single_blocks[1].attention.register_forward_hook(lambda *_: None)
+        assert has_hooks(mmdit)
+    assert met == {"resident": False, "offload": False, "stream": True}
