@@ -82,6 +82,8 @@ class LensSettings(Checked):
         2048, WHOLE, least=64, most=MAX_SIDE_PX, metavar="PX",
         help="larger photographs are scaled down to it first (default: %(default)s)",
     )  # fmt: skip
+    file_hashes: tuple[tuple[str, str], ...] = setting((), PAIRS)
+    """Setting and fingerprint of each file that settings name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +314,8 @@ class RefocusSettings(LensSettings, Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.height is None) != (self.width is None):
+            raise ValueError("give both height and width, or neither for the photograph's own shape")
         if self.method == "inversion":
             fields = self.fields()
             for name in LensSettings.fields():
@@ -393,8 +397,6 @@ class RenderSettings(LensSettings):
     )  # fmt: skip
     arnet: str | None = setting(None, TEXT, metavar="FILE", sparse=True, help="BokehMe's first network")
     iunet: str | None = setting(None, TEXT, metavar="FILE", sparse=True, help="BokehMe's second network")
-    file_hashes: tuple[tuple[str, str], ...] = setting((), PAIRS)
-    """Setting and fingerprint of each file."""
 
     @property
     def title(self) -> str:

@@ -177,8 +177,6 @@ def options_from(args: argparse.Namespace) -> Options:
     """How runs are carried out."""
     from bokehflux.pipeline.run import Options
 
-    if args.max_rows is not None and args.max_rows < 1:
-        raise ValueError(f"--max-rows must be at least 1, got {args.max_rows}")
     return Options(max_rows=args.max_rows, vae_tiling=args.vae_tiling)
 
 

@@ -169,13 +169,13 @@ def refocus(args: argparse.Namespace) -> int:
     options = _checked(args, [settings])
     from bokehflux.app.watched import Interrupted
     from bokehflux.photos.read import read_photo
-    from bokehflux.pipeline.refocus import plan_refocus
+    from bokehflux.pipeline.refocus import Lens, plan_refocus
 
     photo = read_photo(Path(args.photo))
     settings = dataclasses.replace(settings, photo=photo.name, photo_hash=photo.fingerprint)
-    if settings.method == "render":  # each level is written at the photograph's size
-        scale = min(1.0, settings.long_side / max(photo.image.size))
-        _check_room(args, [settings.recipe()], int(6 * len(levels) * scale**2 * math.prod(photo.image.size)))
+    if settings.method == "render":
+        shown = Lens("cpu", photo.image, settings).photo  # which says what does not go together
+        _check_room(args, [settings.recipe()], 6 * len(levels) * math.prod(shown.size))
     pipe, watched = _open(args, [settings], options)
     scene, _, stop = _make(args, watched, plan_refocus(pipe, photo.image, settings))
     if stop is not None:

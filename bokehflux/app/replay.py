@@ -56,7 +56,7 @@ def use_threads_of(image: str) -> None:
 def warn_of_differences(image: str, here: Provenance, files: Sequence[tuple[str, str]] = ()) -> None:
     """Say what will keep the picture from coming out bit by bit the same, if anything will.
 
-    files: setting and fingerprint of each, as `RenderSettings.file_hashes`.
+    files: setting and fingerprint of each, as `LensSettings.file_hashes`.
     """
     recipe: Mapping[str, Any] = read_recipe(image)
     facts = {name: (recipe[name], value) for name, value in here.marked("matters").items() if name in recipe}

@@ -88,9 +88,10 @@ class Watched:
                         shown(info)
 
                 def attempt(max_rows: int | None) -> Result:
-                    return execute(
-                        self.model, plan, dataclasses.replace(self.options, on_step=watch, max_rows=max_rows)
+                    options = dataclasses.replace(
+                        self.options, on_step=watch, on_picture=self.progress.blurring, max_rows=max_rows
                     )
+                    return execute(self.model, plan, options)
 
                 if self.options.ranks.size > 1 and self.team is not None:
                     self.team.announce(settings)  # and all try once: what one does, the others must do, too

@@ -25,7 +25,7 @@ from bokehflux.lens import check_level
 from bokehflux.photos.read import read_photo
 from bokehflux.photos.readers import read_map
 from bokehflux.pictures.metadata import SUFFIXES, NoRecipe, read_recipe
-from bokehflux.pipeline.render import fits, resized
+from bokehflux.pipeline.render import fits, map_over, resized
 from bokehflux.record import Record
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,8 @@ class Picture:
     role: str = "target"
     mask: Path | None = None
     """White where the subject is."""
+    photo: Path | None = None
+    """The photograph that the mask lies over, which may be stored turned, and the mask with it."""
     truth: Path | None = None
     """The true picture of this level."""
 
@@ -97,11 +99,11 @@ class Found:
         """The pixels. Raises ValueError for files that cannot be read and for unequal sizes."""
         images = torch.stack(_alike([each.path for each in self.pictures]))
         pivot = None if self.pivot is None else _alike([self.pictures[0].path, self.pivot.path])[1]
-        masks = [each.mask for each in self.pictures if each.mask is not None]
+        masks = [(each.mask, each.photo) for each in self.pictures if each.mask is not None]
         truths = [each.truth for each in self.pictures if each.truth is not None]
         subject = None
         if masks:
-            subject = _mask(masks[0], images.shape[-2], images.shape[-1])
+            subject = _mask(*masks[0], images.shape[-2], images.shape[-1])
         reference = None
         if len(truths) == len(self.pictures):
             reference = torch.stack(_alike([self.pictures[0].path, *truths])[1:])
@@ -183,7 +185,8 @@ def _recipes(folders: Iterable[Path]) -> list[_Group]:
             mask = _near(named := recipe.get("mask"), path.parent)
             if named and mask is None and key not in groups:
                 logger.warning("%s was made with the mask %s, which is not there: no subject", path, named)
-            picture = Picture(path=path, level=record.bokeh_level, role=record.role, mask=mask)
+            photo = None if mask is None else _near(recipe.get("photo"), path.parent)
+            picture = Picture(path=path, level=record.bokeh_level, role=record.role, mask=mask, photo=photo)
             groups.setdefault(key, group).pictures.append(picture)
     return list(groups.values())
 
@@ -252,16 +255,18 @@ def _check(line: Any, where: str) -> None:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _mask(path: Path, height: int, width: int) -> Tensor:
-    """Bool [H, W] of a mask that may be larger or smaller, as that of `bokehflux render` may."""
-    values = read_map(path, "mask")
+def _mask(path: Path, photo: Path | None, height: int, width: int) -> Tensor:
+    """Bool [H, W] of a mask that may be larger or smaller, or turned, as that of `bokehflux render` may."""
+    values = torch.from_numpy(read_map(path, "mask"))
+    if not fits(values, width, height) and photo is not None:
+        values = map_over(read_photo(photo), path, "mask")
     if not fits(values, width, height):
         high, wide = values.shape
         raise ValueError(
             f"the mask {path} has {wide} x {high} points and its pictures {width} x {height}: expected one "
             "shape; a manifest can name another mask"
         )
-    return resized(torch.from_numpy(values), height, width) > 0.5
+    return resized(values, height, width) > 0.5
 
 
 def _alike(paths: Sequence[Path]) -> list[Tensor]:

@@ -31,6 +31,10 @@ class LowRankTerm:
     first: int = 0
     """Where in the layer's output it acts: fused projections hold several of a LoRA's targets."""
 
+    @property
+    def nbytes(self) -> int:
+        return self.down.nbytes + self.up.nbytes
+
     def moved(self, move: Callable[[Tensor], Tensor]) -> LowRankTerm:
         """The term with both factors passed through `move`."""
         return dataclasses.replace(self, down=move(self.down), up=move(self.up))

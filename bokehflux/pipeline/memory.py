@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from bokehflux.models.linear import Linear
+from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.units import Network, Units
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,21 @@ def advised(mode: MemoryMode, device: torch.device | None, needs: Footprint | No
         raise MemoryError(f"the GPU is out of memory in mode {mode!r}; try {advice} ({reason})") from error
 
 
+@contextlib.contextmanager
+def room_for_photo() -> Iterator[None]:
+    """Turn running out of memory while a photograph is blurred into a ValueError: fewer rows need no less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the photograph does not fit in memory while it is blurred; try a smaller long_side ({reason})"
+        ) from error
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether an error means that memory ran out: each of PyTorch's allocators words it differently."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
@@ -119,15 +134,16 @@ class Footprint(NamedTuple):
 
 
 def footprint(transformer: Network, text: Sequence[Network], vae: Network) -> Footprint:
-    """The weights of a model in each mode."""
+    """The weights of a model in each mode. Its LoRAs' terms are there all the time."""
     units, blocks = transformer.units(), _blocks(transformer)
     once = _size(_own(units, units.ahead + units.values))
     loop = _bytes(transformer) - once - sum(p.nbytes for p in units.unread)
+    terms = sum(term.nbytes for n in (transformer, *text, vae) for term in _terms(n))
     streamed_text = sum(_bytes(n) - _size(_blocks(n)) + 2 * _largest(_blocks(n)) for n in text)
     return Footprint(
-        resident=sum(map(_bytes, (transformer, *text, vae))),
-        offload=max(sum(map(_bytes, text)), loop, _bytes(vae)),
-        stream=loop - _size(blocks) + max(2 * _largest(blocks), streamed_text, _bytes(vae)),
+        resident=terms + sum(map(_bytes, (transformer, *text, vae))),
+        offload=terms + max(sum(map(_bytes, text)), loop, _bytes(vae)),
+        stream=terms + loop - _size(blocks) + max(2 * _largest(blocks), streamed_text, _bytes(vae)),
     )
 
 
@@ -305,6 +321,11 @@ def _own(units: Units, modules: Sequence[nn.Module]) -> list[Unit]:
 
 def _bytes(network: nn.Module) -> int:
     return sum(p.nbytes for p in network.parameters())
+
+
+def _terms(network: nn.Module) -> Iterator[LowRankTerm]:
+    layers = (layer for layer in network.modules() if isinstance(layer, Linear))
+    return (term for layer in layers for term in layer.terms)
 
 
 def _size(units: Sequence[Unit]) -> int:

@@ -94,12 +94,13 @@ class Pipeline(Model):
     def _run(self, plan: Plan, options: Options, progress: bool) -> Result:
         if not progress:
             return execute(self, plan, options)
-        rows, prompts = plan.settings.num_rows, plan.settings.num_prompts
-        with Progress(sys.stderr).watching(self, rows, prompts) as drawn:
+        rows, prompts, line = plan.settings.num_rows, plan.settings.num_prompts, Progress(sys.stderr)
+        with line.watching(self, rows, prompts) as drawn:
 
             def on_step(info: StepInfo) -> None:
                 drawn(info)
                 if options.on_step is not None:
                     options.on_step(info)
 
-            return execute(self, plan, dataclasses.replace(options, on_step=on_step))
+            seen = dataclasses.replace(options, on_step=on_step, on_picture=line.blurring)
+            return execute(self, plan, seen)

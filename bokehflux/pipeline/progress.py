@@ -56,6 +56,10 @@ class Progress:
         """`on_progress` of `bokehflux.load`."""
         self.show("loading", done_bytes // 10**6, -(-total_bytes // 10**6), "MB")
 
+    def blurring(self, done: int, total: int) -> None:
+        """`on_picture` of `run.Options`."""
+        self.show("blurring", done, total)
+
     def end(self) -> None:
         """The line is finished; whatever is printed next begins below it."""
         if self._drawn and self._stream is not None:

@@ -11,21 +11,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from bokehflux.aperture import Aperture, parse_aperture
 from bokehflux.configs import MAX_SIDE_PX
 from bokehflux.focus import parse_focus
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.photos.read import upright_rgb, within
+from bokehflux.pipeline.memory import room_for_photo
 from bokehflux.pipeline.model import Model
-from bokehflux.pipeline.render import picture_of_aperture
+from bokehflux.pipeline.render import read_aperture
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_finite, check_levels
 from bokehflux.record import DEFAULT_SEED, PROBE_LEVEL, RefocusSettings
 from bokehflux.rendering.lens_map import LensMap
@@ -52,69 +51,63 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
     settings = dataclasses.replace(asked, height=grid.height_px, width=grid.width_px)
     settings = settings.completed(model.defaults)
     size = (grid.width_px, grid.height_px)
-    fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
     if settings.method == "inversion":
+        fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
         return Plan(settings=settings, begin=_inverted(model, settings), end=_end, photo=fitted)
-    shown = within(fitted if asked.height is not None else upright, settings.long_side)
-    lens = Lens(model.device, shown, settings.bokeh_pivot, settings.focus, settings.aperture)
-
-    def finish(images: list[Image.Image]) -> list[Image.Image]:
-        return lens.pictures(images[0], settings.bokeh_targets, settings.highlights)
-
+    lens = Lens(model.device, photo, asked)
+    settings = dataclasses.replace(settings, file_hashes=lens.file_hashes)
     # The whole photograph, so that the map lies over it: a few pixels wider or higher than it is.
-    asked_of = shown.resize(size, Image.Resampling.LANCZOS)
+    asked_of = lens.photo.resize(size, Image.Resampling.LANCZOS)
     return Plan(
         settings=settings,
         begin=_probed(model, settings),
         end=_end,
         photo=asked_of,
-        shown=shown,
-        finish=finish,
+        shown=lens.photo,
+        finish=lens.pictures,
     )
 
 
 class Lens:
     """A photograph, waiting for the map of its blur."""
 
-    def __init__(
-        self, device: torch.device, sharp: Image.Image, level: float, focus: str | None, aperture: str
-    ) -> None:
-        """level: what `sharp` has. Raises ValueError for a focus that it cannot have, and an aperture's
-        picture that cannot be read."""
-        self.photo = sharp
-        self.sharp = torch.from_numpy(np.array(sharp)).to(device).movedim(-1, 0) / 255  # [3, H, W]
-        self.level = level
-        self.focus = None if focus is None else parse_focus(focus)
+    def __init__(self, device: torch.device | str, photo: Image.Image, asked: RefocusSettings) -> None:
+        """Raises ValueError for a photograph and a focus that do not go together, and an aperture's picture
+        that cannot be read."""
+        upright = upright_rgb(photo)
+        if asked.height is not None and asked.width is not None:
+            grid = LatentGrid.floored(asked.height, asked.width)
+            upright = ImageOps.fit(upright, (grid.width_px, grid.height_px), Image.Resampling.LANCZOS)
+        self.photo = within(upright, asked.long_side)
+        self.sharp = torch.from_numpy(np.array(self.photo)).to(device).movedim(-1, 0) / 255  # [3, H, W]
+        self.level, self.levels, self.highlights = asked.bokeh_pivot, asked.bokeh_targets, asked.highlights
+        self.focus = None if asked.focus is None else parse_focus(asked.focus)
         if self.focus is not None:
             LensMap(blur=self.sharp[0]).focused_at(self.focus)
-        found = parse_aperture(aperture)
-        self.aperture: Aperture = picture_of_aperture(found) if isinstance(found, Path) else found
+        self.aperture, self.file_hashes = read_aperture(asked.aperture)
 
-    def pictures(
-        self, blurred: Image.Image, levels: tuple[float, ...], highlights: float | None
-    ) -> list[Image.Image]:
+    def pictures(self, blurred: Image.Image) -> Iterator[Image.Image]:
         """At each level, through the map that `blurred` shows, the same at `PROBE_LEVEL`."""
-        probe = torch.from_numpy(np.array(blurred)).to(self.sharp).movedim(-1, 0) / 255
-        lens = LensMap.from_pictures(self.sharp, probe, PROBE_LEVEL, self.level)
-        logger.info("the map of blur leaves a residual of %.3f", lens.residual)
-        if lens.residual > POOR:
-            logger.warning(
-                "the model changed the photograph where it should only blur it (residual %.2f): its blur may "
-                "be wrong; bokehflux render takes a depth map in its place",
-                lens.residual,
-            )
-        if self.focus is not None:
-            lens = lens.focused_at(self.focus)
-        made = []
-        for level in levels:
-            # The photograph's own blur is there already; blurs add up as squares do.
-            added = math.sqrt(level**2 - self.level**2)
-            if not added:
-                made.append(self.photo)
-                continue
-            out = lens.render(self.sharp, min(added, MAX_LEVEL), self.aperture, highlights)
-            made.append(Image.fromarray((out.movedim(0, -1) * 255).round().byte().cpu().numpy()))
-        return made
+        with room_for_photo():
+            probe = torch.from_numpy(np.array(blurred)).to(self.sharp).movedim(-1, 0) / 255
+            lens = LensMap.from_pictures(self.sharp, probe, PROBE_LEVEL, self.level)
+            logger.info("the map of blur leaves a residual of %.3f", lens.residual)
+            if lens.residual > POOR:
+                logger.warning(
+                    "the model changed the photograph where it should only blur it (residual %.2f): its blur "
+                    "may be wrong; bokehflux render takes a depth map in its place",
+                    lens.residual,
+                )
+            if self.focus is not None:
+                lens = lens.focused_at(self.focus)
+            for level in self.levels:
+                # The photograph's own blur is there already; blurs add up as squares do.
+                added = math.sqrt(level**2 - self.level**2)
+                if not added:
+                    yield self.photo
+                    continue
+                out = lens.render(self.sharp, min(added, MAX_LEVEL), self.aperture, self.highlights)
+                yield Image.fromarray((out.movedim(0, -1) * 255).round().byte().cpu().numpy())
 
 
 def _probed(model: Model, settings: RefocusSettings) -> Callable[[Stage], Start]:
@@ -164,8 +157,6 @@ def grid_of(photo: Image.Image, model: Model, height: int | None, width: int | N
     """The size that was asked for, or the upright photograph's shape at the model's area."""
     if height is not None and width is not None:
         return LatentGrid.floored(height, width)
-    if height is not None or width is not None:
-        raise ValueError("give both height and width, or neither for the photograph's own shape")
     scale = math.sqrt(model.defaults.height_px * model.defaults.width_px / (photo.width * photo.height))
     most = MAX_SIDE_PX // TOKEN_PX
     high, wide = (min(max(1, round(scale * s / TOKEN_PX)), most) * TOKEN_PX for s in photo.size[::-1])

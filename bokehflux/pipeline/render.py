@@ -22,6 +22,7 @@ from bokehflux.lens import MAX_LEVEL, TRAINING_SIDE_PX
 from bokehflux.photos.exif import photo_level
 from bokehflux.photos.read import Photo, read_photo, turned, within
 from bokehflux.photos.readers import Kind, read_map
+from bokehflux.pipeline.memory import room_for_photo
 from bokehflux.pipeline.provenance import provenance_here
 from bokehflux.record import DEFAULT_LEVELS, Record, RenderSettings
 from bokehflux.rendering import bokehme
@@ -56,21 +57,23 @@ class Rendering:
         return Record(settings=self.settings, provenance=provenance_here(self.device))
 
     @torch.inference_mode()
+    @room_for_photo()
     def picture(self, level: float) -> Image.Image:
         """Raises ValueError for a level outside 0 to 30."""
         out = self.blur(self.lens.radius_px(level))
         return Image.fromarray((out.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
 
 
+@room_for_photo()
 def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
     """Reads all files. Raises ValueError for those that cannot be used, or do not belong together."""
     photo = read_photo(Path(asked.photo))
     width, height = photo.image.size
-    lens = LensMap.from_depth(_map(asked.depth, "depth", photo).to(device), asked.unify)
+    lens = LensMap.from_depth(map_over(photo, asked.depth, "depth").to(device), asked.unify)
     lens = lens.resized(height, width)
     matte, focus = None, parse_focus(asked.focus)
     if asked.mask is not None:
-        matte = resized(_map(asked.mask, "mask", photo).to(device), height, width)
+        matte = resized(map_over(photo, asked.mask, "mask").to(device), height, width)
     elif isinstance(focus, Subject):
         raise ValueError("say what is in focus: --focus X,Y or --focus 2.5m, or --mask with the subject's")
     lens = lens.focused_at(focus, None if matte is None else matte > 0.5)
@@ -85,10 +88,8 @@ def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
         own = round(min(own * min(image.size) / TRAINING_SIDE_PX / lens.px_m, MAX_LEVEL), 1)
     levels = asked.bokeh_targets or (DEFAULT_LEVELS if own is None else (own,))
     files = {name: path for name in FILES if (path := getattr(asked, name)) is not None}
-    aperture = parse_aperture(asked.aperture)
-    if isinstance(aperture, Path):
-        files["aperture"], aperture = aperture, picture_of_aperture(aperture)
-    hashes = tuple((name, fingerprint([Path(path)])) for name, path in files.items())
+    aperture, hashes = read_aperture(asked.aperture)
+    hashes = (*((name, fingerprint([Path(path)])) for name, path in files.items()), *hashes)
     picture = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1) / 255
     return Rendering(
         settings=dataclasses.replace(asked, bokeh_targets=levels, file_hashes=hashes),
@@ -99,14 +100,23 @@ def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
     )
 
 
-def picture_of_aperture(path: Path) -> Picture:
-    """Bright where light passes, squared by black sides. Raises ValueError for a file that cannot be read."""
-    gray = np.asarray(read_photo(path).image.convert("L"), np.float32) / 255
+def read_aperture(text: str) -> tuple[Aperture, tuple[tuple[str, str], ...]]:
+    """The aperture that a setting names, and its fingerprint where that is a picture, as `file_hashes`.
+
+    A picture is bright where light passes, and black sides square it. Raises ValueError for one that cannot
+    be read.
+    """
+    found = parse_aperture(text)
+    if not isinstance(found, Path):
+        return found, ()
+    photo = read_photo(found)
+    gray = np.asarray(photo.image.convert("L"), np.float32) / 255
     light = torch.from_numpy(gray)
     height, width = light.shape
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
-    return Picture(F.pad(light, (left, side - width - left, top, side - height - top)))
+    picture = Picture(F.pad(light, (left, side - width - left, top, side - height - top)))
+    return picture, (("aperture", photo.fingerprint),)
 
 
 def _blur(asked: RenderSettings, picture: Tensor, aperture: Aperture, matte: Tensor | None) -> Blur:
@@ -129,8 +139,11 @@ def _blur(asked: RenderSettings, picture: Tensor, aperture: Aperture, matte: Ten
     return lambda radius: both(radius[None] / bokehme.PX_PER_UNIT).result[0]
 
 
-def _map(path: str, kind: Kind, photo: Photo) -> Tensor:
-    """[H, W] over the upright photograph: a map that fits only the stored pixels is turned with them."""
+def map_over(photo: Photo, path: str | Path, kind: Kind) -> Tensor:
+    """[H, W] over the upright photograph: a map that fits only the stored pixels is turned with them.
+
+    Raises ValueError for one that cannot be read, and for one of another picture.
+    """
     values = read_map(Path(path), kind)
     if not fits(values, *photo.image.size):
         stored = np.asarray(turned(Image.fromarray(values), photo.exif.orientation))
@@ -144,7 +157,7 @@ def _map(path: str, kind: Kind, photo: Photo) -> Tensor:
     return torch.from_numpy(values.copy())
 
 
-def fits(values: NDArray[np.float32], width: int, height: int) -> bool:
+def fits(values: NDArray[np.float32] | Tensor, width: int, height: int) -> bool:
     """Whether a map [H, W] lies over a picture, which may have another number of pixels."""
     high, wide = values.shape
     return abs(width * high - height * wide) <= max(high, wide, width, height)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bokehflux.kernels.attention import select
 from bokehflux.models import tiling
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.pictures import metadata
@@ -28,7 +29,7 @@ from bokehflux.pictures.series import Scene
 from bokehflux.pipeline.decode import decode_pictures, wants_tiling
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
-from bokehflux.record import Record, Settings
+from bokehflux.record import Provenance, Record, Settings
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
 from bokehflux.sampling.diagnose import explain_nonfinite
 from bokehflux.sampling.latents import LatentGrid, pack
@@ -56,6 +57,12 @@ class Options:
     ranks: Ranks = ALONE
     """The processes that share the run: each of them executes the same plan with the same options. Where they
     share its rows, the pictures are byte for byte those of one process with the `max_rows` of the recipe."""
+    on_picture: Callable[[int, int], None] | None = None
+    """Called with (pictures made, all of them) before a photograph is blurred to each level."""
+
+    def __post_init__(self) -> None:
+        Provenance(max_rows=self.max_rows, vae_tiling=self.vae_tiling)  # where they are recorded, and checked
+        select.check_name(self.backend)
 
 
 class Start(NamedTuple):
@@ -105,8 +112,8 @@ class Plan:
     """A photograph of the run's size that takes the pivot's place."""
     shown: Image.Image | None = None
     """The photograph at the size of the result's pictures; None: `photo`."""
-    finish: Callable[[list[Image.Image]], list[Image.Image]] | None = None
-    """Pictures as they are decoded -> those of the result; None: the same."""
+    finish: Callable[[Image.Image], Iterator[Image.Image]] | None = None
+    """The one picture that is decoded -> those of the result, one for each level; None: as decoded."""
 
     @property
     def grid(self) -> LatentGrid:
@@ -224,9 +231,9 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     provenance = dataclasses.replace(
         provenance_of(model, options.backend), max_rows=max_rows, vae_tiling=made.tiled
     )
-    images = made.images
+    images, stop = made.images, made.stop
     if plan.finish is not None:  # what is decoded there is no picture of the result's
-        images = plan.finish(images) if made.stop is None else []
+        images, stop = ([], stop) if stop else _finished(plan.finish(images[0]), settings, options)
     shown = settings.shows_pivot or not settings.makes_pivot
     result = Result(
         images=images,
@@ -235,8 +242,8 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
         pivot_latents=end.pivot if shown else None,
         record=Record(settings=settings, provenance=provenance),
     )
-    if made.stop is not None:
-        raise Stopped(result) from made.stop
+    if stop is not None:
+        raise Stopped(result) from stop
     return result
 
 
@@ -268,6 +275,24 @@ def with_fewer_rows(run: Callable[[int | None], Made], rows: int, max_rows: int 
         gc.collect()  # what the attempt has left in cycles
         max_rows = max(1, min(max_rows or rows, rows) // 2)
         logger.warning("out of memory: trying again with %d pictures at a time", max_rows)
+
+
+def _finished(
+    pictures: Iterator[Image.Image], settings: Settings, options: Options
+) -> tuple[list[Image.Image], KeyboardInterrupt | None]:
+    """One for each level, and the Ctrl-C that left the last ones out. One before the first goes on up."""
+    images: list[Image.Image] = []
+    total = len(settings.bokeh_targets or ())
+    try:
+        while len(images) < total:
+            if options.on_picture is not None:
+                options.on_picture(len(images), total)
+            images.append(next(pictures))
+    except KeyboardInterrupt as stop:
+        if not images:
+            raise
+        return images, stop
+    return images, None
 
 
 def _latents(model: Model, picture: Image.Image, tiled: bool) -> Tensor:

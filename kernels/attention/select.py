@@ -96,11 +96,16 @@ def resolve(backend: str, q: Tensor, *others: Tensor | None, grounded: bool) -> 
         if not torch.compiler.is_compiling():  # a traced graph cannot log
             _log_choice(q.device.type, choice)
         return choice.backend
-    if backend not in BACKENDS:
+    check_name(backend)
+    return backend
+
+
+def check_name(backend: str) -> None:
+    """Raise ValueError unless a backend has this name."""
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"unknown attention backend {backend!r}: expected 'auto' or one of {sorted(BACKENDS)}"
         )
-    return backend
 
 
 def language(tensors: Sequence[Tensor]) -> str:

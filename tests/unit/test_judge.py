@@ -269,7 +269,33 @@ def test_the_mask_of_a_render_is_read_as_render_reads_it(swept: Path, tmp_path: 
     assert share == pytest.approx(float(subjects()[0].float().mean()), rel=0.02)
     assert score(shots).figures["subject_kept"] > 0.95
     np.savez(tmp_path / "out.npz", mask=np.ones((40, 90), bool))
-    with pytest.raises(ValueError, match="has 90 x 40 points and its pictures 96 x 96"):
+    with pytest.raises(ValueError, match="has 90 x 40 points and the photograph 128 x 128"):
+        found.read()
+
+
+@pytest.mark.parametrize("orientation", [6, 5, 8])
+def test_a_mask_that_is_stored_turned_is_read_as_render_reads_it(
+    swept: Path, tmp_path: Path, orientation: int
+) -> None:
+    """With the photograph, whose EXIF data says how."""
+    way = {6: Image.Transpose.ROTATE_90, 5: Image.Transpose.TRANSPOSE, 8: Image.Transpose.ROTATE_270}
+    upright = Image.open(swept / "scene-0" / "bokeh-0.png").crop((0, 0, 96, 128))
+    mask = subjects()[0].numpy()[:128, :96]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright.transpose(way[orientation]).save(tmp_path / "turned.png", exif=exif)
+    stored = Image.fromarray(mask).convert("L").transpose(way[orientation])
+    stored.save(tmp_path / "mask.png")
+    np.save(tmp_path / "depth.npy", np.where(np.asarray(stored) > 0, 1, 4).astype(np.float32))
+    argv = ["render", str(tmp_path / "turned.png"), "--depth", str(tmp_path / "depth.npy"), "--levels", "0"]
+    argv += ["30", "--mask", str(tmp_path / "mask.png"), "--output", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    (found,) = find_scenes(tmp_path / "out")
+    subject = found.read().subject
+    assert subject is not None and np.array_equal(subject.numpy(), mask)
+    (tmp_path / "turned.png").unlink()
+    (found,) = find_scenes(tmp_path / "out")
+    with pytest.raises(ValueError, match="has 128 x 96 points and its pictures 96 x 128"):
         found.read()
 
 

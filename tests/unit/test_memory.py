@@ -171,6 +171,20 @@ def test_footprint() -> None:
     assert needs.offload == max(size - mods, 40_400)
 
 
+def test_terms_of_loras_count_in_every_mode() -> None:
+    """They stay on the device: those of text encoders, too."""
+    mmdit, text, vae = tiny_mmdit(), T5Encoder(T5Config(
+        vocab_size=8, width=8, head_dim=4, mlp_size=8, num_layers=1, num_heads=2, num_buckets=4
+    )), Square(10)  # fmt: skip
+    before, added = footprint(mmdit, (text,), vae), 0
+    for network, rank in ((mmdit, 3), (text, 5)):
+        layer = next(layer for layer in network.modules() if isinstance(layer, Linear))
+        down, up = torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank).bfloat16()
+        layer.terms = (LowRankTerm(down=down, up=up, strength=1.0),) * 2
+        added += 2 * rank * (4 * layer.in_features + 2 * layer.out_features)
+    assert footprint(mmdit, (text,), vae) == Footprint(*(size + added for size in before))
+
+
 def test_full_size_footprint() -> None:
     """In bfloat16: 17.3 GB in the loop, and T5 and the transformer are never there together."""
     with torch.device("meta"):

@@ -18,9 +18,10 @@ from bokehflux.models.vae import to_uint8
 from bokehflux.photos.read import read_photo, upright_rgb
 from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.decode import Decoded, decode_pictures
-from bokehflux.pipeline.refocus import Lens, grid_of
+from bokehflux.pipeline.refocus import Lens, grid_of, plan_refocus
 from bokehflux.pipeline.run import Options, Result, Stopped, execute
 from bokehflux.record import Record, RefocusSettings
+from bokehflux.rendering.lens_map import LensMap
 from bokehflux.sampling.diagnose import NonFiniteError
 from bokehflux.sampling.inversion import followed, invert, straight
 from bokehflux.sampling.latents import LatentGrid, unpack
@@ -252,6 +253,105 @@ def test_a_disk_needs_room_for_every_level_of_the_photograph(
 
 
 @pytest.mark.usefixtures("at_home")
+@pytest.mark.parametrize(("words", "says"), [
+    (["--focus", "48,3"], "expected a pixel of 48 x 32, got 48,3"), (["--focus", "2m"], "give a point"),
+    (["--focus", "0,0/1,40/9,9"], "expected a pixel of 48 x 32"), (["--focus", "mask"], "expected a mask"),
+    (["--focus", "70,3", "--long-side", "64"], "expected a pixel of 64 x 43"),
+    (["--long-side", "10"], "at least 64"), (["--aperture", "gone.png"], "cannot read the photograph gone"),
+    (["--aperture", "mug.jpg/x.png"], "cannot read"), (["--height", "64"], "both height and width"),
+    (["--width", "64", "--method", "inversion"], "both height and width"),
+    (["--max-rows", "0"], "max_rows must be at least 1"),
+    (["--height", "64", "--width", "64", "--focus", "70,3"], "expected a pixel of 64 x 64"),
+])  # fmt: skip
+def test_what_a_photograph_lacks_is_said_before_the_model_loads(
+    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("bokehflux.pipeline.load.load", lambda *_, **__: pytest.fail("it loads"))
+    if "--long-side" in words:
+        photo(96, 64).save("mug.jpg")
+    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "20", *words]
+    assert cli.main(argv) == 2
+    assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [{"max_rows": 0}, {"max_rows": -1}, {"max_rows": 1.5}, {"max_rows": True},
+                                     {"backend": "cudnn"}, {"backend": ""}, {"vae_tiling": 1}])  # fmt: skip
+def test_options_that_cannot_be_are_refused_where_they_are_made(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Options(**options)
+    with pytest.raises(ValueError, match=next(iter(options))):
+        tiny_pipeline().generate("a mug", **options)
+
+
+@pytest.mark.usefixtures("at_home")
+def test_memory_that_runs_out_in_the_lens_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Fewer rows do not help there: nothing is tried again, and the photograph is to become smaller."""
+
+    def too_large(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("bokehflux.rendering.lens_map.LensMap.render", too_large)
+    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--bokeh-targets", "20", "--num-inference-steps", "1"]
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err
+    assert "does not fit in memory while it is blurred; try a smaller long_side (CUDA out of memory)" in said
+    assert "even one picture" not in said and "trying again" not in said
+
+
+def test_a_photograph_that_is_blurred_tells_how_far_it_is(capsys: pytest.CaptureFixture) -> None:
+    told: list[tuple[int, int]] = []
+    pipe = tiny_pipeline()
+    plan = plan_refocus(pipe, photo(), RefocusSettings(prompt="a mug", bokeh_targets=(5.0, 20.0)))
+    made = execute(pipe, plan, Options(on_picture=lambda done, total: told.append((done, total))))
+    assert told == [(0, 2), (1, 2)] and len(made.images) == 2
+    steps: list[int] = []
+    pipe.refocus(photo(), "a mug", [20], progress=True, on_step=lambda info: steps.append(info.step))
+    assert "\rblurring 0/1 " in capsys.readouterr().err and steps == list(range(8))
+
+
+@pytest.mark.usefixtures("at_home")
+def test_ctrl_c_keeps_the_levels_that_are_blurred(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    real, calls = LensMap.render, []
+
+    def pressed(*given: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(LensMap, "render", pressed)
+    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--num-inference-steps", "1", "--bokeh-targets"]
+    assert cli.main([*argv, "5", "15", "25"]) == 130
+    said = capsys.readouterr()
+    assert said.out.split() == ["results/bokeh-05.0.png", "results/bokeh-15.0.png"]
+    assert "; 2 of 3 pictures are finished and kept in results" in said.err
+    calls[:] = [1, 1]
+    assert cli.main([*argv, "5"]) == 130
+    assert "no picture is finished, step 1 of 1 was done" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("at_home")
+def test_the_picture_of_an_aperture_is_fingerprinted() -> None:
+    """Another picture under the same name is another aperture."""
+    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--num-inference-steps", "1", "--bokeh-targets", "20"]
+    hashes = []
+    for side in (20, 24):
+        photo(side, side).save("iris.png")
+        assert cli.main([*argv, "--aperture", "iris.png", "--output", f"out{side}"]) == 0
+        recipe = read_recipe(f"out{side}/bokeh-20.0.png")
+        assert recipe["file_hashes"] == [["aperture", read_photo(Path("iris.png")).fingerprint]]
+        assert Record.from_recipe(recipe).recipe() == recipe
+        hashes.append(recipe["file_hashes"])
+    assert hashes[0] != hashes[1]
+    assert cli.main([*argv, "--output", "plain"]) == 0
+    assert read_recipe("plain/bokeh-20.0.png")["file_hashes"] == []
+
+
+@pytest.mark.usefixtures("at_home")
 def test_the_command_goes_on_with_fewer_rows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -333,11 +433,11 @@ def test_the_lens_counts() -> None:
 
 def test_a_scene_that_changed_is_said(caplog: pytest.LogCaptureFixture) -> None:
     """The tiny network draws noise."""
-    lens = Lens(torch.device("cpu"), photo(96, 64), 0.0, None, "disc")
-    lens.pictures(photo(96, 64).transpose(Image.Transpose.ROTATE_180), (20.0,), None)
+    lens = Lens("cpu", photo(96, 64), RefocusSettings(prompt="a mug", bokeh_targets=(20.0,)))
+    next(lens.pictures(photo(96, 64).transpose(Image.Transpose.ROTATE_180)))
     assert "takes a depth map in its place" in caplog.text
     caplog.clear()
-    lens.pictures(photo(96, 64), (20.0,), None)
+    next(lens.pictures(photo(96, 64)))
     assert not caplog.text
 
 

@@ -120,6 +120,20 @@ def test_a_mask_is_the_focus_where_nothing_else_is_said() -> None:
     assert np.array_equal(by_mask["bokeh-30.0.png"], made(*BASE, output="point")["bokeh-30.0.png"])
 
 
+def test_memory_that_runs_out_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for place in ("blur_photo", "LensMap.from_depth"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bokehflux.pipeline.render.{place}", too_large)
+            assert cli.main(BASE) == 2
+        said = capsys.readouterr().err
+        assert "does not fit in memory while it is blurred; try a smaller long_side (CUDA out" in said, place
+
+
 def test_replay_is_bit_equal(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     first = made(*BASE, "7.5", "--aperture", "bars.png", "--focus", "mask", "--mask", "a.mask.png")
     again = made("render", "--config-from", "out/sheet.png", output="again")
