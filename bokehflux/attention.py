@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -140,32 +141,60 @@ class OnStored(AtBlock):
         return self._call(interface.target_attention, q, k_pivot, k, v, (0,) * len(k))
 
 
-class ReferenceStore(Protocol):
-    """Where a reference picture's keys and values wait for the rows that look at it."""
+@dataclass(eq=False)
+class Kept:
+    """Keys and values of a picture's image tokens in one block, each [B, M, H, D]."""
 
-    def put(self, block: int, k: Tensor, v: Tensor) -> None: ...
+    k: Tensor | None = None
+    v: Tensor | None = None
 
-    def get(self, block: int) -> tuple[Tensor, Tensor]: ...
+
+class ReferenceKeys(defaultdict[int, Kept]):
+    """A reference picture as keys and values, by block: filled in one pass, read in every step."""
+
+    def __init__(self) -> None:
+        super().__init__(Kept)
+
+    def repeated(self, times: int) -> ReferenceKeys:
+        """Each picture for `times` rows that follow each other."""
+        many = ReferenceKeys()
+        for block, kept in self.items():
+            assert kept.k is not None and kept.v is not None
+            many[block] = Kept(*(x.repeat_interleave(times, dim=0) for x in (kept.k, kept.v)))
+        return many
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceRow(AtBlock, Plain):
-    """Every row attends to itself, and the keys and values of its image tokens are stored on the way."""
+class _WithKeys(AttentionSpec):
+    """Its copy for a block holds what is kept of that block, not its number: blocks share compiled code."""
 
-    store: ReferenceStore
+    keys: ReferenceKeys
+    here: Kept = field(default_factory=Kept)
+
+    def for_block(
+        self, block: int, value_bias: Tensor | None, logit_bound: float | None = None
+    ) -> AttentionSpec:
+        here = self.keys[block]
+        return dataclasses.replace(self, here=here, value_bias=value_bias, logit_bound=logit_bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceRow(_WithKeys):
+    """Every row attends to itself, and the keys and values of its image tokens are kept on the way."""
+
     first: int
     """Its first image token."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.store.put(self.block, k[:, self.first :], v[:, self.first :])
-        return super().__call__(q, k, v)
+        # Copied where they are views of something larger.
+        self.here.k, self.here.v = (x[:, self.first :].contiguous() for x in (k, v))
+        return self._call(interface.attention, q, k, v)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnReference(AtBlock):
-    """Every row attends with its own queries to its own tokens and to a stored picture's, values included."""
-
-    store: ReferenceStore
+class OnReference(_WithKeys):
+    """Every row attends with its own queries to its own tokens and to a kept picture's, values included."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._call(interface.extended_attention, q, k, v, *self.store.get(self.block))
+        assert self.here.k is not None and self.here.v is not None, "read_reference fills the keys first"
+        return self._call(interface.extended_attention, q, k, v, self.here.k, self.here.v)

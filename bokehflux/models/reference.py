@@ -55,21 +55,6 @@ class ReferenceAdapter(nn.Module):
         return [(name, p) for name, p in self.named_parameters() if id(p) not in unread]
 
 
-class ReferenceKeys:
-    """A reference picture as keys and values, by block: filled in one pass, read in every step."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def put(self, block: int, k: Tensor, v: Tensor) -> None:
-        """k, v [B, M, H, D], copied where they are views of something larger."""
-        self._kept[block] = k.contiguous(), v.contiguous()
-
-    def get(self, block: int) -> tuple[Tensor, Tensor]:
-        """Both [B, M, H, D]."""
-        return self._kept[block]
-
-
 def reference_ids(ids: Tensor, txt_length: int) -> Tensor:
     """Positions [T + N, 3] of a reference picture's row: as any row's, its image tokens set apart."""
     apart = torch.zeros_like(ids)

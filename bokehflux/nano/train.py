@@ -231,6 +231,8 @@ def reference(run: Run) -> None:
         out / TRANSFORMER.folder, adapter=out / "adapter", device=device, dtype=torch.float32
     )
     made = ReferenceAdapter(ReferenceConfig(), recipe.mmdit).to(device)
+    if device.type == "cuda":
+        mmdit.compile_blocks()
     train_reference(
         mmdit, made, scenes, (run.rope(), run.rope(of_reference=True)), stage, run.log, run.saves()
     )

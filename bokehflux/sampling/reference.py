@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bokehflux.attention import ReferenceRow
+from bokehflux.attention import ReferenceKeys, ReferenceRow
 from bokehflux.conditioning import Conditioning
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT, Rows
-from bokehflux.models.reference import ReferenceAdapter, ReferenceKeys
+from bokehflux.models.reference import ReferenceAdapter
 
 
 def read_reference(
@@ -31,7 +31,7 @@ def read_reference(
     `reference_ids`. guidance [B]: that of the targets. Blocks that the bokeh adapter leaves alone keep none.
     """
     keys, sigma = ReferenceKeys(), torch.zeros(len(photo), device=photo.device)
-    spec = ReferenceRow(store=keys, first=text.txt.shape[1])
+    spec = ReferenceRow(keys=keys, first=text.txt.shape[1])
     rows = Rows(img=photo, txt=text.txt, attention=spec, bokeh=levels, reference=adapter)
     mmdit.velocities([rows], mmdit.modulations(text.pooled, sigma, guidance), rope)
     return keys

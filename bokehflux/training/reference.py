@@ -19,6 +19,7 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.reference import ReferenceAdapter
 from bokehflux.sampling.reference import read_reference
 from bokehflux.training.adapter import Scenes
+from bokehflux.training.batches import onto
 from bokehflux.training.loop import Loss, Step
 from bokehflux.training.objective import mix, velocity_target
 
@@ -31,6 +32,8 @@ class Pairs:
     """Share of photographs that are their scene's first render, the sharpest; the others are any of them."""
     caption_dropout: float = 0.1
     """Share of scenes whose caption is left out."""
+    targets: int = 4
+    """Rows that look at each photograph, which passes the network once for them; they divide the batch."""
 
 
 def reference_loss(
@@ -45,22 +48,34 @@ def reference_loss(
 
     def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         draws = step.draws
-        chosen = draws.on(scenes.device)
-        scene = chosen.integers("scene", scenes.num_scenes)
-        source, target = chosen.integers("renders", scenes.num_renders, 2).unbind(1)
+        each = draws.groups(how.targets)  # a photograph
+
+        def rows(x: Tensor) -> Tensor:
+            return x.repeat_interleave(how.targets, dim=0)
+
+        chosen = each.on(scenes.device)
+        scene, source = chosen.integers("scene", scenes.num_scenes), chosen.integers("photo", scenes.num_renders)
         source = torch.where(chosen.uniform("sharp") < how.sharp, 0, source)
+        target = draws.on(scenes.device).integers("target", scenes.num_renders)
         text = scenes.text(scene, chosen.uniform("caption") < how.caption_dropout, chosen)
-        photo, x0 = (scenes.latents(scene, render).to(draws.device) for render in (source, target))
-        levels = [BokehCondition(levels=scenes.levels(scene, r).to(draws.device)) for r in (source, target)]
-        sigma, eps = draws.spread("sigma"), draws.normal("noise", *x0.shape[1:])
-        guidance = torch.ones_like(sigma)
-        text = Conditioning(txt=text.txt.detach().requires_grad_(), pooled=text.pooled)
-        photo.requires_grad_()
-        keys = read_reference(mmdit, adapter, photo, text, levels[0], reference_rope, guidance)
-        spec = OnReference(store=keys, backend="sdpa")
+        photo, x0 = (
+            onto(scenes.latents(*which), draws.device) for which in ((scene, source), (rows(scene), target))
+        )
+        photo_levels, levels = (
+            BokehCondition(levels=onto(scenes.levels(*which), draws.device))
+            for which in ((scene, source), (rows(scene), target))
+        )
+        # The targets of a photograph are spread over all noise levels, as those of the whole step are.
+        sigma = draws.spread("sigma").view(how.targets, -1).T.flatten()
+        eps, guidance = draws.normal("noise", *x0.shape[1:]), torch.ones_like(sigma)
         # As in `adapter_step`: every block sees inputs that ask for gradients.
-        x = mix(x0, eps, sigma).requires_grad_()
-        v = mmdit(x, text.txt, text.pooled, sigma, guidance, rope, spec, levels[1]).float()
+        txt, x = text.txt.detach().requires_grad_(), mix(x0, eps, sigma).requires_grad_()
+        keys = read_reference(
+            mmdit, adapter, photo.requires_grad_(), Conditioning(txt=txt, pooled=text.pooled), photo_levels,
+            reference_rope, guidance[: len(photo)],
+        )  # fmt: skip
+        spec = OnReference(keys=keys.repeated(how.targets), backend="sdpa")
+        v = mmdit(x, rows(txt), rows(text.pooled), sigma, guidance, rope, spec, levels).float()
         error = (v - velocity_target(x0, eps)).square().mean()
         return error, {"loss": error}
 

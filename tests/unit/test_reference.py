@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bokehflux.attention import OnReference, Plain
+from bokehflux.attention import Kept, OnReference, Plain, ReferenceKeys
 from bokehflux.conditioning import Conditioning
 from bokehflux.configs import ReferenceConfig
 from bokehflux.models.adapter import BokehCondition, init_adapter
 from bokehflux.models.embeddings import RopeTable, rope_table
-from bokehflux.models.reference import ReferenceAdapter, ReferenceKeys, reference_ids
+from bokehflux.models.reference import ReferenceAdapter, reference_ids
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.sampling.reference import read_reference
 from bokehflux.training.batches import Draws
@@ -52,12 +52,12 @@ def adapter(*, started: bool = False) -> ReferenceAdapter:
     return made
 
 
-def read(made: ReferenceAdapter, photo: Tensor, level: float, rope: RopeTable) -> list[tuple[Tensor, Tensor]]:
+def read(made: ReferenceAdapter, photo: Tensor, level: float, rope: RopeTable) -> list[Kept]:
     rows = len(photo)
     keys = read_reference(
         tiny_mmdit(), made, photo, text(rows), BokehCondition.of([level] * rows), rope, torch.ones(rows)
     )
-    return [keys.get(i) for i in range(MMDIT.num_blocks)]
+    return [keys[i] for i in range(MMDIT.num_blocks)]
 
 
 def test_reference_tokens_stand_apart_and_text_does_not() -> None:
@@ -77,7 +77,9 @@ def test_what_is_stored_is_what_a_plain_row_computes() -> None:
     levels = BokehCondition.of([12.0, 12.0])
     mmdit(photo, shown.txt, shown.pooled, torch.zeros(2), torch.ones(2), rope, Plain(), levels)
     stored = read(adapter(started=True), photo, 12.0, rope)
-    for i, (k, v) in enumerate(stored):
+    for i, kept in enumerate(stored):
+        k, v = kept.k, kept.v
+        assert k is not None and v is not None
         assert k.shape == v.shape == (2, 4, MMDIT.num_heads, MMDIT.head_dim)
         torch.testing.assert_close(k, seen[i][0][:, TXT_LENGTH:])
         torch.testing.assert_close(v, seen[i][1][:, TXT_LENGTH:])
@@ -93,7 +95,8 @@ def test_everything_about_a_photograph_shows_in_its_keys(change: str) -> None:
         20.0 if change == "level" else 0.0,
         other_place if change == "place" else rope,
     )
-    assert not torch.allclose(before[-1][0], after[-1][0], atol=1e-4)
+    assert before[-1].k is not None and after[-1].k is not None
+    assert not torch.allclose(before[-1].k, after[-1].k, atol=1e-4)
 
 
 def test_a_target_reads_the_photograph_and_its_own_tokens() -> None:
@@ -101,11 +104,11 @@ def test_a_target_reads_the_photograph_and_its_own_tokens() -> None:
     mmdit, x, shown = tiny_mmdit(), torch.randn(2, 4, 64), text(2)
 
     def velocity(v: Tensor) -> Tensor:
-        store = ReferenceKeys()
+        keys = ReferenceKeys()
         for i in range(MMDIT.num_blocks):
-            store.put(i, torch.zeros_like(v), v)
+            keys[i] = Kept(torch.zeros_like(v), v)
         args = (shown.txt, shown.pooled, torch.full((2,), 0.5), torch.ones(2), ropes()[0])
-        return mmdit(x, *args, OnReference(store=store), BokehCondition.of([0.0, 9.0]))
+        return mmdit(x, *args, OnReference(keys=keys), BokehCondition.of([0.0, 9.0]))
 
     v = torch.randn(1, 3, MMDIT.num_heads, MMDIT.head_dim)
     assert not torch.allclose(velocity(v), velocity(2 * v), atol=1e-4)
