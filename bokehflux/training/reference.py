@@ -54,7 +54,8 @@ def reference_loss(
             return x.repeat_interleave(how.targets, dim=0)
 
         chosen = each.on(scenes.device)
-        scene, source = chosen.integers("scene", scenes.num_scenes), chosen.integers("photo", scenes.num_renders)
+        scene = chosen.integers("scene", scenes.num_scenes)
+        source = chosen.integers("photo", scenes.num_renders)
         source = torch.where(chosen.uniform("sharp") < how.sharp, 0, source)
         target = draws.on(scenes.device).integers("target", scenes.num_renders)
         text = scenes.text(scene, chosen.uniform("caption") < how.caption_dropout, chosen)
