@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,50 +28,12 @@ STOCK_ORDER = [
 """PyTorch's attention kernels, fastest on Hopper first."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ours:
-    """How a network of ours is made from one in plain bfloat16, whose weights it may share."""
-
-    fold: bool = True
-    """The adapter is folded into the weights. Without levels, an unfolded arm would be the same again."""
-    compile: bool = False
-    fp8: bool = False
-    graph: bool = False
-    """Replayed as a CUDA graph. For steps alone: a run decides by itself whether to use one."""
-
-    @property
-    def max_error_ratio(self) -> float:
-        """Largest error that passes, as a multiple of the comparison arms' best."""
-        return 10.0 if self.fp8 else 2.0
-
-    def network(self, mmdit: MMDiT, with_levels: bool) -> MMDiT:
-        network = mmdit
-        if with_levels and self.fold:  # a folded network makes no step without levels
-            network = networks.folded(mmdit)
-        elif self.compile or self.fp8:
-            network = networks.on_same_weights(mmdit)
-        if self.compile:
-            network.compile_blocks()
-        if self.fp8:
-            quantize_mmdit(network)
-        return network
-
-
-OURS = {
-    "ours": Ours(),
-    "ours, graph": Ours(graph=True),
-    "ours, compiled": Ours(compile=True),
-    "ours, unfolded": Ours(fold=False),
-    "ours, fp8": Ours(fp8=True),
-    "ours, fp8, graph": Ours(fp8=True, graph=True),
-}
-RIVALS = {
-    "published, compiled": True,
-    "published, eager": False,
-    "diffusers, compiled": True,
-    "diffusers, eager": False,
-}
-"""Name -> whether its blocks are compiled. Published runs with levels, plain diffusers without."""
+OURS = ("ours", "ours, graph", "ours, compiled", "ours, unfolded", "ours, fp8", "ours, fp8, graph")
+"""The words say how each is made from a network in plain bfloat16, whose weights it may share: a CUDA graph
+(of steps alone: a run decides by itself), compiled, in fp8, with the adapter beside the weights rather than
+folded into them (without levels that would be the same again)."""
+RIVALS = ("published, compiled", "published, eager", "diffusers, compiled", "diffusers, eager")
+"""Published runs with levels, plain diffusers without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +44,10 @@ class StepArm:
     network: nn.Module
     prepare: Callable[[Batch], Step]
     weight_bytes: int
-    is_ours: bool = True
-    max_error_ratio: float = 2.0
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name.startswith("ours")
 
     def on(self, batch: Batch, exact: Tensor, tera_flop: float | None = None) -> Arm:
         """The arm of a race on one batch. exact: see `networks.exact`."""
@@ -92,68 +55,62 @@ class StepArm:
         return Arm(
             name=self.name,
             call=lambda _: step(),
-            error=lambda out: networks.relative_error(out, batch, exact),
+            error=lambda out: networks.relative_error(out, exact),
             tera_flop=tera_flop,
             is_ours=self.is_ours,
-            max_error_ratio=self.max_error_ratio,
+            max_error_ratio=10.0 if "fp8" in self.name else 2.0,
         )
 
 
 @torch.no_grad()
-def build_arms(
-    mmdit: MMDiT, *, with_levels: bool, wants: Callable[[str], bool], backend: str, graphs: bool = True
-) -> list[StepArm]:
-    """Arms that are wanted by name, ours first; rivals where diffusers is installed.
+def build_arms(mmdit: MMDiT, names: Iterable[str], *, with_levels: bool, backend: str) -> list[StepArm]:
+    """Those arms that make sense with or without levels; rivals where diffusers is installed.
 
-    backend: attention of ours. graphs: with those that are CUDA graphs. All work on the weights of `mmdit` or
-    on copies of what they change.
+    backend: attention of ours. All work on the weights of `mmdit` or on copies of what they change.
     """
-    arms = []
-    made: dict[Ours, MMDiT] = {}
-    for name, way in OURS.items():
-        if not wants(name) or (way.graph and not graphs) or not (way.fold or with_levels):
-            continue
-        same = dataclasses.replace(way, graph=False)
-        if same not in made:
-            made[same] = way.network(mmdit, with_levels)
-        arms.append(
-            StepArm(
-                name=name,
-                network=made[same],
-                prepare=functools.partial(networks.our_step, made[same], backend=backend, graph=way.graph),
-                weight_bytes=networks.num_bytes(made[same]),
-                max_error_ratio=way.max_error_ratio,
-            )
-        )
-    kind = "published" if with_levels else "diffusers"
-    rivals = [name for name in RIVALS if name.startswith(kind) and wants(name)]
-    return arms + (build_rivals(mmdit, rivals) if rivals else [])
+    arms: list[StepArm] = []
+    made: dict[frozenset[str], MMDiT] = {}
+    for name in names:
+        kind, *words = name.split(", ")
+        if kind == "ours" and (with_levels or "unfolded" not in words):
+            same = frozenset(words) - {"graph"}
+            if same not in made:
+                made[same] = our_network(mmdit, same, with_levels)
+            step = functools.partial(networks.our_step, made[same], backend=backend, graph="graph" in words)
+            size = networks.num_bytes(made[same])
+            arms.append(StepArm(name=name, network=made[same], prepare=step, weight_bytes=size))
+        elif kind == ("published" if with_levels else "diffusers"):
+            arms += rival(mmdit, name)
+    return arms
 
 
-def build_rivals(mmdit: MMDiT, names: Sequence[str]) -> list[StepArm]:
-    """None of them, with a line that says why, where diffusers is not installed."""
+def our_network(mmdit: MMDiT, words: Container[str], with_levels: bool) -> MMDiT:
+    """As the words of `OURS` say."""
+    network = mmdit
+    if with_levels and "unfolded" not in words:  # a folded network makes no step without levels
+        network = networks.folded(mmdit)
+    elif "compiled" in words or "fp8" in words:
+        network = networks.on_same_weights(mmdit)
+    if "compiled" in words:
+        network.compile_blocks()
+    if "fp8" in words:
+        quantize_mmdit(network)
+    return network
+
+
+def rival(mmdit: MMDiT, name: str) -> list[StepArm]:
+    """One arm; none, with a line that says why, where diffusers is not installed."""
     try:
         from tests.oracle import rivals
     except ImportError as error:
-        print(f"no comparison arms: {first_line(error)}")
+        print(f"no {name}: {first_line(error)}")
         return []
-    adapter_bytes = networks.num_bytes(mmdit.bokeh) if mmdit.bokeh is not None else 0
-    arms = []
-    for name in names:
-        is_published = name.startswith("published")
-        build = rivals.published_model if is_published else rivals.diffusers_model
-        step = rivals.published_step if is_published else rivals.diffusers_step
-        model = build(mmdit, compile=RIVALS[name])
-        arms.append(
-            StepArm(
-                name=name,
-                network=model,
-                prepare=functools.partial(step, model),
-                weight_bytes=networks.num_bytes(mmdit) - (0 if is_published else adapter_bytes),
-                is_ours=False,
-            )
-        )
-    return arms
+    kind, how = name.split(", ")
+    build, step = rivals.KINDS[kind]
+    model, size = build(mmdit, compile=how == "compiled"), networks.num_bytes(mmdit)
+    if kind == "diffusers" and mmdit.bokeh is not None:
+        size -= networks.num_bytes(mmdit.bokeh)
+    return [StepArm(name=name, network=model, prepare=functools.partial(step, model), weight_bytes=size)]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Weights are drawn on the device. Arms share them: a further module on the same w
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.shapes import AttentionShape
-from bokehflux.attention import AttentionSpec, Grounded, Plain
+from bokehflux.conditioning import Conditioning
 from bokehflux.configs import (
     CLIP_L,
     FLUX_BOKEH,
@@ -31,16 +32,16 @@ from bokehflux.configs import (
 )
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.clip import CLIPTextEncoder
-from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter
 from bokehflux.models.linear import Linear
-from bokehflux.models.mmdit import MMDiT, Modulations, Rows
+from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import Source
-from bokehflux.sampling.cuda_graph import StepGraphs
+from bokehflux.sampling.denoise import Grounding, denoiser
 from bokehflux.sampling.latents import LatentGrid, position_ids
+from bokehflux.sampling.ranks import ALONE, Ranks
 from bokehflux.text.encode import TextEncoders
 
 PIVOT_LEVEL = 15.0
@@ -89,8 +90,7 @@ class Batch:
     """[1, N, 64] float32; noise, exact in bfloat16"""
     txt: Tensor
     pooled: Tensor
-    ids: Tensor
-    """[T + N, 3]"""
+    grid: LatentGrid
     levels: tuple[float, ...] | None
     """None: the base model, without adapter."""
     sigma: float
@@ -106,8 +106,13 @@ class Batch:
         return self.num_rows - 1
 
     @property
+    def ids(self) -> Tensor:
+        """[T + N, 3]"""
+        return position_ids(self.grid, self.txt.shape[1], self.txt.device)
+
+    @property
     def length(self) -> int:
-        return len(self.ids)
+        return self.txt.shape[1] + self.grid.num_tokens
 
 
 @dataclass(frozen=True)
@@ -237,70 +242,54 @@ def draw_batch(
         img=normal(grid.num_tokens, setting.mmdit.in_channels),
         txt=normal(setting.txt_length, setting.mmdit.txt_dim),
         pooled=normal(setting.mmdit.pooled_dim),
-        ids=position_ids(grid, setting.txt_length, device),
+        grid=grid,
         levels=levels,
         sigma=sigma,
     )
 
 
-def our_step(mmdit: MMDiT, batch: Batch, backend: str = "auto", graph: bool = False) -> Callable[[], Tensor]:
+def our_step(
+    mmdit: MMDiT, batch: Batch, backend: str = "auto", graph: bool = False, ranks: Ranks = ALONE
+) -> Callable[[], Tensor]:
     """The velocity [B, N, 64] as a run computes it: what it computes once a run is made before.
 
-    graph: replayed as a CUDA graph from the third call on. sigma and guidance are exact in bfloat16, times
-    1000 too.
+    graph: where a run would replay it as a CUDA graph, it does from the third call on. sigma and guidance are
+    exact in bfloat16, times 1000 too.
     """
-    rows, device, dtype = batch.num_rows, batch.img.device, mmdit.dtype
-    img = batch.img.to(dtype).expand(rows, -1, -1)
-    txt = batch.txt.to(dtype).expand(rows, -1, -1)
-    sigma, guidance = (torch.full((1,), value, device=device) for value in (batch.sigma, batch.guidance))
-    mods = mmdit.modulations(batch.pooled.to(dtype), sigma, guidance)
-    rope = rope_table(batch.ids, mmdit.config.axes_dim, mmdit.config.theta)
-    spec: AttentionSpec = Plain(backend=backend)
-    if batch.num_targets:
-        spec = Grounded(pivot_of=(0,) * rows, backend=backend)
-    condition = None if batch.levels is None else BokehCondition.of(batch.levels)
-    constants = mmdit.constants(condition)
-
-    def evaluate(img: Tensor, mods: Modulations) -> Tensor:
-        rows = Rows(img=img, txt=txt, attention=spec, bokeh=condition, constants=constants)
-        return mmdit.velocities([rows], mods, rope)[0]
-
-    if not graph or device.type != "cuda":
-        return lambda: evaluate(img, mods)
-    graphs = StepGraphs()
-    return lambda: graphs(spec, evaluate, img, mods)
+    sigma = torch.tensor(batch.sigma)
+    velocity = denoiser(
+        mmdit, Conditioning(txt=batch.txt, pooled=batch.pooled), batch.grid, guidance=batch.guidance,
+        bokeh=None if batch.levels is None else BokehCondition.of(batch.levels),
+        grounding=Grounding(pivot_row=0, num_steps=1) if batch.num_targets else None,
+        sigmas=sigma[None], cuda_graphs=graph, backend=backend, ranks=ranks,
+    )  # fmt: skip
+    img = batch.img.to(mmdit.dtype).expand(batch.num_rows, -1, -1)
+    return lambda: velocity(img, sigma, 0)
 
 
 @torch.inference_mode()
 def exact(wide: MMDiT, batch: Batch) -> Tensor:
     """The float32 velocity of the pivot, the first and the last target [2 or 3, N, 64], by the definition.
 
-    A pair at a time (written-out attention takes gigabytes a row); `checked_rows` says which rows these are.
-    Raises FloatingPointError where it is not finite.
+    A pair at a time (written-out attention takes gigabytes a row). Raises FloatingPointError where it is not
+    finite.
     """
-    if batch.levels is None or not batch.num_targets:
-        return _finite(our_step(wide, batch, "reference")())
-    pivot, *targets = batch.levels
-    parts = []
-    for level in dict.fromkeys((targets[0], targets[-1])):
-        pair = our_step(wide, Batch(**{**vars(batch), "levels": (pivot, level)}), "reference")()
-        parts.append(pair[1:] if parts else pair)
-    return _finite(torch.cat(parts))
-
-
-def _finite(velocity: Tensor) -> Tensor:
+    pairs = [batch]
+    if batch.levels is not None and batch.num_targets:
+        pivot, *targets = batch.levels
+        checked = dict.fromkeys((targets[0], targets[-1]))
+        pairs = [dataclasses.replace(batch, levels=(pivot, level)) for level in checked]
+    found = [our_step(wide, pair, "reference")() for pair in pairs]
+    velocity = torch.cat([found[0], *(pair[1:] for pair in found[1:])])
     if not velocity.isfinite().all():
         raise FloatingPointError("the float32 velocity is not finite: these random weights measure nothing")
     return velocity
 
 
-def checked_rows(batch: Batch) -> list[int]:
-    return sorted({0, min(1, batch.num_rows - 1), batch.num_rows - 1})
-
-
-def relative_error(velocity: Tensor, batch: Batch, exact: Tensor) -> float:
-    """Over the rows that are checked."""
-    return timing.relative_error(velocity[checked_rows(batch)], exact)
+def relative_error(velocity: Tensor, exact: Tensor) -> float:
+    """Over the rows of `exact`."""
+    last = len(velocity) - 1
+    return timing.relative_error(velocity[sorted({0, min(1, last), last})], exact)
 
 
 def num_bytes(network: nn.Module) -> int:
@@ -309,20 +298,20 @@ def num_bytes(network: nn.Module) -> int:
 
 def tera_flop(config: MMDiTConfig, batch: Batch, is_ours: bool) -> float:
     """Work of a step, 1e12 operations: matrix products of blocks and attention; adapter not counted."""
-    shape = attention_shape(config, batch)
     rows, idle = batch.num_rows, 0
     if batch.num_targets:  # ours computes no queries of targets, the published way each pair by itself
         rows, idle = (rows, batch.num_targets) if is_ours else (2 * batch.num_targets, 0)
     products = (12 * rows - idle) * 2.0 * batch.length * config.hidden_size**2 / 1e12
-    return config.num_blocks * (products + shape.tera_flop("ours" if is_ours else "published"))
+    return config.num_blocks * (products + attention_tera_flop(config, batch, is_ours))
 
 
-def attention_shape(config: MMDiTConfig, batch: Batch) -> AttentionShape:
-    """What every block of a step computes."""
-    return AttentionShape(
+def attention_tera_flop(config: MMDiTConfig, batch: Batch, is_ours: bool) -> float:
+    """Work of one block's attention, 1e12 operations."""
+    shape = AttentionShape(
         form="grounded" if batch.num_targets else "plain",
         num_targets=batch.num_targets or batch.num_rows,
         length=batch.length,
         num_heads=config.num_heads,
         head_dim=config.head_dim,
     )
+    return shape.tera_flop("ours" if is_ours else "published")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -43,15 +42,13 @@ class Session:
     def wants(self, arm: str) -> bool:
         return any(matches(arm, part) for part in self.arms)
 
-    def replayed(self, sets: int, ceiling_tflops: float | None = None) -> Replayed:
+    def replayed(self, sets: int) -> Replayed:
         """The clock of kernels, which take turns with so many sets of inputs."""
-        return Replayed(self.device, sets, self.repeats, ceiling_tflops)
+        return Replayed(self.device, sets, self.repeats)
 
-    def sustained(
-        self, ceiling_tflops: float | None = None, seconds: float = math.inf, at_least: int = 1
-    ) -> Sustained:
+    def sustained(self) -> Sustained:
         """The clock of whole calls."""
-        return Sustained(self.device, self.repeats, self.budget, seconds, at_least, ceiling_tflops)
+        return Sustained(self.device, self.repeats, self.budget)
 
     def until_spent(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items until the budget is spent, which a line says."""
@@ -94,6 +91,19 @@ class Benchmark:
     needs_gpu: bool = True
     isolated: bool = False
     """Every arm runs in a process of its own."""
+
+
+def by_case(
+    measure: Callable[[Session, Any], Iterable[Row]], label: str = "case"
+) -> Callable[[Session], Iterator[list[Row]]]:
+    """What measures a benchmark whose cases share nothing: the rows of one after another, with its name."""
+
+    def measure_all(session: Session) -> Iterator[list[Row]]:
+        torch.manual_seed(0)
+        for name, case in session.until_spent(session.cases.items()):
+            yield [{label: name, **row} for row in measure(session, case)]
+
+    return measure_all
 
 
 def find(name: str) -> Benchmark:

@@ -24,6 +24,8 @@ CACHE_MULTIPLE = 3
 """How many times the rotated inputs of an arm fill the GPU's L2."""
 TURN_SECONDS = 0.3
 """Length of one arm's turn on a `Sustained` clock."""
+CASE_SECONDS, LEAST_ROUNDS = 25.0, 3
+"""Its rounds of one case end after this, but so many are taken in any case."""
 PRODUCTS = "products"
 """The large matrix products go by this name among the arms that take turns."""
 BURST = 64
@@ -76,6 +78,14 @@ class Rules:
     speed_of: Sequence[str] = ()
     """`speedup` is over the fastest of these."""
 
+    @classmethod
+    def of(cls, arms: Sequence[Arm], max_error: float = math.inf, speed_of: Sequence[str] = ()) -> Rules:
+        """The arms that are not ours are the yardstick; without any, the best of ours."""
+        rivals = [arm.name for arm in arms if not arm.is_ours]
+        return cls(
+            error_of=rivals or [a.name for a in arms], max_error=max_error, speed_of=speed_of or rivals
+        )
+
     def limit(self, arm: Arm, errors: Mapping[str, float | str]) -> float:
         """Largest error that passes; NaN, which nothing passes, without a yardstick."""
         if self.error_of is None:
@@ -116,25 +126,20 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 Times = tuple[dict[str, Row], float | None]
 """By arm `ms` (the median), `p20`, `p80` and what else the clock knows; the ceiling in TFLOP/s."""
-Clock = Callable[[Mapping[str, Callable[[int], Any]]], Times]
-"""Times arms that are right, by name; leaves out those for which there is no time."""
+Clock = Callable[[Sequence[Arm]], Times]
+"""Times arms that are right; leaves out those for which there is no time."""
 
 
 def in_turns(
-    measures: Mapping[str, Callable[[], float]],
-    rounds: int,
-    *,
-    warm_up: int = 0,
-    budget: Budget | None = None,
-    at_least: int = 1,
+    measures: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 0, budget: Budget | None = None
 ) -> dict[str, Row]:
     """Take one measurement of every arm a round, so that a GPU that warms up treats all alike.
 
-    The first `warm_up` rounds do not count. Ends when the budget is spent, after `at_least` rounds.
+    The first `warm_up` rounds do not count. Ends when the budget is spent, after `LEAST_ROUNDS`.
     """
     times: dict[str, list[float]] = {name: [] for name in measures}
     for number in range(-warm_up, rounds):
-        if number >= at_least and budget is not None and budget.spent:
+        if number >= LEAST_ROUNDS and budget is not None and budget.spent:
             break
         for name, measure in measures.items():
             value = measure()
@@ -158,17 +163,17 @@ class Replayed:
     device: torch.device
     sets: int
     rounds: int
-    ceiling_tflops: float | None = None
 
-    def __call__(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
-        passes = {name: whole_pass(arm, self.sets, self.device) for name, arm in arms.items()}
+    def __call__(self, arms: Sequence[Arm]) -> Times:
+        ceiling = gemm_ceiling(self.device) if any(arm.tera_flop for arm in arms) else None
+        passes = {arm.name: whole_pass(arm.call, self.sets, self.device) for arm in arms}
         measures = {
             name: lambda run=run: milliseconds(run, self.device) / self.sets
             for name, (run, _) in passes.items()
         }
         rounds, warm_up = (self.rounds, 3) if self.device.type == "cuda" else (min(self.rounds, 3), 1)
-        found = in_turns(measures, rounds, warm_up=warm_up)
-        return {name: {**found[name], "graph": passes[name][1]} for name in arms}, self.ceiling_tflops
+        found = in_turns(measures, rounds, warm_up)
+        return {name: {**found[name], "graph": graph} for name, (_, graph) in passes.items()}, ceiling
 
 
 @dataclass(frozen=True)
@@ -178,34 +183,31 @@ class Sustained:
     For calls that read more than the cache holds, such as whole steps: nothing is rotated. On a GPU each arm
     is called before its first turn for the memory that it allocates (`workspace_mb`), and again for the time
     that Python takes to launch it (`launch_ms`): where that is more than `ms`, the GPU waits.
+
+    Where an arm's work is known, bursts of large products take turns with the arms, and their rate is the
+    ceiling. What a GPU sustains falls with the power it draws: a product alone is up to 5 % faster than in
+    the state in which steps are timed.
     """
 
     device: torch.device
     rounds: int
     budget: Budget
-    seconds: float = math.inf
-    """Timing ends after this, or when the budget is spent; `at_least` rounds in any case."""
-    at_least: int = 1
-    ceiling_tflops: float | None = None
-    """None: bursts of large products take turns with the arms, and their rate is the ceiling. What a GPU
-    sustains falls with the power it draws: a product alone, measured before everything else, is up to 5 %
-    faster than in the state in which steps are timed."""
 
-    def __call__(self, arms: Mapping[str, Callable[[int], Any]]) -> Times:
-        calls = {name: functools.partial(arm, 0) for name, arm in arms.items()}
+    def __call__(self, arms: Sequence[Arm]) -> Times:
+        calls = {arm.name: functools.partial(arm.call, 0) for arm in arms}
         facts = {name: room_and_launch(call, self.device) for name, call in calls.items()}
-        budget, tera_flop = Budget(min(self.seconds, self.budget.left)), 0.0
-        if self.ceiling_tflops is None:
+        budget, tera_flop = Budget(min(CASE_SECONDS, self.budget.left)), 0.0
+        if any(arm.tera_flop for arm in arms):
             multiply, tera_flop = products(self.device)
             calls[PRODUCTS] = lambda: [multiply(i) for i in range(BURST)]
             calls[PRODUCTS]()
         measures = {
             name: functools.partial(sustained_milliseconds, call, self.device) for name, call in calls.items()
         }
-        found = in_turns(measures, self.rounds, budget=budget, at_least=self.at_least)
+        found = in_turns(measures, self.rounds, budget=budget)
         burst = found.pop(PRODUCTS, None)
-        ceiling = self.ceiling_tflops if burst is None else 1000 * BURST * tera_flop / burst["ms"]
-        return {name: found[name] | facts[name] for name in arms}, ceiling
+        ceiling = 1000 * BURST * tera_flop / burst["ms"] if burst else None
+        return {name: found[name] | facts[name] for name in found}, ceiling
 
 
 def race(arms: Sequence[Arm], rules: Rules, clock: Clock) -> list[Row]:
@@ -215,7 +217,7 @@ def race(arms: Sequence[Arm], rules: Rules, clock: Clock) -> list[Row]:
     """
     errors = {arm.name: error_of(arm) for arm in arms}
     verdicts = {arm.name: rules.verdict(arm, errors) for arm in arms}
-    found, ceiling = clock({arm.name: arm.call for arm in arms if verdicts[arm.name] == "ok"})
+    found, ceiling = clock([arm for arm in arms if verdicts[arm.name] == "ok"])
     fastest = min((times["ms"] for name, times in found.items() if name in rules.speed_of), default=None)
     rows = []
     for arm in arms:
@@ -326,10 +328,12 @@ def whole_pass(
 # Ceilings.
 
 
+@functools.cache
 def gemm_ceiling(device: torch.device) -> float:
-    """TFLOP/s of one large product after another, alone on the device."""
+    """TFLOP/s of one large product after another, alone on the device; measured once."""
     multiply, tera_flop = products(device)
-    found, _ = Replayed(device, sets=2, rounds=10)({PRODUCTS: multiply})
+    arm = Arm(name=PRODUCTS, call=multiply, error=lambda _: 0.0)
+    found, _ = Replayed(device, sets=2, rounds=10)([arm])
     return 1000 * tera_flop / found[PRODUCTS]["ms"]
 
 

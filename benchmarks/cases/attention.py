@@ -21,14 +21,13 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks import shapes
 from benchmarks.arms import best_stock_attention
-from benchmarks.registry import Benchmark, Session
+from benchmarks.registry import Benchmark, Session, by_case
 from benchmarks.shapes import AttentionShape
-from benchmarks.timing import Arm, Row, Rules, first_line, gemm_ceiling, num_sets, race, relative_error
+from benchmarks.timing import Arm, Row, Rules, first_line, num_sets, race, relative_error
 from bokehflux.kernels.attention import interface, select, tiles
 
 LOGIT_BOUND = 9.5
 """What |q . k| / sqrt(D) stays below in these inputs: a fixed offset is allowed in either dtype."""
-CHECKED_HEADS = (0, 11, 23)
 STOCK_BACKENDS = ("reference", "sdpa", "flash")
 """Names in `select.BACKENDS` that are not kernels of our own; those after the first are compared too."""
 YARDSTICKS = ("cuDNN", "FA2", "flex", "sdpa", "published, cuDNN", "published, FA2", "published, sdpa")
@@ -68,19 +67,18 @@ def draw(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> Inp
     dims = shape.length, shape.num_heads, shape.head_dim
     norm = (0.98 * LOGIT_BOUND * shape.head_dim**0.5) ** 0.5
     q, k, v = (torch.randn(n, *dims, device=device) for n in (rows_q, rows, rows))
-    q, k, v = (
-        (norm * F.normalize(q, dim=-1)).to(dtype),
-        (norm * F.normalize(k, dim=-1)).to(dtype),
-        v.to(dtype),
-    )
-    q_stock, k_stock, v_stock = (x.transpose(1, 2).contiguous() for x in (q, k, v))
-    pairs = []
-    if shape.form == "grounded":
-        for target in range(shape.num_targets):
-            pair = [target, shape.num_targets]
-            pairs.append((q_stock[[0, 0]], k_stock[pair], v_stock[pair]))
-    pivot_rows = torch.tensor([1, 1], device=device)
-    return Inputs(q=q, k=k, v=v, stock=(q_stock, k_stock, v_stock), pairs=pairs, pivot_rows=pivot_rows)
+    q, k = (norm * F.normalize(x, dim=-1) for x in (q, k))
+    ours = [x.to(dtype) for x in (q, k, v)]
+    return arranged(shape, ours, [x.transpose(1, 2).contiguous() for x in ours])
+
+
+def arranged(shape: AttentionShape, ours: Sequence[Tensor], stock: Sequence[Tensor]) -> Inputs:
+    """q, k and v in our layout and in that of stock kernels; the published batches are made of the latter."""
+    q, k, v = stock
+    targets = range(shape.num_targets) if shape.form == "grounded" else ()
+    pairs = [(q.expand(2, -1, -1, -1), *(x[[i, shape.num_targets]] for x in (k, v))) for i in targets]
+    pivot_rows = torch.tensor([1, 1], device=q.device)
+    return Inputs(q=ours[0], k=ours[1], v=ours[2], stock=(q, k, v), pairs=pairs, pivot_rows=pivot_rows)
 
 
 def exact(shape: AttentionShape, x: Inputs, heads: Sequence[int]) -> Tensor:
@@ -148,8 +146,10 @@ def published(shape: AttentionShape, kernel: Kernel, x: Inputs) -> list[Tensor]:
     return outs
 
 
-def joined(shape: AttentionShape, outs: list[Tensor]) -> Tensor:
-    """What `published` computes as [B, L, H, D], rows as in `Inputs`."""
+def joined(shape: AttentionShape, outs: Tensor | list[Tensor]) -> Tensor:
+    """What a kernel of ours or `published` computes as [B, L, H, D], rows as in `Inputs`."""
+    if isinstance(outs, Tensor):
+        return outs
     if shape.form == "grounded":
         outs = [*(out[:1] for out in outs), outs[0][1:]]
     return torch.cat(outs).transpose(1, 2)
@@ -160,9 +160,8 @@ class Way(NamedTuple):
 
     name: str
     kind: shapes.Way
-    run: Callable[[Inputs], Any]
-    read: Callable[[Any], Tensor] = lambda out: out
-    """The result of `run` as [B, L, H, D], rows as in `Inputs`."""
+    run: Callable[[Inputs], Tensor | list[Tensor]]
+    """What it gives is read by `joined`."""
 
 
 def on_ours(attend: Kernel) -> Callable[[Inputs], Tensor]:
@@ -231,31 +230,12 @@ def on_tile(shape: AttentionShape, tile: tiles.Tile, fixed: bool) -> Callable[[I
 
 def in_stock(shape: AttentionShape, device: torch.device) -> Iterator[Way]:
     """Stock kernels: on plain shapes as they are, on others in the published formulation."""
+    prefix = "" if shape.form == "plain" else "published, "
     for name, kernel in stock_kernels(shape, device):
-        yield Way(
-            name if shape.form == "plain" else f"published, {name}",
-            "published",
-            functools.partial(published, shape, kernel),
-            functools.partial(joined, shape),
-        )
+        yield Way(prefix + name, "published", functools.partial(published, shape, kernel))
 
 
 # Measuring.
-
-
-def arms_of(ways: Sequence[Way], shape: AttentionShape, sets: Sequence[Inputs]) -> list[Arm]:
-    heads = [head for head in CHECKED_HEADS if head < shape.num_heads]
-    true = exact(shape, sets[0], heads)
-    return [
-        Arm(
-            name=way.name,
-            call=lambda i, way=way: way.run(sets[i]),
-            error=lambda out, way=way: relative_error(way.read(out)[:, :, heads], true),
-            tera_flop=shape.tera_flop(way.kind),
-            is_ours=way.kind == "ours",
-        )
-        for way in ways
-    ]
 
 
 def draw_sets(shape: AttentionShape, session: Session) -> list[Inputs]:
@@ -266,31 +246,34 @@ def draw_sets(shape: AttentionShape, session: Session) -> list[Inputs]:
     return sets
 
 
-def measure_shape(shape: AttentionShape, session: Session, ceiling: float) -> list[Row]:
+@torch.no_grad()
+@best_stock_attention()
+def measure_shape(session: Session, shape: AttentionShape) -> list[Row]:
     """A row an arm, ours first."""
     torch._dynamo.reset()  # else FlexAttention runs into the limit of recompilations
     device = session.device
     ways = [*by_backend(shape), *in_plain_triton(shape, device), *in_stock(shape, device)]
     ways.sort(key=lambda way: way.kind != "ours")
-    sets = draw_sets(shape, session)
-    arms = arms_of([way for way in ways if session.wants(way.name)], shape, sets)
-    stock = [arm.name for arm in arms if not arm.is_ours]
-    rules = Rules(error_of=stock or [arm.name for arm in arms], speed_of=YARDSTICKS)
-    return [{"shape": shape.name, **row} for row in race(arms, rules, session.replayed(len(sets), ceiling))]
-
-
-def measure(session: Session) -> Iterator[list[Row]]:
-    torch.manual_seed(0)
-    with torch.no_grad(), best_stock_attention():
-        ceiling = gemm_ceiling(session.device)
-        for shape in session.until_spent(session.cases.values()):
-            yield measure_shape(shape, session, ceiling)
+    sets, heads = draw_sets(shape, session), shape.checked_heads
+    true = exact(shape, sets[0], heads)
+    arms = [
+        Arm(
+            name=way.name,
+            call=lambda i, way=way: way.run(sets[i]),
+            error=lambda out: relative_error(joined(shape, out)[:, :, heads], true),
+            tera_flop=shape.tera_flop(way.kind),
+            is_ours=way.kind == "ours",
+        )
+        for way in ways
+        if session.wants(way.name)
+    ]
+    return race(arms, Rules.of(arms, speed_of=YARDSTICKS), session.replayed(len(sets)))
 
 
 BENCHMARK = Benchmark(
     question="attention, forward: time by shape and kernel",
     checked="outputs against float32 by the definition: at most twice the best stock kernel's error",
-    ceiling="an 8192 x 8192 x 8192 bf16 product, before everything else",
+    ceiling="an 8192 x 8192 x 8192 bf16 product, before the first case",
     cases=shapes.known,
     usual_cases=shapes.USUAL,
     arms=(
@@ -301,5 +284,5 @@ BENCHMARK = Benchmark(
     repeats=30,
     columns="shape arm ms speedup tflops share error verdict",
     bars=("shape", "arm", "speedup"),
-    measure=measure,
+    measure=by_case(measure_shape, "shape"),
 )  # fmt: skip

@@ -14,19 +14,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import networks
 from benchmarks.arms import OURS, RIVALS, StepArm, allow_recompiling, best_stock_attention, build_arms
-from benchmarks.cases.step import rules_of
+from benchmarks.cases.step import SANE_ERROR
 from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS, Batch
 from benchmarks.registry import Benchmark, Session
-from benchmarks.timing import Row, Times, race
+from benchmarks.timing import Arm, Row, Rules, Times, race
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.models.vae import to_uint8
 from bokehflux.pipeline.color import match_lab_means
@@ -47,6 +46,11 @@ SHORTCUTS: dict[str, tuple[str, dict[str, int]]] = {
     "ours, 256 tokens": ("ours", {"max_sequence_length": 256}),
 }
 """Arm -> the arm whose network it has, and further settings of the run."""
+ARMS = (
+    *(name for name in OURS if "graph" not in name),
+    *SHORTCUTS,
+    *(name for name in RIVALS if "published" in name),
+)
 
 
 def job(side_px: int, num_steps: int) -> GenerateSettings:
@@ -150,29 +154,25 @@ def measure_side(
 ) -> list[Row]:
     """A row an arm, which is checked on the first step. The jobs are too long to take turns."""
     torch._dynamo.reset()
-    asked = job(side, 3 if session.tiny else 30)
+    asked, named = job(side, 3 if session.tiny else 30), {arm.name: arm for arm in arms}
 
-    def one_by_one(calls: Mapping[str, Callable[[int], Any]]) -> Times:
-        right = [arm for arm in arms if arm.name in calls]
-        return {arm.name: timed(pipeline, asked, arm, session) for arm in session.until_spent(right)}, None
+    def one_by_one(right: Sequence[Arm]) -> Times:
+        names = session.until_spent([arm.name for arm in right])
+        return {name: timed(pipeline, asked, named[name], session) for name in names}, None
 
-    rows = race([arm.on(batch, exact) for arm in arms], rules_of(arms), one_by_one)
+    racing = [arm.on(batch, exact) for arm in arms]
+    rows = race(racing, Rules.of(racing, SANE_ERROR), one_by_one)
     return [{"side": f"{side} px", **row} for row in rows]
 
 
 def arms_of(session: Session, pipeline: Pipeline) -> list[StepArm]:
     """The comparison arms first: should time run out, without them nothing of ours is known to be fast."""
-    needed = {of for name, (of, _) in SHORTCUTS.items() if session.wants(name)}
-    arms = build_arms(
-        pipeline.transformer,
-        with_levels=True,
-        wants=lambda name: name in needed or session.wants(name),
-        backend=session.backend,
-        graphs=False,
-    )
+    wanted = {name: SHORTCUTS.get(name, (name, {}))[0] for name in ARMS if session.wants(name)}
+    networks_of = dict.fromkeys(wanted.values())
+    arms = build_arms(pipeline.transformer, networks_of, with_levels=True, backend=session.backend)
     made = {arm.name: arm for arm in arms}
-    arms += [dataclasses.replace(made[of], name=name) for name, (of, _) in SHORTCUTS.items() if of in made]
-    return sorted((arm for arm in arms if session.wants(arm.name)), key=lambda arm: arm.is_ours)
+    arms = [dataclasses.replace(made[of], name=name) for name, of in wanted.items() if of in made]
+    return sorted(arms, key=lambda arm: arm.is_ours)
 
 
 def measure(session: Session) -> Iterator[list[Row]]:
@@ -198,11 +198,7 @@ BENCHMARK = Benchmark(
     question="a whole job, text to pictures: six targets on one pivot, 30 steps, by phase",
     checked="as in step, on the first step",
     cases=lambda tiny: {f"{side} px": side for side in networks.setting(tiny).sides_px},
-    arms=(
-        *(name for name, way in OURS.items() if not way.graph),
-        *SHORTCUTS,
-        *(name for name in RIVALS if name.startswith("published")),
-    ),
+    arms=ARMS,
     repeats=1,
     repeated="of the published way's six equal runs",
     columns="side arm total_s text_s denoise_s decode_s speedup error peak_gb measured_runs verdict",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 import bokehflux
-from benchmarks.registry import Benchmark, Session
+from benchmarks.registry import Benchmark, Session, by_case
 from benchmarks.timing import Arm, Row, Rules, race
 from bokehflux.pipeline.pipeline import Pipeline
 
@@ -25,33 +27,36 @@ def run(pipe: Pipeline, levels: Sequence[float] | None, num_steps: int | None) -
     return np.stack([np.asarray(image) for image in result.images])
 
 
-def measure(session: Session) -> Iterator[list[Row]]:
-    pipe = bokehflux.load("nano", device=session.device)
-    num_steps = 2 if session.tiny else None
-    for case, levels in session.until_spent(session.cases.items()):
-        ways = {ARMS[0]: lambda levels=levels: run(pipe, levels, num_steps)}
-        if levels is not None:
-            ways[ARMS[1]] = lambda levels=levels: np.concatenate(
-                [run(pipe, [level], num_steps) for level in levels]
-            )
-        ways = {name: way for name, way in ways.items() if session.wants(name)}
-        seen: list[np.ndarray] = []
+@functools.cache
+def loaded(device: torch.device) -> Pipeline:
+    return bokehflux.load("nano", device=device)
 
-        def error(made: np.ndarray, seen: list[np.ndarray] = seen) -> float:
-            """Mean difference from the first arm's pictures, which range over 0-1."""
-            seen.append(made / 255)
-            return float(np.abs(seen[-1] - seen[0]).mean())
 
-        arms = [
-            Arm(name=name, call=lambda _, way=way: way(), error=error, is_ours=True)
-            for name, way in ways.items()
-        ]
-        rules = Rules(error_of=None, max_error=0.005, speed_of=[ARMS[-1]])
-        rows = race(arms, rules, session.sustained(ceiling_tflops=0.0))
-        for row in rows:
-            if "ms" in row:
-                row |= {"seconds": row["ms"] / 1000, "a_picture": row["ms"] / 1000 / len(levels or [0])}
-        yield [{"case": case, **row} for row in rows]
+def measure_levels(session: Session, levels: Sequence[float] | None) -> list[Row]:
+    pipe, num_steps = loaded(session.device), 2 if session.tiny else None
+    ways = {ARMS[0]: [levels]} if levels is None else {ARMS[0]: [levels], ARMS[1]: [[x] for x in levels]}
+    seen: list[np.ndarray] = []
+
+    def error(made: np.ndarray) -> float:
+        """Mean difference from the first arm's pictures, which range over 0-1."""
+        seen.append(made / 255)
+        return float(np.abs(seen[-1] - seen[0]).mean())
+
+    arms = [
+        Arm(
+            name=name,
+            call=lambda _, runs=runs: np.concatenate([run(pipe, some, num_steps) for some in runs]),
+            error=error,
+            is_ours=True,
+        )
+        for name, runs in ways.items()
+        if session.wants(name)
+    ]
+    rows = race(arms, Rules(error_of=None, max_error=0.005, speed_of=[ARMS[-1]]), session.sustained())
+    for row in rows:
+        if "ms" in row:
+            row |= {"seconds": row["ms"] / 1000, "a_picture": row["ms"] / 1000 / len(levels or [0])}
+    return rows
 
 
 BENCHMARK = Benchmark(
@@ -62,6 +67,6 @@ BENCHMARK = Benchmark(
     repeats=1,
     columns="case arm seconds a_picture speedup verdict",
     bars=("case", "arm", "seconds"),
-    measure=measure,
+    measure=by_case(measure_levels),
     needs_gpu=False,
 )

@@ -5,13 +5,10 @@ Bytes are those that must be read or written once. Inputs rotate through more th
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Benchmark, Session
+from benchmarks.registry import Benchmark, Session, by_case
 from benchmarks.timing import Arm, Row, Rules, num_sets, race, relative_error
 
 MOVED = {
@@ -68,11 +65,17 @@ def widened(arguments: object) -> object:
 
 
 @torch.inference_mode()
-def measure_pass(session: Session, name: str, sets: list[Arguments], moved: int) -> list[Row]:
-    """A row an arm. moved: bytes of [rows, tokens, width]."""
+def measure_pass(session: Session, case: tuple[int, int, str]) -> list[Row]:
+    """A row an arm."""
     from bokehflux.kernels.pointwise import ops, reference
 
-    function = name.split()[0]
+    width, dim = (64, 16) if session.tiny else (3072, 128)
+    num_rows, length, name = case
+    function, moved = name.split()[0], num_rows * length * width * session.half.itemsize
+    sets = [
+        inputs(num_rows, length, width, dim, session.device, session.half)
+        for _ in range(num_sets(12 * moved, session.device))
+    ]
     true = flat(getattr(reference, function)(*widened(sets[0][name])))
     arms = [
         Arm(
@@ -90,17 +93,6 @@ def measure_pass(session: Session, name: str, sets: list[Arguments], moved: int)
     return rows
 
 
-def measure(session: Session) -> Iterator[list[Row]]:
-    width, dim = (64, 16) if session.tiny else (3072, 128)
-    cases = session.until_spent(session.cases.items())
-    for (rows, length), group in itertools.groupby(cases, key=lambda case: case[1][:2]):
-        moved = rows * length * width * session.half.itemsize
-        count = num_sets(12 * moved, session.device)
-        sets = [inputs(rows, length, width, dim, session.device, session.half) for _ in range(count)]
-        for case, (_, _, name) in group:
-            yield [{"case": case, **row} for row in measure_pass(session, name, sets, moved)]
-
-
 BENCHMARK = Benchmark(
     question="the passes between matrix products (norms, gates, rotations, GELU): time and TB/s",
     checked="results against eager in float32: at most twice the error of eager in the same dtype",
@@ -113,5 +105,5 @@ BENCHMARK = Benchmark(
     repeats=30,
     columns="case arm us tb_s speedup error verdict",
     bars=("case", "arm", "us"),
-    measure=measure,
+    measure=by_case(measure_pass),
 )

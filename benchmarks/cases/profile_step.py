@@ -104,8 +104,7 @@ def profiled(session: Session, batch: Batch, arm: StepArm) -> list[Row]:
 
     trace(call, session.device)  # the profiler's own start takes time, in which the GPU would cool
     step_ms = sustained_milliseconds(call, session.device)
-    way = "ours" if arm.is_ours else "published"
-    attention = 1e12 * config.num_blocks * networks.attention_shape(config, batch).tera_flop(way)
+    attention = 1e12 * config.num_blocks * networks.attention_tera_flop(config, batch, arm.is_ours)
     rows = table_of(trace(several, session.device), attention, steps)
     print(f"{step_ms:.2f} ms a step, kernels {sum(row['ms'] for row in rows):.2f} ms")
     return [{"arm": arm.name, "label": label_of(row["kernel"]), "step_ms": step_ms, **row} for row in rows]

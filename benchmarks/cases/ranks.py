@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.multiprocessing.reductions import reduce_tensor
 
@@ -28,14 +27,11 @@ from benchmarks.arms import best_stock_attention
 from benchmarks.cases.generate import Timed, job
 from benchmarks.registry import Benchmark, Session
 from benchmarks.timing import Row, milliseconds, relative_error
-from bokehflux.conditioning import Conditioning
 from bokehflux.configs import FLUX_DEV
-from bokehflux.models.adapter import BokehCondition
 from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.run import Options, Result, execute
 from bokehflux.record import GenerateSettings
-from bokehflux.sampling.denoise import denoiser
 from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.ranks import ALONE, Ranks, RowsOverRanks, TokensOverRanks
 
@@ -168,20 +164,10 @@ def measure_tokens(here: Here, name: str, side_px: int, _: int) -> Iterator[list
     setting, mmdit = networks.setting(here.session.tiny), here.pipeline.transformer
     batch = networks.draw_batch(setting, side_px, (networks.PIVOT_LEVEL,), here.device)
     exact = networks.exact(networks.widened(mmdit), batch)
-    text = Conditioning(txt=batch.txt.to(mmdit.dtype), pooled=batch.pooled.to(mmdit.dtype))
-    x, sigma = batch.img.to(mmdit.dtype), torch.tensor(batch.sigma)
-
-    def stepper(ranks: Ranks) -> Callable[[], Tensor]:
-        velocity = denoiser(
-            mmdit, text, LatentGrid(height_px=side_px, width_px=side_px), guidance=batch.guidance,
-            sigmas=sigma[None], backend=here.session.backend, ranks=ranks,
-            bokeh=BokehCondition.of([networks.PIVOT_LEVEL]),
-        )  # fmt: skip
-        return lambda: velocity(x, sigma, 0)
-
     errors = {}
     for arm, ranks in {"one GPU": ALONE, "tokens over GPUs": TokensOverRanks(here.mesh)}.items():
-        step, everywhere = stepper(ranks), ranks is not ALONE
+        step = networks.our_step(mmdit, batch, here.session.backend, graph=True, ranks=ranks)
+        everywhere = ranks is not ALONE
         errors[arm] = relative_error(step(), exact) if everywhere or here.is_first else 0.0
         row = here.settled(step, everywhere)
         verdict = "ok" if errors[arm] <= 2 * errors["one GPU"] or not here.is_first else "wrong"

@@ -7,11 +7,9 @@ the radius.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-from benchmarks.registry import Benchmark, Session
+from benchmarks.registry import Benchmark, Session, by_case
 from benchmarks.timing import Arm, Row, Rules, race, relative_error
 
 INSTRUCTIONS, READ_BYTES = 27, 20
@@ -40,10 +38,11 @@ def bound_ms(weights: int, device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def measure_level(session: Session, level: float, side_px: int) -> list[Row]:
+def measure_level(session: Session, case: tuple[float, int]) -> list[Row]:
     """A row an arm, every pixel of that radius."""
     from bokehflux.kernels.scatter import interface, ops, reference
 
+    level, side_px = case
     on_gpu, reach = session.device.type == "cuda", int(level) + 1
     light = torch.rand(1, 3, side_px, side_px, device=session.device)
     radius = torch.full((1, side_px, side_px), level, device=session.device)
@@ -64,17 +63,12 @@ def measure_level(session: Session, level: float, side_px: int) -> list[Row]:
         if session.wants(name) and name in calls
     ]
     rules = Rules(error_of=None, max_error=MAX_ERROR, speed_of=["eager"])
-    rows = race(arms, rules, session.sustained(ceiling_tflops=1.0))
+    rows = race(arms, rules, session.sustained())
     for row in (row for row in rows if "ms" in row):
         row["images_s"] = 1000 / row["ms"]
         if on_gpu:
             row["share"] = bound_ms(num_weights(level, side_px), session.device) / row["ms"]
     return rows
-
-
-def measure(session: Session) -> Iterator[list[Row]]:
-    for case, (level, side_px) in session.until_spent(session.cases.items()):
-        yield [{"case": case, **row} for row in measure_level(session, level, side_px)]
 
 
 BENCHMARK = Benchmark(
@@ -89,6 +83,6 @@ BENCHMARK = Benchmark(
     repeats=9,
     columns="case arm ms images_s share speedup error verdict",
     bars=("case", "arm", "images_s"),
-    measure=measure,
+    measure=by_case(measure_level),
     needs_gpu=False,
 )

@@ -20,8 +20,6 @@ from bokehflux.models.mmdit import MMDiT
 
 SANE_ERROR = 0.5
 """No error above this passes, whatever the comparison arms': they may be wrong themselves."""
-CASE_SECONDS = 25.0
-"""Timing of a case ends after this, three rounds at the least."""
 LEVELS: dict[str, tuple[float, ...] | None] = {
     "pair": (PIVOT_LEVEL, TARGET_LEVELS[1]),
     "base": None,
@@ -49,16 +47,11 @@ def draw_batches(session: Session) -> dict[str, Batch]:
     }
 
 
-def rules_of(arms: Sequence[StepArm]) -> Rules:
-    """Rivals are the yardstick; without any, the best arm of ours."""
-    rivals = [arm.name for arm in arms if not arm.is_ours]
-    return Rules(error_of=rivals or [arm.name for arm in arms], max_error=SANE_ERROR, speed_of=rivals)
-
-
 def with_arms(
     session: Session, mmdit: MMDiT, batches: Mapping[str, Batch]
 ) -> Iterator[tuple[str, Batch, list[StepArm]]]:
     """Each case with its batch and arms, which are built anew where levels come or go."""
+    names = [name for name in (*OURS, *RIVALS) if session.wants(name)]
     built: list[StepArm] = []
     had_levels = None
     for name, batch in session.until_spent(batches.items()):
@@ -67,7 +60,7 @@ def with_arms(
             built.clear()  # two sets of copies would not fit in 80 GB
             torch._dynamo.reset()
             gc.collect()
-            built += build_arms(mmdit, with_levels=has_levels, wants=session.wants, backend=session.backend)
+            built += build_arms(mmdit, names, with_levels=has_levels, backend=session.backend)
             had_levels = has_levels
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -80,7 +73,7 @@ def measure_batch(session: Session, batch: Batch, arms: Sequence[StepArm], exact
     torch._dynamo.reset()  # each case compiles for its own shapes and has the limit to itself
     config = networks.setting(session.tiny).mmdit
     racing = [arm.on(batch, exact, networks.tera_flop(config, batch, arm.is_ours)) for arm in arms]
-    rows = race(racing, rules_of(arms), session.sustained(seconds=CASE_SECONDS, at_least=3))
+    rows = race(racing, Rules.of(racing, SANE_ERROR), session.sustained())
     for arm, row in zip(arms, rows, strict=True):
         if (room := row.pop("workspace_mb", None)) is not None:
             row["peak_gb"] = arm.weight_bytes / 1e9 + room / 1e3

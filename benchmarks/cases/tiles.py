@@ -13,12 +13,17 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.cases.attention import FORMS, draw_sets, exact, on_tile
-from benchmarks.registry import Benchmark, Session
+from benchmarks.registry import Benchmark, Session, by_case
 from benchmarks.shapes import AttentionShape
 from benchmarks.timing import Arm, Row, Rules, race, relative_error
 from bokehflux.kernels.attention import tiles
 
 MAX_ERROR = 0.02
+
+
+@torch.no_grad()
+def measure_shape(session: Session, shape: AttentionShape) -> list[Row]:
+    return [row for fixed in (True, False) for row in sweep(shape, session, fixed)]
 
 
 def sweep(shape: AttentionShape, session: Session, fixed: bool) -> list[Row]:
@@ -41,7 +46,7 @@ def sweep(shape: AttentionShape, session: Session, fixed: bool) -> list[Row]:
     softmax = "fixed offset" if fixed else "running maximum"
     found = [
         {
-            "shape": shape.name, "softmax": softmax, "tile": row["arm"], "ms": row.get("ms"),
+            "softmax": softmax, "tile": row["arm"], "ms": row.get("ms"),
             "in_table": swept[row["arm"]] in usual, "fields": dataclasses.asdict(swept[row["arm"]]),
             "verdict": row["verdict"], "ours": swept[row["arm"]] in usual,
         }
@@ -81,14 +86,6 @@ def describe(tile: tiles.Tile) -> str:
     )
 
 
-def measure(session: Session) -> Iterator[list[Row]]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for shape in session.until_spent(session.cases.values()):
-            for fixed in (True, False):
-                yield sweep(shape, session, fixed)
-
-
 BENCHMARK = Benchmark(
     question="which block shapes our attention kernels should take",
     checked="outputs of one head against float32: a relative error of at most 0.02",
@@ -97,5 +94,5 @@ BENCHMARK = Benchmark(
     repeats=10,
     repeated="measurements of a tile",
     columns="shape softmax tile ms in_table verdict",
-    measure=measure,
+    measure=by_case(measure_shape, "shape"),
 )

@@ -87,6 +87,10 @@ def published_step(model: Published, batch: Batch) -> Callable[[], Tensor]:
     return run
 
 
+KINDS = {"published": (published_model, published_step), "diffusers": (diffusers_model, diffusers_step)}
+"""How a model is built on our weights, and how it makes a step."""
+
+
 def published_rows(
     model: Published, batch: Batch, levels: tuple[float, ...], *, grounded: bool
 ) -> Callable[[], Tensor]:
