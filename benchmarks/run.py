@@ -13,7 +13,6 @@ toys on any machine, with Triton's kernels in its interpreter: its times mean no
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -22,8 +21,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import registry
 from benchmarks.registry import Benchmark, Session
-from benchmarks.timing import Budget, Row
+from benchmarks.timing import Budget, Row, first_line
 from bokehflux.evaluation.report import commit
 from bokehflux.pictures import plot
 from bokehflux.pipeline.provenance import provenance_here
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(args.names) > 1:
             documents = run_each(args, budget)
         else:
-            documents = {name: next(run_one(name, args, budget)) for name in args.names}
+            documents = {name: run(name, args, budget) for name in args.names}
     except ValueError as error:
         parser.error(str(error))
     print(json.dumps(documents))
@@ -101,12 +101,6 @@ def described(name: str) -> str:
         "repeats": f"{benchmark.repeats} {benchmark.repeated}" if benchmark.repeats else "",
     }
     return name + "".join(f"\n    {key:9}{line}" for key, line in lines.items() if line)
-
-
-def run_one(name: str, args: argparse.Namespace, budget: Budget) -> Iterator[dict[str, Any]]:
-    """The document of one benchmark. Raises ValueError as `session_of`."""
-    benchmark = registry.find(name)
-    yield run(name, benchmark, session_of(name, benchmark, args, budget), args)
 
 
 def session_of(name: str, benchmark: Benchmark, args: argparse.Namespace, budget: Budget) -> Session:
@@ -140,15 +134,17 @@ def session_of(name: str, benchmark: Benchmark, args: argparse.Namespace, budget
     )
 
 
-def run(name: str, benchmark: Benchmark, session: Session, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print and write; returns what the last line says of it."""
+def run(name: str, args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
+    """Measure, print and write; returns what the last line says of it. Raises ValueError as `session_of`."""
+    benchmark = registry.find(name)
+    session = session_of(name, benchmark, args, budget)
     found = environment(session.device)
     print(", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
     file = (args.file or name) + ("_tiny" if session.tiny else "")
     path = args.out / f"{file}.json"
     isolated = benchmark.isolated and len(registry.pick(benchmark.arms, session.arms)) > 1
     rows: list[Row] = []
-    for new in in_processes(benchmark, session) if isolated else benchmark.measure(session):
+    for new in by_arm(benchmark, session) if isolated else benchmark.measure(session):
         print(f"{table(new, benchmark.columns.split())}\n{session.budget.left:.0f} s left", flush=True)
         rows += new
         if benchmark.finish is not None:
@@ -197,40 +193,31 @@ def run_each(args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
         documents[name] = {"passed": False, "problem": "out of time"}
         if not budget.spent:
             print(f"== {name}", flush=True)
-            try:
-                (documents[name],) = in_process(run_one, name, args, budget)
-            except ChildProcessError as error:
-                documents[name] = {"passed": False, "problem": str(error)}
+            done = apart(run, name, args, budget)
+            error = done.exception()
+            documents[name] = {"passed": False, "problem": first_line(error)} if error else done.result()
     return documents
 
 
-def in_processes(benchmark: Benchmark, session: Session) -> Iterator[list[Row]]:
-    """Rows of every arm from a process of its own; those that it made before it failed."""
+def by_arm(benchmark: Benchmark, session: Session) -> Iterator[list[Row]]:
+    """Rows of every arm, each measured in a process of its own."""
     for arm in session.until_spent(registry.pick(benchmark.arms, session.arms)):
-        try:
-            yield from in_process(benchmark.measure, dataclasses.replace(session, arms=[f"{arm}$"]))
-        except ChildProcessError as error:
-            yield [{"arm": arm, "verdict": f"failed: {error}"}]
+        done = apart(measured, benchmark.measure, dataclasses.replace(session, arms=[f"{arm}$"]))
+        error = done.exception()
+        yield done.result() if error is None else [{"arm": arm, "verdict": f"failed: {first_line(error)}"}]
 
 
-def in_process(generate: Callable[..., Iterator[Item]], *arguments: Any) -> Iterator[Item]:
-    """What a generator yields in a process of its own. Raises ChildProcessError where that fails."""
-    fresh = multiprocessing.get_context("spawn")
-    receiver, sender = fresh.Pipe(duplex=False)
-    process = fresh.Process(target=_send_all, args=(sender, generate, *arguments))
-    process.start()
-    sender.close()
-    with receiver, contextlib.suppress(EOFError):
-        while True:
-            yield receiver.recv()
-    process.join()
-    if process.exitcode:
-        raise ChildProcessError(f"exit status {process.exitcode}")
+def measured(measure: Callable[[Session], Iterator[list[Row]]], session: Session) -> list[Row]:
+    return [row for rows in measure(session) for row in rows]
 
 
-def _send_all(sender: Connection, generate: Callable[..., Iterator[Any]], *arguments: Any) -> None:
-    for item in generate(*arguments):
-        sender.send(item)
+def apart(function: Callable[..., Item], *arguments: Any) -> Future[Item]:
+    """A call in a process of its own, which has ended."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        done = pool.submit(function, *arguments)
+    if (error := done.exception()) is not None:
+        traceback.print_exception(error)
+    return done
 
 
 # What is printed and written.

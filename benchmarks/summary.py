@@ -58,21 +58,15 @@ class Finding(NamedTuple):
         return "yes" if self.value >= self.goal["at_least"] else "NO"
 
     def row(self) -> Row:
+        goal, unit = self.goal, self.goal.get("unit", "x")
+
         def text(value: float) -> str:
-            unit = self.goal.get("unit", "x")
             return f"{value:.0%}" if unit == "%" else f"{value:.2f}{unit}"
 
-        limits = {"at_least": "at least", "at_most": "at most"}
-        bounds = [f"{words} {text(self.goal[key])}" for key, words in limits.items() if key in self.goal]
-        return {
-            "what": self.goal["what"],
-            "against": self.against,
-            "goal": "".join(bounds),
-            "aim": text(self.goal["aim"]) if "aim" in self.goal else "",
-            "measured": text(self.value),
-            "reached": self.reached,
-            "with": self.how,
-        }
+        bounds = [f"{key} {text(goal[key])}" for key in ("at_least", "at_most") if key in goal]
+        goal_text, aim = "".join(bounds).replace("_", " "), text(goal["aim"]) if "aim" in goal else ""
+        values = goal["what"], self.against, goal_text, aim, text(self.value), self.reached, self.how
+        return dict(zip(COLUMNS, values, strict=True))
 
 
 class Results:
@@ -153,32 +147,25 @@ def shares(goal: Goal, rows: Sequence[Row], results: Results) -> Iterator[tuple[
                 yield value, f"{label(row)}: {row[key]:.3g} of {other[other_key]:.3g}"
 
 
-def findings(folder: Path) -> list[Finding]:
-    """Every goal for which a folder has files."""
-    results = Results(folder)
+def findings(results: Results) -> list[Finding]:
+    """Every goal for which there are files."""
     return [found for goal in read_goals()["goals"] if (found := measured(goal, results)) is not None]
 
 
 # Documents.
 
 
-def all_figures(found: Sequence[Finding], results: Results) -> str:
-    return figures([finding.row() for finding in found], found, results)
-
-
-def few_figures(found: Sequence[Finding], results: Results) -> str:
-    """Those that README.md shows, in its words."""
-    shown = [finding for finding in found if "in_readme" in finding.goal]
-    rows = [finding.row() | {"what": finding.goal["in_readme"]} for finding in shown]
-    return figures([{key: row[key] for key in SHOWN} for row in rows], shown, results)
-
-
-def figures(rows: Sequence[Row], found: Sequence[Finding], results: Results) -> str:
-    """A table, and under it where each of its lines comes from."""
-    runs: dict[str, int] = {}
-    numbers = [runs.setdefault(results.run(finding.goal["file"]), len(runs) + 1) for finding in found]
-    cells = [[*row.values(), str(number)] for row, number in zip(rows, numbers, strict=True)]
-    return "\n".join([*markdown([*rows[0], "run"], cells), "", *(f"{n}. {run}" for run, n in runs.items())])
+def figures(found: Sequence[Finding], results: Results, few: bool = False) -> str:
+    """A table, and under it where each of its lines comes from. few: those of README.md, in its words."""
+    columns, runs, cells = SHOWN if few else COLUMNS, dict[str, int](), []
+    for finding in found:
+        row, goal = finding.row(), finding.goal
+        if few and "in_readme" not in goal:
+            continue
+        number = runs.setdefault(results.run(goal["file"]), len(runs) + 1)
+        row |= {"what": goal["in_readme"] if few else goal["what"], "run": str(number)}
+        cells.append([row[column] for column in (*columns, "run")])
+    return "\n".join([*markdown([*columns, "run"], cells), "", *(f"{n}. {run}" for run, n in runs.items())])
 
 
 def memory(results: Results) -> str:
@@ -195,8 +182,8 @@ def memory(results: Results) -> str:
 
 
 def markdown(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (heading, *rows)]
-    return [re.sub(r"  \|$", " |", lines[0]), "|" + "---|" * len(heading), *lines[1:]]
+    head, *lines = ["| " + " | ".join(cells) + " |" for cells in (heading, *rows)]
+    return [head, "|" + "---|" * len(heading), *lines]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,11 +191,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", action="store_true", help="into the documents of this folder")
     args = parser.parse_args(argv)
-    found, results = findings(args.results), Results(args.results)
+    results = Results(args.results)
+    found = findings(results)
     print(table([finding.row() for finding in found], COLUMNS) if found else "no figures yet")
     if args.write and found:
-        replace_between(Path("benchmarks/README.md"), FIGURES, all_figures(found, results))
-        replace_between(Path("README.md"), FIGURES, few_figures(found, results))
+        replace_between(Path("benchmarks/README.md"), FIGURES, figures(found, results))
+        replace_between(Path("README.md"), FIGURES, figures(found, results, few=True))
         if results.rows("memory", {}, "gpu_gb"):
             replace_between(Path("docs/memory.md"), MEMORY, memory(results))
     return 0

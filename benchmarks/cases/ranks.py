@@ -28,6 +28,7 @@ from benchmarks.cases.generate import Timed, job
 from benchmarks.registry import Benchmark, Session
 from benchmarks.timing import Row, milliseconds, relative_error
 from bokehflux.configs import FLUX_DEV
+from bokehflux.models.mmdit import MMDiT
 from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.run import Options, Result, execute
@@ -63,6 +64,8 @@ class Here:
     session: Session
     mesh: DeviceMesh
     pipeline: Pipeline
+    unfolded: MMDiT
+    """The network that the pipeline's was folded from, on the weights that both leave as they are."""
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +166,7 @@ def measure_tokens(here: Here, name: str, side_px: int, _: int) -> Iterator[list
     """A step of the base model, checked against float32."""
     setting, mmdit = networks.setting(here.session.tiny), here.pipeline.transformer
     batch = networks.draw_batch(setting, side_px, (networks.PIVOT_LEVEL,), here.device)
-    exact = networks.exact(networks.widened(mmdit), batch)
+    exact = networks.exact(networks.widened(here.unfolded), batch)
     errors = {}
     for arm, ranks in {"one GPU": ALONE, "tokens over GPUs": TokensOverRanks(here.mesh)}.items():
         step = networks.our_step(mmdit, batch, here.session.backend, graph=True, ranks=ranks)
@@ -262,12 +265,10 @@ def measure(session: Session) -> Iterator[list[Row]]:
     # gloo for what is not on a GPU: who is ready, and how often a step is timed.
     dist.init_process_group("cpu:gloo,cuda:nccl" if session.device.type == "cuda" else "gloo")
     mesh = init_device_mesh(session.device.type, (int(os.environ["WORLD_SIZE"]),))
-    setting = networks.setting(session.tiny)
-    pipeline = networks.build_pipeline(setting, session.device)
-    pipeline = dataclasses.replace(
-        pipeline, transformer=networks.folded(pipeline.transformer), memory=Timed(device=session.device)
-    )
-    here = Here(session=session, mesh=mesh, pipeline=pipeline)
+    built = networks.build_pipeline(networks.setting(session.tiny), session.device)
+    folded, clock = networks.folded(built.transformer), Timed(device=session.device)
+    pipeline = dataclasses.replace(built, transformer=folded, memory=clock)
+    here = Here(session=session, mesh=mesh, pipeline=pipeline, unfolded=built.transformer)
     with best_stock_attention():
         for name, (measure_one, side_px, targets) in session.cases.items():
             yield from measure_one(here, name, side_px, targets)

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -226,7 +227,7 @@ def test_several_run_one_after_another(tmp_path: Path, capsys: pytest.CaptureFix
 def test_nothing_begins_when_time_is_up(
     names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "in_process", lambda *_: pytest.fail("a process began"))
+    monkeypatch.setattr(runner, "apart", lambda *_: pytest.fail("a process began"))
     assert runner.main([*names, "--tiny", "--seconds", "0", "--out", str(tmp_path)]) == 1
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out.count("out of time") == len(names)
@@ -247,13 +248,20 @@ def test_commands_in_documents_are_understood(monkeypatch: pytest.MonkeyPatch) -
     commands = {line for text in texts for line in re.findall(r"python -m benchmarks\.run ([^`\n]+)", text)}
     ran: set[str] = set()
 
-    def run(name: str, *_: Any, **__: Any) -> dict[str, Any]:
+    def run(name: str, args: Any, budget: Budget) -> dict[str, Any]:
+        runner.session_of(name, registry.find(name), args, budget)
         ran.add(name)
         return {"passed": True}
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def apart(run: Any, name: str, args: Any, budget: Budget) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(run(name, args, budget))
+        return done
+
     monkeypatch.setattr(runner, "run", run)
-    monkeypatch.setattr(runner, "in_process", lambda one, name, *_: [run(name)])
+    monkeypatch.setattr(runner, "apart", apart)
     for command in commands:
         assert runner.main(shlex.split(command, comments=True)) == 0, command
     assert {"attention", "step", "generate", "memory", "nano_seconds", "tiles"} <= ran
@@ -498,17 +506,16 @@ def test_a_job_over_the_cap_is_tried_leaner(
 
 
 def dies(session: registry.Session) -> Iterator[list[Row]]:
+    if session.wants("stream, bf16"):
+        os._exit(3)
     yield [{"arm": arm, "verdict": "ok"} for arm in session.arms]
-    os._exit(3)
 
 
-def test_rows_survive_a_process_that_fails() -> None:
+def test_an_arm_whose_process_dies_leaves_the_others() -> None:
     fails = dataclasses.replace(memory.BENCHMARK, measure=dies)
-    rows = [*runner.in_processes(fails, session(arms=("stream, bf16",)))]
-    assert rows == [
-        [{"arm": "stream, bf16$", "verdict": "ok"}],
-        [{"arm": "stream, bf16", "verdict": "failed: exit status 3"}],
-    ]
+    (ok,), (failed,) = runner.by_arm(fails, session(arms=("offload, bf16", "stream, bf16")))
+    assert ok == {"arm": "offload, bf16$", "verdict": "ok"}
+    assert failed["arm"] == "stream, bf16" and failed["verdict"].startswith("failed: BrokenProcessPool")
 
 
 def test_nano_runs_anywhere(tmp_path: Path) -> None:
@@ -605,7 +612,8 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
     over = stream | {"job": "1 at 512 px", "vs_resident": 4.0, "verdict": "over the cap, measured without"}
     write_results(tmp_path, "memory", [stream | {"verdict": "ok", "gpu_gb": 2.0}, over | {"gpu_gb": 3.4}])
 
-    found = summary.findings(tmp_path)
+    read = summary.Results(tmp_path)
+    found = summary.findings(read)
     assert {(f.goal["what"], f.against): (round(f.value, 3), f.reached) for f in found} == {
         ("plain attention, S 1536", "cuDNN"): (0.95, "NO"),
         ("plain attention, S 1536", "FA3"): (0.5, "NO"),
@@ -617,7 +625,7 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
         ("time of a streamed step", ""): (1.1, "yes"),
         ("error of each bf16 arm against fp32", "published, eager"): (1.2, "NO"),
     }
-    text = summary.all_figures(found, summary.Results(tmp_path))
+    text = summary.figures(found, read)
     assert (
         "| grounded pair 1024² | published, compiled | at least 1.35x | 1.50x | 1.30x | NO | ours, compiled: "
         "200 against 260 ms |"
@@ -629,14 +637,15 @@ def test_figures_come_from_the_files(tmp_path: Path) -> None:
 def test_the_results_on_file_reach_every_document() -> None:
     """Documents hold what `benchmarks.summary --write` would put there."""
     root = Path(__file__).parents[2]
-    results, found = summary.Results(root / runner.RESULTS), summary.findings(root / runner.RESULTS)
+    results = summary.Results(root / runner.RESULTS)
+    found = summary.findings(results)
     goals = summary.read_goals()["goals"]
     without = [goal for goal in goals if goal not in [finding.goal for finding in found]]
     assert [goal for goal in without if goal["file"] in results.files] == [], "a goal without a figure"
     assert sum("in_readme" in goal for goal in goals) == 5
     for document, markers, text in (
-        ("benchmarks/README.md", summary.FIGURES, summary.all_figures(found, results)),
-        ("README.md", summary.FIGURES, summary.few_figures(found, results)),
+        ("benchmarks/README.md", summary.FIGURES, summary.figures(found, results)),
+        ("README.md", summary.FIGURES, summary.figures(found, results, few=True)),
         ("docs/memory.md", summary.MEMORY, summary.memory(results)),
     ):
         written = (root / document).read_text(encoding="utf-8")
