@@ -2,8 +2,8 @@
 
 Ours: `Pipeline.generate` on the networks of `arms.OURS`. The published way: six runs of two rows, each
 encoding the prompt and the negative prompt and decoding two pictures. Text encoders, VAE and colour
-transfer are ours in both: the difference is the way, not the parts. The six published runs are equal; as many
-as `--repeats` says are timed and count for all (`measured_runs`). Random weights.
+transfer are ours in both: the difference is the way, not the parts. The six published runs are equal: one is
+timed and counts for all. Random weights.
 
 `SHORTCUTS` make other pictures in less time. With random weights their times have a meaning, their pictures
 none: `python -m bokehflux.evaluation shortcuts` compares those of nano.
@@ -26,18 +26,11 @@ from benchmarks.cases.step import SANE_ERROR
 from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS, Batch
 from benchmarks.registry import Benchmark, Session
 from benchmarks.timing import Arm, Row, Rules, Times, race
-from bokehflux.lens import MAX_LEVEL
-from bokehflux.models.vae import to_uint8
-from bokehflux.pipeline.color import match_lab_means
 from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.memory import Phase, Placement
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.run import Options, execute
 from bokehflux.record import GenerateSettings
-from bokehflux.sampling.denoise import model_sigma
-from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
-from bokehflux.sampling.samplers import euler
-from bokehflux.sampling.schedule import sigmas
 
 PHASES: tuple[Phase, ...] = ("text", "denoise", "decode")
 SHORTCUTS: dict[str, tuple[str, dict[str, int]]] = {
@@ -87,31 +80,9 @@ def run_ours(pipeline: Pipeline, asked: GenerateSettings, backend: str) -> None:
 
 
 def run_published(pipeline: Pipeline, asked: GenerateSettings, _: str) -> None:
-    """One of the published runs: the first target and the pivot, the pivot last while it runs."""
-    device, dtype, network = pipeline.device, torch.bfloat16, pipeline.transformer
-    assert asked.bokeh_targets is not None and asked.seed is not None
-    num_steps, num_grounded, height, width = asked.numbers()
-    text, grid = pipeline.defaults.txt_length, LatentGrid(height_px=height, width_px=width)
-    ids = position_ids(grid, text, device)
-    levels = torch.tensor([asked.bokeh_targets[0], PIVOT_LEVEL], dtype=torch.float64) / MAX_LEVEL
-    annotation = levels[:, None].to(device, dtype)
-    guidance = torch.full((2,), asked.guidance_scale, device=device)
+    from tests.oracle import rivals
 
-    def velocity(x: Tensor, sigma: Tensor, step: int) -> Tensor:
-        sigma = model_sigma(sigma, dtype).to(device).expand(2)
-        pivots = [1, 1] if step < num_grounded else None
-        return network(x, txt, pooled, sigma, guidance, ids[:text], ids[text:], annotation, pivots)
-
-    with pipeline.memory.phase("text"):
-        pipeline.text.encode([asked.negative_prompt])  # made whether used or not
-        conditioning = pipeline.text.encode([asked.prompt])
-    with pipeline.memory.phase("denoise"):
-        txt, pooled = conditioning.txt.repeat(2, 1, 1), conditioning.pooled.repeat(2, 1)
-        steps = sigmas(pipeline.schedule, num_steps, grid.num_tokens)
-        latents = euler(velocity, pack(noise(grid, asked.seed, dtype)).to(device).repeat(2, 1, 1), steps)
-    with pipeline.memory.phase("decode"):
-        target, pivot = (to_uint8(pipeline.vae.decode(unpack(row[None], grid)))[0] for row in latents)
-        match_lab_means(target, pivot).cpu().numpy()
+    rivals.published_run(pipeline, asked)
 
 
 def timed(pipeline: Pipeline, asked: GenerateSettings, arm: StepArm, session: Session) -> Row:
@@ -133,18 +104,15 @@ def timed(pipeline: Pipeline, asked: GenerateSettings, arm: StepArm, session: Se
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    times, begin = 0, time.perf_counter()
-    while times == 0 or (times < min(runs, session.repeats) and not session.budget.spent):
-        run(pipeline, asked, session.backend)
-        times += 1
-    scale = runs / times
-    seconds = scale * (time.perf_counter() - begin)
-    row: Row = {f"{phase}_s": scale * clock.seconds[phase] for phase in PHASES}
+    begin = time.perf_counter()
+    run(pipeline, asked, session.backend)
+    seconds = runs * (time.perf_counter() - begin)
+    row: Row = {f"{phase}_s": runs * clock.seconds[phase] for phase in PHASES}
     if on_gpu:
         others = sum(networks.num_bytes(network) for network in (*pipeline.text.networks, pipeline.vae))
         peak = torch.cuda.max_memory_allocated(device) - before + arm.weight_bytes + others
         row["peak_gb"] = peak / 1e9
-    row |= {"total_s": seconds, "ms": 1000 * seconds, "measured_runs": times}
+    row |= {"total_s": seconds, "ms": 1000 * seconds}
     return row | {"shortcut": shortcut} if shortcut else row
 
 
@@ -199,9 +167,7 @@ BENCHMARK = Benchmark(
     checked="as in step, on the first step",
     cases=lambda tiny: {f"{side} px": side for side in networks.setting(tiny).sides_px},
     arms=ARMS,
-    repeats=1,
-    repeated="of the published way's six equal runs",
-    columns="side arm total_s text_s denoise_s decode_s speedup error peak_gb measured_runs verdict",
+    columns="side arm total_s text_s denoise_s decode_s speedup error peak_gb verdict",
     bars=("side", "arm", "total_s"),
     measure=measure,
     takes_backend=True,

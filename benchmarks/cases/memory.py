@@ -8,9 +8,9 @@ process of its own, since a mode is chosen once and host memory is counted per p
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
+import math
 import resource
 import statistics
 import sys
@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from benchmarks import networks
 from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS, Setting
@@ -40,57 +39,43 @@ ARMS: dict[str, tuple[MemoryMode, str]] = {
 """Memory mode and storage of linear weights by name, most important first."""
 CAPS_GB = {"offload, bf16": 18.5, "offload, fp8": 10.0, "stream, bf16": 3.0, "stream, fp8": 3.0}
 """1e9 bytes; other arms run without cap."""
+ATTEMPTS = (
+    ("ok", True, None), ("ok, 3 rows at a time", True, 3), ("ok, row by row", True, 1),
+    ("over the cap, measured without", False, None),
+)  # fmt: skip
+"""Ways to run a job until one fits: what a row then says, whether the cap holds, rows at once."""
 MEASURED_AGAINST = "resident, bf16"
 
 
 @torch.no_grad()
-def store_fp8(network: nn.Module) -> None:
-    """Every linear weight in float8 e4m3, as files that hold it so are loaded: cast at use."""
-    for layer in network.modules():
-        if isinstance(layer, Linear):
-            layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
-
-
 def build(setting: Setting, mode: MemoryMode, storage: str, device: torch.device) -> Pipeline:
-    """Drawn on the device, then put where the mode wants it: the host never holds more than its share."""
+    """Drawn on the device, then put where the mode wants it: the host never holds more than its share.
+
+    storage: fp8 is every linear weight in float8 e4m3, as files that hold it so are loaded: cast at use.
+    """
     pipeline = networks.build_pipeline(setting, device)
-    if storage == "fp8":
-        for network in (pipeline.transformer, *pipeline.text.networks):
-            store_fp8(network)
+    for network in (pipeline.transformer, *pipeline.text.networks):
+        for layer in network.modules():
+            if storage == "fp8" and isinstance(layer, Linear):
+                layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)
     placement = place(pipeline.transformer, pipeline.text.networks, pipeline.vae, mode, device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
     return dataclasses.replace(pipeline, memory=placement)
 
 
-def pinned_bytes(pipeline: Pipeline) -> int:
-    networks_ = (pipeline.transformer, *pipeline.text.networks, pipeline.vae)
-    return sum(p.nbytes for network in networks_ for p in network.parameters() if p.device.type == "cpu")
-
-
-@contextlib.contextmanager
-def capped(device: torch.device, cap_gb: float | None) -> Iterator[None]:
-    """Inside, PyTorch's allocator takes no more than 1e9 * cap_gb bytes of the GPU."""
-    if device.type != "cuda" or cap_gb is None:
-        yield
-        return
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.empty_cache()
-    # No device here: this function refuses one without an index.
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * cap_gb / total))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+def cap_memory(device: torch.device, cap_gb: float | None) -> None:
+    """From now on, PyTorch's allocator takes no more than 1e9 * cap_gb bytes of the GPU."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.empty_cache()
+        # No device here: this function refuses one without an index.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 1e9 * (cap_gb or math.inf) / total))
 
 
 def run_job(
     pipeline: Pipeline, side_px: int, num_targets: int, num_steps: int, max_rows: int | None = None
 ) -> Row:
     """Peaks and times of one job."""
-    device = pipeline.device
-    on_gpu = device.type == "cuda"
+    device, on_gpu = pipeline.device, pipeline.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -110,13 +95,13 @@ def run_job(
     )  # fmt: skip
     total = time.perf_counter() - begin
     # The first step holds what is done once; plain steps, the last ones, are shorter.
-    grounded = round(0.8 * num_steps)
+    grounded, nets = round(0.8 * num_steps), (pipeline.transformer, *pipeline.text.networks, pipeline.vae)
     steps = [1000 * (b - a) for a, b in zip(ends[:-1], ends[1:], strict=True)]
     return {
         "gpu_gb": torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None,
         "reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9 if on_gpu else None,
         "host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-        "pinned_gb": pinned_bytes(pipeline) / 1e9,
+        "pinned_gb": sum(p.nbytes for n in nets for p in n.parameters() if p.device.type == "cpu") / 1e9,
         "step_ms": statistics.median(steps[: grounded - 1] or steps),
         "total_s": total,
         "crc": zlib.crc32(result.latents.contiguous().view(torch.uint8).cpu().numpy().tobytes()),
@@ -131,10 +116,10 @@ def measure_arm(session: Session, arm: str, cap_gb: float | None) -> Iterator[Ro
     run_job(pipeline, min(setting.sides_px), 1, 2)  # libraries are loaded and tuned
     for job, (number, side) in session.until_spent(session.cases.items()):
         row: Row = {"job": job, "mode": mode, "storage": storage, "arm": arm, "cap_gb": cap_gb}
-        for verdict, cap, max_rows in attempts(cap_gb):
+        for verdict, is_capped, max_rows in ATTEMPTS if cap_gb else ATTEMPTS[:1]:
+            cap_memory(session.device, cap_gb if is_capped else None)
             try:
-                with capped(session.device, cap):
-                    found = run_job(pipeline, side, number, session.repeats, max_rows)
+                found = run_job(pipeline, side, number, session.repeats, max_rows)
             except (MemoryError, torch.cuda.OutOfMemoryError) as error:
                 found = {"verdict": first_line(error)}
                 print(f"{job}, {arm}: {found['verdict']}", file=sys.stderr, flush=True)
@@ -145,30 +130,20 @@ def measure_arm(session: Session, arm: str, cap_gb: float | None) -> Iterator[Ro
         yield row | found
 
 
-def attempts(cap_gb: float | None) -> list[tuple[str, float | None, int | None]]:
-    """What a row says, its cap, and rows at once: ways to run a job until one fits."""
-    free = ("ok" if cap_gb is None else "over the cap, measured without", None, None)
-    if cap_gb is None:
-        return [free]
-    return [("ok", cap_gb, None), ("ok, 3 rows at a time", cap_gb, 3), ("ok, row by row", cap_gb, 1), free]
-
-
 def compared(rows: list[Row]) -> list[Row]:
     """With `vs_resident`, time of a step over that of the same job with all bf16 weights on the GPU, and
     `same_bits`, whether the latents are those of the resident mode; where that has been measured."""
     measured = {(row["arm"], row["job"]): row for row in rows if "step_ms" in row}
-    for row in rows:
-        if "step_ms" not in row:
-            continue
+    for row in measured.values():
         base = measured.get((MEASURED_AGAINST, row["job"]))
         twin = measured.get((f"resident, {row['storage']}", row["job"]))
         if base is not None:
             row["vs_resident"] = row["step_ms"] / base["step_ms"]
         # Rows in other company are summed in another order.
         if twin is not None and row["max_rows"] == twin["max_rows"]:
-            row["same_bits"] = "yes" if row["crc"] == twin["crc"] else "NO"
-            if row["same_bits"] == "NO":
-                row["verdict"] = "wrong: other latents than the resident mode's"
+            row["same_bits"] = "yes"
+            if row["crc"] != twin["crc"]:
+                row |= {"same_bits": "NO", "verdict": "wrong: other latents than the resident mode's"}
     return rows
 
 

@@ -163,7 +163,7 @@ def measure_scenes(here: Here, name: str, side_px: int, targets: int) -> Iterato
 
 @torch.inference_mode()
 def measure_tokens(here: Here, name: str, side_px: int, _: int) -> Iterator[list[Row]]:
-    """A step of the base model, checked against float32."""
+    """A step of one row, checked against float32."""
     setting, mmdit = networks.setting(here.session.tiny), here.pipeline.transformer
     batch = networks.draw_batch(setting, side_px, (networks.PIVOT_LEVEL,), here.device)
     exact = networks.exact(networks.widened(here.unfolded), batch)

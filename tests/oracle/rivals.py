@@ -1,4 +1,4 @@
-"""Whole steps of what ours is measured against: plain diffusers and the published formulation.
+"""Whole steps and a run of what ours is measured against: plain diffusers and the published formulation.
 
 Needs diffusers 0.32.2.
 """
@@ -14,6 +14,14 @@ from torch import Tensor, nn
 
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.vae import to_uint8
+from bokehflux.pipeline.color import match_lab_means
+from bokehflux.pipeline.model import Model
+from bokehflux.record import GenerateSettings
+from bokehflux.sampling.denoise import model_sigma
+from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
+from bokehflux.sampling.samplers import euler
+from bokehflux.sampling.schedule import sigmas
 from tests.oracle.published import Published, build_diffusers, build_published
 
 # There is no LoRA here. With the switch on, diffusers imports peft in every call, and the newest does not go
@@ -105,3 +113,34 @@ def published_rows(
     return lambda: model(
         img, txt, pooled, sigma, guidance, batch.ids[:text], batch.ids[text:], annotation, ids
     )
+
+
+def published_run(model: Model, asked: GenerateSettings) -> None:
+    """Text to pictures of the first target and the pivot, which is the last row while it runs.
+
+    The published script makes such a run for each target. model: ours but for the network.
+    """
+    device, dtype, network = model.device, torch.bfloat16, model.transformer
+    assert asked.bokeh_targets is not None and asked.bokeh_pivot is not None and asked.seed is not None
+    num_steps, num_grounded, height, width = asked.numbers()
+    text, grid = model.defaults.txt_length, LatentGrid(height_px=height, width_px=width)
+    ids = position_ids(grid, text, device)
+    levels = torch.tensor([asked.bokeh_targets[0], asked.bokeh_pivot], dtype=torch.float64) / MAX_LEVEL
+    annotation = levels[:, None].to(device, dtype)
+    guidance = torch.full((2,), asked.guidance_scale, device=device)
+
+    def velocity(x: Tensor, sigma: Tensor, step: int) -> Tensor:
+        sigma = model_sigma(sigma, dtype).to(device).expand(2)
+        pivots = [1, 1] if step < num_grounded else None
+        return network(x, txt, pooled, sigma, guidance, ids[:text], ids[text:], annotation, pivots)
+
+    with model.memory.phase("text"):
+        model.text.encode([asked.negative_prompt])  # made whether used or not
+        conditioning = model.text.encode([asked.prompt])
+    with model.memory.phase("denoise"):
+        txt, pooled = conditioning.txt.repeat(2, 1, 1), conditioning.pooled.repeat(2, 1)
+        steps = sigmas(model.schedule, num_steps, grid.num_tokens)
+        latents = euler(velocity, pack(noise(grid, asked.seed, dtype)).to(device).repeat(2, 1, 1), steps)
+    with model.memory.phase("decode"):
+        target, pivot = (to_uint8(model.vae.decode(unpack(row[None], grid)))[0] for row in latents)
+        match_lab_means(target, pivot).cpu().numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -438,7 +437,6 @@ def test_generate_runs_and_adds_up(tmp_path: Path) -> None:
     assert all(row["speedup"] > 0 for row in rows) or not HAS_RIVALS
     for row in rows:
         assert row["total_s"] >= row["text_s"] + row["denoise_s"] + row["decode_s"] > 0
-    assert [row["measured_runs"] for row in rows] == [1] * len(rows)
 
 
 def test_a_published_run_counts_for_six(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,9 +451,9 @@ def test_a_published_run_counts_for_six(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(generate, "run_published", run)
     arm: Any = type("Arm", (), {"name": "published", "is_ours": False, "network": None, "weight_bytes": 0})
     pipeline = networks.build_pipeline(TINY, CPU)
-    row = generate.timed(pipeline, generate.job(32, 30), arm, session(repeats=2))
-    assert ran == [2, 30, 30], "a short one to warm up, then two of six"
-    assert (row["denoise_s"], row["measured_runs"]) == (12.0, 2)
+    row = generate.timed(pipeline, generate.job(32, 30), arm, session())
+    assert ran == [2, 30], "a short one to warm up, then one of six"
+    assert row["denoise_s"] == 12.0
 
 
 @pytest.mark.parametrize("storage", ["bf16", "fp8"])
@@ -485,11 +483,6 @@ def test_a_job_over_the_cap_is_tried_leaner(
     tried: list[tuple[float | None, int | None]] = []
     caps: list[float | None] = []
 
-    @contextlib.contextmanager
-    def capped(device: torch.device, cap_gb: float | None) -> Iterator[None]:
-        caps.append(cap_gb)
-        yield
-
     def run_job(_: Any, side: int, targets: int, steps: int, max_rows: int | None = None) -> Row:
         if not caps:
             return {}  # the warm-up
@@ -499,7 +492,7 @@ def test_a_job_over_the_cap_is_tried_leaner(
         return {"step_ms": 1.0}
 
     monkeypatch.setattr(memory, "run_job", run_job)
-    monkeypatch.setattr(memory, "capped", capped)
+    monkeypatch.setattr(memory, "cap_memory", lambda device, cap_gb: caps.append(cap_gb))
     (row,) = memory.measure_arm(session(cases={"1 at 32 px": (1, 32)}), "resident, fp8", cap_gb=2.0)
     assert row["verdict"] == verdict
     assert tried == [(2.0, None), (2.0, 3), (2.0, 1), (None, None)][: failures + 1]
