@@ -230,8 +230,9 @@ def convert(name: str, kind: Kind, value: Any) -> Any:
     """A value made plain. Raises ValueError, with the name, for one that is not of the kind."""
     try:
         return kind.convert(value)
-    except (TypeError, OverflowError):
-        raise ValueError(f"{name} must be {kind.what}, got {value!r:.80}") from None
+    except (TypeError, OverflowError, RuntimeError):  # the last by tensors of several numbers
+        got = " ".join(f"{value!r:.80}".split())  # an array has lines
+        raise ValueError(f"{name} must be {kind.what}, got {got}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -44,6 +44,8 @@ NEGATIVE_PROMPT = "bad quality, low resolution"
 """What the second pass steers away from when nothing else is said (published)."""
 MAX_PROMPT = 20_000
 """Characters; far above what the text encoders read, and small enough for every file format's metadata."""
+MAX_GUIDANCE = 1000
+"""Far above what makes pictures, and small enough for every dtype."""
 MAX_THREADS = 256
 PROBE_LEVEL = 28.0
 """The level at which a picture is asked for to see where, and how strongly, it is blurred."""
@@ -115,8 +117,9 @@ class Settings(Checked):
         help="steps grounded on the pivot or photograph (default: 80 %%); 0 leaves the pivot out",
     )  # fmt: skip
     guidance_scale: float = setting(
-        3.0, NUMBER, metavar="X", help="distilled guidance, for prompts usually 3 to 6 (default: %(default)s)"
-    )
+        3.0, NUMBER, least=-MAX_GUIDANCE, most=MAX_GUIDANCE, metavar="X",
+        help="distilled guidance, for prompts usually 3 to 6 (default: %(default)s)",
+    )  # fmt: skip
     height: int | None = setting(
         None, WHOLE, least=16, most=MAX_SIDE_PX, metavar="PX",
         help="pixels, floored to a multiple of 16 (default: the model's own; refocus keeps the photograph's "
@@ -230,7 +233,7 @@ class GenerateSettings(Settings):
     command: ClassVar = "generate"
 
     true_cfg: float = setting(
-        1.0, NUMBER, least=1, metavar="X",
+        1.0, NUMBER, least=1, most=MAX_GUIDANCE, metavar="X",
         help="above 1, each step has a second pass that steers away from --negative-prompt (default: off)",
     )  # fmt: skip
     negative_prompt: str = setting(NEGATIVE_PROMPT, TEXT, metavar="TEXT", help="default: %(default)s")
@@ -294,7 +297,7 @@ class RefocusSettings(LensSettings, Settings):
              "%(default)s)",
     )  # fmt: skip
     guidance_scale: float = setting(
-        1.0, NUMBER, metavar="X",
+        1.0, NUMBER, least=-MAX_GUIDANCE, most=MAX_GUIDANCE, metavar="X",
         help="distilled guidance; at 1 the photograph is kept best, more pulls towards the prompt "
              "(default: %(default)s)",
     )  # fmt: skip

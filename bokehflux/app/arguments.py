@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -397,9 +398,10 @@ def _sizes_apart(argv: Sequence[str]) -> Iterator[str]:
 
 
 def _hyphenated(word: str) -> str:
-    """--bokeh_pivot -> --bokeh-pivot, and other names of flags; what follows "=" stays as it is."""
+    """--bokeh_pivot -> --bokeh-pivot, and other names of flags; what follows "=" stays as it is, but for a
+    home folder, which shells write out only where it begins a word."""
     name, equals, value = word.partition("=")
     if not re.fullmatch(r"--[A-Za-z][\w-]*", name):
         return word
     name = name.replace("_", "-")
-    return ALIASES.get(name, name) + equals + value
+    return ALIASES.get(name, name) + equals + (os.path.expanduser(value) if value[:2] == "~/" else value)

@@ -122,6 +122,8 @@ def upright_rgb(photo: Image.Image) -> Image.Image:
     16-bit and floating-point (0 to 1) tones are scaled, not cut. Raises ValueError for a side below 16 pixels
     and for floating-point values outside 0 to 255.
     """
+    if not isinstance(photo, Image.Image):
+        raise ValueError(f"expected a picture that Pillow has opened, got {photo!r:.80}: see PIL.Image.open")
     if min(photo.size) < MIN_SIDE_PX:
         raise ValueError(
             f"it has {photo.width} x {photo.height} pixels, and each side needs at least {MIN_SIDE_PX}"

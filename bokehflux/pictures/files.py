@@ -59,9 +59,8 @@ def check_place(folder: Path) -> None:
         here = next(place for place in (folder, *folder.parents) if place.exists())
         if not os.access(here, os.W_OK | os.X_OK):
             raise OSError(f"{here} is closed to you, or on a disk that is only read")
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        said = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot write to output folder {folder}: {said}") from error
+    except OSError as error:
+        raise ValueError(f"cannot write to output folder {folder}: {error.strerror or error}") from error
 
 
 def check_folder(folder: Path, num_bytes: int = 0) -> None:
@@ -72,8 +71,9 @@ def check_folder(folder: Path, num_bytes: int = 0) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
         free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise ValueError(f"cannot write to output folder {folder}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write to output folder {folder}: {said}") from error
     if free < num_bytes:
         raise ValueError(
             f"output folder {folder} has {free / 1e6:.0f} MB free, and up to {num_bytes / 1e6:.0f} MB are "

@@ -25,7 +25,7 @@ from bokehflux.pipeline.model import Compute
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import Source
 from bokehflux.pipeline.run import check_levels
-from bokehflux.record import Settings
+from bokehflux.record import Provenance, Settings
 from bokehflux.weights.find.resolve import ModelFiles
 from bokehflux.weights.find.snapshot import ScheduleName, Snapshot
 from bokehflux.weights.load import load_components
@@ -80,6 +80,7 @@ def load(
         raise ValueError(f"unknown schedule {schedule!r}: expected one of {get_args(ScheduleName)}")
     if memory not in (*MODES, "auto"):
         raise ValueError(f"unknown memory mode {memory!r}: expected 'auto' or one of {MODES}")
+    _check_loras(loras)
     resident = memory == "resident" or where.type != "cuda"
     if resident and memory not in ("resident", "auto"):
         raise ValueError(f"memory mode {memory!r} needs a CUDA device, got {where}")
@@ -116,6 +117,13 @@ def load(
         source=Source.of(model, adapter, loras, parts.snapshot, schedule),
         memory=placement,
     )
+
+
+def _check_loras(loras: Sequence[tuple[str | Path, float]]) -> None:
+    try:
+        Provenance(loras=tuple((str(path), strength) for path, strength in loras))  # where they are recorded
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loras must be pairs of a file and a finite strength, got {loras!r:.80}") from error
 
 
 def check_all(found: Snapshot, asked: Sequence[Settings]) -> None:

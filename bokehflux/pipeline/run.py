@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ class Options:
     def __post_init__(self) -> None:
         Provenance(max_rows=self.max_rows, vae_tiling=self.vae_tiling)  # where they are recorded, and checked
         select.check_name(self.backend)
+        for name in ("on_step", "on_picture"):
+            if (call := getattr(self, name)) is not None and not callable(call):
+                raise ValueError(f"{name} must be something to call, got {call!r:.80}")
 
 
 class Start(NamedTuple):
@@ -161,12 +165,13 @@ class Result:
         Raises ValueError for a folder that cannot be written to, OSError for a full disk, which keeps the
         files that fit.
         """
-        check_folder(Path(folder))
+        folder = Path(os.path.expanduser(folder))
+        check_folder(folder)
         scene = self.scene()
         pictures = [*scene.pictures(), scene.sheet()]
         if watermark is not None:
             pictures = [dataclasses.replace(one, image=watermark(one.image)) for one in pictures]
-        return save_pictures(pictures, Path(folder), kind, sign)
+        return save_pictures(pictures, folder, kind, sign)
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
@@ -190,6 +195,8 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     network returns NaN or infinity, and `Stopped` for Ctrl-C when some pictures are finished.
     """
     settings, grid, ranks = plan.settings, plan.grid, options.ranks
+    if options.backend == "triton":  # which would be found out after the text is encoded
+        select.check_triton(model.device, model.dtype, model.transformer.config.head_dim)
     max_rows = ranks.rows_at_once(settings.num_rows, options.max_rows)
     tiled = wants_tiling(model.memory.mode, grid) if options.vae_tiling is None else options.vae_tiling
     with model.memory.phase("text"):

@@ -86,7 +86,7 @@ def fit_radius(sharp: Tensor, blurred: Tensor, largest: float) -> Fit:
 
 def _candidates(largest_px: float) -> list[float]:
     radii = [0.0]
-    while radii[-1] < largest_px:
+    while radii[-1] < largest_px or len(radii) < 3:  # a parabola needs three
         radii.append(radii[-1] + max(0.5, radii[-1] / 8))
     return radii
 

@@ -111,11 +111,11 @@ def _bias_and_offset(
 
 
 def _check(q: Tensor, *others: Tensor) -> None:
-    reason = select.why_not_triton(q.device, q.dtype, q.shape[-1])
-    if reason is None and any((x.dtype, x.device) != (q.dtype, q.device) for x in others):
-        reason = f"all of q, k, v must be {q.dtype} on {q.device}"
-    if reason is not None:
-        raise ValueError(f"the Triton attention kernels cannot run: {reason}")
+    select.check_triton(q.device, q.dtype, q.shape[-1])
+    if any((x.dtype, x.device) != (q.dtype, q.device) for x in others):
+        raise ValueError(
+            f"the Triton attention kernels cannot run: all of q, k, v must be {q.dtype} on {q.device}"
+        )
 
 
 # One operator for all forms, and one for its gradients: k_pivot and the list of pivots say which.

@@ -102,10 +102,16 @@ def resolve(backend: str, q: Tensor, *others: Tensor | None, grounded: bool) -> 
 
 def check_name(backend: str) -> None:
     """Raise ValueError unless a backend has this name."""
-    if backend != "auto" and backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(
             f"unknown attention backend {backend!r}: expected 'auto' or one of {sorted(BACKENDS)}"
         )
+
+
+def check_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raise ValueError unless backend `triton` takes such tensors."""
+    if reason := why_not_triton(device, dtype, head_dim):
+        raise ValueError(f"the Triton attention kernels cannot run: {reason}")
 
 
 def language(tensors: Sequence[Tensor]) -> str:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from bokehflux.app import cli
-from bokehflux.app.arguments import parsers
+from bokehflux.app.arguments import parse, parsers
 from bokehflux.app.fetch import TOKENIZERS_ONLY
 from bokehflux.models.fp8 import quantize_mmdit
 from bokehflux.models.tiny_decoder import TinyDecoder
@@ -410,3 +410,10 @@ def test_a_sweep_replays_too(world: dict[str, Any]) -> None:
     assert cli.main(["sweep", "--config-from", "earlier.png", "--output", "swept"]) == 0
     (path,) = Path("swept").glob("a-boat-seed65578-*/bokeh-07.0.png")
     assert read_recipe(path)["prompt"] == "a boat"
+
+
+def test_a_home_folder_is_one_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells write out `--output ~/out`, but not `--output=~/out`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse(["generate", "--prompt=~", "--output=~/out", "--results-dir=~/out", "--model=~/a/~/b"])
+    assert (args.output, args.model, args.prompt) == ("/home/me/out", "/home/me/a/~/b", "~")

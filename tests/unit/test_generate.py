@@ -248,6 +248,9 @@ BAD = [
     ({"seed": True}, "seed must be a whole number"),
     ({"seed": -1}, "None in Python"),
     ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+    ({"guidance_scale": 1e39}, "guidance_scale must be at least -1000 and at most 1000"),
+    ({"bokeh_targets": torch.zeros(2, 2)}, "must be a sequence of 1 to 1000 levels"),
+    ({"true_cfg": 1e38}, "true_cfg must be at least 1 and at most 1000"),
     ({"height": 10**9}, "height must be at least 16 and at most 16383"),
     ({"max_sequence_length": 0}, "max_sequence_length must be at least 1"),
     ({"bokeh_targets": []}, "bokeh_targets must be a sequence of 1 to 1000 levels, got"),
@@ -266,7 +269,7 @@ BAD = [
     ({"num_inference_steps": 2.0}, "num_inference_steps must be a whole number, got 2.0"),
     ({"bokeh_targets": 5.0}, "must be a sequence of 1 to 1000 levels, got 5.0"),
     ({"bokeh_targets": [None]}, "must be a sequence of 1 to 1000 levels"),
-    ({"true_cfg": 0.5}, "true_cfg must be at least 1, got 0.5"),
+    ({"true_cfg": 0.5}, "true_cfg must be at least 1 .* got 0.5"),
     ({"seed": 2**64}, "seed must be at least .* and at most"),
     ({"width": 0}, "width must be at least 16 .* got 0"),
 ]

@@ -7,10 +7,12 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import bokehflux
 from bokehflux.app import cli
 from bokehflux.configs import (
     CLIP_L,
@@ -609,3 +611,21 @@ def test_no_file_stays_mapped_after_loading(tmp_path):
 def test_an_absent_bundle_is_an_ordinary_error(tmp_path, monkeypatch):
     monkeypatch.setitem(resolve.BUNDLED, "absent", tmp_path / "absent")
     assert str(tmp_path / "absent") in problems(load.load_components, "absent")
+
+
+@pytest.mark.parametrize("loras", ["a.safetensors", ["a.safetensors"], [("a", float("nan"))], [("a", "1")],
+                                   [("a", None)], [("a",)], ["ab"], 3, [("a", True)]])  # fmt: skip
+def test_loras_that_are_no_pairs_are_refused_before_anything_is_looked_for(loras: object) -> None:
+    with pytest.raises(ValueError, match="loras must be pairs of a file and a finite strength, got"):
+        bokehflux.load("nano", loras=loras)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"model": ""}, {"adapter": ""}, {"loras": [("", 1.0)]}])
+def test_an_empty_path_is_not_the_folder_one_is_in(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a path of the model is empty"):
+        bokehflux.load(**{"model": "nano", **given})
+
+
+def test_a_name_that_no_file_can_have_is_not_found() -> None:
+    with pytest.raises(CheckpointError, match="no complete model x+ found"):
+        bokehflux.load("x" * 5000)

@@ -274,8 +274,28 @@ def test_what_a_photograph_lacks_is_said_before_the_model_loads(
     assert says in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
+def test_a_backend_that_cannot_run_is_refused_before_text_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(type(pipe.text), "encode", lambda *_: pytest.fail("it encodes"))
+    with pytest.raises(ValueError, match="the Triton attention kernels cannot run: "):
+        pipe.generate("a mug", backend="triton")
+
+
+@pytest.mark.parametrize("level", [27.5, 27.99])
+def test_a_photograph_that_is_nearly_as_blurred_as_the_probe(level: float) -> None:
+    made = tiny_pipeline().refocus(photo(96, 64), "a mug", [30], photo_level=level, num_inference_steps=1)
+    assert len(made.images) == 1
+
+
+@pytest.mark.parametrize("given", ["mug.jpg", Path("mug.jpg"), None, np.zeros((64, 64, 3), np.uint8), b"0"])
+def test_what_is_no_picture_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match="expected a picture that Pillow has opened, got"):
+        tiny_pipeline().refocus(given, "a mug", [30])
+
+
 @pytest.mark.parametrize("options", [{"max_rows": 0}, {"max_rows": -1}, {"max_rows": 1.5}, {"max_rows": True},
-                                     {"backend": "cudnn"}, {"backend": ""}, {"vae_tiling": 1}])  # fmt: skip
+                                     {"backend": "cudnn"}, {"backend": ""}, {"vae_tiling": 1},
+                                     {"backend": ["auto"]}, {"backend": None}, {"on_step": 3}])  # fmt: skip
 def test_options_that_cannot_be_are_refused_where_they_are_made(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         Options(**options)

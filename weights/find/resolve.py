@@ -187,7 +187,12 @@ def cached_snapshot(repo: str, env: Env, revision: str = "main") -> Path | None:
 
 
 def _given(path: str | Path) -> Path:
-    """A path as people write it. A user that does not exist has no home: the name is then taken as it is."""
+    """A path as people write it. A user that does not exist has no home: the name is then taken as it is.
+
+    Raises ValueError for an empty one, which would be the folder one is in.
+    """
+    if path == "":
+        raise ValueError("a path of the model is empty: give one, or leave it out")
     return Path(os.path.expanduser(path))
 
 
@@ -221,10 +226,10 @@ class _Search:
             yield from self.places(BUNDLED.get(str(base), base))
             return
         path = _given(model)
-        if path.is_file() or _is_transformer(path):
+        if os.path.isfile(path) or _is_transformer(path):
             yield self._file(path)
             yield self._around(path)
-        elif path.is_dir():
+        elif os.path.isdir(path):
             yield Place(label=str(path), findings=scan(path, self._shelf))
         else:
             yield Place(label=str(path), findings=None)
