@@ -81,6 +81,9 @@ OWN_IN = {
     "nano": LIBRARY | {"rendering", "metrics", "training", "nano"},
     "evaluation": LIBRARY
     | {"record", "rendering", "metrics", "pictures", "photos", "pipeline", "nano", "evaluation"},
+    # What each part of training is for is found by training.
+    "evaluation.ablation": MODELS
+    | {"sampling", "metrics", "pipeline", "nano", "training", "evaluation.figures"},
     "app": LIBRARY | {"fields", "record", "metrics", "pictures", "photos", "pipeline", "app"},
     # The one command that judges: nano's renderer, which it measures by, comes with the evaluation.
     "app.judge": {"evaluation", "pictures", "app.arguments", "app.sweep", "app.terminal"},

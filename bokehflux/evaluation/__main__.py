@@ -3,6 +3,7 @@
     python -m bokehflux.evaluation nano [--captions 4]
     python -m bokehflux.evaluation refocus
     python -m bokehflux.evaluation shortcuts
+    python -m bokehflux.evaluation ablation --processes 7
     python -m bokehflux.evaluation card
 
 `nano` takes minutes with four captions on a CPU; with few, its means are noisier. All 32 suit a GPU. `card`
@@ -15,6 +16,7 @@ import argparse
 import json
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,7 +27,7 @@ import torch
 from PIL import Image
 
 import bokehflux
-from bokehflux.evaluation import card, nano, refocus, shortcuts
+from bokehflux.evaluation import ablation, card, nano, refocus, shortcuts
 from bokehflux.evaluation.figures import CURVE
 from bokehflux.evaluation.report import commit, replace_between
 from bokehflux.pipeline.pipeline import Pipeline
@@ -61,14 +63,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--steps", type=int, default=steps, help="default: 20, the method's for refocus")
         command.add_argument("--device", help="default: CUDA, MPS or CPU, what there is")
         command.add_argument("--dtype", help="default: the device's usual one")
+    ablating = commands.add_parser("ablation", help="what each part of an adapter's training is for")
+    for flag, usual, about in (
+        ("--scenes", 1024, "in groups; twice as many photographs"), ("--steps", 400, "of each training"),
+        ("--batch", 64, "rows of a step"), ("--captions", 8, "pictures are made of"),
+        ("--processes", 1, "trainings at a time"),
+    ):  # fmt: skip
+        ablating.add_argument(flag, type=int, default=usual, help=f"{about}; default: %(default)s")
+    ablating.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    ablating.add_argument("--arms", nargs="+", choices=ablation.ARMS, default=[*ablation.ARMS])
+    ablating.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ablating.add_argument("--home", type=Path, help="keeps latents and adapters there; default: nowhere")
     writing = commands.add_parser("card", help="renew the generated parts of weights/nano/README.md")
     for command in (judging, cutting):
         command.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
-    for command in (judging, refocusing, cutting, writing):
+    for command in (judging, refocusing, cutting, ablating, writing):
         command.add_argument("--results", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
     args = parser.parse_args(argv)
     if args.command == "card":
         return write_card(args.results)
+    if args.command == "ablation":
+        return ablate(args)
     try:
         pipe = bokehflux.load(args.model, device=args.device, dtype=args.dtype)
         args.results.mkdir(parents=True, exist_ok=True)
@@ -126,6 +141,26 @@ def judge_shortcuts(pipe: Pipeline, args: argparse.Namespace) -> int:
     missed = shortcuts.missed(scores)
     print(*missed, sep="\n")
     return 1 if args.check and missed else 0
+
+
+def ablate(args: argparse.Namespace) -> int:
+    start, device = time.perf_counter(), torch.device(args.device)
+    asked = {name: getattr(args, name) for name in ("scenes", "steps", "batch", "captions", "seeds", "arms")}
+    with tempfile.TemporaryDirectory() as nowhere:
+        found = ablation.evaluate(
+            args.home or Path(nowhere), device=device, processes=args.processes, **asked
+        )  # fmt: skip
+    print(ablation.table(found))
+    record = {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "command": f"python -m bokehflux.evaluation {shlex.join(sys.argv[1:])}",
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    args.results.mkdir(parents=True, exist_ok=True)
+    write_json(args.results / "ablation.json", record | asked | {"rows": [asdict(one) for one in found]})
+    return 0
 
 
 def made_by(pipe: Pipeline, args: argparse.Namespace, seconds: float) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Training a bokeh adapter on a frozen base: its batches, its objective, its loop.
 
-Half of the steps take unrelated rows at labelled levels. The other half take groups of one scene at several
-levels, which share noise and noise level; rows grounded on the group's first row, its pivot, attend with the
-pivot's queries, as they do when pictures are made. Scenes come from anywhere (`Scenes`).
+Some steps take unrelated rows at labelled levels. The others take groups of one scene at several levels,
+which share noise and noise level; rows grounded on the group's first row, its pivot, attend with the pivot's
+queries, as they do when pictures are made. Scenes come from anywhere (`Scenes`).
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ class Scenes(Protocol):
 class Sampling:
     """How batches are drawn from scenes."""
 
+    grouped: float = 0.5
+    """Share of the steps that take groups; the others take unrelated rows."""
     group: int = 4
-    """Rows of one scene that share noise and noise level under grounded attention, in every other step."""
+    """Rows of one scene that share noise and noise level under grounded attention, in steps of groups."""
     swap_probability: float = 1.0
     """Share of a group's other rows that are grounded on its first; the rest keep noise, noise level and
     queries of their own. The paper's sibling trained with 0.2, and makes pictures with 1."""
@@ -87,6 +89,10 @@ class Sampling:
     deterministic: bool = False
     """Equal bits in every run on one kind of GPU: attention with our own backward pass, which adds in a fixed
     order, and no other algorithm that does not. Slower."""
+
+    def in_groups(self, step: int) -> bool:
+        """Whether a step takes groups: they are spread evenly over a run."""
+        return math.floor((step + 1) * self.grouped) > math.floor(step * self.grouped)
 
     def num_patterns(self, rows: int) -> int:
         """Attentions that steps of `rows` can have: plain, and one for each pattern of grounded rows."""
@@ -252,7 +258,7 @@ def adapter_step(
 def adapter_loss(
     mmdit: MMDiT, rope: RopeTable, how: Sampling, plain: Scenes, grouped: Scenes, *, record: bool = False
 ) -> Loss:
-    """For `train`: unrelated rows of `plain` and groups of `grouped` in turn.
+    """For `train`: unrelated rows of `plain` and groups of `grouped`, as often as `how` says.
 
     record: as CUDA graphs, one for each pattern of grounded rows.
     """
@@ -266,7 +272,7 @@ def adapter_loss(
     )
 
     def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        in_groups = step.number % 2 == 1
+        in_groups = how.in_groups(step.number)
         batch = draw_batch(grouped if in_groups else plain, how, in_groups, step.draws)
         error = compute(batch.attention, *batch.tensors())
         return error, {"grounded" if in_groups else "plain": error}

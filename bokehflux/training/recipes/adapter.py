@@ -109,7 +109,14 @@ class AdapterRecipe(Sampling):
         ):  # fmt: skip
             if not least <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("swap_probability", "level_dropout", "caption_dropout", "level_guidance", "ema_rate"):
+        for name in (
+            "grouped",
+            "swap_probability",
+            "level_dropout",
+            "caption_dropout",
+            "level_guidance",
+            "ema_rate",
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.batch % self.group:
