@@ -1,11 +1,14 @@
 """The one training loop: a loss for each step, and everything that every run does around it.
 
 What is trained on, and towards what, is the loss's business: `nano` has four of them. Which numbers a
-run needs to go on after it was killed is `state.py`'s.
+run needs to go on after it was killed is `state.py`'s, what it must not do is `guard.py`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +19,12 @@ from torch import Tensor, nn
 
 from bokehflux.training.batches import Draws
 from bokehflux.training.distributed import averaged, rank_and_world
+from bokehflux.training.guard import Rows, of_all_processes, postponed, sample_numbers, wait_for_all
 from bokehflux.training.log import Log
 from bokehflux.training.optim import Optimizer, trapezoid
 from bokehflux.training.state import Ema, Saves, State
+
+logger = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
@@ -65,14 +71,26 @@ class Course:
             step, done = step + 1, (time.perf_counter() - start) / (60 * self.minutes)
 
 
-def train(loss: Loss, optimizer: Optimizer, course: Course, log: Log, saves: Saves | None = None) -> int:
+def train(
+    loss: Loss,
+    optimizer: Optimizer,
+    course: Course,
+    log: Log,
+    saves: Saves | None = None,
+    rows: Rows = sample_numbers,
+) -> int:
     """Train the optimiser's parameters in place until they are their moving average. Returns the steps taken.
 
     On a GPU the loss is computed under bfloat16 autocast; gradients and updates keep the parameters' type.
     Where torch.distributed is initialised, every process calls this alike: samples are shared out, gradients
-    and figures averaged, and the first process saves.
-    saves: where the run keeps its state, and whether it goes on from there; CheckpointError when it cannot.
-    Raises ValueError for a run paced by the clock that is to be saved or shared: no two clocks agree.
+    and figures averaged, and the first process saves. A step whose loss or gradient is not finite changes
+    nothing but the log, which names its `rows`.
+
+    saves: where the run keeps its state, and whether it goes on from there; CheckpointError when it cannot,
+    or when there is no room. With it, Ctrl-C and SIGTERM wait for the end of a step, whose state is saved,
+    and raise KeyboardInterrupt then. Raises ArithmeticError when too many steps are not finite, OSError when
+    a state cannot be written, and ValueError for a run paced by the clock that is to be saved or shared: no
+    two clocks agree.
     """
     rank, world = rank_and_world()
     if course.minutes and (saves is not None or world > 1):
@@ -83,19 +101,36 @@ def train(loss: Loss, optimizer: Optimizer, course: Course, log: Log, saves: Sav
     state = State(optimizer=optimizer, ema=Ema(parameters, course.ema_rate), log=log)
     if saves is not None and saves.resume:
         saves.restore(state)
+    if saves is not None:
+        saves.check_room(state)
     device, objective = parameters[0].device, averaged(loss, parameters)
-    for number, done in course.from_step(state.step):
-        draws = Draws.of_step(course.seed, number, course.batch, device, rank, world)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            value, figures = objective(Step(number, done, draws))
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, course.clip)
-        optimizer.step(course.schedule(done))
-        state.ema.update()
-        log.step(number, **figures)
-        state.step = number + 1
-        last = state.step == course.steps
-        if saves is not None and rank == 0 and (last or state.step % saves.every == 0):
-            saves.save(state)
+    with contextlib.ExitStack() as around:
+        writer = around.enter_context(saves.writer()) if saves is not None and rank == 0 else None
+        came = around.enter_context(postponed()) if saves is not None else []
+        for number, done in course.from_step(state.step):
+            draws = Draws.of_step(course.seed, number, course.batch, device, rank, world)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                value, figures = objective(Step(number, done, draws))
+            value.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, course.clip)
+            stop = torch.tensor(float(bool(came)), device=device)
+            losses, norms, stops = zip(*of_all_processes(value, norm, stop), strict=True)
+            if all(map(math.isfinite, (*losses, *norms))):
+                optimizer.step(course.schedule(done))
+                state.ema.update()
+                log.step(number, **figures)
+            else:
+                optimizer.clear()
+                whole = Draws.of_step(course.seed, number, course.batch, torch.device("cpu"))
+                logger.warning(state.refused.add(number, losses, norms[0], rows, whole))
+            state.step = number + 1
+            due = state.step == course.steps or (saves is not None and state.step % saves.every == 0)
+            if writer is not None and (due or any(stops)):
+                writer.save(state)
+            if any(stops):
+                if writer is not None:
+                    writer.wait()
+                wait_for_all()
+                raise KeyboardInterrupt(f" after step {state.step}, whose state is saved")
     state.ema.copy_to_parameters()
     return state.step

@@ -44,6 +44,11 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = self.lr * lr_factor
             part.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
             part.zero_grad(set_to_none=True)
 
     def moments(self) -> dict[str, Tensor]:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import logging
+import math
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from bokehflux.training.guard import Refusals
 from bokehflux.training.log import Log
 from bokehflux.training.optim import Optimizer
 from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError, NotFoundError, open_checkpoint
 from bokehflux.weights.files.write import save
 
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 20.0
+"""How often a full disk is tried again."""
 FACTS = "state"
 """The file's metadata under this name: what is not a tensor, as JSON."""
 
@@ -47,6 +59,7 @@ class State:
     optimizer: Optimizer
     ema: Ema
     log: Log
+    refused: Refusals = field(default_factory=Refusals)
     step: int = 0
     """The next one."""
 
@@ -61,7 +74,16 @@ class State:
 
     def facts(self) -> dict[str, Any]:
         """What is not a tensor."""
-        return {"step": self.step, "averaged": self.ema.steps, "log": self.log.state()}
+        return {
+            "step": self.step,
+            "averaged": self.ema.steps,
+            "refused": self.refused.entries,
+            "log": self.log.state(),
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those that `tensors` has after a step."""
+        return {n: tuple(t.shape) for n, t in self.tensors().items()} | self.optimizer.moment_shapes()
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -71,6 +93,7 @@ class State:
             average.copy_(tensors[f"average.{name}"])
         self.optimizer.restore(tensors)
         self.step, self.ema.steps = facts["step"], facts["averaged"]
+        self.refused.entries = list(facts["refused"])
         self.log.restore(facts["log"])
 
 
@@ -85,10 +108,30 @@ class Saves:
     """Everything that decides the run, as JSON can hold it: a run resumes under the same settings only."""
     resume: bool = False
     """Go on from the file, which must be there."""
+    on_full: Literal["wait", "stop"] = "wait"
+    """What to do where the disk has no room for a state. The one before it is kept in any case."""
 
-    def save(self, state: State) -> None:
-        facts = {**state.facts(), "settings": self.settings}
-        save(self.path, state.tensors(), {FACTS: json.dumps(facts)})
+    def check_room(self, state: State) -> None:
+        """Raise CheckpointError unless the disk has room for a state beside the one that it replaces."""
+        size = sum(4 * math.prod(shape) for shape in state.shapes().values())
+        needed = size if self.path.is_file() else 2 * size
+        free = shutil.disk_usage(self.path.parent).free
+        if free < needed:
+            raise CheckpointError(
+                self.path,
+                f"a state takes {size / 1e9:.3g} GB, and one is written before the last is removed: "
+                f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free",
+            )
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[Writer]:
+        """Inside, states are written. At its end the last one is on the disk."""
+        writer = Writer(self)
+        try:
+            yield writer
+            writer.wait()
+        finally:
+            writer.close()
 
     def open(self) -> tuple[Checkpoint, dict[str, Any]]:
         """The file, and what it holds beside tensors: what can be judged before a model is loaded.
@@ -114,8 +157,7 @@ class Saves:
     def restore(self, state: State) -> None:
         """Raises CheckpointError as `open` does, and for a run of other weights."""
         file, facts = self.open()
-        expected = {name: tuple(t.shape) for name, t in state.tensors().items()}
-        expected |= state.optimizer.moment_shapes()
+        expected = state.shapes()
         problems = [
             f"{name}: expected {expected.get(name)}, found {file.shapes.get(name)}"
             for name in {**expected, **file.shapes}
@@ -125,3 +167,54 @@ class Saves:
             raise CheckpointError(self.path, *problems)
         state.restore({name: file.read(name) for name in expected}, facts)
         file.close()
+
+
+class Writer:
+    """Writes states while the run goes on: it stops for copies only. The next one waits for the last."""
+
+    def __init__(self, saves: Saves) -> None:
+        self.saves = saves
+        self._thread = ThreadPoolExecutor(1)
+        self._written: Future[None] | None = None
+        self._ended = threading.Event()
+
+    def save(self, state: State) -> None:
+        """Copy the state to the host and have it written. Raises what the last one failed with."""
+        self.wait()
+        tensors = {name: t.detach().to("cpu", copy=True) for name, t in state.tensors().items()}
+        facts = json.dumps({**state.facts(), "settings": self.saves.settings})
+        self._written = self._thread.submit(self._write, state.step, tensors, facts)
+
+    def wait(self) -> None:
+        """Until the last state is on the disk. Raises OSError where it cannot be written."""
+        if self._written is not None:
+            self._written.result()
+
+    def close(self) -> None:
+        """Wait for what is being written, but for no room on the disk."""
+        self._ended.set()
+        self._thread.shutdown()
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], facts: str) -> None:
+        said = False
+        while True:
+            try:
+                save(self.saves.path, tensors, {FACTS: facts})
+                return
+            except OSError as error:
+                if not _is_full(error) or self.saves.on_full == "stop" or self._ended.is_set():
+                    raise
+                if not said:
+                    logger.warning(
+                        "the disk is full: the state of step %d waits for room, the one before it is kept, "
+                        "and the run waits at its next save (%s)",
+                        step, error,
+                    )  # fmt: skip
+                said = True
+            self._ended.wait(RETRY_SECONDS)
+
+
+def _is_full(error: OSError) -> bool:
+    """Of the disk, or of a quota. The library that writes tensors says it in words."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return error.errno in full or any(f"os error {number}" in str(error) for number in full)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import random
 import signal
+import types
+from ast import literal_eval
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
+from bokehflux.training import guard, state
 from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, Loss, Step, train
@@ -384,30 +389,167 @@ def test_a_failing_disk_keeps_the_last_state(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        train_toy(tmp_path, saves_in(tmp_path, resume=True))
+        train_toy(tmp_path, dataclasses.replace(saves_in(tmp_path, resume=True), on_full="stop"))
     assert (tmp_path / "state.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
 
 
 @needs_linux
-@pytest.mark.parametrize("step", [4, 7])
-def test_killed_for_good_and_resumed(tmp_path: Path, step: int) -> None:
-    """By SIGKILL, in a process of its own."""
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_twice_at_any_of_forty_steps(tmp_path: Path, seed: int) -> None:
+    """By SIGKILL, in a process of its own: the state of the last step, and the curve, are those of a run that
+    nobody disturbed. The first nine steps are left out: until a second state is begun, none need be whole."""
+    course = dataclasses.replace(COURSE, steps=40)
+    first, second = sorted(random.Random(seed).sample(range(9, 40), 2))
 
-    def die(loss: Loss) -> Loss:
-        def deadly(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
-            if at.number == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def run(folder: Path, dies_at: int = -1, resume: bool = False) -> None:
+        def die(loss: Loss) -> Loss:
+            def deadly(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
+                if at.number == dies_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return loss(at)
+
+            return deadly
+
+        train_toy(folder, saves_in(folder, resume=resume), die, course)
+
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+    run(folders[0])
+    for step, resume in ((first, False), (second, True)):
+        code, said = forked(lambda step=step, resume=resume: run(folders[1], step, resume))
+        assert code == -signal.SIGKILL, said
+    run(folders[1], resume=True)
+    files = [open_checkpoint(folder / "state.safetensors") for folder in folders]
+    assert len(files[0].tensors) == 13 and files[0].tensors.keys() == files[1].tensors.keys()
+    assert all(torch.equal(files[0].read(name), files[1].read(name)) for name in files[0].tensors)
+    curves = [json.loads(file.metadata["state"])["log"]["points"] for file in files]
+    for point in [*curves[0], *curves[1]]:
+        del point["seconds"]
+    assert len(curves[0]) == 8 and curves[0] == curves[1]
+
+
+# --- what a run is kept from
+
+
+def broken(*steps: int, gradient: bool = False) -> Callable[[Loss], Loss]:
+    """A loss that is not finite at some steps, or whose gradient is not."""
+
+    def wrap(loss: Loss) -> Loss:
+        def wrong(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
+            value, figures = loss(at)
+            if at.number in steps:
+                # The root's gradient at 0 is infinite, 0 of it is NaN.
+                value = value + 0 * (value - value).sqrt() if gradient else value * math.nan
+            return value, figures
+
+        return wrong
+
+    return wrap
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_is_not_finite_never_reaches_the_optimizer(
+    tmp_path: Path, gradient: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy, optimizer, log = Toy(), None, Log(tmp_path / "log.json", every=4)
+    before: dict[int, list[Tensor]] = {}
+
+    def watched(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        before[at.number] = [p.detach().clone() for p in toy.parameters()]
+        return broken(5, gradient=gradient)(toy.loss)(at)
+
+    optimizer = toy.optimizer()
+    assert (
+        train(
+            watched, optimizer, COURSE, log, rows=lambda step, draws: [f"{step}/{n}" for n in draws.samples]
+        )
+        == 12
+    )
+    assert all(torch.equal(a, b) for a, b in zip(before[5], before[6], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before[6], before[7], strict=True))
+    assert all(p.isfinite().all() for p in toy.parameters())
+    assert {float(moment) for name, moment in optimizer.moments().items() if name.startswith("step")} == {11}
+    assert all(math.isfinite(value) for point in log.points for value in point.values())
+    assert "step 5 refused: loss " in caplog.text
+    assert "its rows: 5/30; 5/31; 5/32; 5/33; 5/34; 5/35" in caplog.text
+
+
+def test_more_than_three_refused_steps_of_a_hundred_end_a_run(tmp_path: Path) -> None:
+    course = dataclasses.replace(COURSE, steps=110)
+    train_toy(tmp_path, loss=broken(1, 2, 3, 101, 102, 103), course=course)
+    with pytest.raises(ArithmeticError, match="step 100 refused.* More than 3 of the last 100 steps"):
+        train_toy(tmp_path, saves_in(tmp_path), broken(1, 2, 3, 100), course)
+    # A run that goes on remembers what was refused before.
+    with pytest.raises(ArithmeticError, match="step 100 refused"):
+        train_toy(tmp_path, saves_in(tmp_path, resume=True), broken(100), course)
+
+
+@needs_linux
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_end_of_a_step_and_saves(tmp_path: Path, number: int) -> None:
+    def stopped(loss: Loss) -> Loss:
+        def interrupted(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
+            if at.number == 6:
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGINT)  # a launcher passes on what its processes have heard
             return loss(at)
 
-        return deadly
+        return interrupted
 
-    code, said = forked(lambda: train_toy(tmp_path, saves_in(tmp_path), die))
-    assert code == -signal.SIGKILL, said
-    toy, log = train_toy(tmp_path, saves_in(tmp_path, resume=True))
-    whole, whole_log = train_toy(tmp_path)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt, match="after step 7, whose state is saved"):
+        train_toy(tmp_path, saves_in(tmp_path, every=100), stopped)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert json.loads(open_checkpoint(tmp_path / "state.safetensors").metadata["state"])["step"] == 7
+    again, _ = train_toy(tmp_path, saves_in(tmp_path, resume=True))
+    whole, _ = train_toy(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+def test_a_second_signal_is_not_postponed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "AGAIN_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt), guard.postponed() as came:
+        signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_waits_for_room_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first state is there, the second finds no room twice; the run ends as one that had it."""
+    sync, calls = os.fsync, [0]
+
+    def full(file: int) -> None:
+        calls[0] += 1
+        if calls[0] in (2, 3):
+            assert json.loads(open_checkpoint(tmp_path / "state.safetensors").metadata["state"])["step"] == 4
+            raise OSError(28, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(state, "RETRY_SECONDS", 0.05)
+    toy, _ = train_toy(tmp_path, saves_in(tmp_path))
+    whole, _ = train_toy(tmp_path)
+    assert calls == [5] and caplog.text.count("the disk is full") == 1
     assert all(torch.equal(p, q) for p, q in zip(toy.parameters(), whole.parameters(), strict=True))
-    assert without_seconds(log) == without_seconds(whole_log)
+    assert json.loads(open_checkpoint(tmp_path / "state.safetensors").metadata["state"])["step"] == 12
+
+
+def test_room_is_checked_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Toy()
+    # Parameters, averages, AdamW's two moments with two counts, Muon's momentum.
+    size = 4 * (3 * 24 + 4 * 12 + 2)
+
+    def never(_: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        raise Killed
+
+    for free, error in ((2 * size, Killed), (2 * size - 1, CheckpointError)):
+        monkeypatch.setattr(state.shutil, "disk_usage", lambda _, free=free: types.SimpleNamespace(free=free))
+        with pytest.raises(error):
+            train(never, toy.optimizer(), COURSE, Log(tmp_path / "log.json"), saves_in(tmp_path))
 
 
 # --- several processes
@@ -439,6 +581,35 @@ def test_two_processes_train_as_one(tmp_path: Path, resume: bool) -> None:
     for rank in range(2):
         points = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert points == [pytest.approx(point, rel=1e-5) for point in without_seconds(log)]
+
+
+def one_of_two_that_breaks(folder: Path, rank: int) -> str:
+    """The second process's share of step 3 is not finite, and the first is asked to end in step 6."""
+    distributed.init_process_group("gloo", f"file://{folder / 'meet'}", rank=rank, world_size=2)
+
+    def wrap(loss: Loss) -> Loss:
+        def wrong(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
+            if at.number == 6 and rank == 0:
+                signal.raise_signal(signal.SIGTERM)
+            value, figures = loss(at)
+            return value * (math.nan if at.number == 3 and rank == 1 else 1), figures
+
+        return wrong
+
+    with pytest.raises(KeyboardInterrupt, match="after step 7"):
+        train_toy(folder, saves_in(folder, every=50), wrap)
+    file = open_checkpoint(folder / "state.safetensors")
+    return str(json.loads(file.metadata["state"])["refused"])
+
+
+@needs_linux
+def test_processes_agree_on_what_is_refused_and_when_to_end(tmp_path: Path) -> None:
+    both = [start(lambda rank=rank: one_of_two_that_breaks(tmp_path, rank)) for rank in range(2)]
+    for code, said in [finish(*child) for child in both]:
+        assert code == 0, said
+        (entry,) = literal_eval(said)
+        assert entry["step"] == 3 and entry["losses"][1] == entry["norm"] == "nan" != entry["losses"][0]
+        assert entry["rows"] == ["sample 21", "sample 22", "sample 23"]
 
 
 def test_log(tmp_path: Path) -> None:
