@@ -215,6 +215,6 @@ class Writer:
 
 
 def _is_full(error: OSError) -> bool:
-    """Of the disk, or of a quota. The library that writes tensors says it in words."""
+    """Whether a disk or a quota is. The library that writes tensors says it in words."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return error.errno in full or any(f"os error {number}" in str(error) for number in full)
