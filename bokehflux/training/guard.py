@@ -64,10 +64,10 @@ class Refusals:
         bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
         parts = [draws.samples[rank * share : (rank + 1) * share] for rank in bad]
         found = [name for part in parts for name in rows(step, dataclasses.replace(draws, samples=part))]
-        told = {"step": step, "losses": [f"{loss:g}" for loss in losses], "norm": f"{norm:g}", "rows": found}
-        self.entries.append(told)
+        shown = [f"{loss:g}" for loss in losses]
+        self.entries.append({"step": step, "losses": shown, "norm": f"{norm:g}", "rows": found})
         said = (
-            f"step {step} refused: loss {', '.join(told['losses'])}, norm of the gradients {told['norm']}; "
+            f"step {step} refused: loss {', '.join(shown)}, norm of the gradients {norm:g}; "
             f"its rows: {'; '.join(found)}"
         )
         if sum(entry["step"] > step - STEPS for entry in self.entries) > MOST:
