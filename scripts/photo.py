@@ -4,7 +4,8 @@
 
 `make photo` runs it. The photograph is the motorcycle of scikit-image, with its measured depth, where that
 package is installed; else, or with --nano, a scene of the bundled model's world, with its exact depth and the
-mask of its subject. Every picture is made by `bokehflux render` and holds its settings.
+mask of its subject. That scene has small lamps, which show the shape of an aperture best, so it always serves
+for them. Every picture is made by `bokehflux render` and holds its settings.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LEVELS = ("0", "8", "15", "22", "30")
 APERTURES = ("polygon:5", "polygon:6@30", "donut:0.5", "anamorphic:2", "cats-eye:0.7")
 HIGHLIGHTS = "8"
 LONG_SIDE = "400"
-SEED, SIZE_PX = 6, 256
+SEED, SIZE_PX = 16, 256
 """nano's scene: lamps behind a subject."""
 
 
@@ -74,7 +75,7 @@ def rendered(photo: Path, depth: Path, folder: Path, *words: str) -> list[Image.
 
 
 def sheet(photo: Path, depth: Path, folder: Path) -> Image.Image:
-    """Three rows: levels, apertures, planes of focus."""
+    """Three rows: levels, apertures on nano's scene, planes of focus."""
     with np.load(depth) as maps:
         planes = focuses(maps["depth"])
         mask = ["--mask", str(depth)] if "mask" in maps else []
@@ -86,8 +87,14 @@ def sheet(photo: Path, depth: Path, folder: Path) -> Image.Image:
             LEVELS, rendered(photo, depth, folder, *usual, "--levels", *LEVELS), strict=True
         )
     ]
+    lamps = write_scene(folder)
+    behind = ["--mask", str(lamps), "--focus", "mask", *strong]
     for aperture in APERTURES:
-        (image,) = rendered(photo, depth, folder / "apertures", *usual, *strong, "--aperture", aperture)
+        (image,) = rendered(
+            lamps.with_suffix(".png"), lamps, folder / "apertures", *behind, "--aperture", aperture
+        )
+        width, height = tiles[0].image.size
+        image = image.resize((width, width), Image.Resampling.BICUBIC).crop((0, 0, width, height))
         tiles.append(Tile(image=image, label=aperture))
     for i, plane in enumerate(planes):
         (image,) = rendered(photo, depth, folder / "focus", "--focus", plane, *strong)
@@ -106,13 +113,15 @@ def main() -> int:
     try:
         if not args.nano:
             write_photograph(args.folder)
-            photo, depth = args.folder / "motorcycle.jpg", args.folder / "motorcycle.depth.npz"
+            photo, depth = args.folder / "motorcycle.jpg", args.folder / "labels/maps/motorcycle.jpg.npz"
+            if not depth.is_file():  # labelled by scripts/motorcycle.py --picture, it has a mask as well
+                depth = args.folder / "motorcycle.depth.npz"
     except ValueError as error:
         print(f"photo: {error}; a scene of the bundled model's stands in", file=sys.stderr)
         args.nano = True
     if args.nano:
         depth = write_scene(args.folder)
-        photo = args.folder / "scene.png"
+        photo = depth.with_suffix(".png")
     cli.main(["exif", str(photo)])
     path = args.folder / "all.jpg"
     sheet(photo, depth, args.folder).save(path, quality=82, optimize=True)

@@ -20,7 +20,7 @@ from bokehflux.aperture import DISC, Aperture
 from bokehflux.focus import Focus, Plane, Point, Slab, Subject
 from bokehflux.lens import TRAINING_SIDE_PX, Unify, check_level
 
-from .depth import disparity_of, quantile
+from .depth import filled_disparity, quantile
 from .photo import blur_photo
 from .probe import fit_radius
 
@@ -55,13 +55,13 @@ class LensMap:
 
     @classmethod
     def from_depth(cls, depth_m: Tensor, unify: Unify = "raw") -> Self:
-        """From metres [H, W]: infinity is far away, and where depth is unknown (0, NaN) its median is taken.
+        """From metres [H, W]: infinity is far away, and unknown depth (0, NaN) is as far as what is around.
 
         unify: what a level multiplies. "raw": disparity in 1/m, as levels from EXIF data do. "range": the
         picture's disparity from 0 to 1, as in synthetic training pictures. Raises ValueError for depth that
         is nowhere known, and with "range" for depth that is the same everywhere.
         """
-        disparity, scale = disparity_of(depth_m), min(depth_m.shape) / TRAINING_SIDE_PX
+        disparity, scale = filled_disparity(depth_m), min(depth_m.shape) / TRAINING_SIDE_PX
         if unify == "raw":
             return cls(blur=scale * disparity, px_m=scale)
         if unify != "range":

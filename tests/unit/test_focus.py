@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bokehflux import lens
 from bokehflux.focus import Focus, Plane, Point, Slab, Subject, parse_focus
-from bokehflux.rendering.depth import disparity_of, normalised, quantile
+from bokehflux.rendering.depth import disparity_of, filled_disparity, normalised, quantile
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.rendering.photo import blur_photo
 
@@ -137,6 +137,34 @@ def test_unknown_depth_is_the_median_and_the_sky_is_far() -> None:
     depth = torch.tensor([[1.0, 2.0, 4.0], [math.nan, math.inf, 0.0], [-1.0, 2.0, 2.0]])
     assert disparity_of(depth).tolist() == [[1.0, 0.5, 0.25], [0.5, 0.0, 0.5], [0.5, 0.5, 0.5]]
     assert normalised(torch.tensor([2.0, 3.0, 6.0])).tolist() == pytest.approx([0, 0.25, 1])
+
+
+@pytest.mark.parametrize("gap", [1, 4, 9, 30])
+def test_a_hole_beside_a_near_thing_belongs_to_what_it_hides(gap: int) -> None:
+    """As a stereo pair leaves it: the near thing, then what only one eye sees."""
+    depth = torch.full((40, 100), 10.0)
+    depth[:, :30], depth[:, 30 : 30 + gap] = 2.0, math.nan
+    disparity = filled_disparity(depth)
+    assert (disparity[:, :30] == 0.5).all() and disparity[:, 30:].allclose(torch.tensor(0.1))
+    assert (LensMap.from_depth(depth).focused_at(Point(10, 10)).radius_px(30.0)[:, 30:] < 0).all()
+
+
+def test_a_hole_within_a_thing_is_of_that_thing() -> None:
+    depth = torch.full((64, 64), 10.0)
+    depth[8:56, 8:56], depth[28:36, 28:36] = 2.0, 0.0
+    assert torch.equal(filled_disparity(depth), 1 / torch.where(depth == 0, 2.0, depth))
+
+
+@given(height=st.integers(1, 20), width=st.integers(1, 20), unknown=st.floats(0, 1), seed=st.integers(0, 99))
+def test_filling_invents_no_distance_and_leaves_none_unknown(
+    height: int, width: int, unknown: float, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    depth = torch.rand(height, width, generator=draw) + 0.5
+    depth[torch.rand(height, width, generator=draw) < unknown] = math.nan
+    depth[0, 0] = math.inf
+    found, known = filled_disparity(depth), ~depth.isnan()
+    assert torch.equal(found[known], 1 / depth[known]) and torch.isin(found, 1 / depth[known]).all()
 
 
 def test_quantiles_of_more_pixels_than_torch_takes() -> None:
