@@ -51,7 +51,10 @@ def _whole(value: Any) -> int:
 def _real(value: Any) -> float:
     if isinstance(value, bool | str | bytes | bytearray):
         raise TypeError
-    return float(value)
+    try:
+        return float(value)
+    except (ValueError, RuntimeError):  # a tensor of several numbers
+        raise TypeError from None
 
 
 def _number(value: Any) -> float:
@@ -230,7 +233,7 @@ def convert(name: str, kind: Kind, value: Any) -> Any:
     """A value made plain. Raises ValueError, with the name, for one that is not of the kind."""
     try:
         return kind.convert(value)
-    except (TypeError, OverflowError, RuntimeError):  # the last by tensors of several numbers
+    except (TypeError, OverflowError):
         got = " ".join(f"{value!r:.80}".split())  # an array has lines
         raise ValueError(f"{name} must be {kind.what}, got {got}") from None
 
