@@ -215,16 +215,18 @@ class _Onnx:
                 raise ValueError(f"onnxruntime lacks {CUDA} for --device {device}: install onnxruntime-gpu")
             wanted.insert(0, (CUDA, {"device_id": int(cuda[1] or 0)}))
         state = onnxruntime.capi.onnxruntime_pybind11_state
-        broken = (
+        self.failures = (
             state.Fail,
             state.InvalidProtobuf,
             state.InvalidGraph,
             state.InvalidArgument,
             state.NotImplemented,
+            state.RuntimeException,
         )
+        self.name = file.name
         try:
             self.session = onnxruntime.InferenceSession(str(file), providers=wanted)
-        except broken as error:
+        except self.failures as error:
             raise ValueError(f"{file} cannot be opened as an ONNX file: {error}") from error
         if cuda is not None and self.session.get_providers()[0] != CUDA:  # it goes on with the CPU
             raise ValueError(
@@ -252,19 +254,31 @@ class _Onnx:
             )
 
     def run(self, image: Image.Image) -> tuple[dict[str, Array], tuple[int, int]]:
-        """Outputs by name, the first first, without their axes of length 1; and the size that went in."""
+        """Outputs by name, the first first, without their axes of length 1; and the size that went in.
+
+        Raises Refused where the network fails on the picture.
+        """
         assert self.input is not None
         size = self._size(image)
         x = _normalised(image.resize(size, Image.Resampling.BILINEAR), (self.recipe.mean, self.recipe.std))
         if self.input.type == "tensor(float16)":
             x = x.astype(np.float16)
         more = {name: np.array(value, np.int64) for name, value in self.recipe.more.items()}
-        outputs = self.session.run(None, {self.input.name: x, **more})
+        try:
+            outputs = self.session.run(None, {self.input.name: x, **more})
+        except self.failures as error:
+            raise Refused(f"{self.name} fails on it: {error}") from error
         found = [one.name for one in self.session.get_outputs()]
         return {
             name: np.squeeze(np.asarray(value, np.float32))
             for name, value in zip(found, outputs, strict=True)
         }, size
+
+    def checked(self, values: Array) -> Array:
+        """[H, W] as it is. Raises Refused for another output."""
+        if values.ndim != 2:
+            raise Refused(f"{self.name} gives {values.ndim} axes longer than 1, and a map has 2: [H, W]")
+        return values
 
     def _size(self, image: Image.Image) -> tuple[int, int]:
         """(W, H) of the input."""
@@ -284,18 +298,19 @@ class OnnxDepth(_Onnx):
 
     def depth_m(self, image: Image.Image, focal_px: float | None) -> Array:
         outputs, (width, height) = self.run(image)
-        first = next(iter(outputs.values()))
         # In pixels of what went in: sides may have been scaled differently.
         focal = None if focal_px is None else focal_px * (width / image.width + height / image.height) / 2
         if self.recipe.gives == "points":
             points, mask, scale = (outputs[name] for name in POINTS)
+            if points.shape != (*self.checked(mask).shape, 3) or scale.size != 1:
+                raise Refused(f"{self.name} gives points that are not [H, W, 3], with a mask and a scale")
             depth = metres_of_points(points, mask > 0.5, float(scale), focal)
-        elif self.recipe.gives == "canonical metres":
+        else:
+            depth = self.checked(next(iter(outputs.values())))
+        if self.recipe.gives == "canonical metres":
             if focal is None:
                 raise Refused("this network needs the focal length, and the EXIF does not tell it")
-            depth = first * np.float32(focal / CANONICAL_FOCAL_PX)
-        else:
-            depth = first
+            depth = depth * np.float32(focal / CANONICAL_FOCAL_PX)
         if self.recipe.sky is not None:
             depth = np.where(outputs[self.recipe.sky] >= self.recipe.sky_above, np.inf, depth)
         inverse = np.divide(1, depth, out=np.full(depth.shape, np.nan, np.float32), where=depth > 0)
@@ -307,7 +322,7 @@ class OnnxMask(_Onnx):
     """A matting or segmentation network in an ONNX file."""
 
     def mask(self, image: Image.Image) -> Array:
-        matte = next(iter(self.run(image)[0].values()))
+        matte = self.checked(next(iter(self.run(image)[0].values())))
         if self.recipe.gives == "matte logits":
             matte = (1 / (1 + np.exp(-matte))).astype(np.float32)
         return _resized(matte, image.size).clip(0, 1)

@@ -139,6 +139,8 @@ class Labeller:
             mask = _fitted(mask, image.size)
             if mask is None and self.mask is not None:
                 mask = self.mask.mask(image)
+            if mask is not None and np.isnan(mask).any():
+                raise Refused("the mask holds what is not a number")
             made = {
                 "depth": None if depth is None else np.minimum(depth, FARTHEST_M).astype(np.float16),
                 "mask": None if mask is None else np.round(mask * 255).astype(np.uint8),

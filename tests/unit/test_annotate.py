@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from bokehflux.photos.annotate import IMAGENET, RECIPES, metres_of_points, open_depth, open_mask
+from bokehflux.photos.focus import Refused
 
 ROOT = Path(__file__).resolve().parents[2]
 MAP = [1, 1, "h", "w"]
@@ -170,6 +171,36 @@ def test_moge(tmp_path: Path) -> None:
     got = model.depth_m(image, 80.0)
     with np.errstate(divide="ignore"):
         np.testing.assert_allclose(1 / got, resized(1 / wanted, image.size), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("operator", "shape", "said"), [
+    ("Points", [1, "h", "w", 3], "m.onnx gives 3 axes longer than 1"), ("Scale", [], "m.onnx gives 0 axes"),
+    ("Wrong", MAP, "m.onnx fails on it"),
+])  # fmt: skip
+def test_networks_that_give_no_map(tmp_path: Path, operator: str, shape: Any, said: str) -> None:
+    """Refused, so that the run goes on with the next photograph."""
+    onnx = pytest.importorskip("onnx", reason="needs onnx, to make small files")
+    file = save(tmp_path / "m.onnx", "any", {"out": ("Exp" if operator == "Wrong" else operator, shape)})
+    if operator == "Wrong":  # weights for four colours: found when a picture comes
+        model = onnx.load(file)
+        model.graph.initializer[0].CopyFrom(
+            onnx.numpy_helper.from_array(np.ones((1, 4, 1, 1), np.float32), "weights")
+        )
+        model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "colours"
+        onnx.save(model, file)
+    for gives, ask in (("metres", open_depth), ("matte", open_mask)):
+        (tmp_path / "own.json").write_text(json.dumps({"gives": gives, "side_px": 32}))
+        network: Any = ask(file, str(tmp_path / "own.json"), "cpu")
+        with pytest.raises(Refused, match=said):
+            network.depth_m(photograph(), None) if gives == "metres" else network.mask(photograph())
+
+
+def test_points_that_are_none(tmp_path: Path) -> None:
+    outputs = {"points": ("Exp", MAP), "mask": ("Sigmoid", MAP), "metric_scale": ("Scale", [])}
+    file = save(tmp_path / "m.onnx", "any", outputs)
+    (tmp_path / "own.json").write_text('{"gives": "points", "side_px": 32}')
+    with pytest.raises(Refused, match=r"gives points that are not \[H, W, 3\]"):
+        open_depth(file, str(tmp_path / "own.json"), "cpu").depth_m(photograph(), None)
 
 
 def test_files_and_kinds_that_do_not_fit(tmp_path: Path) -> None:

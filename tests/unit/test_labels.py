@@ -170,6 +170,17 @@ def test_a_network_that_needs_a_focal_length_is_counted_by_that(tmp_path: Path) 
     assert counts == {f"left out: {reason}": 1}
 
 
+def test_a_mask_that_holds_no_number_is_no_mask(tmp_path: Path) -> None:
+    class Blind(Eye):
+        def mask(self, image: Image.Image) -> np.ndarray:
+            return np.full_like(super().mask(image), np.nan)
+
+    place = photographs(tmp_path / "in", a=sharp())
+    (tmp_path / "out").mkdir()
+    counts = Labeller(output=tmp_path / "out", depth=Eye(), mask=Blind()).run(open_rows(place))
+    assert counts == {"left out: the mask holds what is not a number": 1}
+
+
 def test_shards_share_a_folder(tmp_path: Path) -> None:
     place, out = photographs(tmp_path / "in", **{name: sharp() for name in "abcde"}), tmp_path / "out"
     eyes = [Eye() for _ in range(3)]
