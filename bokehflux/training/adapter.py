@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.training.batches import Draws, onto
-from bokehflux.training.engine import Recorded
+from bokehflux.training.engine import Recorded, mean_of
 from bokehflux.training.loop import Loss, Step
 from bokehflux.training.objective import draw_guidance, guided, mix, velocity_target
 
@@ -256,25 +257,39 @@ def adapter_step(
 
 
 def adapter_loss(
-    mmdit: MMDiT, rope: RopeTable, how: Sampling, plain: Scenes, grouped: Scenes, *, record: bool = False
+    mmdit: MMDiT,
+    rope: RopeTable,
+    how: Sampling,
+    plain: Scenes,
+    grouped: Scenes,
+    *,
+    record: bool = False,
+    rows: int | None = None,
 ) -> Loss:
     """For `train`: unrelated rows of `plain` and groups of `grouped`, as often as `how` says.
 
-    record: as CUDA graphs, one for each pattern of grounded rows.
+    record: as CUDA graphs, one for each pattern of grounded rows. rows: how many go through the network at a
+    time; None is all. The step is the same, to rounding.
     """
     null_text = plain.null_text() if how.max_guidance > 1 else None
+    parameters = [p for p in mmdit.parameters() if p.requires_grad]
 
     def of_tensors(attention: AttentionSpec, *tensors: Tensor) -> Tensor:
         return adapter_step(mmdit, AdapterBatch.of(attention, *tensors), rope, null_text)
 
-    compute = (
-        Recorded(of_tensors, [p for p in mmdit.parameters() if p.requires_grad]) if record else of_tensors
-    )
+    compute = Recorded(of_tensors, parameters) if record else of_tensors
 
     def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         in_groups = how.in_groups(step.number)
-        batch = draw_batch(grouped if in_groups else plain, how, in_groups, step.draws)
-        error = compute(batch.attention, *batch.tensors())
+
+        def of(draws: Draws) -> Tensor:
+            batch = draw_batch(grouped if in_groups else plain, how, in_groups, draws)
+            return compute(batch.attention, *batch.tensors())
+
+        if rows is None or rows >= len(step.draws):
+            error = of(step.draws)
+        else:
+            error = mean_of([partial(of, part) for part in step.draws.parts(rows)], parameters)
         return error, {"grounded" if in_groups else "plain": error}
 
     return loss

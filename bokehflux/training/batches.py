@@ -62,6 +62,13 @@ class Draws:
         together = range(self.samples.start // size, self.samples.stop // size)
         return dataclasses.replace(self, samples=together, batch=self.batch // size, group=size)
 
+    def parts(self, rows: int) -> list[Draws]:
+        """The same samples, `rows` at a time. Raises ValueError unless they come out even."""
+        if len(self) % rows:
+            raise ValueError(f"{len(self)} samples are not whole parts of {rows}")
+        starts = range(0, len(self), rows)
+        return [dataclasses.replace(self, samples=self.samples[i : i + rows]) for i in starts]
+
     def on(self, device: torch.device) -> Draws:
         """The same on another device: on the CPU, reading them waits for nothing."""
         return dataclasses.replace(self, device=device)

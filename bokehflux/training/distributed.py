@@ -7,6 +7,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from bokehflux.models.units import Network
 
 At = TypeVar("At")
 Scalars = tuple[Tensor, dict[str, Tensor]]
@@ -17,6 +20,20 @@ def rank_and_world() -> tuple[int, int]:
     """The number of this process, and how many there are."""
     shared = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)
+
+
+def shard(network: Network, device: torch.device) -> None:
+    """Spread a frozen network over the processes: each holds a part of every unit on its device.
+
+    A unit comes together while it runs, there and back (FSDP2). Call it before an adapter is added, which is
+    trained on every process alike. Needs PyTorch 2.6.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, units = init_device_mesh(device.type, (rank_and_world()[1],)), network.units()
+    network.requires_grad_(False)
+    for unit in (*units.ahead, *units.blocks, network):  # inner ones first
+        fully_shard(unit, mesh=mesh)
 
 
 class _Objective(nn.Module):

@@ -74,7 +74,8 @@ class Recorded:
         key = kind, tuple((x.shape, x.dtype) for x in inputs)
         if key not in self._graphs:
             self._graphs[key] = _Graph(self.loss, self.parameters, kind, inputs)
-        return _Replay.apply(self._graphs[key], inputs, *self.parameters)  # type: ignore[no-any-return]
+        graph = self._graphs[key]
+        return _Known.apply(graph.replay(inputs), graph.gradients, *self.parameters)  # type: ignore[no-any-return]
 
 
 class _Graph:
@@ -113,12 +114,27 @@ class _Graph:
         return self.value.clone()  # the next replay overwrites it
 
 
-class _Replay(torch.autograd.Function):
+class _Known(torch.autograd.Function):
+    """A value whose gradients were computed with it."""
+
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, inputs: Sequence[Tensor], *_: Tensor) -> Tensor:
-        ctx.graph = graph
-        return graph.replay(inputs)
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, None, *torch._foreach_mul(ctx.graph.gradients, grad)
+        return None, None, *torch._foreach_mul(ctx.gradients, grad)
+
+
+def mean_of(parts: Sequence[Callable[[], Tensor]], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The mean of several losses, each computed and led back before the next: the memory of one at a time.
+
+    The result's gradients reach the parameters, all at once, however many parts there are.
+    """
+    value, gradients = torch.zeros((), device=parameters[0].device), [torch.zeros_like(p) for p in parameters]
+    for part in parts:
+        loss = part() / len(parts)
+        torch._foreach_add_(gradients, torch.autograd.grad(loss, parameters))
+        value += loss.detach()
+    return _Known.apply(value, gradients, *parameters)  # type: ignore[no-any-return]

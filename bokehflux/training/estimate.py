@@ -49,13 +49,15 @@ def estimate(
     activations: float = 0.0,
     narrow: bool = False,
     streamed: bool = False,
+    shards: int = 1,
     guided: bool = False,
     graphs: int = 0,
 ) -> Estimate:
     """Cost of training with `rows` a process, each of txt_tokens + img_tokens.
 
     activations: share of them that is kept; narrow: the base in 8 bits; streamed: two of its blocks at most
-    are on the GPU at a time. How long streaming takes depends on the machine and is not in `seconds`.
+    are on the GPU at a time. How long streaming takes depends on the machine and is not in `seconds`. shards:
+    processes that hold a part of the base each.
     guided: the base predicts once more, without text. graphs: recorded ones, each with activations and
     gradients of its own.
     """
@@ -81,7 +83,8 @@ def estimate(
     kept = max(inputs_bytes + block_bytes, activations * block_bytes * mmdit.num_blocks)
     kept = max(kept, graphs * (kept + 4 * trained))
     largest = max(sum(p.numel() for p in block.parameters()) for block in network.blocks)
-    there = (1 if narrow else 2) * (2 * largest if streamed else base)
+    held = 2 * largest if streamed else base if shards == 1 else base // shards + 2 * largest
+    there = (1 if narrow else 2) * held
     return Estimate(
         base=base,
         trained=trained,

@@ -8,18 +8,22 @@ import functools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 
 from bokehflux.app import train as command
 from bokehflux.conditioning import Conditioning
 from bokehflux.configs import FLUX_DEV, BokehConfig
+from bokehflux.models.mmdit import MMDiT
 from bokehflux.sampling.latents import pack
 from bokehflux.training.batches import Draws
 from bokehflux.training.estimate import estimate
 from bokehflux.training.latents import INDEX, LatentFolder, write_latents
+from bokehflux.training.loop import Loss
 from bokehflux.training.recipes import adapter as recipes
 from bokehflux.training.recipes.adapter import AdapterRecipe
 from bokehflux.weights import load
@@ -27,6 +31,7 @@ from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, o
 from bokehflux.weights.files.write import save
 from bokehflux.weights.find.resolve import resolve_model
 from bokehflux.weights.load import load_components
+from tests.faults.child import finish, needs_linux, start
 
 CPU = torch.device("cpu")
 
@@ -408,3 +413,71 @@ def test_the_command(recipe: AdapterRecipe, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.strip() == str(out / "adapter")
     trained = sum(t.numel() for name, t in written(out).items() if "to_k_bokeh" not in name)
     assert f"adapter: {trained:,} parameters are trained, rank 4 in 3 blocks" in lines
+
+
+# --- rows at a time, several processes
+
+
+def test_rows_at_a_time_change_nothing_but_rounding(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    both = dataclasses.replace(recipe, swap_probability=0.5, spread_sigma=True, log_every=1)
+    recipes.train_adapter(both, tmp_path / "all", CPU)
+    recipes.train_adapter(dataclasses.replace(both, rows=2), tmp_path / "two", CPU)
+    whole, parts = written(tmp_path / "all"), written(tmp_path / "two")
+    assert all(nearly(parts[name], tensor) for name, tensor in whole.items())
+    assert curve(tmp_path / "two") == [pytest.approx(point, rel=1e-5) for point in curve(tmp_path / "all")]
+    assert len(curve(tmp_path / "all")) == both.steps
+    for rows, said in ((3, "rows must be whole groups of 2 and divide batch, 4, got 3"), (8, "got 8")):
+        with pytest.raises(ValueError, match=said):
+            dataclasses.replace(recipe, rows=rows)
+
+
+def nearly(a: Tensor, b: Tensor) -> bool:
+    """As a whole: AdamW divides a gradient by its size, be it rounding, so single weights may differ more."""
+    return bool((a - b).norm() <= 1e-3 * b.norm())
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    points = json.loads((out / "log.json").read_text())["points"]
+    return [{key: value for key, value in point.items() if key != "seconds"} for point in points]
+
+
+def one_of_two(recipe: AdapterRecipe, folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    whole = recipes.adapter_loss
+
+    def looked_at(mmdit: MMDiT, *args: Any, **how: Any) -> Loss:
+        held = [p.to_local() if isinstance(p, DTensor) else p for p in mmdit.double_blocks.parameters()]
+        (folder / f"held{rank}").write_text(str(sum(p.numel() for p in held)))
+        return whole(mmdit, *args, **how)
+
+    recipes.adapter_loss = looked_at  # this process is the test's own
+    distributed.init_process_group("gloo", f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    recipes.train_adapter(recipe, folder / "out", CPU)
+    distributed.destroy_process_group()
+
+
+@needs_linux
+@pytest.mark.parametrize("memory", ["resident", "sharded"])
+def test_two_processes_are_one(recipe: AdapterRecipe, tmp_path: Path, memory: str) -> None:
+    """The whole base on each, or half of every block: the curve and the adapter of one process."""
+    recipe = dataclasses.replace(recipe, log_every=1, activations=0.0, steps=4)
+    shared = dataclasses.replace(recipe, memory=memory)  # type: ignore[arg-type]
+    folder = tmp_path / "two"
+    folder.mkdir()
+    both = [start(lambda rank=rank: one_of_two(shared, folder, rank)) for rank in range(2)]
+    assert [finish(*child) for child in both] == [(0, "None")] * 2
+    with torch.device("meta"):
+        size = sum(p.numel() for p in MMDiT(resolve_model("nano").config).double_blocks.parameters())
+    held = [int((folder / f"held{rank}").read_text()) for rank in range(2)]
+    assert (sum(held) == size and abs(held[0] - held[1]) < 0.01 * size) == (memory == "sharded")
+    recipes.train_adapter(recipe, tmp_path / "one", CPU)
+    assert curve(folder / "out") == [pytest.approx(point, rel=1e-6) for point in curve(tmp_path / "one")]
+    one, two = written(tmp_path / "one"), written(folder / "out")
+    assert all(nearly(two[name], tensor) for name, tensor in one.items())
+
+
+def test_a_sharded_base_needs_processes(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs several processes: start it with torchrun"):
+        recipes.train_adapter(dataclasses.replace(recipe, memory="sharded"), tmp_path / "out", CPU)
+    with pytest.raises(ValueError, match='memory = "sharded" needs storage = "dtype" without graphs'):
+        dataclasses.replace(recipe, memory="sharded", storage="fp8")

@@ -24,10 +24,10 @@ from bokehflux.lens import Unify
 from bokehflux.models.adapter import BokehAdapter, init_adapter
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.pictures.files import check_place
-from bokehflux.pipeline.memory import place
+from bokehflux.pipeline.memory import MemoryMode, place
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.training.adapter import Sampling, adapter_loss, trainable_adapter
-from bokehflux.training.distributed import rank_and_world
+from bokehflux.training.distributed import rank_and_world, shard
 from bokehflux.training.engine import keep_activations, store_fp8
 from bokehflux.training.estimate import estimate
 from bokehflux.training.latents import Encode, LatentFolder
@@ -88,8 +88,12 @@ class AdapterRecipe(Sampling):
     Each pattern of grounded rows has memory of its own."""
     storage: Literal["dtype", "fp8"] = "dtype"
     """fp8 keeps the frozen weights in half the memory, widened where they are used."""
-    memory: Literal["resident", "stream"] = "resident"
-    """stream keeps the frozen weights on the host and brings them block by block, for every pass."""
+    memory: Literal["resident", "stream", "sharded"] = "resident"
+    """Where the frozen weights are. stream: on the host, brought block by block for every pass. sharded: each
+    process holds a part, and blocks come together while they run (FSDP2): for several GPUs of one machine."""
+    rows: int | None = None
+    """Rows that a process takes through the network at a time, whole groups; None is all. Fewer take less
+    memory for the same step."""
     save_every: int = 500
     """Steps from one saved state to the next."""
     log_every: int = 50
@@ -132,6 +136,12 @@ class AdapterRecipe(Sampling):
             raise ValueError(
                 'memory = "stream" needs activations = 0 without compile and graphs: '
                 "a block's weights are there only while it runs"
+            )
+        if self.memory == "sharded" and (self.graphs or self.storage == "fp8"):
+            raise ValueError('memory = "sharded" needs storage = "dtype" without graphs')
+        if self.rows is not None and (self.rows < 1 or self.rows % self.group or self.batch % self.rows):
+            raise ValueError(
+                f"rows must be whole groups of {self.group} and divide batch, {self.batch}, got {self.rows}"
             )
         if not math.isfinite(self.sigma_mean):
             raise ValueError(f"sigma_mean must be finite, got {self.sigma_mean}")
@@ -228,6 +238,8 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     """
     if recipe.graphs and device.type != "cuda":
         raise ValueError(f"graphs = true needs a CUDA GPU, the device is {device}: leave graphs out")
+    if recipe.memory == "sharded" and rank_and_world()[1] == 1:
+        raise ValueError('memory = "sharded" needs several processes: start it with torchrun')
     saves = _saves(recipe, out, resume)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
@@ -254,7 +266,10 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     mmdit.bokeh = None  # the card's own; ours stays on the device, whatever the base does
     if recipe.storage == "fp8":
         store_fp8(mmdit, device)
-    placement = place(mmdit, parts.text.networks, parts.vae, recipe.memory, device)
+    if recipe.memory == "sharded":
+        shard(mmdit, device)
+    mode: MemoryMode = "stream" if recipe.memory == "stream" else "resident"
+    placement = place(mmdit, parts.text.networks, parts.vae, mode, device)
     mmdit.bokeh = _first_adapter(recipe, mmdit.config).to(device)
     named = trainable_adapter(mmdit)
     keep_activations(mmdit, recipe.activations, compile=recipe.compile)
@@ -276,7 +291,9 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     log = Log(out / "log.json", every=recipe.log_every)
     log.note("recipe", vars(recipe))
     rope = _rope(parts, groups.grid, device)
-    loss = adapter_loss(mmdit, rope, recipe, plain=photographs, grouped=groups, record=recipe.graphs)
+    loss = adapter_loss(
+        mmdit, rope, recipe, plain=photographs, grouped=groups, record=recipe.graphs, rows=recipe.rows
+    )
     train(loss, optimizer, course, log, saves)
     if rank_and_world()[0] == 0:
         tensors = {name: t.detach().cpu() for name, t in mmdit.bokeh.state_dict().items()}
@@ -324,7 +341,9 @@ def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[s
     groups, photographs = _data(recipe, _never)
     check_data(recipe, snapshot.config, groups, photographs)
     bokeh = recipe.bokeh(snapshot.config)
-    rows, txt_tokens = recipe.batch // rank_and_world()[1], snapshot.defaults.txt_length
+    processes = rank_and_world()[1]
+    share, txt_tokens = recipe.batch // processes, snapshot.defaults.txt_length
+    rows = min(share, recipe.rows or share)
     cost = estimate(
         snapshot.config,
         bokeh,
@@ -334,6 +353,7 @@ def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[s
         activations=recipe.activations,
         narrow=recipe.storage == "fp8",
         streamed=recipe.memory == "stream",
+        shards=processes if recipe.memory == "sharded" else 1,
         guided=recipe.max_guidance > 1,
         graphs=recipe.num_patterns(rows) if recipe.graphs else 0,
     )
@@ -343,7 +363,7 @@ def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[s
     if recipe.memory == "stream":
         how, text, encoders = f"{how}, and what streaming takes", 0, "text encoders visit it"
     free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
-    hours = cost.seconds * recipe.steps / 3600
+    seconds = cost.seconds * share / rows
     return [
         f"base: {recipe.model}, {cost.base:,} parameters, frozen",
         f"adapter: {cost.trained:,} parameters are trained, rank {recipe.rank} in {len(bokeh.blocks)} blocks",
@@ -351,11 +371,13 @@ def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[s
         f"photographs: {photographs.num_scenes:,}, in {recipe.photographs or recipe.groups}; "
         f"{photographs.left_out:,} without a {recipe.unify} level are left out",
         f"size: {groups.grid.width_px} x {groups.grid.height_px} px",
-        f"a step: {rows} rows of {txt_tokens} text and {groups.grid.num_tokens} image tokens on each process",
+        f"a step: {share} rows of {txt_tokens} text and {groups.grid.num_tokens} image tokens on a process,"
+        f" {rows} at a time",
         f"disk: {_gb(cost.adapter_bytes + cost.state_bytes)} (adapter {_gb(cost.adapter_bytes)}, state "
         f"{_gb(cost.state_bytes)}); {_gb(free)} are free",
         f"GPU: about {_gb(cost.gpu_bytes + text)}, {encoders}",
-        f"time: about {cost.seconds:.3g} s a step, {hours:.3g} h for {recipe.steps:,}, on one H100, {how}",
+        f"time: about {seconds:.3g} s a step, {seconds * recipe.steps / 3600:.3g} h for {recipe.steps:,}, "
+        f"on one H100, {how}",
     ]
 
 
@@ -394,6 +416,10 @@ def check_data(
         raise ValueError(
             f"batch must hold whole groups of {recipe.group} for each of {processes} processes, "
             f"got {recipe.batch}"
+        )
+    if recipe.rows is not None and recipe.batch // processes % min(recipe.rows, recipe.batch // processes):
+        raise ValueError(
+            f"rows must divide the {recipe.batch // processes} rows of each process, got {recipe.rows}"
         )
     expected = mmdit.in_channels // 4
     for folder in (groups, photographs):
