@@ -17,7 +17,7 @@ from bokehflux.configs import Defaults, ScheduleConfig
 from .files.write import save_sharded, write_json
 from .find.layouts import TOKENIZERS
 from .find.snapshot import CARD, card
-from .mapping import plan, to_official
+from .mapping import Table, plan, to_official
 from .networks import ADAPTER_PREFIX, NETWORKS, C, N, Network
 from .tables import scheduler
 
@@ -39,15 +39,17 @@ def save_network(
     config: C,
     tensors: Mapping[str, Tensor],
     max_shard_bytes: int = SHARD_BYTES,
+    table: Table | None = None,
 ) -> None:
     """A network as the official libraries keep it: `config.json` and weights, in shards where they are large.
 
-    A transformer is saved without its adapter (`split_adapter`), whose row is `adapter_for(config)`.
+    A transformer is saved without its adapter (`split_adapter`), whose row is `adapter_for(config)`. table:
+    one of the network's layouts; None is the first.
     Raises CheckpointError unless the tensors are exactly those of the config.
     """
     with torch.device("meta"):
         expected = {name: tuple(t.shape) for name, t in network.build(config).state_dict().items()}
-    table, stated = network.tables[0], network.codec.to_json(config)
+    table, stated = table or network.tables[0], network.codec.to_json(config)
     official = to_official(table, tensors)
     plan(table, expected, {name: tuple(t.shape) for name, t in official.items()}, f"export to {folder}")
     save_sharded(folder, official, _STEMS[network.official[0]], max_shard_bytes)

@@ -45,7 +45,9 @@ def add_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     parser.add_argument("--config", required=True, metavar="FILE",
-                        help="settings in TOML: the fields of AdapterRecipe")  # fmt: skip
+                        help="settings in TOML, the fields of AdapterRecipe; or `flux` or `nano`, which come "
+                             "with bokehflux")  # fmt: skip
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings to change")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the adapter and its log")
     parser.add_argument("--resume", action="store_true", help="go on from the state that a stopped run left")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and stop")
@@ -131,8 +133,13 @@ def latents(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train and print the adapter's folder, or print the cost. Under torchrun, as one of its processes."""
     from bokehflux.training.recipes.adapter import AdapterRecipe, dry_run, train_adapter
+    from bokehflux.training.recipes.named import NAMED
 
-    recipe, out = AdapterRecipe.read(Path(args.config)), Path(args.output)
+    out, named = Path(args.output), NAMED.get(args.config)
+    if named is None:
+        recipe = AdapterRecipe.read(Path(args.config), args.set)
+    else:
+        recipe = named.changed(args.set)
     import torch
 
     device = _device(args.device)

@@ -26,6 +26,7 @@ from bokehflux.training.latents import INDEX, LatentFolder, write_latents
 from bokehflux.training.loop import Loss
 from bokehflux.training.recipes import adapter as recipes
 from bokehflux.training.recipes.adapter import AdapterRecipe
+from bokehflux.training.recipes.named import NAMED
 from bokehflux.weights import load
 from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, open_checkpoint
 from bokehflux.weights.files.write import save
@@ -413,6 +414,39 @@ def test_the_command(recipe: AdapterRecipe, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.strip() == str(out / "adapter")
     trained = sum(t.numel() for name, t in written(out).items() if "to_k_bokeh" not in name)
     assert f"adapter: {trained:,} parameters are trained, rank 4 in 3 blocks" in lines
+
+
+def test_recipes_by_name_and_changed_on_the_command_line(tmp_path: Path) -> None:
+    for name, recipe in NAMED.items():
+        recipe.write(tmp_path / f"{name}.toml")
+        assert AdapterRecipe.read(tmp_path / f"{name}.toml") == recipe == recipe.changed([])
+    words = ["lr=2e-3", "model=my/model", "blocks=[1, 2]", 'groups="a=b"', "compile=false", "activations=1"]
+    changed = NAMED["flux"].changed(words)
+    assert (changed.lr, changed.model, changed.blocks, changed.groups) == (2e-3, "my/model", (1, 2), "a=b")
+    assert AdapterRecipe.read(tmp_path / "flux.toml", words) == changed
+    for wrong, said in (
+        ("lr", "--set lr: expected NAME=VALUE"),
+        ("lr=fast", "lr must be a number, got 'fast'"),
+        ("speed=1", "unknown setting 'speed'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            NAMED["nano"].changed([wrong])
+
+
+def test_an_adapter_in_bokehdepths_layout_is_read_back(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe, steps=2)
+    recipes.train_adapter(recipe, tmp_path / "ours", CPU)
+    recipes.train_adapter(dataclasses.replace(recipe, layout="bokehdepth"), tmp_path / "theirs", CPU)
+    ours, theirs = written(tmp_path / "ours"), written(tmp_path / "theirs")
+    assert "adapter_modules.3.to_v_dof.down.weight" in theirs and not any("_bokeh" in name for name in theirs)
+    both = [
+        load_components("nano", adapter=tmp_path / name / "adapter", dtype=torch.float32).transformer.bokeh
+        for name in ("ours", "theirs")
+    ]
+    for name, tensor in ours.items():
+        assert torch.equal(both[1].state_dict()[name], tensor) and torch.equal(
+            both[0].state_dict()[name], tensor
+        )
 
 
 # --- rows at a time, several processes

@@ -29,7 +29,8 @@ def _depth(block: str, word: str) -> Table:
 
 
 PUBLISHED = Table("bokeh adapter", marker=f"{_LIST}{{i}}.to_v_bokeh.down.weight")
-TABLES = (PUBLISHED, _depth(f"{_LIST}{{i}}", "dof"), _depth("{i}", "dof"), _depth("{i}", "bokeh"))
+BOKEHDEPTH = _depth(f"{_LIST}{{i}}", "dof")
+TABLES = (PUBLISHED, BOKEHDEPTH, _depth("{i}", "dof"), _depth("{i}", "bokeh"))
 
 
 _BLOCK_NAME = re.compile(r"(single_)?transformer_blocks\.(\d{1,9})(\.attn.*)?")

@@ -11,7 +11,7 @@ import shutil
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -43,6 +43,7 @@ from bokehflux.weights.load import Components, load_components, load_network
 from bokehflux.weights.networks import CLIP, T5, adapter_for
 from bokehflux.weights.parts import open_part
 from bokehflux.weights.save import save_network
+from bokehflux.weights.tables.adapter import BOKEHDEPTH, PUBLISHED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,9 @@ class AdapterRecipe(Sampling):
     rank: int = 128
     blocks: tuple[int, ...] | None = None
     """Adapted blocks, counted over double then single blocks; None is all of them, or those of `adapter`."""
+
+    layout: Literal["published", "bokehdepth"] = "published"
+    """Names in the adapter's file: those of Bokeh Diffusion, or of BokehDepth. Both are read everywhere."""
 
     seed: int = 0
     batch: int = 4
@@ -152,12 +156,23 @@ class AdapterRecipe(Sampling):
             raise ValueError("level_guidance counts with a max_guidance above 1 only")
 
     @classmethod
-    def read(cls, path: Path) -> AdapterRecipe:
-        """From a TOML file. Raises ValueError with everything that is unknown, missing or of another type."""
+    def read(cls, path: Path, changes: Sequence[str] = ()) -> AdapterRecipe:
+        """From a TOML file, with changes as `changed` takes them. Raises ValueError as `of`."""
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a TOML file: {error}") from None
+        return cls.of(table | _values(changes), str(path))
+
+    def changed(self, changes: Sequence[str]) -> AdapterRecipe:
+        """With "NAME=VALUE" for each change, the value as in TOML; text needs no quotes."""
+        said = {name: value for name, value in vars(self).items() if value is not None}
+        return self.of(said | _values(changes), "--set")
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any], where: str) -> AdapterRecipe:
+        """From names and values. Raises ValueError with everything that is unknown, missing or of another
+        type."""
         hints, fields = typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
         problems = [f"unknown setting {name!r}" for name in values if name not in fields]
@@ -173,7 +188,7 @@ class AdapterRecipe(Sampling):
             if field.default is dataclasses.MISSING and name not in values
         ]
         if problems:
-            raise ValueError(f"{path}: {'; '.join(problems)}")
+            raise ValueError(f"{where}: {'; '.join(problems)}")
         return cls(**values)
 
     def write(self, path: Path) -> None:
@@ -205,6 +220,20 @@ class AdapterRecipe(Sampling):
                     f"{name} is {asked}, but the adapter {self.adapter} has {found}: say {found}"
                 )
         return begun
+
+
+def _values(changes: Sequence[str]) -> dict[str, Any]:
+    """What "NAME=VALUE" say. Raises ValueError for one without an equals sign."""
+    found: dict[str, Any] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set {change}: expected NAME=VALUE")
+        try:
+            found[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = value
+    return found
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -297,7 +326,9 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
     train(loss, optimizer, course, log, saves)
     if rank_and_world()[0] == 0:
         tensors = {name: t.detach().cpu() for name, t in mmdit.bokeh.state_dict().items()}
-        save_network(adapter_for(mmdit.config), out / "adapter", mmdit.bokeh.config, tensors)
+        table = BOKEHDEPTH if recipe.layout == "bokehdepth" else PUBLISHED
+        network = adapter_for(mmdit.config)
+        save_network(network, out / "adapter", mmdit.bokeh.config, tensors, table=table)
         recipe.write(out / "recipe.toml")
         log.save()
         saves.path.unlink(missing_ok=True)
