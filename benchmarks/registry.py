@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.timing import Budget, Replayed, Row, Sustained
+from benchmarks import timing
+from benchmarks.timing import Budget, Clock, Row
 
 NAMES = (
     "attention", "step", "generate", "memory", "train_attention", "train_step", "pointwise", "scatter",
@@ -42,13 +44,13 @@ class Session:
     def wants(self, arm: str) -> bool:
         return any(matches(arm, part) for part in self.arms)
 
-    def replayed(self, sets: int) -> Replayed:
+    def replayed(self, sets: int) -> Clock:
         """The clock of kernels, which take turns with so many sets of inputs."""
-        return Replayed(self.device, sets, self.repeats)
+        return functools.partial(timing.replayed, self.device, sets, self.repeats)
 
-    def sustained(self) -> Sustained:
+    def sustained(self) -> Clock:
         """The clock of whole calls."""
-        return Sustained(self.device, self.repeats, self.budget)
+        return functools.partial(timing.sustained, self.device, self.repeats, self.budget)
 
     def until_spent(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items until the budget is spent, which a line says."""
@@ -66,8 +68,6 @@ class Benchmark:
     question: str
     checked: str
     """What must hold before an arm is timed."""
-    ceiling: str = ""
-    """What `share` is a share of, and when it is measured."""
     cases: Callable[[bool], Mapping[str, Any]]
     """(toys) -> what is measured, by name, most important first."""
     usual_cases: Sequence[str] = ("",)
@@ -81,8 +81,9 @@ class Benchmark:
     repeated: str = "measurements of an arm"
     columns: str
     """Keys of a row that the table shows."""
-    bars: tuple[str, str, str] | None = None
-    """Keys of a row: bars are grouped by the first and coloured by the second; the third is their length."""
+    bars: tuple[str, str, str, str] | None = None
+    """Keys of a row: bars are grouped by the first and coloured by the second; the third is their length, in
+    units of the fourth."""
     measure: Callable[[Session], Iterator[list[Row]]]
     """Yields new rows as they are found."""
     finish: Callable[[list[Row]], list[Row]] | None = None

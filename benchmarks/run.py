@@ -23,9 +23,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -37,13 +37,7 @@ from bokehflux.pictures import plot
 from bokehflux.pipeline.provenance import provenance_here
 from bokehflux.weights.files.write import replacing, write_json
 
-Item = TypeVar("Item")
 RESULTS = Path("benchmarks/results")
-UNITS = {
-    "ms": "ms", "us": "us", "total_s": "s", "seconds": "s", "images_s": "images/s", "gpu_gb": "GB",
-    "speedup": "x",
-}  # fmt: skip
-"""Units of what is plotted."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -97,7 +91,6 @@ def described(name: str) -> str:
         "cases": "; ".join(cases) + (f"; not by default: {'; '.join(others)}" if others else ""),
         "arms": "; ".join(benchmark.arms),
         "checked": benchmark.checked,
-        "ceiling": benchmark.ceiling,
         "repeats": f"{benchmark.repeats} {benchmark.repeated}" if benchmark.repeats else "",
     }
     return name + "".join(f"\n    {key:9}{line}" for key, line in lines.items() if line)
@@ -142,9 +135,8 @@ def run(name: str, args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
     print(", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
     file = (args.file or name) + ("_tiny" if session.tiny else "")
     path = args.out / f"{file}.json"
-    isolated = benchmark.isolated and len(registry.pick(benchmark.arms, session.arms)) > 1
     rows: list[Row] = []
-    for new in by_arm(benchmark, session) if isolated else benchmark.measure(session):
+    for new in by_arm(benchmark, session) if benchmark.isolated else benchmark.measure(session):
         print(f"{table(new, benchmark.columns.split())}\n{session.budget.left:.0f} s left", flush=True)
         rows += new
         if benchmark.finish is not None:
@@ -152,9 +144,9 @@ def run(name: str, args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(path, {"environment": found, "rows": rows})
         if benchmark.bars is not None:
-            group, label, value = benchmark.bars
+            group, label, value, unit = benchmark.bars
             title = f"{file}: {value}; {found['device']}"
-            image = plot.bars(rows, title=title, group=group, label=label, value=value, unit=UNITS[value])
+            image = plot.bars(rows, title=title, group=group, label=label, value=value, unit=unit)
             with replacing(path.with_suffix(".png")) as temporary:
                 image.save(temporary, format="PNG")
     if benchmark.finish is not None:  # what compares one row with another was not known before
@@ -164,7 +156,7 @@ def run(name: str, args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
         "passed": passed(rows),
         "file": str(path),
         "environment": found,
-        "rows": [{key: short(row[key]) for key in kept if key in row} for row in rows],
+        "rows": [{key: row[key] for key in kept if key in row} for row in rows],
     }
 
 
@@ -172,10 +164,6 @@ def passed(rows: Sequence[Row]) -> bool:
     """Whether there is something of ours, and all of it is right. Rows that do not say whose are ours."""
     ours = [row for row in rows if row.get("ours", True)]
     return bool(ours) and all(row.get("verdict", "ok").startswith("ok") for row in ours)
-
-
-def short(value: object) -> object:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 # Processes.
@@ -193,31 +181,30 @@ def run_each(args: argparse.Namespace, budget: Budget) -> dict[str, Any]:
         documents[name] = {"passed": False, "problem": "out of time"}
         if not budget.spent:
             print(f"== {name}", flush=True)
-            done = apart(run, name, args, budget)
-            error = done.exception()
-            documents[name] = {"passed": False, "problem": first_line(error)} if error else done.result()
+            document, why = apart(run, name, args, budget)
+            documents[name] = document or {"passed": False, "problem": why}
     return documents
 
 
 def by_arm(benchmark: Benchmark, session: Session) -> Iterator[list[Row]]:
     """Rows of every arm, each measured in a process of its own."""
     for arm in session.until_spent(registry.pick(benchmark.arms, session.arms)):
-        done = apart(measured, benchmark.measure, dataclasses.replace(session, arms=[f"{arm}$"]))
-        error = done.exception()
-        yield done.result() if error is None else [{"arm": arm, "verdict": f"failed: {first_line(error)}"}]
+        rows, why = apart(measured, benchmark.measure, dataclasses.replace(session, arms=[f"{arm}$"]))
+        yield [{"arm": arm, "verdict": f"failed: {why}"}] if why else rows
 
 
 def measured(measure: Callable[[Session], Iterator[list[Row]]], session: Session) -> list[Row]:
     return [row for rows in measure(session) for row in rows]
 
 
-def apart(function: Callable[..., Item], *arguments: Any) -> Future[Item]:
-    """A call in a process of its own, which has ended."""
+def apart(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """What a call gives in a process of its own, or why it failed."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         done = pool.submit(function, *arguments)
-    if (error := done.exception()) is not None:
-        traceback.print_exception(error)
-    return done
+    if (error := done.exception()) is None:
+        return done.result(), ""
+    traceback.print_exception(error)
+    return None, first_line(error)
 
 
 # What is printed and written.
@@ -236,9 +223,7 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 
 def shown(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def environment(device: torch.device) -> dict[str, str]:

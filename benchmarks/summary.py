@@ -17,7 +17,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,13 +49,12 @@ class Finding(NamedTuple):
     @property
     def reached(self) -> str:
         """Whether the goal is met: aim, yes or NO; empty where there is none."""
-        if "at_most" in self.goal:
-            return "yes" if self.value <= self.goal["at_most"] else "NO"
-        if "at_least" not in self.goal:
+        least, most = self.goal.get("at_least", -math.inf), self.goal.get("at_most", math.inf)
+        if (least, most) == (-math.inf, math.inf):
             return ""
         if self.value >= self.goal.get("aim", math.inf):
             return "aim"
-        return "yes" if self.value >= self.goal["at_least"] else "NO"
+        return "yes" if least <= self.value <= most else "NO"
 
     def row(self) -> Row:
         goal, unit = self.goal, self.goal.get("unit", "x")
@@ -93,10 +92,8 @@ class Results:
         command = re.sub(r" --(out|seconds) \S+", "", found["command"])
         if not command.startswith(RUNNER):  # it was recorded by an earlier runner: today's command
             command = read_goals()["commands"][name]
-        return (
-            f"`{command}` on {found['device']}, torch {found['torch']}, "
-            f"triton {found['triton']}, commit `{found['commit'][:12]}`"
-        )
+        where = "{device}, torch {torch}, triton {triton}, commit `{commit:.12}`".format(**found)
+        return f"`{command}` on {where}"
 
 
 def read_goals() -> Any:
@@ -105,10 +102,8 @@ def read_goals() -> Any:
 
 def is_ours(row: Row, numbers: str | None) -> bool:
     """numbers: what it computes in, bf16 or fp8, without a shortcut; None: any row will do."""
-    if numbers is None:
-        return True
-    if row.get("shortcut"):
-        return False
+    if numbers is None or row.get("shortcut"):
+        return numbers is None
     return row.get("ours", row["arm"].startswith("ours")) and ("fp8" in row["arm"]) == (numbers == "fp8")
 
 
@@ -131,20 +126,15 @@ def measured(goal: Goal, results: Results) -> Finding | None:
         how = f"{mine['arm']}: {mine[key]:.4g} against {best[key]:.4g} {key.split('_')[-1]}"
         return Finding(goal, best["arm"], best[key] / mine[key], how)
     found = [(row[key], label(row)) for row in ours]
-    if "part_of" in goal:
-        found = list(shares(goal, ours, results))
+    if whole := goal.get("part_of"):  # of the row that has the same value of the column `same`
+        same = whole.get("same")
+        found = [
+            (row[key] / other[whole["key"]], f"{label(row)}: {row[key]:.3g} of {other[whole['key']]:.3g}")
+            for other in results.rows(whole["file"], whole["where"], whole["key"])
+            for row in ours
+            if same is None or row[same] == other[same]
+        ]
     return Finding(goal, goal.get("against", ""), *max(found)) if found else None
-
-
-def shares(goal: Goal, rows: Sequence[Row], results: Results) -> Iterator[tuple[float, str]]:
-    """Each row's value as a share of the other's that has the same value of the column `same`."""
-    whole = goal["part_of"]
-    same, key, other_key = whole.get("same"), goal["key"], whole["key"]
-    for other in results.rows(whole["file"], whole["where"], other_key):
-        for row in rows:
-            if same is None or row[same] == other[same]:
-                value = row[key] / other[other_key]
-                yield value, f"{label(row)}: {row[key]:.3g} of {other[other_key]:.3g}"
 
 
 def findings(results: Results) -> list[Finding]:

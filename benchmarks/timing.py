@@ -1,7 +1,7 @@
 """How benchmarks take time: arms are checked first, wrong ones are not timed, right ones take turns.
 
-`race` is the harness: arms, what their errors may be, and a clock. There are two clocks. `Replayed` is for
-kernels: CUDA graphs over inputs that fill the cache several times. `Sustained` is for whole calls with their
+`race` is the harness: arms, what their errors may be, and a clock. There are two clocks. `replayed` is for
+kernels: CUDA graphs over inputs that fill the cache several times. `sustained` is for whole calls with their
 launches, in the state that the GPU's clock has settled in. Figures are medians, with the 20th and 80th
 percentile beside them.
 """
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 CACHE_MULTIPLE = 3
 """How many times the rotated inputs of an arm fill the GPU's L2."""
 TURN_SECONDS = 0.3
-"""Length of one arm's turn on a `Sustained` clock."""
+"""Length of one arm's turn on a `sustained` clock."""
 CASE_SECONDS, LEAST_ROUNDS = 25.0, 3
 """Its rounds of one case end after this, but so many are taken in any case."""
 PRODUCTS = "products"
@@ -82,9 +82,8 @@ class Rules:
     def of(cls, arms: Sequence[Arm], max_error: float = math.inf, speed_of: Sequence[str] = ()) -> Rules:
         """The arms that are not ours are the yardstick; without any, the best of ours."""
         rivals = [arm.name for arm in arms if not arm.is_ours]
-        return cls(
-            error_of=rivals or [a.name for a in arms], max_error=max_error, speed_of=speed_of or rivals
-        )
+        yardsticks = rivals or [arm.name for arm in arms]
+        return cls(error_of=yardsticks, max_error=max_error, speed_of=speed_of or rivals)
 
     def limit(self, arm: Arm, errors: Mapping[str, float | str]) -> float:
         """Largest error that passes; NaN, which nothing passes, without a yardstick."""
@@ -153,61 +152,42 @@ def in_turns(
     return found
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """A measurement is one pass over all sets of inputs, divided by their number.
+def replayed(device: torch.device, sets: int, rounds: int, arms: Sequence[Arm]) -> Times:
+    """The clock of kernels: a measurement is one pass over all sets of inputs, divided by their number.
 
     On CUDA a pass is one graph where the arm allows capture; a row says whether it was (`graph`).
     """
-
-    device: torch.device
-    sets: int
-    rounds: int
-
-    def __call__(self, arms: Sequence[Arm]) -> Times:
-        ceiling = gemm_ceiling(self.device) if any(arm.tera_flop for arm in arms) else None
-        passes = {arm.name: whole_pass(arm.call, self.sets, self.device) for arm in arms}
-        measures = {
-            name: lambda run=run: milliseconds(run, self.device) / self.sets
-            for name, (run, _) in passes.items()
-        }
-        rounds, warm_up = (self.rounds, 3) if self.device.type == "cuda" else (min(self.rounds, 3), 1)
-        found = in_turns(measures, rounds, warm_up)
-        return {name: {**found[name], "graph": graph} for name, (_, graph) in passes.items()}, ceiling
+    ceiling = gemm_ceiling(device) if any(arm.tera_flop for arm in arms) else None
+    passes = {arm.name: whole_pass(arm.call, sets, device) for arm in arms}
+    measures = {name: lambda run=run: milliseconds(run, device) / sets for name, (run, _) in passes.items()}
+    rounds, warm_up = (rounds, 3) if device.type == "cuda" else (min(rounds, 3), 1)
+    found = in_turns(measures, rounds, warm_up)
+    return {name: {**found[name], "graph": graph} for name, (_, graph) in passes.items()}, ceiling
 
 
-@dataclass(frozen=True)
-class Sustained:
-    """A measurement is the median of calls in a row, in the second half of `TURN_SECONDS`.
+def sustained(device: torch.device, rounds: int, budget: Budget, arms: Sequence[Arm]) -> Times:
+    """The clock of whole calls: the median of those in a row, in the second half of `TURN_SECONDS`.
 
-    For calls that read more than the cache holds, such as whole steps: nothing is rotated. On a GPU each arm
-    is called before its first turn for the memory that it allocates (`workspace_mb`), and again for the time
-    that Python takes to launch it (`launch_ms`): where that is more than `ms`, the GPU waits.
+    They read more than the cache holds, as steps do: nothing is rotated. On a GPU each arm is called before
+    its first turn for the memory that it allocates (`workspace_mb`), and again for the time that Python takes
+    to launch it (`launch_ms`): where that is more than `ms`, the GPU waits.
 
     Where an arm's work is known, bursts of large products take turns with the arms, and their rate is the
     ceiling. What a GPU sustains falls with the power it draws: a product alone is up to 5 % faster than in
     the state in which steps are timed.
     """
-
-    device: torch.device
-    rounds: int
-    budget: Budget
-
-    def __call__(self, arms: Sequence[Arm]) -> Times:
-        calls = {arm.name: functools.partial(arm.call, 0) for arm in arms}
-        facts = {name: room_and_launch(call, self.device) for name, call in calls.items()}
-        budget, tera_flop = Budget(min(CASE_SECONDS, self.budget.left)), 0.0
-        if any(arm.tera_flop for arm in arms):
-            multiply, tera_flop = products(self.device)
-            calls[PRODUCTS] = lambda: [multiply(i) for i in range(BURST)]
-            calls[PRODUCTS]()
-        measures = {
-            name: functools.partial(sustained_milliseconds, call, self.device) for name, call in calls.items()
-        }
-        found = in_turns(measures, self.rounds, budget=budget)
-        burst = found.pop(PRODUCTS, None)
-        ceiling = 1000 * BURST * tera_flop / burst["ms"] if burst else None
-        return {name: found[name] | facts[name] for name in found}, ceiling
+    calls = {arm.name: functools.partial(arm.call, 0) for arm in arms}
+    facts = {name: room_and_launch(call, device) for name, call in calls.items()}
+    budget, tera_flop = Budget(min(CASE_SECONDS, budget.left)), 0.0
+    if any(arm.tera_flop for arm in arms):
+        multiply, tera_flop = products(device)
+        calls[PRODUCTS] = lambda: [multiply(i) for i in range(BURST)]
+        calls[PRODUCTS]()
+    measures = {name: functools.partial(sustained_milliseconds, call, device) for name, call in calls.items()}
+    found = in_turns(measures, rounds, budget=budget)
+    burst = found.pop(PRODUCTS, None)
+    ceiling = 1000 * BURST * tera_flop / burst["ms"] if burst else None
+    return {name: found[name] | facts[name] for name in found}, ceiling
 
 
 def race(arms: Sequence[Arm], rules: Rules, clock: Clock) -> list[Row]:
@@ -248,6 +228,12 @@ def num_sets(bytes_per_set: int, device: torch.device) -> int:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(2, -(-CACHE_MULTIPLE * cache // bytes_per_set))
+
+
+def wait(device: torch.device | None) -> None:
+    """Until a GPU has done what it was told."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -333,7 +319,7 @@ def gemm_ceiling(device: torch.device) -> float:
     """TFLOP/s of one large product after another, alone on the device; measured once."""
     multiply, tera_flop = products(device)
     arm = Arm(name=PRODUCTS, call=multiply, error=lambda _: 0.0)
-    found, _ = Replayed(device, sets=2, rounds=10)([arm])
+    found, _ = replayed(device, 2, 10, [arm])
     return 1000 * tera_flop / found[PRODUCTS]["ms"]
 
 

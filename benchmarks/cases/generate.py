@@ -18,14 +18,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from benchmarks import networks
 from benchmarks.arms import OURS, RIVALS, StepArm, allow_recompiling, best_stock_attention, build_arms
 from benchmarks.cases.step import SANE_ERROR
-from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS, Batch
+from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS
 from benchmarks.registry import Benchmark, Session
-from benchmarks.timing import Arm, Row, Rules, Times, race
+from benchmarks.timing import Arm, Row, Rules, Times, race, wait
 from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.memory import Phase, Placement
 from bokehflux.pipeline.pipeline import Pipeline
@@ -63,26 +62,11 @@ class Timed(Placement):
 
     @contextlib.contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        self._wait()
+        wait(self.device)
         begin = time.perf_counter()
         yield
-        self._wait()
+        wait(self.device)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
-
-    def _wait(self) -> None:
-        if self.device is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-def run_ours(pipeline: Pipeline, asked: GenerateSettings, backend: str) -> None:
-    """Pictures of all targets, by the product itself."""
-    execute(pipeline, plan_generate(pipeline, asked), Options(backend=backend))
-
-
-def run_published(pipeline: Pipeline, asked: GenerateSettings, _: str) -> None:
-    from tests.oracle import rivals
-
-    rivals.published_run(pipeline, asked)
 
 
 def timed(pipeline: Pipeline, asked: GenerateSettings, arm: StepArm, session: Session) -> Row:
@@ -91,7 +75,7 @@ def timed(pipeline: Pipeline, asked: GenerateSettings, arm: StepArm, session: Se
     total_s is wall-clock time, colour transfer included; the phases leave that and little else out.
     """
     device, on_gpu = session.device, session.device.type == "cuda"
-    run, runs = (run_ours, 1) if arm.is_ours else (run_published, len(TARGET_LEVELS))
+    runs = 1 if arm.is_ours else len(TARGET_LEVELS)
     _, shortcut = SHORTCUTS.get(arm.name, (arm.name, {}))
     asked = dataclasses.replace(asked, **shortcut)  # type: ignore[arg-type]
     # A reused step must be among them: the pivot alone has kernels of its own to compile.
@@ -99,38 +83,29 @@ def timed(pipeline: Pipeline, asked: GenerateSettings, arm: StepArm, session: Se
     short = dataclasses.replace(asked, num_inference_steps=num_short, num_grounding_steps=num_short - 1)
     clock = Timed(device=device)
     pipeline = dataclasses.replace(pipeline, transformer=arm.network, memory=clock)
-    run(pipeline, short, session.backend)
+
+    def run(asked: GenerateSettings) -> None:
+        if arm.is_ours:
+            execute(pipeline, plan_generate(pipeline, asked), Options(backend=session.backend))
+        else:
+            from tests.oracle import rivals  # this arm was built: diffusers is installed
+
+            rivals.published_run(pipeline, asked)
+
+    run(short)
     clock.seconds.clear()
     before = torch.cuda.memory_allocated(device) if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     begin = time.perf_counter()
-    run(pipeline, asked, session.backend)
+    run(asked)
     seconds = runs * (time.perf_counter() - begin)
     row: Row = {f"{phase}_s": runs * clock.seconds[phase] for phase in PHASES}
     if on_gpu:
-        others = sum(networks.num_bytes(network) for network in (*pipeline.text.networks, pipeline.vae))
-        peak = torch.cuda.max_memory_allocated(device) - before + arm.weight_bytes + others
-        row["peak_gb"] = peak / 1e9
+        weights = arm.weight_bytes + sum(map(networks.num_bytes, (*pipeline.text.networks, pipeline.vae)))
+        row["peak_gb"] = (torch.cuda.max_memory_allocated(device) - before + weights) / 1e9
     row |= {"total_s": seconds, "ms": 1000 * seconds}
     return row | {"shortcut": shortcut} if shortcut else row
-
-
-@torch.inference_mode()
-def measure_side(
-    session: Session, pipeline: Pipeline, arms: Sequence[StepArm], side: int, batch: Batch, exact: Tensor
-) -> list[Row]:
-    """A row an arm, which is checked on the first step. The jobs are too long to take turns."""
-    torch._dynamo.reset()
-    asked, named = job(side, 3 if session.tiny else 30), {arm.name: arm for arm in arms}
-
-    def one_by_one(right: Sequence[Arm]) -> Times:
-        names = session.until_spent([arm.name for arm in right])
-        return {name: timed(pipeline, asked, named[name], session) for name in names}, None
-
-    racing = [arm.on(batch, exact) for arm in arms]
-    rows = race(racing, Rules.of(racing, SANE_ERROR), one_by_one)
-    return [{"side": f"{side} px", **row} for row in rows]
 
 
 def arms_of(session: Session, pipeline: Pipeline) -> list[StepArm]:
@@ -144,22 +119,26 @@ def arms_of(session: Session, pipeline: Pipeline) -> list[StepArm]:
 
 
 def measure(session: Session) -> Iterator[list[Row]]:
+    """An arm is checked on the first step. The jobs are too long to take turns."""
     allow_recompiling()
-    setting, device = networks.setting(session.tiny), session.device
+    setting, device, levels = networks.setting(session.tiny), session.device, (PIVOT_LEVEL, *TARGET_LEVELS)
     with best_stock_attention():
         pipeline = networks.build_pipeline(setting, device)
-        # Before any arm takes its memory: written-out attention needs up to 25 GB.
-        wide = networks.widened(pipeline.transformer)
-        levels = (PIVOT_LEVEL, *TARGET_LEVELS)
-        batches = {
-            side: networks.draw_batch(setting, side, levels, device) for side in session.cases.values()
-        }
-        exact = {side: networks.exact(wide, batch) for side, batch in batches.items()}
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        arms = arms_of(session, pipeline)
-        for side in session.until_spent(batches):
-            yield measure_side(session, pipeline, arms, side, batches[side], exact[side])
+        batches = [networks.draw_batch(setting, side, levels, device) for side in session.cases.values()]
+        exact = networks.exact_of(pipeline.transformer, batches)
+        arms = {arm.name: arm for arm in arms_of(session, pipeline)}
+        for case, batch, true in session.until_spent(zip(session.cases, batches, exact, strict=True)):
+            torch._dynamo.reset()
+            asked = job(session.cases[case], 3 if session.tiny else 30)
+
+            def one_by_one(right: Sequence[Arm], asked: GenerateSettings = asked) -> Times:
+                names = session.until_spent([arm.name for arm in right])
+                return {name: timed(pipeline, asked, arms[name], session) for name in names}, None
+
+            with torch.inference_mode():
+                racing = [arm.on(batch, true) for arm in arms.values()]
+                rows = race(racing, Rules.of(racing, SANE_ERROR), one_by_one)
+            yield [{"side": case, **row} for row in rows]
 
 
 BENCHMARK = Benchmark(
@@ -168,7 +147,7 @@ BENCHMARK = Benchmark(
     cases=lambda tiny: {f"{side} px": side for side in networks.setting(tiny).sides_px},
     arms=ARMS,
     columns="side arm total_s text_s denoise_s decode_s speedup error peak_gb verdict",
-    bars=("side", "arm", "total_s"),
+    bars=("side", "arm", "total_s", "s"),
     measure=measure,
     takes_backend=True,
 )

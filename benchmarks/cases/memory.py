@@ -1,7 +1,7 @@
 """Peak GPU memory, host memory and time of every memory mode, under a cap on what PyTorch may take.
 
 Each mode runs text, some grounded and plain steps and decoding on random weights. The cap is set with
-`torch.cuda.set_per_process_memory_fraction`, at the figure that the mode is meant to stay under (`CAPS_GB`).
+`torch.cuda.set_per_process_memory_fraction`, at the figure that the mode is meant to stay under (`ARMS`).
 A job that does not fit is tried with three rows at a time, row by row, then without cap. Every arm takes a
 process of its own, since a mode is chosen once and host memory is counted per process.
 """
@@ -23,28 +23,25 @@ import torch
 from benchmarks import networks
 from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS, Setting
 from benchmarks.registry import Benchmark, Session
-from benchmarks.timing import Row, first_line
+from benchmarks.timing import Row, first_line, wait
 from bokehflux.models.linear import Linear
 from bokehflux.pipeline.memory import MemoryMode, place
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.sampling.samplers import StepInfo
 
-ARMS: dict[str, tuple[MemoryMode, str]] = {
-    f"{mode}, {storage}": (mode, storage)
-    for mode, storage in (
-        ("stream", "bf16"), ("resident", "bf16"), ("offload", "bf16"),
-        ("offload", "fp8"), ("stream", "fp8"), ("resident", "fp8"),
+ARMS: dict[str, tuple[MemoryMode, str, float | None]] = {
+    f"{mode}, {storage}": (mode, storage, cap_gb)
+    for mode, storage, cap_gb in (
+        ("stream", "bf16", 3.0), ("resident", "bf16", None), ("offload", "bf16", 18.5),
+        ("offload", "fp8", 10.0), ("stream", "fp8", 3.0), ("resident", "fp8", None),
     )
 }  # fmt: skip
-"""Memory mode and storage of linear weights by name, most important first."""
-CAPS_GB = {"offload, bf16": 18.5, "offload, fp8": 10.0, "stream, bf16": 3.0, "stream, fp8": 3.0}
-"""1e9 bytes; other arms run without cap."""
+"""Memory mode, storage of linear weights and cap (1e9 bytes) by name, most important first."""
 ATTEMPTS = (
     ("ok", True, None), ("ok, 3 rows at a time", True, 3), ("ok, row by row", True, 1),
     ("over the cap, measured without", False, None),
 )  # fmt: skip
 """Ways to run a job until one fits: what a row then says, whether the cap holds, rows at once."""
-MEASURED_AGAINST = "resident, bf16"
 
 
 @torch.no_grad()
@@ -76,15 +73,14 @@ def run_job(
 ) -> Row:
     """Peaks and times of one job."""
     device, on_gpu = pipeline.device, pipeline.device.type == "cuda"
+    wait(device)
     if on_gpu:
-        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     ends: list[float] = []
 
     def on_step(_: StepInfo) -> None:
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        wait(device)
         ends.append(time.perf_counter())
 
     begin = time.perf_counter()
@@ -110,7 +106,7 @@ def run_job(
 
 def measure_arm(session: Session, arm: str, cap_gb: float | None) -> Iterator[Row]:
     """A row a job."""
-    mode, storage = ARMS[arm]
+    mode, storage, _ = ARMS[arm]
     setting = networks.setting(session.tiny)
     pipeline = build(setting, mode, storage, session.device)
     run_job(pipeline, min(setting.sides_px), 1, 2)  # libraries are loaded and tuned
@@ -135,7 +131,7 @@ def compared(rows: list[Row]) -> list[Row]:
     `same_bits`, whether the latents are those of the resident mode; where that has been measured."""
     measured = {(row["arm"], row["job"]): row for row in rows if "step_ms" in row}
     for row in measured.values():
-        base = measured.get((MEASURED_AGAINST, row["job"]))
+        base = measured.get(("resident, bf16", row["job"]))
         twin = measured.get((f"resident, {row['storage']}", row["job"]))
         if base is not None:
             row["vs_resident"] = row["step_ms"] / base["step_ms"]
@@ -150,7 +146,7 @@ def compared(rows: list[Row]) -> list[Row]:
 def measure(session: Session) -> Iterator[list[Row]]:
     for arm in ARMS:
         if session.wants(arm):
-            for row in measure_arm(session, arm, CAPS_GB.get(arm)):
+            for row in measure_arm(session, arm, ARMS[arm][2]):
                 yield [row]
 
 
@@ -168,7 +164,7 @@ BENCHMARK = Benchmark(
     repeated="steps, of which 80 % are grounded; times are per step, the first one left out",
     columns="job mode storage gpu_gb reserved_gb cap_gb host_gb pinned_gb step_ms total_s vs_resident "
     "same_bits verdict",
-    bars=("job", "arm", "gpu_gb"),
+    bars=("job", "arm", "gpu_gb", "GB"),
     measure=measure,
     finish=compared,
     isolated=True,

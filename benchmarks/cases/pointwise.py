@@ -22,20 +22,18 @@ ARMS = ("ours", "eager")
 Arguments = dict[str, tuple]
 
 
-def inputs(
-    rows: int, length: int, width: int, dim: int, device: torch.device, dtype: torch.dtype
-) -> Arguments:
+def inputs(session: Session, rows: int, length: int, width: int, dim: int) -> Arguments:
     """Arguments of every pass, as a single block has them: q, k, v and the MLP's half in one projection."""
     from bokehflux.kernels.pointwise.interface import Projected
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
+        return torch.randn(*shape, device=session.device, dtype=torch.float32).to(session.half)
 
     x, y = draw(rows, length, width), draw(rows, length, width)
     q, k, v, hidden = draw(rows, length, 7 * width).split([width, width, width, 4 * width], dim=-1)
     gate, scale, shift = draw(1, 1, 3 * width).chunk(3, dim=-1)
     weights = 1 + 0.1 * draw(dim), 1 + 0.1 * draw(dim)
-    angle = torch.rand(length, dim // 2, device=device)
+    angle = torch.rand(length, dim // 2, device=session.device)
     text = length // 3
     parts = [
         Projected(*(t[:, rows_] for t in (q, k, v)), *weights) for rows_ in (slice(text), slice(text, None))
@@ -72,10 +70,8 @@ def measure_pass(session: Session, case: tuple[int, int, str]) -> list[Row]:
     width, dim = (64, 16) if session.tiny else (3072, 128)
     num_rows, length, name = case
     function, moved = name.split()[0], num_rows * length * width * session.half.itemsize
-    sets = [
-        inputs(num_rows, length, width, dim, session.device, session.half)
-        for _ in range(num_sets(12 * moved, session.device))
-    ]
+    count = num_sets(12 * moved, session.device)
+    sets = [inputs(session, num_rows, length, width, dim) for _ in range(count)]
     true = flat(getattr(reference, function)(*widened(sets[0][name])))
     arms = [
         Arm(
@@ -86,7 +82,7 @@ def measure_pass(session: Session, case: tuple[int, int, str]) -> list[Row]:
         )
         for arm, module in zip(ARMS, (ops, reference), strict=True)
     ]
-    rows = race(arms, Rules(error_of=["eager"], speed_of=["eager"]), session.replayed(len(sets)))
+    rows = race(arms, Rules.of(arms), session.replayed(len(sets)))
     for row in rows:
         if "ms" in row:
             row |= {"us": 1000 * row["ms"], "tb_s": MOVED[name] * moved / row["ms"] / 1e9}
@@ -104,6 +100,6 @@ BENCHMARK = Benchmark(
     arms=ARMS,
     repeats=30,
     columns="case arm us tb_s speedup error verdict",
-    bars=("case", "arm", "us"),
+    bars=("case", "arm", "us", "us"),
     measure=by_case(measure_pass),
 )

@@ -19,11 +19,11 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import profile
 
 from benchmarks import networks
-from benchmarks.arms import StepArm, allow_recompiling, best_stock_attention
+from benchmarks.arms import StepArm
 from benchmarks.cases import step
 from benchmarks.networks import Batch
 from benchmarks.registry import Benchmark, Session
-from benchmarks.timing import Row, gemm_ceiling, sustained_milliseconds
+from benchmarks.timing import Row, gemm_ceiling, sustained_milliseconds, wait
 
 ATTENTION = re.compile(
     r"flash|fmha|sdpa|scaled_dot_product|cudnn.*attention|bokehflux::\w*attention|^(forward|merge)_kernel$",
@@ -34,12 +34,12 @@ FACTORS = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "_addmm_activation": 
 """Matrix products by operator: the place of the first factor among the arguments, the second follows."""
 
 
-def trace(run: Callable[[], object], device: torch.device) -> Sequence[FunctionEvent]:
-    """Events of one call, on the CPU and the GPU."""
+def trace(call: Callable[[], object], times: int, device: torch.device) -> Sequence[FunctionEvent]:
+    """Events of calls in a row, on the CPU and the GPU."""
     with profile(record_shapes=True) as profiler:
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        for _ in range(times):
+            call()
+        wait(device)
     return profiler.events() or []
 
 
@@ -72,19 +72,13 @@ def table_of(events: Sequence[FunctionEvent], attention_flop: float, steps: int 
     rows: list[Row] = []
     for name, time in us.most_common():
         work = steps * attention_flop * time / attention if ATTENTION.search(name) else flop[name]
-        rows.append(
-            {
-                "kernel": label_of(name, 80),
-                "calls": calls[name] // steps,
-                "ms": time / 1000 / steps,
-                "share": time / us.total(),
-                "tflops": work / time / 1e6 if work and time else None,
-            }
-        )
+        row = {"kernel": label_of(name, 80), "label": label_of(name, 26), "calls": calls[name] // steps}
+        row |= {"ms": time / 1000 / steps, "share": time / us.total()}
+        rows.append(row | {"tflops": work / time / 1e6 if work and time else None})
     return rows
 
 
-def label_of(kernel: str, width: int = 26) -> str:
+def label_of(kernel: str, width: int) -> str:
     """Both ends of a long name: the last letters of a library's kernel tell its epilogue."""
     half = width // 2
     return kernel if len(kernel) <= width else f"{kernel[: half - 1]}..{kernel[1 - half :]}"
@@ -97,36 +91,26 @@ def profiled(session: Session, batch: Batch, arm: StepArm) -> list[Row]:
     for _ in range(3):
         call()
     steps = session.repeats if session.device.type == "cuda" else 1
-
-    def several() -> None:
-        for _ in range(steps):
-            call()
-
-    trace(call, session.device)  # the profiler's own start takes time, in which the GPU would cool
+    trace(call, 1, session.device)  # the profiler's own start takes time, in which the GPU would cool
     step_ms = sustained_milliseconds(call, session.device)
-    attention = 1e12 * config.num_blocks * networks.attention_tera_flop(config, batch, arm.is_ours)
-    rows = table_of(trace(several, session.device), attention, steps)
+    _, attention = networks.tera_flop(config, batch, arm.is_ours)
+    rows = table_of(trace(call, steps, session.device), 1e12 * attention, steps)
     print(f"{step_ms:.2f} ms a step, kernels {sum(row['ms'] for row in rows):.2f} ms")
-    return [{"arm": arm.name, "label": label_of(row["kernel"]), "step_ms": step_ms, **row} for row in rows]
+    return [{"arm": arm.name, "step_ms": step_ms, **row} for row in rows]
 
 
 def measure(session: Session) -> Iterator[list[Row]]:
-    allow_recompiling()
     ceiling = gemm_ceiling(session.device)
     print(f"bf16 matrix product: {ceiling:.0f} TFLOP/s")
-    batches = step.draw_batches(session)
-    mmdit = networks.build_mmdit(networks.setting(session.tiny), session.device)
-    with best_stock_attention():
-        for name, batch, arms in step.with_arms(session, mmdit, batches):
-            for arm in arms:
-                rows = profiled(session, batch, arm)
-                yield [{"case": name, "ceiling_tflops": ceiling, **row} for row in rows]
+    for name, batch, _, arms in step.each_case(session, checked=False):
+        for arm in arms:
+            rows = profiled(session, batch, arm)
+            yield [{"case": name, "ceiling_tflops": ceiling, **row} for row in rows]
 
 
 BENCHMARK = Benchmark(
     question="where a step's time goes, by kernel",
     checked="nothing: step does",
-    ceiling="an 8192 x 8192 x 8192 bf16 product, before everything else; beside the rows",
     cases=step.cases,
     usual_cases=("pivot + 6, 1024",),
     arms=step.BENCHMARK.arms,
@@ -134,7 +118,7 @@ BENCHMARK = Benchmark(
     repeats=8,
     repeated="steps in one trace",
     columns="kernel calls ms share tflops",
-    bars=("label", "arm", "ms"),
+    bars=("label", "arm", "ms", "ms"),
     measure=measure,
     takes_backend=True,
 )

@@ -26,7 +26,7 @@ from benchmarks import networks
 from benchmarks.arms import best_stock_attention
 from benchmarks.cases.generate import Timed, job
 from benchmarks.registry import Benchmark, Session
-from benchmarks.timing import Row, milliseconds, relative_error
+from benchmarks.timing import Row, milliseconds, relative_error, wait
 from bokehflux.configs import FLUX_DEV
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.pipeline.generate import plan_generate
@@ -77,8 +77,7 @@ class Here:
 
     def together(self) -> None:
         """Wait for this GPU, and for the other processes."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(self.device)
         dist.all_reduce(torch.zeros(1))  # on gloo: no GPU spins meanwhile
 
     def agreed(self, number: int) -> int:
@@ -166,7 +165,7 @@ def measure_tokens(here: Here, name: str, side_px: int, _: int) -> Iterator[list
     """A step of one row, checked against float32."""
     setting, mmdit = networks.setting(here.session.tiny), here.pipeline.transformer
     batch = networks.draw_batch(setting, side_px, (networks.PIVOT_LEVEL,), here.device)
-    exact = networks.exact(networks.widened(here.unfolded), batch)
+    (exact,) = networks.exact_of(here.unfolded, [batch])
     errors = {}
     for arm, ranks in {"one GPU": ALONE, "tokens over GPUs": TokensOverRanks(here.mesh)}.items():
         step = networks.our_step(mmdit, batch, here.session.backend, graph=True, ranks=ranks)
@@ -297,7 +296,7 @@ BENCHMARK = Benchmark(
     repeated="denoising steps of a job",
     least_repeats=2,
     columns="case arm ranks seconds ms speedup predicted goal denoise_s decode_s error as_one_batch verdict",
-    bars=("case", "arm", "speedup"),
+    bars=("case", "arm", "speedup", "x"),
     measure=measure,
     finish=finish,
     takes_backend=True,

@@ -6,7 +6,7 @@ Random weights in the official layout, bfloat16. "Compiled" is block by block, f
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from benchmarks.arms import OURS, RIVALS, StepArm, allow_recompiling, best_stock
 from benchmarks.networks import PIVOT_LEVEL, TARGET_LEVELS, Batch
 from benchmarks.registry import Benchmark, Session
 from benchmarks.timing import Row, Rules, race
-from bokehflux.models.mmdit import MMDiT
 
 SANE_ERROR = 0.5
 """No error above this passes, whatever the comparison arms': they may be wrong themselves."""
@@ -39,32 +38,34 @@ def cases(tiny: bool) -> dict[str, tuple[str, int, float]]:
     return {f"{name}, {side} px": (kind, side, x) for name, (kind, x) in kinds.items() for side in sides}
 
 
-def draw_batches(session: Session) -> dict[str, Batch]:
-    setting = networks.setting(session.tiny)
-    return {
-        name: networks.draw_batch(setting, side, LEVELS[kind], session.device, sigma)
-        for name, (kind, side, sigma) in session.cases.items()
-    }
+def each_case(session: Session, checked: bool) -> Iterator[tuple[str, Batch, Tensor | None, list[StepArm]]]:
+    """Each case with its batch, its exact result and its arms, which are built anew where levels come or go.
 
-
-def with_arms(
-    session: Session, mmdit: MMDiT, batches: Mapping[str, Batch]
-) -> Iterator[tuple[str, Batch, list[StepArm]]]:
-    """Each case with its batch and arms, which are built anew where levels come or go."""
+    checked: whether there are exact results.
+    """
+    allow_recompiling()
+    setting, on_gpu = networks.setting(session.tiny), session.device.type == "cuda"
+    batches = [
+        networks.draw_batch(setting, side, LEVELS[kind], session.device, sigma)
+        for kind, side, sigma in session.cases.values()
+    ]
+    mmdit = networks.build_mmdit(setting, session.device)
     names = [name for name in (*OURS, *RIVALS) if session.wants(name)]
     built: list[StepArm] = []
     had_levels = None
-    for name, batch in session.until_spent(batches.items()):
-        has_levels = batch.levels is not None
-        if has_levels is not had_levels:
-            built.clear()  # two sets of copies would not fit in 80 GB
-            torch._dynamo.reset()
-            gc.collect()
-            built += build_arms(mmdit, names, with_levels=has_levels, backend=session.backend)
-            had_levels = has_levels
-        if session.device.type == "cuda":
-            torch.cuda.empty_cache()
-        yield name, batch, built
+    with best_stock_attention():
+        exact = networks.exact_of(mmdit, batches) if checked else [None] * len(batches)
+        for name, batch, true in session.until_spent(zip(session.cases, batches, exact, strict=True)):
+            has_levels = batch.levels is not None
+            if has_levels is not had_levels:
+                built.clear()  # two sets of copies would not fit in 80 GB
+                torch._dynamo.reset()
+                gc.collect()
+                built += build_arms(mmdit, names, with_levels=has_levels, backend=session.backend)
+                had_levels = has_levels
+            if on_gpu:
+                torch.cuda.empty_cache()
+            yield name, batch, true, built
 
 
 @torch.inference_mode()
@@ -72,7 +73,7 @@ def measure_batch(session: Session, batch: Batch, arms: Sequence[StepArm], exact
     """A row an arm. `share`: of large products that take turns with them."""
     torch._dynamo.reset()  # each case compiles for its own shapes and has the limit to itself
     config = networks.setting(session.tiny).mmdit
-    racing = [arm.on(batch, exact, networks.tera_flop(config, batch, arm.is_ours)) for arm in arms]
+    racing = [arm.on(batch, exact, sum(networks.tera_flop(config, batch, arm.is_ours))) for arm in arms]
     rows = race(racing, Rules.of(racing, SANE_ERROR), session.sustained())
     for arm, row in zip(arms, rows, strict=True):
         if (room := row.pop("workspace_mb", None)) is not None:
@@ -81,30 +82,20 @@ def measure_batch(session: Session, batch: Batch, arms: Sequence[StepArm], exact
 
 
 def measure(session: Session) -> Iterator[list[Row]]:
-    allow_recompiling()
-    batches = draw_batches(session)
-    mmdit = networks.build_mmdit(networks.setting(session.tiny), session.device)
-    with best_stock_attention():
-        # Before any arm takes its memory: written-out attention needs up to 25 GB.
-        wide = networks.widened(mmdit)
-        exact = {name: networks.exact(wide, batch) for name, batch in batches.items()}
-        print(f"float32 velocities of {len(exact)} cases; {session.budget.left:.0f} s left", flush=True)
-        for name, batch, arms in with_arms(session, mmdit, batches):
-            rows = measure_batch(session, batch, arms, exact[name])
-            yield [{"case": name, **row} for row in rows]
+    for name, batch, exact, arms in each_case(session, checked=True):
+        yield [{"case": name, **row} for row in measure_batch(session, batch, arms, exact)]
 
 
 BENCHMARK = Benchmark(
     question="one denoising step, ours beside diffusers and the published formulation",
     checked="velocities of the pivot, the first and the last target against float32: at most twice the best "
     "comparison arm's error, ten times in fp8",
-    ceiling="8192 x 8192 x 8192 bf16 products, in turn with the arms",
     cases=cases,
     usual_cases=[f"{kind}, " for kind in LEVELS],
     arms=(*OURS, *RIVALS),
     repeats=15,
     columns="case arm ms launch_ms speedup tflops share error peak_gb verdict",
-    bars=("case", "arm", "ms"),
+    bars=("case", "arm", "ms", "ms"),
     measure=measure,
     takes_backend=True,
 )

@@ -39,20 +39,15 @@ def sweep(shape: AttentionShape, session: Session, fixed: bool) -> list[Row]:
             name=name,
             call=lambda i, run=run: run(sets[i]),
             error=lambda out: relative_error(out[:, :, :1], true),
+            is_ours=swept[name] in usual,
         )
         for name, run in runs.items()
     ]
     rows = race(arms, Rules(error_of=None, max_error=MAX_ERROR), session.replayed(len(sets)))
-    softmax = "fixed offset" if fixed else "running maximum"
-    found = [
-        {
-            "softmax": softmax, "tile": row["arm"], "ms": row.get("ms"),
-            "in_table": swept[row["arm"]] in usual, "fields": dataclasses.asdict(swept[row["arm"]]),
-            "verdict": row["verdict"], "ours": swept[row["arm"]] in usual,
-        }
-        for row in rows
-    ]  # fmt: skip
-    return sorted(found, key=lambda row: row["ms"] or float("inf"))
+    for row in rows:
+        row |= {"softmax": "fixed offset" if fixed else "running maximum", "in_table": row["ours"]}
+        row["fields"] = dataclasses.asdict(swept[row["arm"]])
+    return sorted(rows, key=lambda row: row.get("ms", float("inf")))
 
 
 def candidates(device: tiles.Device, form: str, head_dim: int) -> Iterator[tiles.Tile]:
@@ -93,6 +88,6 @@ BENCHMARK = Benchmark(
     usual_cases=shapes.USUAL,
     repeats=10,
     repeated="measurements of a tile",
-    columns="shape softmax tile ms in_table verdict",
+    columns="shape softmax arm ms in_table verdict",
     measure=by_case(measure_shape, "shape"),
 )

@@ -3,7 +3,8 @@
 Random weights, an adapter of rank 128 on all blocks in float32, the base frozen in bfloat16. Text is drawn,
 not encoded. "published" is the published formulation: queries of all rows, keys concatenated, values doubled,
 with PyTorch's autograd and a checkpoint a block; on diffusers where that is installed ("published,
-diffusers"), and in our blocks. Gradients are compared before an arm is timed.
+diffusers"), and in our blocks. Gradients are compared before an arm is timed. `share` is of a large product
+alone; what is computed twice counts once.
 
 Under torchrun each process takes as many rows as one would alone, with gradients averaged by
 DistributedDataParallel: twice the rows a step on two.
@@ -32,7 +33,7 @@ from benchmarks import networks
 from benchmarks.arms import STOCK_ORDER, allow_recompiling
 from benchmarks.networks import Setting
 from benchmarks.registry import Benchmark, Session
-from benchmarks.timing import Row, first_line, gemm_ceiling, relative_error
+from benchmarks.timing import Row, first_line, gemm_ceiling, relative_error, wait
 from bokehflux.attention import AttentionSpec, Grounded
 from bokehflux.conditioning import Conditioning
 from bokehflux.lens import MAX_LEVEL
@@ -335,8 +336,8 @@ def measure_arm(
     try:
         arm = build(ARMS[name], mmdit, rope, ids, device)
         _, found = run_steps(arm, draw, WARM_UP, device)
+        wait(device)
         if on_gpu:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         ready = time.perf_counter() - begin
         times, _ = run_steps(arm, draw, session.repeats, device)
@@ -400,7 +401,6 @@ def compared(rows: list[Row]) -> list[Row]:
 BENCHMARK = Benchmark(
     question="a step of adapter training: seconds by part, and peak memory",
     checked="gradients of four blocks against the first arm's: at most 20 % off, 50 % from fp8",
-    ceiling="an 8192 x 8192 x 8192 bf16 product, before everything else; work without recomputation counts",
     cases=cases,
     usual_cases=("group of 4, 512", "one row, 1024", "group of 4, 1024"),
     arms=list(ARMS),
@@ -409,7 +409,7 @@ BENCHMARK = Benchmark(
     least_repeats=2,
     repeated="steps of an arm",
     columns="case arm ms data_ms forward_ms backward_ms optimiser_ms peak_gb speedup share error verdict",
-    bars=("case", "arm", "ms"),
+    bars=("case", "arm", "ms", "ms"),
     measure=measure,
     finish=compared,
 )
