@@ -18,24 +18,8 @@ from .scenery.spec import (
     TABLES,
     SceneSpec,
     held_out_spec,
-    is_held_out,
     sample_specs,
 )
-
-__all__ = [
-    "BACKGROUNDS",
-    "COLORS",
-    "PATTERNS",
-    "SHAPES",
-    "TABLES",
-    "all_words",
-    "caption",
-    "corpus",
-    "held_out",
-    "is_held_out",
-    "spec_of",
-    "vocabulary",
-]
 
 OPENINGS = (
     "",
@@ -82,36 +66,8 @@ def caption(spec: SceneSpec, i: int, rng: random.Random) -> str:
     return text
 
 
-def all_words() -> list[str]:
-    """Every word that a caption can hold, sorted, without punctuation."""
-    texts = [
-        *SHAPES,
-        *COLORS,
-        *PATTERNS[1:],
-        *TABLES,
-        *BACKGROUNDS,
-        *OPENINGS,
-        *SETTINGS,
-        FRAMED,
-        *COMPANY,
-        "an",
-    ]
-    return sorted(_words(texts))
-
-
 def _words(texts: Iterable[str]) -> set[str]:
     return set(re.findall(r"[a-z-]+", re.sub(r"\{\w+\}", " ", " ".join(texts))))
-
-
-def vocabulary() -> dict[str, tuple[str, ...]]:
-    """What can be asked for: the class names by kind, as they are written in captions."""
-    return {
-        "shape": SHAPES,
-        "color": COLORS,
-        "pattern": PATTERNS,
-        "table": TABLES,
-        "background": BACKGROUNDS,
-    }
 
 
 def corpus(n: int, seed: int = 0) -> Iterator[str]:

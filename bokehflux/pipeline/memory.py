@@ -10,7 +10,6 @@ decoded in the same way (`decode.py`).
 from __future__ import annotations
 
 import contextlib
-import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,6 @@ from torch import Tensor, nn
 
 from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.units import Network, Units
-
-logger = logging.getLogger(__name__)
 
 MemoryMode = Literal["resident", "offload", "stream"]
 MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
