@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bokehflux.kernels import dispatch
 from bokehflux.kernels.fp8 import interface as fp8
 from bokehflux.kernels.fp8.interface import Quantized
 
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Storage types that ordinary matrix products do not take."""
+LONG_ROW = 2048
+"""Tokens. On an H200 seven rows of 4096, width 3072, take 0.74 ms by themselves, 0.93 ms after a copy."""
 Dequantize = Callable[[Tensor, torch.dtype], Tensor]
 """(weight as stored, compute dtype) -> dense weight [out, in]."""
 
@@ -49,6 +52,28 @@ class LowRankTerm:
         up = self.up[skip : skip + width]
         term = self.strength * F.linear(F.linear(x, self.down.to(x.dtype)), up.to(x.dtype))
         return out + F.pad(term, (at, out.shape[-1] - at - width))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`; long rows of a strided x (one stream of several rows) are multiplied where they lie.
+
+    PyTorch would do so with any rows, and add the bias in a second pass with another rounding.
+    """
+    if x.is_contiguous() or not _has_long_rows(x) or dispatch.needs_gradients(x, weight, bias):
+        return F.linear(x.contiguous(), weight, bias)
+    if bias is None or not x.dtype == weight.dtype == bias.dtype:
+        return F.linear(x.contiguous(), weight, bias)
+    out = x.new_empty(*x.shape[:2], len(weight))
+    for row, into in zip(x, out, strict=True):
+        torch.addmm(bias, row, weight.T, out=into)
+    return out
+
+
+def _has_long_rows(x: Tensor) -> bool:
+    """Whether a product of each row [L, in] of x is as fast as one of all. Compilers do without the copy."""
+    if torch.compiler.is_compiling() or not x.is_cuda or x.ndim != 3 or x.dtype not in dispatch.HALF:
+        return False
+    return x.shape[1] >= LONG_ROW and x[0].is_contiguous()
 
 
 class Linear(nn.Linear):
@@ -122,9 +147,7 @@ class Linear(nn.Linear):
             rows, kind = slice(start, stop), x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
             weight = self.weight[rows] if self.is_dense else self.dense_part(dtype, rows)
-            # PyTorch would multiply a strided x (one stream of several rows) row by row and add the bias in a
-            # second pass, with another rounding. The copy costs no more.
-            out = F.linear(x.contiguous(), weight, bias)
+            out = _product(x, weight, bias)
         for term in self.terms:
             assert isinstance(x, Tensor)
             out = term.add_to(out, x, start)

@@ -17,17 +17,18 @@ BLOCK_L = 32
 def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """See `joins.merge_`. out and lse are contiguous."""
     rows, length, heads, dim = out.shape
-    other, other_lse = other.contiguous(), other_lse.contiguous()
+    other, other_lse, joined = other.contiguous(), other_lse.contiguous(), torch.empty_like(lse)
     with torch.cuda.device_of(out):
         merge_kernel[(triton.cdiv(length, BLOCK_L), heads, rows)](
-            out, lse, other, other_lse, length, dim,
+            out, lse, other, other_lse, joined, length, dim,
             H=heads, BLOCK_L=BLOCK_L, BLOCK_D=triton.next_power_of_2(dim), enable_fp_fusion=True,
         )  # fmt: skip
+    lse.copy_(joined)
 
 
 @triton.jit(do_not_specialize=["length"])
 def merge_kernel(
-    out, lse, other, other_lse, length, dim,
+    out, lse, other, other_lse, joined, length, dim,
     H: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(1), tl.program_id(2)
@@ -37,7 +38,8 @@ def merge_kernel(
     a = tl.load(lse + lines, mask=exists, other=0.0)
     b = tl.load(other_lse + lines, mask=exists, other=0.0)
     largest = tl.maximum(a, b)
-    tl.store(lse + lines, largest + tl.log(tl.exp(a - largest) + tl.exp(b - largest)), mask=exists)
+    # Not in place: every warp reads the sums of all tokens, and none waits for the others to have read them.
+    tl.store(joined + lines, largest + tl.log(tl.exp(a - largest) + tl.exp(b - largest)), mask=exists)
     columns = tl.arange(0, BLOCK_D)
     at = ((tl.cast(row, tl.int64) * length + tokens) * H + head)[:, None] * dim + columns[None, :]
     here = exists[:, None] & (columns < dim)[None, :]

@@ -151,3 +151,16 @@ def test_a_network_through_them() -> None:
             oracle = low(img, txt, pooled, *rest, *given)
     assert not torch.equal(ours, oracle)
     assert_within_2x(ours, oracle, truth)
+
+
+@torch.inference_mode()
+def test_long_rows_of_one_stream_are_multiplied_where_they_lie() -> None:
+    layer = Linear(3072, 3072).cuda().bfloat16()
+    x = torch.randn(3, 4608, 3072, device="cuda", dtype=torch.bfloat16)[:, 512:]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = layer(x)
+    assert torch.cuda.max_memory_allocated() - before < 1.1 * out.nbytes  # and no copy of x
+    copied = F.linear(x.contiguous(), layer.weight, layer.bias)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    assert_within_2x(out, copied, exact)

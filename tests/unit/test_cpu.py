@@ -12,7 +12,7 @@ from bokehflux.kernels.pointwise import reference as passes
 from bokehflux.models import fused
 from bokehflux.models.linear import Linear
 from bokehflux.models.precision import careful_dtype, default_dtype
-from bokehflux.models.vae import AutoencoderKL
+from bokehflux.models.vae import AutoencoderKL, split_moments
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.sampling.denoise import denoiser
 from bokehflux.sampling.latents import LatentGrid
@@ -99,6 +99,15 @@ def test_decoding_in_channels_last() -> None:
     assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [False, True]
     assert ours.dtype == torch.bfloat16
     assert_within_2x(ours, low.decoder(low.unscaled(z.bfloat16())), exact)
+
+
+def test_encoding_in_channels_last() -> None:
+    torch.manual_seed(1)
+    vae, x = AutoencoderKL(VAE).eval().requires_grad_(False), torch.rand(2, 3, 32, 48) * 2 - 1
+    exact, low = vae.encode(x), vae.bfloat16()
+    ours, plain = low.encode(x.bfloat16()), low.draw(*split_moments(low.encoder(x.bfloat16())))
+    assert ours.dtype == torch.bfloat16
+    assert_within_2x(ours, plain, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

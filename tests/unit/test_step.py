@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bokehflux.attention import Grounded, Plain
+from bokehflux.models import linear
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import rope_table
 from bokehflux.models.fold import fold_adapter
@@ -266,3 +267,22 @@ def test_blocks_compile_whole() -> None:
         for spec, value in zip(specs, expected, strict=True):
             assert torch.equal(mmdit(*args, spec, condition), value)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("terms", [0, 1])
+def test_long_rows_are_multiplied_where_they_lie(
+    bias: bool, terms: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of a copy, and with gradients its gradients."""
+    layer = Linear(8, 6, bias=bias).requires_grad_(False)
+    layer.terms = (LowRankTerm(down=torch.randn(2, 8), up=torch.randn(3, 2), strength=0.5, first=2),) * terms
+    x = torch.randn(3, 9, 8)[:, 2:]
+    copied = [layer(x), layer.columns(x, 1, 4)]
+    monkeypatch.setattr(linear, "_has_long_rows", lambda x: True)
+    for ours, theirs in zip([layer(x), layer.columns(x, 1, 4)], copied, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.is_contiguous()
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(leaf[:, 1:]).sum(), leaf)
+    assert gradient.abs().sum() > 0
