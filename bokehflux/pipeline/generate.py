@@ -10,7 +10,7 @@ from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_levels
 from bokehflux.record import GenerateSettings
 from bokehflux.sampling.denoise import Grounding
-from bokehflux.sampling.latents import LatentGrid, noise, pack
+from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import Velocity
 from bokehflux.sampling.shortcuts import reused, without_pivot
@@ -51,7 +51,7 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
 
     def begin(stage: Stage) -> Start:
         assert settings.seed is not None
-        start = pack(noise(stage.grid, settings.seed, model.dtype)).to(model.device)  # [1, L, 64]
+        start = stage.noise(settings.seed)
         velocity: Velocity = stage.velocity(levels, grounding)
         if kept is not None:
             velocity = kept.replayed(velocity)

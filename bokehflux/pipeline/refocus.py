@@ -30,7 +30,7 @@ from bokehflux.record import DEFAULT_SEED, PROBE_LEVEL, RefocusSettings
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.sampling.denoise import Grounding
 from bokehflux.sampling.inversion import followed, invert, path, straight
-from bokehflux.sampling.latents import TOKEN_PX, LatentGrid, noise, pack
+from bokehflux.sampling.latents import TOKEN_PX, LatentGrid
 from bokehflux.sampling.shortcuts import reused
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ def _probed(model: Model, settings: RefocusSettings) -> Callable[[Stage], Start]
     def begin(stage: Stage) -> Start:
         photo, sigmas = stage.photo, stage.sigmas
         assert photo is not None
-        end = pack(noise(stage.grid, DEFAULT_SEED, model.dtype)).to(model.device)
-        states = straight(photo, end, sigmas)
+        states = straight(photo, stage.noise(DEFAULT_SEED), sigmas)
         levels = [settings.bokeh_pivot, PROBE_LEVEL]
         velocity = followed(stage.velocity(levels, _grounding(settings)), states, sigmas)
         return Start(states[0].expand(2, -1, -1), velocity)

@@ -33,7 +33,7 @@ from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.record import Provenance, Record, Settings
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
 from bokehflux.sampling.diagnose import explain_nonfinite
-from bokehflux.sampling.latents import LatentGrid, pack
+from bokehflux.sampling.latents import LatentGrid, noise, pack
 from bokehflux.sampling.ranks import ALONE, Ranks
 from bokehflux.sampling.samplers import OnStep, Velocity, euler
 from bokehflux.sampling.schedule import sigmas
@@ -94,9 +94,10 @@ class Stage:
     """(level of each row, grounding) -> the network's velocity."""
     sigmas: Tensor
     """[steps + 1], falling from 1 to 0."""
-    grid: LatentGrid
     photo: Tensor | None
     """[1, L, 64] latents of the plan's photograph."""
+    noise: Callable[[int], Tensor]
+    """A seed -> the run's noise [1, L, 64]."""
     on_step: OnStep | None
 
 
@@ -226,8 +227,11 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
                 backend=options.backend,
             )
 
+        def drawn(seed: int) -> Tensor:
+            return pack(noise(grid, seed, model.dtype)).to(model.device)
+
         start, follow = plan.begin(
-            Stage(velocity=velocity, sigmas=schedule, grid=grid, photo=photo, on_step=options.on_step)
+            Stage(velocity=velocity, sigmas=schedule, photo=photo, noise=drawn, on_step=options.on_step)
         )
         x = euler(follow, start, schedule, options.on_step)
         check_finite(model, x, follow, lambda velocity: euler(velocity, start, schedule))
