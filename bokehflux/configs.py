@@ -256,8 +256,11 @@ class Defaults:
     def __post_init__(self) -> None:
         check_fields(self)
         for name, most in _MOST.items():
-            if getattr(self, name) > most:
-                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+            least = 16 if name in ("height_px", "width_px") else 1
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name} must be at least {least} and at most {most}, got {getattr(self, name)}"
+                )
 
 
 _MOST = {

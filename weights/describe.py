@@ -17,12 +17,13 @@ import torch
 
 from bokehflux.configs import FLUX_DEV, FLUX_VAE, BokehConfig, MMDiTConfig
 from bokehflux.models.linear import NARROW, Linear
+from bokehflux.text.tokenizers import TokenizerError
 
 from .files.checkpoint import Checkpoint, CheckpointError, Shelf, TensorInfo, fold, holds_checkpoint
 from .files.pickled import pickle_in
 from .files.unpack import FORMATS
-from .find.layouts import PARTS, Candidate, Findings, misfit, scan
-from .find.snapshot import likely
+from .find.layouts import PARTS, TOKENIZERS, Candidate, Findings, misfit, scan
+from .find.snapshot import check_own_files, likely
 from .lora.read import PREFIXES, made_for, match_layers
 from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, VAE, Network, adapter_for
 from .parts import is_left_over, open_any, part_of, prefixes, shapes_of, strangers
@@ -256,6 +257,8 @@ def _folder(findings: Findings) -> list[str]:
             lines.append(f"{part}: {shown}{' (one of several)' if len(found) > 1 else ''}")
             if network is not None:
                 lines += _indented(_component(candidate, network))
+    if config is not None:
+        lines += _own_files(findings, config.guidance_embed)
     lines += [f"unreadable: {problem}" for problem in findings.unreadable]
     lines += [f"passed over: {path.relative_to(findings.root)} {why}" for path, why in passed_over.items()]
     if _is_faulty(lines):
@@ -269,6 +272,22 @@ def _folder(findings: Findings) -> list[str]:
     else:
         lines.append(f"use: --model with this folder; {', '.join(missing)} must lie in another known place")
     return _indented(lines)
+
+
+def _own_files(findings: Findings, guided: bool) -> list[str]:
+    """What is wrong with the files of a folder that hold no weights: card, schedule, tokenizers."""
+    problems: list[str] = []
+    try:
+        check_own_files(findings.root, guided)
+    except CheckpointError as error:
+        problems += [f"problem: {error.where}: {problem}" for problem in error.problems]
+    for tokenizer in TOKENIZERS:
+        for candidate in findings.parts.get(tokenizer.name, ())[:1]:
+            try:
+                tokenizer.read(candidate.path)
+            except TokenizerError as error:
+                problems.append(f"problem: {error}")
+    return problems
 
 
 def _config(transformer: Candidate) -> MMDiTConfig | None:

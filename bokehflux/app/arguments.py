@@ -393,7 +393,10 @@ def _sizes_apart(argv: Sequence[str]) -> Iterator[str]:
             yield word
             continue
         value = value if equals else next(words, "")
-        width, _, height = value.lower().partition("x")
+        found = re.fullmatch(r"(\d{1,9})(?:[xX\u00d7](\d{1,9}))?", value)
+        if found is None:
+            raise ValueError(f"--size: expected 768x512 (width, height) or one number, got {value!r:.40}")
+        width, height = found.groups()
         yield from (f"--width={width}", f"--height={height or width}")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bokehflux.weights.find.resolve import ADAPTER_REPO, DEV, NAMES, SCHNELL
+from bokehflux.weights.find.resolve import ADAPTER_REPO, DEV, NAMES, REPO, SCHNELL
 
 _SHARED = ("text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*", "scheduler/*")
 PATTERNS: dict[str, tuple[str, ...]] = {
@@ -48,7 +48,7 @@ def fetch(
     env = os.environ if env is None else env
     hub = _hub()
     repo = NAMES.get(name, name)
-    if repo.count("/") != 1 or not all(repo.split("/")):
+    if not REPO.fullmatch(repo):
         known = ", ".join(sorted(NAMES))
         raise FetchError(f"{name!r} is not a repository: expected owner/name, or one of {known}")
     if env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):

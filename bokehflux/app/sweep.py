@@ -61,7 +61,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             data = file.read(MAX_PROMPTS_BYTES + 1)
         if len(data) > MAX_PROMPTS_BYTES:
             raise ValueError(f"{path} is larger than {MAX_PROMPTS_BYTES} bytes: not a list of prompts")
-        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+        # A prompt may hold what Python takes for other ends of lines.
+        lines = [line.strip() for line in re.split(r"\r\n|[\r\n]", data.decode("utf-8-sig"))]
     except OSError as error:
         raise ValueError(f"cannot read prompts from {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -92,9 +93,9 @@ def _line_settings(line: str) -> dict[str, Any]:
     found: dict[str, Any] = {SHORT.get(name, name): value for name, value in given.items()}
     if "size" in found:
         size = found.pop("size")
-        sides = size.lower().split("x") if isinstance(size, str) else size
         try:
-            found["width"], found["height"] = (int(side) for side in sides)
+            sides = map(int, size.lower().split("x")) if isinstance(size, str) else size
+            found["width"], found["height"] = sides
         except (TypeError, ValueError):
             raise ValueError(f'"size" must be [width, height] or "768x512", got {size!r:.80}') from None
     if unknown := sorted(set(found) - set(GenerateSettings.fields())):

@@ -230,7 +230,7 @@ def _told(manifest: Path) -> list[_Group]:
 
 def _lines(manifest: Path) -> Iterator[tuple[int, Any]]:
     try:
-        lines = manifest.read_text(encoding="utf-8-sig").splitlines()
+        lines = manifest.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {manifest}: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -189,12 +189,16 @@ def read_labels(folder: Path) -> dict[str, Label]:
             f"{folder} holds no labels ({LABELS.format('')}): make them with `bokehflux annotate`"
         )
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            label = json.loads(line)
-            if label["key"] in found:
+        for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+            try:
+                label = json.loads(line)
+                key = str(label["key"])
+            except (ValueError, LookupError, TypeError, RecursionError):
+                raise ValueError(f"{path}, line {number}: not a label: {line!r:.80}") from None
+            if key in found:
                 earlier = LABELS.format("*")
-                raise ValueError(f"{folder} has two labels for {label['key']}: delete earlier {earlier}")
-            found[label["key"]] = label
+                raise ValueError(f"{folder} has two labels for {key}: delete earlier {earlier}")
+            found[key] = label
     return found
 
 

@@ -221,7 +221,7 @@ def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fa
         (["generate", "--prompt", "p", "--lora", "a", "nan"], "finite"),
         (["generate", "--prompt", "p", "--lora", "a", "1", "b", "2"], "repeat the flag"),
         (["generate", "--prompt", "p", "--memory", "small"], "small"),
-        (["generate", "--prompt", "p", "--max-rows", "0"], "--max-rows"),
+        (["generate", "--prompt", "p", "--max-rows", "0"], "max_rows must be at least 1"),
         (["generate", "--prompt", "p", "--format", "tiff"], "tiff"),
         (["generate", "--prompt", "p", "--preview", "x.txt"], "ends in"),
         (["generate", "--prompt", "p", "--preview", "no/x.png"], "no folder no"),
@@ -241,6 +241,11 @@ def test_a_level_asked_for_twice_is_two_files_and_a_second_run_two_more(fake: Fa
         (["refocus", "p.png", "--true-cfg", "2"], "--true-cfg 2 (a flag of generate, sweep, eval)"),
         (["genrate"], "did you mean generate?"),
         (["generate", "--prompt", "p", "--size", "48x15"], "height must be at least 16"),
+        (["generate", "--prompt", "p", "--size", "48x"], "--size: expected 768x512"),
+        (["generate", "--prompt", "p", "--size=x48"], "--size: expected 768x512"),
+        (["generate", "--prompt", "p", "--size"], "or one number, got ''"),
+        (["generate", "--prompt", "p", "--size", "4.5"], "or one number, got '4.5'"),
+        (["train", "--config", "gone.toml", "--output", "x"], "cannot read settings from gone.toml: No such"),
         (["sweep", "--prompt", "p", "--shard", "5/4"], "expected I/N"),
     ],
 )
@@ -488,7 +493,7 @@ def test_other_signals_end_like_ctrl_c(fake: Fake, name: str, capsys: pytest.Cap
 @pytest.mark.parametrize(("spelling", "wanted"), [
     (["--steps", "7"], {"num_inference_steps": 7}), (["--guidance", "4"], {"guidance_scale": 4.0}),
     (["--pivot", "9"], {"bokeh_pivot": 9.0}), (["--size", "64x48"], {"width": 64, "height": 48}),
-    (["--size=48"], {"width": 48, "height": 48}),
+    (["--size=48"], {"width": 48, "height": 48}), (["--size", "64\u00d748"], {"width": 64, "height": 48}),
     (["--levels", "3,8", "28"], {"bokeh_targets": (3.0, 8.0, 28.0)}),
     (["--bokeh-targets", "0,8,28"], {"bokeh_targets": (0.0, 8.0, 28.0)}),
 ])  # fmt: skip

@@ -105,7 +105,7 @@ def test_failures_are_explained(hub):
     assert "has none of the files" in failure("a/b", env={})
 
 
-@pytest.mark.parametrize("name", ["", "flux", "a/b/c", "/b", "a/"])
+@pytest.mark.parametrize("name", ["", "flux", "a/b/c", "/b", "a/", "../x", "a b/c", "a/-b", "a/b\n"])
 def test_names_that_are_no_repository(hub, name):
     assert "is not a repository" in failure(name, env={})
     assert not hub.calls

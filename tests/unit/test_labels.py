@@ -298,6 +298,13 @@ def test_annotate_refuses(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", ['{"key": 3', "[]", "3", '{"source": "x"}', "[" * 100_000])
+def test_a_line_that_is_no_label_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "labels.jsonl").write_text('{"key": "a\u2028"}\n' + line)
+    with pytest.raises(ValueError, match="labels.jsonl, line 2: not a label"):
+        read_labels(tmp_path)
+
+
 HELD_UP = """
 import signal, sys, time
 from bokehflux.app import cli

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import weakref
 from collections.abc import Callable
@@ -61,6 +62,29 @@ def run(
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_lines_end_where_a_file_says(tmp_path: Path) -> None:
+    """Not at the ends of paragraphs that a prompt may hold, nor twice at one of Windows."""
+    strange = "a \u2028 cup \x85 on\x0c a table"
+    line = json.dumps({"prompt": strange, "size": "64x48"}, ensure_ascii=False)
+    (tmp_path / "x").write_bytes(f"a mug\r\n{line}\r{strange}\n{{".encode())
+    with pytest.raises(ValueError, match="x, line 4: it begins with"):
+        read_prompts(tmp_path / "x")
+    (tmp_path / "x").write_bytes(f"a mug\r\n{line}\n{strange}\n".encode())
+    asked = read_prompts(tmp_path / "x")
+    assert [one["prompt"] for one in asked] == ["a mug", strange, strange]
+    assert (asked[1]["width"], asked[1]["height"]) == (64, 48)
+
+
+SIZES = ("[64.5, 48]", "[true, 48]", '"64"', '"64x48x3"', "64", "[64, 1]", '["64", "48"]')
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_of_a_line_are_whole(tmp_path: Path, size: str) -> None:
+    (tmp_path / "x").write_text('{"prompt": "a", "size": ' + size + "}")
+    with pytest.raises(ValueError, match="x, line 1: "):
+        read_prompts(tmp_path / "x")
 
 
 def test_prompts_file(tmp_path: Path) -> None:

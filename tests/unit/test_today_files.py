@@ -21,6 +21,7 @@ from bokehflux.weights.files import write
 from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from bokehflux.weights.find.resolve import VOCABULARIES, ModelFiles, resolve_model
 from bokehflux.weights.find.snapshot import Snapshot, default_card
+from bokehflux.weights.load import load_components
 from bokehflux.weights.lora.read import read_lora
 from bokehflux.weights.relatives import other_model
 from bokehflux.weights.tables import flux
@@ -250,6 +251,42 @@ def test_a_lora_of_another_model_is_named(tmp_path, what):
 def test_an_autoencoder_that_looks_alike_is_passed_over_by_its_name(tree, env, name):
     write.save(tree / "models" / "vae" / f"{name}.safetensors", STATES["vae"])
     assert finds(tree, env).paths["vae"].name == "ae.safetensors"
+
+
+OWN_FILES = {
+    "bokehflux.json": "{", "bokehflux.json ": '{"num_inference_steps": 1e999}',
+    "bokehflux.json  ": '{"adapter": "../gone"}', "bokehflux.json   ": '{"height": 7}',
+    "scheduler/scheduler_config.json": "[]",
+    "scheduler/scheduler_config.json ": '{"_class_name": "DDIMScheduler"}',
+    "models/tokenizer/vocab.json": "{", "models/tokenizer_2/tokenizer.json": "{}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_inspect_and_load_agree_on_files_without_weights(tree, env, name):
+    assert "use: --model with this folder" in describe(tree)
+    path = tree / name.strip()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(OWN_FILES[name])
+    with pytest.raises(ValueError, match=path.name.split(".")[0].split("_")[0]):
+        load_components(tree, env=env)
+    said = describe(tree)
+    assert "use: none as it is, a part has a problem" in said and f"problem: {path}" in said
+
+
+MISNAMED = ("flux1-dev.safetensors.part", "flux1-dev.safetensors.crdownload", "FLUX1-DEV.SAFETENSORS",
+            "flux1-dev.gguf.1", "flux1-dev.sft.tmp")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISNAMED)
+def test_an_unfinished_download_is_named(tree, env, name):
+    path = tree / "models" / "unet" / "flux1-dev.safetensors"
+    path.rename(path.with_name(name))
+    says = f"ends in {path.with_name(name).suffix}, as unfinished downloads do"
+    assert f"unet/{name} is there, but it {says}" in refusal(tree, env)
+    assert f"passed over: models/unet/{name} {says}" in describe(tree)
+    (path.parent / "flux1-dev.safetensors.sha256").write_text("")
+    assert "sha256" not in describe(tree)
 
 
 SD3_NAMES = ("sd3_vae", "sd3.5/vae", "sd-3.5-large-vae", "stable-diffusion-3.5-large/vae", "SD35_VAE")

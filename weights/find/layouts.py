@@ -45,6 +45,10 @@ PARTS = {row.name: row.files for row in NETWORKS} | {row.name: row.files for row
 """Every part of a model -> how errors name its files."""
 _OFFICIAL = ("vae", "text_encoder")
 _TAKE = "take a .safetensors or .gguf file"
+_MISNAMED = re.compile(
+    r"\.(?:safetensors|sft|gguf)(?:\.(?:part|partial|crdownload|download|incomplete|tmp|\d+))?$",
+    re.IGNORECASE,
+)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
@@ -183,6 +187,11 @@ class _Sorted:
     def add(self, file: Path) -> None:
         """One file, or the index of one checkpoint."""
         known = file.suffix in FILE_SUFFIXES or file.suffix in CLOSED_SUFFIXES or is_index(file)
+        if not known and _MISNAMED.search(file.name) and not file.name.startswith("."):
+            reason = (
+                f"ends in {file.suffix}, as unfinished downloads do: {' or '.join(FILE_SUFFIXES)} is needed"
+            )
+            self.passed_over.append((file, reason))
         if not known or _SHARD.search(file.name) or not self._is_new(file):
             return
         if file.suffix in CLOSED_SUFFIXES:

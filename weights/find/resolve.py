@@ -46,7 +46,7 @@ NAMES = {
 GUIDED = {DEV: True, SCHNELL: False}
 OWN = "BOKEHFLUX_MODELS"
 TOKENIZERS_KEY = "tokenizers"
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ADVICE = (
     "get what is missing with `bokehflux fetch`, or from https://huggingface.co/black-forest-labs/FLUX.1-dev",
     "docs/files.md says which file goes where",
@@ -203,7 +203,7 @@ def _home(env: Env) -> Path:
 def _repo(name: str | Path) -> str | None:
     """The repository that a name means, if it can mean one."""
     text = name.as_posix() if isinstance(name, Path) else name
-    return NAMES.get(text) or (text if _REPO.fullmatch(text) else None)
+    return NAMES.get(text) or (text if REPO.fullmatch(text) else None)
 
 
 def _model_folders(env: Env) -> list[Path]:

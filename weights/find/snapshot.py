@@ -266,24 +266,35 @@ def _below(path: Path, root: Path) -> Path:
     return path.relative_to(root) if path.is_relative_to(root) else path
 
 
+def check_own_files(root: Path, guided: bool) -> None:
+    """Raise CheckpointError for a card or a schedule of a model folder that cannot be used."""
+    _stated(root)
+    _scheduled(root, guided)
+    _adapter(root)
+
+
+def _stated(root: Path) -> ScheduleConfig | None:
+    """The schedule that a model folder brings."""
+    path = root / SCHEDULER
+    return scheduler.CONFIG.from_json(read_json(path), path) if path.is_file() else None
+
+
+def _adapter(root: Path) -> Path | None:
+    """The adapter that the card of a model folder names."""
+    name = _settings(root).get("adapter")
+    if name is not None and not holds_checkpoint(root / name):
+        raise CheckpointError(root / CARD, f"not found: {root / name}/*.safetensors, its adapter")
+    return None if name is None else root / name
+
+
 def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) -> Snapshot:
     paths = {part: candidate.path for part, candidate in chosen.items()}
-    has_schedule = (root / SCHEDULER).is_file()
-    guided = config.guidance_embed
-    stated = None
-    if has_schedule:
-        stated = scheduler.CONFIG.from_json(read_json(root / SCHEDULER), root / SCHEDULER)
-        guided = guided or stated.dynamic  # schnell's is not: it is a dev without guidance embedding
+    stated = _stated(root)
+    guided = config.guidance_embed or (stated is not None and stated.dynamic)  # schnell's is not
     schedule, defaults = _scheduled(root, guided)
-    settings = _settings(root)
-    adapter = root / settings["adapter"] if "adapter" in settings else None
-    problems = []
-    if paths[TRANSFORMER.name] == root / TRANSFORMER.folder and not has_schedule:
-        problems.append(f"not found: {SCHEDULER}")
-    if adapter is not None and not holds_checkpoint(adapter):
-        problems.append(f"not found: {adapter}/*.safetensors, the adapter in {CARD}")
-    if problems:
-        raise CheckpointError(f"{root} is not a complete model folder", *problems)
+    adapter = _adapter(root)
+    if paths[TRANSFORMER.name] == root / TRANSFORMER.folder and stated is None:
+        raise CheckpointError(f"{root} is not a complete model folder", f"not found: {SCHEDULER}")
     parts = {network.name: part_of(chosen[network.name].checkpoint, network) for network in NETWORKS}
     if mismatches := _mismatches(parts, config):
         raise CheckpointError(f"{root}: components of different models", *mismatches)
@@ -294,7 +305,7 @@ def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config:
         config=config,
         schedule=stated or schedule,
         defaults=defaults,
-        guessed=not (has_schedule or guided or place.guided is False),
+        guessed=not (stated or guided or place.guided is False),
     )
     return snapshot if adapter is None else snapshot.with_adapter(adapter)
 

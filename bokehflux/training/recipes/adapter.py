@@ -162,6 +162,8 @@ class AdapterRecipe(Sampling):
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a TOML file: {error}") from None
+        except OSError as error:
+            raise ValueError(f"cannot read settings from {path}: {error.strerror}") from error
         return cls.of(table | _values(changes), str(path))
 
     def changed(self, changes: Sequence[str]) -> AdapterRecipe:
