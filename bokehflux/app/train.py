@@ -47,7 +47,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE",
                         help="settings in TOML, the fields of AdapterRecipe; or `flux` or `nano`, which come "
                              "with bokehflux")  # fmt: skip
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings to change")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="settings to change"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the adapter and its log")
     parser.add_argument("--resume", action="store_true", help="go on from the state that a stopped run left")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and stop")

@@ -77,6 +77,8 @@ NOT_RUN = {
     ("docs/rendering.md", "make photo"): "installs; tests/unit/test_photo_script.py runs its program",
     ("docs/training.md", "torchrun --nproc-per-node 2 -m bokehflux train --config mine.toml --output shared"):
         "starts processes; tests/unit/test_training.py compares two with one",
+    ("docs/training.md", "python -m bokehflux.evaluation ablation --processes 7 --results ablation"):
+        "takes minutes on a GPU; tests/unit/test_ablation.py runs an arm",
     ("docs/gpus.md", "python -m tests.cross_compile 86"): "a test runs it for other cards",
     (GPUS, "bokehflux sweep --prompts-file prompts.txt --seeds 1 2 3 4 --gpus 4"): PROCESSES,
     (GPUS, "bokehflux generate --prompt a red mug --bokeh-targets 0 5 10 20 25 30 --bokeh-pivot 15 --gpus 2"):
@@ -91,6 +93,13 @@ T5 = T5Config(vocab_size=512, width=MMDIT.txt_dim, head_dim=8, mlp_size=32, num_
 CLIP = CLIPConfig(
     vocab_size=1024, width=MMDIT.pooled_dim, mlp_size=40, num_layers=2, num_heads=2, max_length=TEXT_LENGTH
 )
+
+
+TOYS = {
+    "train": ["--set", "steps=2", "warmup_steps=1", "rank=4", "compile=false", "activations=1"],
+    "latents": ["--size", "64", "--renders", "4"],
+}
+"""Command -> flags that are added to it here, so that it takes seconds."""
 
 
 class Block(NamedTuple):
@@ -205,7 +214,7 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         words = words[1:]
     try:
         if words[:1] == ["bokehflux"]:
-            return cli.main(words[1:])
+            return cli.main([*words[1:], *TOYS.get(words[1], [])])
         if words[:1] == ["python"] and words[1:] and words[1].startswith("scripts/"):
             monkeypatch.setattr(sys, "argv", words[1:])
             runpy.run_path(str(ROOT / words[1]), run_name="__main__")
