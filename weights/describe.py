@@ -24,7 +24,7 @@ from .files.pickled import pickle_in
 from .files.unpack import FORMATS
 from .find.layouts import PARTS, TOKENIZERS, Candidate, Findings, misfit, scan
 from .find.snapshot import check_own_files, likely
-from .lora.read import PREFIXES, made_for, match_layers
+from .lora.read import PREFIXES, check_declared, made_for, match_layers
 from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, VAE, Network, adapter_for
 from .parts import is_left_over, open_any, part_of, prefixes, shapes_of, strangers
 from .relatives import like_autoencoder, stranger, task
@@ -219,7 +219,9 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
     )
     lines = ["LoRA", f"changes: {where or 'nothing'}, {rank}", precision]
     try:
-        problems = match_layers(checkpoint, {}).problems
+        match = match_layers(checkpoint, {})
+        if not (problems := match.problems):
+            check_declared(checkpoint, match)
     except CheckpointError as error:
         problems = list(error.problems)
     if not problems:
@@ -229,7 +231,9 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
     shown = [f"model: {model}"] if (model := made_for(checkpoint)) else []
     shown += [f"not for FLUX.1: {problem}" for problem in problems[:_SHOWN]]
     shown += [f"not for FLUX.1: {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-    return [*lines, *shown, "use: none with FLUX.1; it was made for another model"]
+    if model or any(problem.startswith("no such layer") for problem in problems):
+        return [*lines, *shown, "use: none with FLUX.1; it was made for another model"]
+    return [*lines, *shown, "use: none as it is"]
 
 
 def _folder(findings: Findings) -> list[str]:

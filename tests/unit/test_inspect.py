@@ -17,6 +17,7 @@ from bokehflux.weights import manifests
 from bokehflux.weights.describe import describe
 from bokehflux.weights.files import write
 from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights.lora.read import read_lora
 from bokehflux.weights.mapping import to_official
 from bokehflux.weights.tables import flux
 from bokehflux.weights.tables import tiny_decoder as tiny_table
@@ -263,3 +264,30 @@ def test_what_load_refuses_of_an_adapter_is_not_recommended(tmp_path, host, lost
     files.write_sparse(tmp_path / "a.safetensors", shapes)
     found = lines(tmp_path / "a.safetensors")
     assert found[-1] == "use: none as it is" and any(lost in line for line in found)
+
+
+TO_Q, WIDTH = "transformer.transformer_blocks.0.attn.to_q", FLUX_DEV.hidden_size
+PAIR = {f"{TO_Q}.lora_A.weight": (4, WIDTH), f"{TO_Q}.lora_B.weight": (WIDTH, 4)}
+DECLARED = ("{", "[]", '{"transformer.lora_alpha": "x"}', '{"transformer.lora_alpha": NaN}',
+            '{"transformer.use_dora": true}', '{"transformer.alpha_pattern": {"gone": 3}}')  # fmt: skip
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+def test_what_load_refuses_of_a_lora_by_its_metadata_is_not_recommended(tmp_path, declared):
+    tensors = {name: torch.zeros(shape) for name, shape in PAIR.items()}
+    path = tmp_path / "a.safetensors"
+    write.save(path, tensors, {"lora_adapter_metadata": '{"transformer.lora_alpha": 4}'})
+    assert lines(path)[-1] == "use: --lora"
+    write.save(path, tensors, {"lora_adapter_metadata": declared})
+    with pytest.raises(CheckpointError):
+        read_lora(path, {"transformer": FLUX_DEV})
+    assert lines(path)[-1] == "use: none as it is"
+
+
+def test_a_damaged_lora_is_not_said_to_be_another_models(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for lost in PAIR:
+        files.write_sparse(path, {name: shape for name, shape in PAIR.items() if name != lost})
+        assert lines(path)[-1] == "use: none as it is"
+    files.write_sparse(path, {name.replace("blocks.0", "blocks.99"): shape for name, shape in PAIR.items()})
+    assert lines(path)[-1] == "use: none with FLUX.1; it was made for another model"

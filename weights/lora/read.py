@@ -99,6 +99,15 @@ def read_lora(path: str | Path, configs: Configs) -> Lora:
     )
 
 
+def check_declared(checkpoint: Checkpoint, match: Match) -> None:
+    """Raise CheckpointError for alphas beside the tensors that cannot be used. Reads headers only."""
+    alphas = Alphas(checkpoint)
+    for stem, place in match.fitting.items():
+        if "alpha" not in (roles := match.layers[stem]):
+            alphas.scale(stem, place.network, None, checkpoint.shapes[roles["down"]][0])
+    alphas.check_patterns(match.layers)
+
+
 def made_for(checkpoint: Checkpoint) -> str | None:
     """The model that a LoRA is for, where it tells of one that is not FLUX.1 dev or schnell."""
     if model := other_model(checkpoint):
