@@ -241,12 +241,16 @@ def _tars(tars: list[Path]) -> Rows:
 
 def _columns(index: Path) -> dict[str, dict[str, Any]]:
     """Rows of an index by their key."""
-    return {str(row["key"]): row for row in _arrow_parquet().read_table(index).to_pylist() if "key" in row}
+    table = _opened_parquet(index).read()
+    return {str(row["key"]): row for row in table.to_pylist() if "key" in row}
 
 
 def _manifest(path: Path) -> Rows:
     """A JSON object a line, names as in the published manifest; paths are relative to it."""
-    lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} as a manifest in UTF-8: {error}") from error
 
     def at(index: int) -> Row:
         where = f"{path.name}, photograph {index + 1}"
@@ -272,7 +276,7 @@ def _manifest(path: Path) -> Rows:
 
 def _parquet(path: Path) -> Rows:
     """A row a photograph, its file's bytes in the column `image`. Read a row group at a time."""
-    file = _arrow_parquet().ParquetFile(path)
+    file = _opened_parquet(path)
     if "image" not in file.schema_arrow.names:
         raise ValueError(f"{path} has no column `image`, but {', '.join(file.schema_arrow.names)}")
     starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
@@ -301,12 +305,16 @@ def _parquet(path: Path) -> Rows:
     return Rows(file.metadata.num_rows, at)
 
 
-def _arrow_parquet() -> Any:
+def _opened_parquet(path: Path) -> Any:
+    """A `pyarrow.parquet.ParquetFile`. Raises ValueError without pyarrow and for a file that is none."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError("parquet needs the package `pyarrow`: pip install pyarrow") from None
-    return pyarrow.parquet
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own are among them
+        raise ValueError(f"{path} cannot be read as a parquet file: {error}") from error
 
 
 # What they share

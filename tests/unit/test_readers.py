@@ -244,6 +244,14 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         open_rows(tmp_path / "x.parquet")
 
 
+@pytest.mark.parametrize("data", [b"", b"PAR1garbagePAR1", b"not one"])
+def test_parquet_that_is_none(tmp_path: Path, data: bytes) -> None:
+    pytest.importorskip("pyarrow", reason="needs pyarrow (extra data)")
+    (tmp_path / "x.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match="x.parquet cannot be read as a parquet file"):
+        open_rows(tmp_path / "x.parquet")
+
+
 @pytest.mark.parametrize("index", ["00000.parquet", "index.parquet"])
 def test_tar_shards_with_an_index(tmp_path: Path, index: str) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow (extra data)")
@@ -302,6 +310,9 @@ def test_places_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"")
     with pytest.raises(ValueError, match="x.zip is none of these"):
         open_rows(tmp_path / "x.zip")
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="cannot read .*x.jsonl as a manifest in UTF-8"):
+        open_rows(tmp_path / "x.jsonl")
     (tmp_path / "x.tar").write_bytes(b"not a tar file" * 100)
     with pytest.raises(ValueError, match="x.tar cannot be read as a tar file"):
         open_rows(tmp_path)
