@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bokehflux.app.terminal import say, show
 
 if TYPE_CHECKING:
     import torch
+
+SAID_EVERY_S = 10
+"""Between two lines about the progress."""
 
 
 def add_commands(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -75,6 +80,16 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _told(items: Sequence[Any], what: str) -> Iterator[Any]:
+    """The items, and now and then a line about how many have been taken."""
+    began = said = time.monotonic()
+    for done, item in enumerate(items):
+        if done and time.monotonic() - said > SAID_EVERY_S:
+            said = time.monotonic()
+            say(f"{what}: {done} of {len(items)}, {(said - began) / done:.2g} s each")
+        yield item
+
+
 def latents(args: argparse.Namespace) -> int:
     """Latents of labelled photographs; prints their folders, and says what was made of what."""
     import torch
@@ -83,7 +98,7 @@ def latents(args: argparse.Namespace) -> int:
     from bokehflux.photos.readers import open_rows
     from bokehflux.pictures.files import check_folder, replace_file
     from bokehflux.rendering.bokehme_networks import Networks, load_networks
-    from bokehflux.training.latents import write_entries
+    from bokehflux.training.latents import INDEX, write_entries
     from bokehflux.training.prepare import Encoder, Preparation, entries_of, reasons, sort_photographs
     from bokehflux.weights.find.resolve import resolve_model
     from bokehflux.weights.load import load_network
@@ -115,12 +130,19 @@ def latents(args: argparse.Namespace) -> int:
     encoder = Encoder(load_network(VAE, vae, device=device, dtype=torch.float32), networks)
     for kind, rows in kinds.items():
         if not rows:
+            if (output / kind / INDEX).exists():
+                raise ValueError(f"no {kind}, but {output / kind} holds those of an earlier run: delete it")
             continue
-        entries, refused = entries_of(kind, rows, how, encoder)
+        entries, refused = entries_of(kind, _told(rows, f"{kind} looked at"), how, encoder)
         left_out |= refused
         if not entries:
             raise ValueError(f"{kind}: none of {len(rows)} photographs can be used; {reasons(refused)[0]}")
-        added, changed = write_entries(output / kind, entries)
+        progress = _told(entries, f"{kind} finished")
+        try:
+            added, changed = write_entries(output / kind, entries, on_entry=functools.partial(next, progress))
+        except KeyboardInterrupt as stop:
+            said = f"; what is finished is kept in {output}; the same command goes on"
+            raise KeyboardInterrupt(said) from stop
         for name in changed:
             say(f"{kind}: {name} has changed, its latents were made again")
         say(f"{kind}: {len(entries)} scenes, {len(added) + len(changed)} made, the others were there")

@@ -59,8 +59,15 @@ class Written(NamedTuple):
     changed: list[str]
 
 
-def write_entries(folder: Path, entries: Sequence[Entry], shard_scenes: int = 64) -> Written:
+def write_entries(
+    folder: Path,
+    entries: Sequence[Entry],
+    shard_scenes: int = 64,
+    on_entry: Callable[[], None] | None = None,
+) -> Written:
     """Bring a folder to these scenes, of one shape. Latents that are there already are kept.
+
+    on_entry: called after every scene.
 
     The index is replaced when everything it names is there; what it no longer names is then removed. Raises
     ValueError for a scene without a caption or with levels outside 0-30, and for latents of another shape.
@@ -91,6 +98,8 @@ def write_entries(folder: Path, entries: Sequence[Entry], shard_scenes: int = 64
             _check(entry, x0, shape)
             shape = tuple(x0.shape)
             rows.append(x0)
+            if on_entry is not None:
+                on_entry()
         name = SHARDS.format(fingerprint_of_bytes(keys.encode()))
         shards.append({"file": name, "scenes": len(part)})
         if name not in whole:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bokehflux.app import cli
+from bokehflux.app import cli, train
 from bokehflux.conditioning import Conditioning
 from bokehflux.photos.labels import labelled
-from bokehflux.photos.readers import open_rows
+from bokehflux.photos.readers import Row, open_rows
 from bokehflux.sampling.latents import unpack
+from bokehflux.training import latents, prepare
 from bokehflux.training.latents import INDEX, LatentFolder
 from bokehflux.training.prepare import Preparation, cropped
 from tests.unit.test_labels import Eye, label_all, photographs
@@ -116,10 +119,38 @@ def test_a_changed_photograph_is_made_again_alone(place: Path, capsys: pytest.Ca
         assert "groups: 2 scenes, 2 made" in capsys.readouterr().err, flags
 
 
+def test_an_interrupted_run_keeps_its_shards(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = latents.write_entries
+    monkeypatch.setattr(latents, "write_entries", functools.partial(write, shard_scenes=1))
+    whole, made = prepare._made, []
+
+    def stopped(row: Row, *rest: Any) -> torch.Tensor:
+        if row.key == "b.jpg" and made == ["a.jpg"]:
+            made.append("stop")
+            raise KeyboardInterrupt
+        made.append(row.key)
+        return whole(row, *rest)
+
+    monkeypatch.setattr(prepare, "_made", stopped)
+    monkeypatch.setattr(train, "SAID_EVERY_S", -1)
+    assert run(place) == 130
+    said = capsys.readouterr().err
+    assert "; the same command goes on" in said and "groups looked at: 1 of 2" in said
+    assert not (place.parent / "latents" / "groups" / INDEX).exists()
+    assert run(place) == 0 and made == ["a.jpg", "stop", "b.jpg", "c.jpg"]
+
+
+def test_a_kind_that_is_empty_now_is_not_left_behind(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place) == 0
+    (place / "c.json").write_text('{"suitable_for_synthetic": true, "captions": ["x"]}')
+    assert run(place) == 2
+    assert "photographs holds those of an earlier run: delete it" in capsys.readouterr().err
+
+
 def test_a_folder_stays_whole_while_it_is_written_to(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk, or an end between shard and index, leaves what was there; the next run finds the rest."""
-    from bokehflux.training import latents
-
     assert run(place) == 0
     index = (place.parent / "latents" / "groups" / INDEX).read_bytes()
     (place / "b.jpg").write_bytes(photo(6))
@@ -129,8 +160,6 @@ def test_a_folder_stays_whole_while_it_is_written_to(place: Path, monkeypatch: p
     assert (place.parent / "latents" / "groups" / INDEX).read_bytes() == index
     assert folder(place, "groups").num_scenes == 2
     made: list[str] = []
-    from bokehflux.training import prepare
-
     whole = prepare._made
     monkeypatch.setattr(prepare, "_made", lambda row, *rest: (made.append(row.key), whole(row, *rest))[1])
     assert run(place) == 0 and made == []
