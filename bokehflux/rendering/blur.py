@@ -21,11 +21,20 @@ def aperture_spectrum(
     """
     r = radius_px.view(-1, 1, 1)
     upright = torch.where(r > 0, -1.0, 1.0)
-    y = torch.fft.fftfreq(height, 1 / height, device=r.device).view(1, -1, 1)
-    x = torch.fft.fftfreq(width, 1 / width, device=r.device).view(1, 1, -1)
-    rim_px = (r**2 + 0.25).sqrt()
-    kernel = aperture.spread(x * upright, y * upright, rim_px, 1 + softness * r.abs(), at)
+    rim_px, edge_px = (r**2 + 0.25).sqrt(), 1 + softness * r.abs()
+    reach = int((rim_px + edge_px).max()) + 1  # beyond which a shape is 0
+    y, x = (_around_zero(side, reach, r) for side in (height, width))
+    shape = aperture.spread(x * upright, y[:, None] * upright, rim_px, edge_px, at)
+    kernel = shape.new_zeros(len(r), height, width)
+    kernel[:, y.long()[:, None], x.long()] = shape  # a negative index counts from the end
     return torch.fft.rfft2(kernel / kernel.sum((1, 2), keepdim=True))
+
+
+def _around_zero(size: int, reach: int, like: Tensor) -> Tensor:
+    """Whole numbers from -reach to reach, or as many as `size` has room for."""
+    return torch.arange(max(-reach, -(size // 2)), min(reach + 1, (size + 1) // 2), device=like.device).to(
+        like
+    )
 
 
 class Blur:

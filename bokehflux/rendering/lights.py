@@ -33,18 +33,19 @@ BRIGHTEST = 20.0
 
 
 class _Spots(NamedTuple):
-    """Pixels of n spots; number 0 is what belongs to none."""
+    """The P pixels of n spots. Number 0 is what belongs to none."""
 
+    at: Tensor
+    """[P] int64: where in the picture, row by row."""
     number: Tensor
-    """[H, W] int64."""
+    """[P] int64."""
     from_centre: Tensor
-    """[H, W] squared distance in pixels."""
+    """[P] squared distance in pixels."""
     entries: int
 
     def sums(self, values: Tensor) -> Tensor:
-        """[3, H, W] -> [3, n + 1]."""
-        flat, index = values.flatten(1), self.number.flatten()
-        return values.new_zeros(len(values), self.entries).index_add(1, index, flat)
+        """[3, P] -> [3, n + 1]."""
+        return values.new_zeros(len(values), self.entries).index_add(1, self.number, values)
 
 
 def restored(light: Tensor) -> Tensor:
@@ -54,18 +55,18 @@ def restored(light: Tensor) -> Tensor:
     spots, around = _spots(light, clipped, max(1, round(reach)))
     if spots.entries == 1:
         return light
-    over = (light - around)[0]
-    seen = (light[0] < GLOW) & (spots.number > 0)
-    hidden = clipped[0] & (spots.number > 0)
+    shown, below = (values[0].flatten(1)[:, spots.at] for values in (light, around))  # [3, P]
+    over, hidden = shown - below, shown >= CLIPPED
+    seen = shown < GLOW
     energy = spots.sums((seen | hidden) * over.square()).clamp(min=1e-9)
     has = spots.sums(hidden.float()) > 0
 
     def fitted(width_px: Tensor) -> tuple[Tensor, Tensor]:
-        """The spots [3, H, W] of that width, and the share of energy they leave unexplained [3, n + 1]."""
+        """The spots [3, P] of that width, and the share of energy they leave unexplained [3, n + 1]."""
         shape = (-spots.from_centre / (2 * width_px**2)).exp()
         height = spots.sums(seen * shape * over) / spots.sums((seen * shape**2).float()).clamp(min=1e-9)
         spot = height.clamp(min=0)[:, spots.number] * shape
-        missing = (1 - around[0] - spot).clamp(min=0)  # what is clipped was at least white
+        missing = (1 - below - spot).clamp(min=0)  # what is clipped was at least white
         error = spots.sums(seen * (over - spot).square() + hidden * missing.square())
         return spot, torch.where(has, error / energy, 0.0)
 
@@ -74,8 +75,10 @@ def restored(light: Tensor) -> Tensor:
     unexplained = torch.stack([fitted(width)[1][:, 1:].clamp(max=2 * UNLIKE).sum() for width in widths])
     spot, error = fitted(widths[unexplained.argmin()])
     is_spot = error.sum(0) / has.sum(0).clamp(min=1) < UNLIKE
-    raised = torch.maximum(light[0], around[0] + spot).clamp(max=BRIGHTEST)
-    return torch.where(hidden & is_spot[spots.number], raised, light[0])[None]
+    raised = torch.maximum(shown, below + spot).clamp(max=BRIGHTEST)
+    out = light.clone(memory_format=torch.contiguous_format)
+    out[0].flatten(1)[:, spots.at] = torch.where(hidden & is_spot[spots.number], raised, shown)
+    return out
 
 
 def _spots(light: Tensor, clipped: Tensor, reach: int) -> tuple[_Spots, Tensor]:
@@ -90,17 +93,15 @@ def _spots(light: Tensor, clipped: Tensor, reach: int) -> tuple[_Spots, Tensor]:
         number = F.max_pool2d(number, 3, 1, 1) * points
     glow = 2 * max(1, reach // LARGEST_PX)
     number = F.max_pool2d(number, 2 * glow + 1, 1, glow) * ~(there & ~points)
-    found, index = number[0, 0].unique(return_inverse=True)
-    if found[0] > 0:  # number 0 must exist
-        index = index + 1
+    at = number.flatten().nonzero()[:, 0]
+    found, index = number.flatten()[at].unique(return_inverse=True)
     around = fill(light, (~_grown(there, glow + 1)).float())
-    y = torch.arange(height, device=light.device, dtype=light.dtype)[:, None].expand(height, width)
-    x = torch.arange(width, device=light.device, dtype=light.dtype).expand(height, width)
-    spots = _Spots(index, torch.zeros_like(x), int(index.max()) + 1)
-    weight = (light - around).clamp(min=0).sum((0, 1)) * (index > 0)
+    y, x = (at // width).to(light), (at % width).to(light)
+    spots = _Spots(at, index + 1, torch.zeros_like(x), len(found) + 1)
+    weight = (light - around).clamp(min=0).sum((0, 1)).flatten()[at]
     mass, across, down = spots.sums(torch.stack([weight, weight * x, weight * y]))
     mass = mass.clamp(min=1e-9)
-    from_centre = (x - (across / mass)[index]) ** 2 + (y - (down / mass)[index]) ** 2
+    from_centre = (x - (across / mass)[spots.number]) ** 2 + (y - (down / mass)[spots.number]) ** 2
     return spots._replace(from_centre=from_centre), around
 
 
