@@ -138,7 +138,7 @@ APERTURE = Kind(
 )
 UNIFY = _one_of(*get_args(Unify))
 RENDERER = _one_of("layers", "scatter", "bokehme")
-METHOD = _one_of("render", "inversion")
+METHOD = _one_of("render", "inversion", "reference")
 PIVOT_STEPS = _one_of("all", "grounded")
 PAIRS = Kind("pairs of text", _pairs)
 WEIGHTED = Kind("pairs of text and strength", _weighted)

@@ -304,7 +304,8 @@ class RefocusSettings(LensSettings, Settings):
     method: str = setting(
         "render", METHOD, metavar="NAME",
         help="render: ask the model once for strong blur, and blur the photograph itself as it shows; "
-             "inversion: let the model draw every level, as it must for less blur (default: %(default)s)",
+             "inversion: let the model draw every level, as it must for less blur; reference: the same, by a "
+             "model that was trained to look at the photograph (default: %(default)s)",
     )  # fmt: skip
     highlights: float | None = setting(
         None, NUMBER, least=1, most=1000, metavar="X", sparse=True,
@@ -319,17 +320,21 @@ class RefocusSettings(LensSettings, Settings):
         super().__post_init__()
         if (self.height is None) != (self.width is None):
             raise ValueError("give both height and width, or neither for the photograph's own shape")
-        if self.method == "inversion":
+        if self.method == "reference" and (self.num_grounding_steps or self.reuse is not None):
+            raise ValueError(
+                "num_grounding_steps and reuse are for method inversion, whose path others follow"
+            )
+        if self.method != "render":
             fields = self.fields()
-            for name in LensSettings.fields():
+            for name in LensSettings.fields().keys() - {"file_hashes"}:
                 if getattr(self, name) != fields[name].default:
                     raise ValueError(f"{name} needs method render: a lens blurs there")
             return
         least = min(self.bokeh_targets)
         if least < self.bokeh_pivot:
             raise ValueError(
-                f"level {least:g} is below the photograph's {self.bokeh_pivot:g}: only method inversion "
-                "lessens blur"
+                f"level {least:g} is below the photograph's {self.bokeh_pivot:g}: only methods "
+                "inversion and reference lessen blur"
             )
         if self.bokeh_pivot >= PROBE_LEVEL:
             raise ValueError(f"method render needs a photograph below level {PROBE_LEVEL:g}")
@@ -356,7 +361,8 @@ class RefocusSettings(LensSettings, Settings):
         return 2 if self.method == "render" else super().num_rows
 
     def _default_grounding(self, steps: int) -> int:
-        return steps if self.method == "render" else super()._default_grounding(steps)
+        own = super()._default_grounding(steps)
+        return {"render": steps, "inversion": own, "reference": 0}[self.method]
 
     @property
     def summary(self) -> str:

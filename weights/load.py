@@ -22,6 +22,7 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.fp8 import fp8_layers, fp8_weight
 from bokehflux.models.linear import NARROW, Linear
 from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.reference import ReferenceAdapter
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.tiny_decoder import TinyDecoder
 from bokehflux.models.vae import AutoencoderKL
@@ -38,6 +39,7 @@ from .networks import (
     ADAPTER_PREFIX,
     CLIP,
     NETWORKS,
+    REFERENCE,
     T5,
     TINY_DECODER,
     TRANSFORMER,
@@ -81,6 +83,10 @@ class Components:
         return cast(AutoencoderKL, self.networks[VAE.name])
 
     @property
+    def reference(self) -> ReferenceAdapter | None:
+        return cast("ReferenceAdapter | None", self.networks.get(REFERENCE))
+
+    @property
     def text(self) -> TextEncoders:
         return TextEncoders(
             t5=cast(T5Encoder, self.networks[T5.name]),
@@ -114,7 +120,7 @@ def load_components(
     `fp8_on`: as in `load_transformer`.
     `env`: stands in for the environment. Weights that are stored narrow stay so; `dtype` is computed in.
     `on_found`: called when every part is found, before a weight is read.
-    `on_progress`: hears of every parameter of the networks and the adapter.
+    `on_progress`: hears of every parameter of the networks and the adapters.
     Raises CheckpointError or TokenizerError before the transformer, the largest part, is read.
     """
     snapshot = resolve_model(model, env, adapter=adapter, loras=loras, schedule=schedule)
@@ -138,6 +144,11 @@ def load_components(
                 kind = text_dtype
             networks[network.name] = load_network(
                 network, part, config, device=device, dtype=kind, on_read=on_read
+            )
+        if REFERENCE in parts:
+            part = parts[REFERENCE]
+            networks[REFERENCE] = load_network(
+                part.network, part, device=device, dtype=dtype, on_read=on_read
             )
         added = [(read_lora(path, configs), strength) for path, strength in snapshot.loras]
         networks[TRANSFORMER.name] = load_transformer(

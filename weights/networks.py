@@ -34,7 +34,7 @@ from .codec import Codec, Shapes
 from .mapping import Table
 from .tables import adapter, clip, flux, lora, reference, t5, tiny_decoder, vae
 
-ADAPTER = "adapter"
+ADAPTER, REFERENCE = "adapter", "reference"
 ADAPTER_PREFIX = "bokeh."
 """Where MMDiT keeps its adapter."""
 C = TypeVar("C")
@@ -218,7 +218,7 @@ def adapter_for(transformer: MMDiTConfig) -> Network[BokehConfig, BokehAdapter]:
 def reference_for(transformer: MMDiTConfig) -> Network[ReferenceConfig, ReferenceAdapter]:
     """The reference adapter of transformers of one config."""
     return Network(
-        name="reference",
+        name=REFERENCE,
         build=lambda config: ReferenceAdapter(config, transformer),
         codec=reference.codec(transformer),
         tables=reference.TABLES,

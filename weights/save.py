@@ -62,12 +62,15 @@ def save_schedule(folder: str | Path, config: ScheduleConfig) -> None:
     write_json(Path(folder) / scheduler.FILE, scheduler.CONFIG.to_json(config))
 
 
-def save_index(root: str | Path, defaults: Defaults, adapter: str | None = None) -> None:
-    """`model_index.json`, by which diffusers finds the components, and our card."""
+def save_index(root: str | Path, defaults: Defaults, *adapters: str) -> None:
+    """`model_index.json`, by which diffusers finds the components, and our card.
+
+    adapters: "adapter", "reference" or both, where the model has folders of these names.
+    """
     Path(root).mkdir(parents=True, exist_ok=True)
     components = {"scheduler": ("diffusers", scheduler.CONFIG.fixed["_class_name"])}
     components |= {row.folder: row.official for row in NETWORKS}
     components |= {row.folder: row.official for row in TOKENIZERS}
     write_json(Path(root) / "model_index.json", {"_class_name": "FluxPipeline", **components})
     settings = card(guidance_embed=True).to_json(defaults)
-    write_json(Path(root) / CARD, settings if adapter is None else {**settings, "adapter": adapter})
+    write_json(Path(root) / CARD, settings | {name: name for name in adapters})

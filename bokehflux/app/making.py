@@ -161,7 +161,7 @@ def refocus(args: argparse.Namespace) -> int:
     """A photograph at other levels, and a contact sheet; prints their paths."""
     if args.bokeh_pivot == "auto":
         args.bokeh_pivot = photos.photo_level_of(Path(args.photo))
-    least = 0 if args.method == "inversion" else args.bokeh_pivot
+    least = args.bokeh_pivot if args.method == "render" else 0
     levels = args.bokeh_targets
     if levels is None:
         levels = [level for level in DEFAULT_LEVELS if level >= least] or DEFAULT_LEVELS

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     judging.add_argument("--guidance", type=float, default=3.0)
     refocusing = commands.add_parser("refocus", help="how well photographs are refocused")
     refocusing.add_argument("--photo-level", type=float, default=0.0)
-    refocusing.add_argument("--method", choices=("render", "inversion"), default="render")
+    refocusing.add_argument("--method", choices=("render", "inversion", "reference"), default="render")
     refocusing.add_argument("--seed", type=int, default=refocus.SEED, help="of the scenes photographed")
     cutting = commands.add_parser("shortcuts", help="what the shortcuts of a sweep save and change")
     for command, captions, run in (

@@ -58,7 +58,7 @@ def evaluate(
     """
     spec, prompts = held_out(captions)
     scene = build_scenes(spec, pipe.defaults.height_px, torch.Generator().manual_seed(seed), "cpu")
-    levels = [level for level in LEVELS if method == "inversion" or level >= photo_level]
+    levels = [level for level in LEVELS if method != "render" or level >= photo_level]
     truth = [render(scene, torch.full((captions,), level)) for level in levels]
     photos = render(scene, torch.full((captions,), photo_level))
     found, strips = [], []

@@ -178,7 +178,7 @@ def base(run: Run, *, warm: bool = False) -> None:
     save_network(T5, out / T5.folder, t5_config, half(t5))
     save_network(CLIP, out / CLIP.folder, clip_config, half(clip))
     save_schedule(out / "scheduler", recipe.schedule)
-    save_index(out, recipe.defaults, adapter="adapter")
+    save_index(out, recipe.defaults, "adapter")
 
 
 def encoded_pool(run: Run, draw: LevelDraw) -> EncodedPool:
@@ -238,6 +238,7 @@ def reference(run: Run) -> None:
     )
     run.log.note("parameters", sum(p.numel() for p in made.parameters()))
     save_network(reference_for(recipe.mmdit), out / "reference", made.config, half(made))
+    save_index(out, recipe.defaults, "adapter", "reference")
 
 
 STAGES: dict[str, Callable[[Run], None]] = {

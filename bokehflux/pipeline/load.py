@@ -115,6 +115,7 @@ def load(
         schedule=parts.snapshot.schedule,
         defaults=parts.snapshot.defaults,
         source=Source.of(model, adapter, loras, parts.snapshot, schedule),
+        reference=None if parts.reference is None else parts.reference.to(where),
         memory=placement,
     )
 
@@ -129,7 +130,8 @@ def _check_loras(loras: Sequence[tuple[str | Path, float]]) -> None:
 def check_all(found: Snapshot, asked: Sequence[Settings]) -> None:
     """Raise ValueError for settings that a model cannot serve, by its files alone."""
     for settings in asked:
-        check_levels(settings, has_adapter=found.adapter is not None)
+        has = {"has_adapter": found.adapter is not None, "has_reference": found.reference is not None}
+        check_levels(settings, **has)
         settings.completed(found.defaults)
 
 

@@ -10,6 +10,7 @@ import torch
 from bokehflux.configs import Defaults, ScheduleConfig
 from bokehflux.models.fp8 import is_fp8
 from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.reference import ReferenceAdapter
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.pipeline.memory import Placement
 from bokehflux.pipeline.provenance import Source
@@ -29,6 +30,8 @@ class Model:
     schedule: ScheduleConfig
     defaults: Defaults
     source: Source
+    reference: ReferenceAdapter | None = None
+    """What lets its targets look at a photograph."""
     memory: Placement = Placement()
     """Where the weights live while it runs."""
 

@@ -74,9 +74,10 @@ class Pipeline(Model):
 
         prompt: what the photograph shows. photo_level: its own level; 0 for one that is sharp throughout.
         settings: further fields of `record.RefocusSettings`. method: "render" (default) blurs the photograph
-            itself, focus and aperture as one likes; "inversion" has the model draw every level. At
+            itself, focus and aperture as one likes; "inversion" has the model draw every level, and so has
+            "reference", for models with a reference adapter, looking at the photograph. At
             guidance_scale 1, the default, the photograph is kept best; more pulls towards the prompt. height
-            and width: by default the photograph's own for "render", and for "inversion" its shape with about
+            and width: by default the photograph's own for "render", and for the others its shape with about
             as many pixels as the model is made for.
         Other arguments, and errors, are those of `generate`. By inversion on_step is called for the way to
         noise, then for the way back. The result's pivot_image and pivot_latents are the photograph's, as it

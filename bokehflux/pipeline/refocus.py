@@ -1,9 +1,10 @@
-"""Other bokeh levels of a photograph, in one of two ways.
+"""Other bokeh levels of a photograph, in one of three ways.
 
 "render" asks the network once for the photograph at a strong level, beside the photograph on a straight path
 to noise. Where and how much that picture is blurred is a map, and the photograph's own pixels are blurred
 through it: at any level, by any aperture, at the photograph's own size. "inversion" follows the photograph
-back to the noise that it would come from, and lets the network draw every level from there.
+back to the noise that it would come from, and lets the network draw every level from there. "reference" shows
+the photograph to the network once, and every level is drawn looking at it (`models.reference`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from bokehflux.configs import MAX_SIDE_PX
+from bokehflux.fingerprint import fingerprint
 from bokehflux.focus import parse_focus
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.photos.read import upright_rgb, within
@@ -42,18 +44,28 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
     """The run that shows a photograph at the levels asked for.
 
     The photograph is turned upright. Where a size is asked for it is scaled and cropped around its middle to
-    fill it; else "render" keeps its size, up to `long_side`, and "inversion" makes it as large as the model
+    fill it; else "render" keeps its size, up to `long_side`, and the others make it as large as the model
     likes. Raises ValueError for settings that the model cannot serve, and a focus that the photograph lacks.
     """
-    check_levels(asked, has_adapter=model.transformer.bokeh is not None)
+    check_levels(
+        asked,
+        has_adapter=model.transformer.bokeh is not None,
+        has_reference=model.reference is not None,
+    )
     upright = upright_rgb(photo)
     grid = grid_of(upright, model, asked.height, asked.width)
     settings = dataclasses.replace(asked, height=grid.height_px, width=grid.width_px)
     settings = settings.completed(model.defaults)
     size = (grid.width_px, grid.height_px)
-    if settings.method == "inversion":
+    if settings.method != "render":
         fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
-        return Plan(settings=settings, begin=_inverted(model, settings), end=_end, photo=fitted)
+        if settings.method == "inversion":
+            return Plan(settings=settings, begin=_inverted(model, settings), end=_end, photo=fitted)
+        if (found := model.source.snapshot) is not None and found.reference is not None:
+            hashes = (("reference", fingerprint([found.reference])),)
+            settings = dataclasses.replace(settings, file_hashes=hashes)
+        # Looking at the photograph decides the colours: none are moved towards the photograph's afterwards.
+        return Plan(settings=settings, begin=_beside(settings), end=lambda x, _: End(x, None), photo=fitted)
     lens = Lens(model.device, photo, asked)
     settings = dataclasses.replace(settings, file_hashes=lens.file_hashes)
     # The whole photograph, so that the map lies over it: a few pixels wider or higher than it is.
@@ -137,6 +149,17 @@ def _inverted(model: Model, settings: RefocusSettings) -> Callable[[Stage], Star
         if settings.reuse is not None:
             velocity = reused(velocity, path(states, sigmas), settings.reuse, len(sigmas) - 1)
         return Start(states[0].expand(len(levels), -1, -1), velocity)
+
+    return begin
+
+
+def _beside(settings: RefocusSettings) -> Callable[[Stage], Start]:
+    """A row for each level, from noise that is always the same, all looking at the photograph."""
+
+    def begin(stage: Stage) -> Start:
+        levels, keys = settings.bokeh_targets, stage.read(settings.bokeh_pivot)
+        x = stage.noise(DEFAULT_SEED).expand(len(levels), -1, -1)
+        return Start(x, stage.velocity(levels, keys))
 
     return begin
 

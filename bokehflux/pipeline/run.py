@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bokehflux.attention import ReferenceKeys
 from bokehflux.kernels.attention import select
 from bokehflux.models import tiling
 from bokehflux.models.adapter import BokehCondition
@@ -35,6 +36,7 @@ from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
 from bokehflux.sampling.diagnose import explain_nonfinite
 from bokehflux.sampling.latents import LatentGrid, noise, pack
 from bokehflux.sampling.ranks import ALONE, Ranks
+from bokehflux.sampling.reference import read_reference, reference_rope
 from bokehflux.sampling.samplers import OnStep, Velocity, euler
 from bokehflux.sampling.schedule import sigmas
 
@@ -90,8 +92,10 @@ class End(NamedTuple):
 class Stage:
     """What is known when a plan begins: text is encoded, and the transformer is on its device."""
 
-    velocity: Callable[[Sequence[float] | None, Grounding | None], Denoiser]
-    """(level of each row, grounding) -> the network's velocity."""
+    velocity: Callable[[Sequence[float] | None, Grounding | ReferenceKeys | None], Denoiser]
+    """(level of each row, what the rows look at) -> the network's velocity."""
+    read: Callable[[float], ReferenceKeys]
+    """(the photograph's level) -> the photograph as keys and values, by the model's reference adapter."""
     sigmas: Tensor
     """[steps + 1], falling from 1 to 0."""
     photo: Tensor | None
@@ -211,14 +215,22 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     with model.memory.phase("denoise"):
         schedule = sigmas(model.schedule, settings.numbers().steps, grid.num_tokens)
 
-        def velocity(levels: Sequence[float] | None, grounding: Grounding | None) -> Denoiser:
+        def read(level: float) -> ReferenceKeys:
+            assert photo is not None and model.reference is not None
+            rope = reference_rope(model.transformer, grid, conditioning.txt.shape[1])
+            guidance = torch.full((1,), settings.guidance_scale, device=model.device)
+            of = BokehCondition.of([level])
+            return read_reference(model.transformer, model.reference, photo, conditioning, of, rope, guidance)
+
+        def velocity(levels: Sequence[float] | None, beside: Grounding | ReferenceKeys | None) -> Denoiser:
             return denoiser(
                 model.transformer,
                 conditioning,
                 grid,
                 guidance=settings.guidance_scale,
                 bokeh=None if levels is None else BokehCondition.of(levels),
-                grounding=grounding,
+                grounding=beside if isinstance(beside, Grounding) else None,
+                reference=beside if isinstance(beside, ReferenceKeys) else None,
                 true_cfg=plan.true_cfg,
                 negative=negative,
                 sigmas=schedule,
@@ -231,7 +243,14 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
             return pack(noise(grid, seed, model.dtype)).to(model.device)
 
         start, follow = plan.begin(
-            Stage(velocity=velocity, sigmas=schedule, photo=photo, noise=drawn, on_step=options.on_step)
+            Stage(
+                velocity=velocity,
+                read=read,
+                sigmas=schedule,
+                photo=photo,
+                noise=drawn,
+                on_step=options.on_step,
+            )
         )
         x = euler(follow, start, schedule, options.on_step)
         check_finite(model, x, follow, lambda velocity: euler(velocity, start, schedule))
@@ -264,11 +283,17 @@ def check_finite(model: Model, x: Tensor, velocity: Velocity, sample: Callable[[
         raise explain_nonfinite(model.transformer, velocity, sample)
 
 
-def check_levels(settings: Settings, has_adapter: bool) -> None:
-    """Raise ValueError for levels where the model has no adapter."""
+def check_levels(settings: Settings, *, has_adapter: bool, has_reference: bool = False) -> None:
+    """Raise ValueError for levels where the model has no adapter, and for a method that it was not trained
+    for."""
     if settings.bokeh_targets is not None and not has_adapter:
         raise ValueError(
             "bokeh_targets need an adapter: load the model with adapter='path/to/BokehDiffusion'"
+        )
+    if getattr(settings, "method", None) == "reference" and not has_reference:
+        raise ValueError(
+            "method reference needs a reference adapter, whose folder bokehflux.json of the model names; "
+            "docs/refocus.md says how one is trained"
         )
 
 

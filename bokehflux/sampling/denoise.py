@@ -14,7 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bokehflux.attention import AttentionSpec, Grounded, OnStored, PivotQuery, Plain, Recorded
+from bokehflux.attention import (
+    AttentionSpec,
+    Grounded,
+    OnReference,
+    OnStored,
+    PivotQuery,
+    Plain,
+    Recorded,
+    ReferenceKeys,
+)
 from bokehflux.conditioning import Conditioning
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable, rope_table
@@ -113,6 +122,8 @@ class Denoiser:
 
     positive: PromptPass
     grounding: Grounding | None
+    reference: ReferenceKeys | None
+    """A photograph that rows without grounding look at."""
     attention: AttentionAt | None
     """Your own specification of every step's attention, in place of `grounding`."""
     true_cfg: float
@@ -141,8 +152,11 @@ class Denoiser:
             return
         grounding = self.grounding
         if grounding is None or step >= grounding.num_steps:
+            alone: AttentionSpec = Plain(backend=self.backend)
+            if self.reference is not None:
+                alone = OnReference(keys=self.reference, backend=self.backend)
             for part in self._slices(rows):
-                yield part, Plain(backend=self.backend)
+                yield part, alone
             return
         adapter = self.positive.mmdit.bokeh
         parts = list(self._slices(rows))
@@ -183,6 +197,7 @@ def denoiser(
     guidance: float = 3.0,
     bokeh: BokehCondition | None = None,
     grounding: Grounding | None = None,
+    reference: ReferenceKeys | None = None,
     attention: AttentionAt | None = None,
     true_cfg: float = 1.0,
     negative: Conditioning | None = None,
@@ -195,8 +210,9 @@ def denoiser(
     """Build the `Denoiser` of one prompt and size.
 
     conditioning: one row, shared by every row of the batch. guidance: the distilled guidance; the negative
-    pass has guidance 1 and the null level. attention: a specification of your own for every step, in place of
-    `grounding`. sigmas: the noise levels of the run, whose modulations are computed now, all together.
+    pass has guidance 1 and the null level. reference: a photograph that every row looks at. attention: a
+    specification of your own for every step, in place of `grounding`. sigmas: the noise levels of the run,
+    whose modulations are computed now, all together.
     max_rows: how many rows go through the network together; further rows take turns in each block and share
     the pivot's queries and keys, so N targets always cost N + 1 rows (the pivot must then be row 0).
     cuda_graphs: whether steps of small batches may be replayed as CUDA graphs (`cuda_graph.py` says when and
@@ -241,6 +257,7 @@ def denoiser(
     return Denoiser(
         positive=prepare(conditioning, guidance, bokeh),
         grounding=grounding,
+        reference=reference,
         attention=attention,
         true_cfg=true_cfg,
         negative=prepare(negative, 1.0, null) if true_cfg > 1 and negative is not None else None,

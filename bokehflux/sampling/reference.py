@@ -11,9 +11,10 @@ from torch import Tensor
 from bokehflux.attention import ReferenceKeys, ReferenceRow
 from bokehflux.conditioning import Conditioning
 from bokehflux.models.adapter import BokehCondition
-from bokehflux.models.embeddings import RopeTable
+from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT, Rows
-from bokehflux.models.reference import ReferenceAdapter
+from bokehflux.models.reference import ReferenceAdapter, reference_ids
+from bokehflux.sampling.latents import LatentGrid, position_ids
 
 
 def read_reference(
@@ -32,6 +33,13 @@ def read_reference(
     """
     keys, sigma = ReferenceKeys(), torch.zeros(len(photo), device=photo.device)
     spec = ReferenceRow(keys=keys, first=text.txt.shape[1])
+    text = Conditioning(txt=text.txt.to(mmdit.dtype), pooled=text.pooled.to(mmdit.dtype))
     rows = Rows(img=photo, txt=text.txt, attention=spec, bokeh=levels, reference=adapter)
     mmdit.velocities([rows], mmdit.modulations(text.pooled, sigma, guidance), rope)
     return keys
+
+
+def reference_rope(mmdit: MMDiT, grid: LatentGrid, txt_length: int) -> RopeTable:
+    """Rotations of a photograph's row: T text tokens, then those of its size."""
+    ids = reference_ids(position_ids(grid, txt_length, mmdit.device), txt_length)
+    return rope_table(ids, mmdit.config.axes_dim, mmdit.config.theta)

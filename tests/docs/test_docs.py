@@ -150,7 +150,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_tokenizers(["a red mug on a table", "a blue vase"] * 3, folder, length=TEXT_LENGTH)
         save.save_schedule(folder / "scheduler", FLUX_SCHEDULE)
         defaults = Defaults(num_inference_steps=4, height_px=32, width_px=48, txt_length=TEXT_LENGTH)
-        save.save_index(folder, defaults, adapter="adapter" if name == "nano" else None)
+        save.save_index(folder, defaults, *(["adapter"] if name == "nano" else []))
     save.save_network(networks.adapter_for(MMDIT), home / "nano" / "adapter", BOKEH, adapter)
 
     for name in ("style", "detail"):

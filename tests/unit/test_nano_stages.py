@@ -442,6 +442,8 @@ def test_the_stages_make_a_model_killed_or_not(tmp_path: Path, monkeypatch: pyte
         assert log["notes"]["recipe"] == dataclasses.asdict(getattr(TOY, name.removesuffix("-resumed")))
         assert log["notes"]["steps"] == log["notes"]["recipe"]["steps"] and len(log["points"]) >= 2
     model = load_components(whole)
+    assert model.reference is not None and model.reference.config.rank == 32
+    assert (model.reference.block(0).to_v_ref.up.weight != 0).any()
     bokeh = model.transformer.bokeh
     assert bokeh is not None and bokeh.config.bokeh_scale == TOY.adapter.saved_scale
     assert model.snapshot.defaults == TOY.defaults and model.snapshot.schedule == TOY.schedule

@@ -14,19 +14,27 @@ from PIL import Image
 from torch import Tensor
 
 from bokehflux.app import cli
+from bokehflux.attention import OnReference
+from bokehflux.configs import ReferenceConfig
+from bokehflux.models.adapter import BokehCondition
+from bokehflux.models.reference import ReferenceAdapter
 from bokehflux.models.vae import to_uint8
 from bokehflux.photos.read import read_photo, upright_rgb
 from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.decode import Decoded, decode_pictures
+from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.refocus import Lens, grid_of, plan_refocus
 from bokehflux.pipeline.run import Options, Result, Stopped, execute
-from bokehflux.record import Record, RefocusSettings
+from bokehflux.record import DEFAULT_SEED, Record, RefocusSettings
 from bokehflux.rendering.lens_map import LensMap
+from bokehflux.sampling.denoise import denoiser
 from bokehflux.sampling.diagnose import NonFiniteError
 from bokehflux.sampling.inversion import followed, invert, straight
-from bokehflux.sampling.latents import LatentGrid, unpack
+from bokehflux.sampling.latents import LatentGrid, noise, pack, unpack
+from bokehflux.sampling.reference import read_reference, reference_rope
 from bokehflux.sampling.samplers import StepInfo, euler
-from tests.tiny import tiny_pipeline
+from bokehflux.sampling.schedule import sigmas
+from tests.tiny import MMDIT, TXT_LENGTH, tiny_pipeline
 
 SIGMAS = torch.linspace(1, 0, 21)
 
@@ -172,10 +180,14 @@ def test_the_photos_own_shape(size: tuple[int, int], orientation: int, tokens: t
     ({"photo_level": 31}, "bokeh level must be between 0"), ({"bokeh_targets": []}, "bokeh_targets must be"),
     ({"prompt": 3}, "prompt must be text"), ({"height": 64}, "both height and width"),
     ({"num_grounding_steps": 99}, "at most the 8 steps"),
-    ({"bokeh_targets": [5, 20], "photo_level": 9}, "only method inversion lessens blur"),
+    ({"bokeh_targets": [5, 20], "photo_level": 9}, "only methods inversion and reference lessen blur"),
     ({"photo_level": 29}, "below level 28"), ({"reuse": 3}, "reuse is for method inversion"),
     ({"method": "inversion", "aperture": "donut"}, "aperture needs method render"),
     ({"method": "inversion", "long_side": 512}, "long_side needs method render"),
+    ({"method": "reference"}, "needs a reference adapter, whose folder bokehflux.json"),
+    ({"method": "reference", "reuse": 3}, "reuse are for method inversion"),
+    ({"method": "reference", "num_grounding_steps": 1}, "num_grounding_steps and reuse are for method inv"),
+    ({"method": "reference", "focus": "4,4"}, "focus needs method render"),
     ({"method": "magic"}, "method must be"), ({"focus": "48,3"}, "a pixel of 48 x 32"),
     ({"focus": "2m"}, "distances are not known"), ({"focus": "mask"}, "expected a mask"),
     ({"aperture": "none.png"}, "cannot read the photograph none.png"),
@@ -459,6 +471,61 @@ def test_a_scene_that_changed_is_said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     next(lens.pictures(photo(96, 64)))
     assert not caplog.text
+
+
+def looking() -> Pipeline:
+    """A tiny model with a reference adapter."""
+    pipe = tiny_pipeline()
+    torch.manual_seed(3)
+    return dataclasses.replace(pipe, reference=ReferenceAdapter(ReferenceConfig(rank=4), MMDIT))
+
+
+@pytest.mark.parametrize("max_rows", [None, 1])
+def test_targets_look_at_the_photograph(max_rows: int | None) -> None:
+    """It passes the network once, and every step of every level reads what it left."""
+    pipe, levels, steps = looking(), (3.0, 9.0, 30.0), 3
+    passes: list[int] = []
+    pipe.transformer.double_blocks[0].register_forward_pre_hook(lambda _, args: passes.append(len(args[0].x)))
+    made = pipe.refocus(
+        photo(), "a mug", levels, photo_level=9, method="reference", num_inference_steps=steps,
+        guidance_scale=2.0, max_rows=max_rows,
+    )  # fmt: skip
+    assert passes == [1] + steps * ([3] if max_rows is None else [1, 1, 1])
+    assert made.pivot_latents is None and made.record.settings.num_grounding_steps == 0
+    assert np.array_equal(np.asarray(made.pivot_image), np.asarray(photo()))
+
+    mmdit, text, grid = pipe.transformer, pipe.text.encode(["a mug"]), LatentGrid(height_px=32, width_px=48)
+    assert pipe.reference is not None
+    pixels = torch.from_numpy(np.array(photo())).movedim(-1, 0)[None] / 127.5 - 1
+    guidance, rope = torch.full((1,), 2.0), reference_rope(mmdit, grid, TXT_LENGTH)
+    with torch.inference_mode():
+        shown = pack(pipe.vae.encode(pixels))
+        keys = read_reference(mmdit, pipe.reference, shown, text, BokehCondition.of([9.0]), rope, guidance)
+        x = pack(noise(grid, DEFAULT_SEED, torch.float32))
+        velocity = denoiser(
+            mmdit, text, grid, guidance=2.0, bokeh=BokehCondition.of(levels),
+            attention=lambda rows, step: OnReference(keys=keys),
+        )  # fmt: skip
+        expected = euler(velocity, x.expand(3, -1, -1), sigmas(pipe.schedule, steps, grid.num_tokens))
+    torch.testing.assert_close(made.latents, expected, atol=1e-4, rtol=1e-4)
+    own = decode_pictures(pipe.vae, made.latents, None, grid).images
+    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(made.images, own, strict=True))
+
+
+def test_everything_about_the_photograph_counts() -> None:
+    pipe = looking()
+
+    def latents(shown: Image.Image, **changed: object) -> Tensor:
+        options = {"bokeh_targets": [10], "num_inference_steps": 2, "method": "reference"} | changed
+        return pipe.refocus(shown, "a mug", **options).latents  # type: ignore[arg-type]
+
+    plain = latents(photo())
+    assert torch.equal(plain, latents(photo())), "nothing is drawn"
+    others = (
+        latents(photo(), bokeh_targets=[20]), latents(photo(), photo_level=12), latents(photo().rotate(180)),
+        latents(photo(), guidance_scale=4.0),
+    )  # fmt: skip
+    assert all(not torch.allclose(plain, other, atol=1e-4) for other in others)
 
 
 def test_early_recipes_of_refocus_mean_inversion() -> None:

@@ -2,7 +2,8 @@
 
 Parts come from an ordered list of places (`resolve.py` makes it; `layouts.py` looks into each): the first
 place that has a part provides it. `bokehflux.json` in a model folder is our optional card: default steps and
-size, and the adapter's folder. Only configs and headers are read, each header once.
+size, and the folders of its
+adapters. Only configs and headers are read, each header once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, Defaults, MMDiTCo
 
 from ..codec import UNSET, Codec, Field, Json
 from ..files.checkpoint import CheckpointError, NotFoundError, Shelf, holds_checkpoint, read_json
-from ..networks import NETWORKS, TRANSFORMER, VAE, adapter_for
+from ..networks import ADAPTER, NETWORKS, REFERENCE, TRANSFORMER, VAE, adapter_for, reference_for
 from ..parts import Part, open_part, part_of, shapes_of
 from ..relatives import is_named_after_another, like_autoencoder, task
 from ..tables import scheduler
@@ -50,6 +51,8 @@ class Snapshot:
     A dev that was trained without distillation has none, either."""
     adapter: Path | None = None
     """File or folder of the adapter: the one that was given or, without it, the one that the card names."""
+    reference: Path | None = None
+    """Folder of the reference adapter, if the card names one."""
     loras: tuple[tuple[Path, float], ...] = ()
     """File and strength of each LoRA that was given."""
 
@@ -270,7 +273,7 @@ def check_own_files(root: Path, guided: bool) -> None:
     """Raise CheckpointError for a card or a schedule of a model folder that cannot be used."""
     _stated(root)
     _scheduled(root, guided)
-    _adapter(root)
+    _adapters(root)
 
 
 def _stated(root: Path) -> ScheduleConfig | None:
@@ -279,12 +282,13 @@ def _stated(root: Path) -> ScheduleConfig | None:
     return scheduler.CONFIG.from_json(read_json(path), path) if path.is_file() else None
 
 
-def _adapter(root: Path) -> Path | None:
-    """The adapter that the card of a model folder names."""
-    name = _settings(root).get("adapter")
-    if name is not None and not holds_checkpoint(root / name):
-        raise CheckpointError(root / CARD, f"not found: {root / name}/*.safetensors, its adapter")
-    return None if name is None else root / name
+def _adapters(root: Path) -> dict[str, Path]:
+    """The adapters that the card of a model folder names, by ADAPTER and REFERENCE."""
+    named = {name: folder for name, folder in _settings(root).items() if name in (ADAPTER, REFERENCE)}
+    for name, folder in named.items():
+        if not holds_checkpoint(root / folder):
+            raise CheckpointError(root / CARD, f"not found: {root / folder}/*.safetensors, its {name}")
+    return {name: root / folder for name, folder in named.items()}
 
 
 def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config: MMDiTConfig) -> Snapshot:
@@ -292,12 +296,16 @@ def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config:
     stated = _stated(root)
     guided = config.guidance_embed or (stated is not None and stated.dynamic)  # schnell's is not
     schedule, defaults = _scheduled(root, guided)
-    adapter = _adapter(root)
+    adapters = _adapters(root)
     if paths[TRANSFORMER.name] == root / TRANSFORMER.folder and stated is None:
         raise CheckpointError(f"{root} is not a complete model folder", f"not found: {SCHEDULER}")
-    parts = {network.name: part_of(chosen[network.name].checkpoint, network) for network in NETWORKS}
+    parts: dict[str, Part[Any, Any]] = {
+        network.name: part_of(chosen[network.name].checkpoint, network) for network in NETWORKS
+    }
     if mismatches := _mismatches(parts, config):
         raise CheckpointError(f"{root}: components of different models", *mismatches)
+    if REFERENCE in adapters:
+        parts[REFERENCE] = open_part(adapters[REFERENCE], reference_for(config))
     snapshot = Snapshot(
         root=root,
         paths=paths,
@@ -306,8 +314,9 @@ def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config:
         schedule=stated or schedule,
         defaults=defaults,
         guessed=not (stated or guided or place.guided is False),
+        reference=adapters.get(REFERENCE),
     )
-    return snapshot if adapter is None else snapshot.with_adapter(adapter)
+    return snapshot.with_adapter(adapters[ADAPTER]) if ADAPTER in adapters else snapshot
 
 
 def _scheduled(root: Path, guided: bool) -> tuple[ScheduleConfig, Defaults]:
@@ -338,16 +347,16 @@ def default_card(guidance_embed: bool) -> Defaults:
 
 
 def card(guidance_embed: bool) -> Codec[Defaults]:
-    """`bokehflux.json`: any of num_inference_steps, height, width, txt_length, and the adapter's folder."""
+    """`bokehflux.json`: any of num_inference_steps, height, width, txt_length, and the adapters' folders."""
     keys = {"num_inference_steps": "num_inference_steps", "height_px": "height", "width_px": "width",
             "txt_length": "txt_length"}  # fmt: skip
-    known = sorted({*keys.values(), "adapter"})
+    folders = (ADAPTER, REFERENCE)
+    known = sorted({*keys.values(), *folders})
 
     def faults(config: Json) -> list[str]:
         problems = [f"unknown key {key!r}, expected some of {known}" for key in config if key not in known]
-        if not isinstance(config.get("adapter", ""), str):
-            problems.append(f"adapter must name a folder, got {config['adapter']!r}")
-        return problems
+        unnamed = [name for name in folders if not isinstance(config.get(name, ""), str)]
+        return problems + [f"{name} must name a folder, got {config[name]!r}" for name in unnamed]
 
     return Codec(
         what="model's card",
