@@ -51,6 +51,8 @@ PROBE_LEVEL = 28.0
 """The level at which a picture is asked for to see where, and how strongly, it is blurred."""
 PROBE_STEPS = 8
 """How many steps that picture takes: it shows blur, not detail."""
+LOOKING_STEPS = 4
+"""How many steps pictures take that look at the photograph: with more of them errors add up (docs/log.md)."""
 
 
 class Numbers(NamedTuple):
@@ -346,7 +348,8 @@ class RefocusSettings(LensSettings, Settings):
         return super().from_recipe({"method": "inversion", **recipe})  # which early recipes do not name
 
     def completed(self, defaults: Defaults) -> Self:
-        steps = self.num_inference_steps or (PROBE_STEPS if self.method == "render" else None)
+        usual = {"render": PROBE_STEPS, "inversion": None, "reference": LOOKING_STEPS}[self.method]
+        steps = self.num_inference_steps or usual
         return super(RefocusSettings, dataclasses.replace(self, num_inference_steps=steps)).completed(
             defaults
         )

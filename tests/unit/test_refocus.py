@@ -491,6 +491,8 @@ def test_targets_look_at_the_photograph(max_rows: int | None) -> None:
         guidance_scale=2.0, max_rows=max_rows,
     )  # fmt: skip
     assert passes == [1] + steps * ([3] if max_rows is None else [1, 1, 1])
+    usual = RefocusSettings(prompt="a mug", bokeh_targets=levels, method="reference").completed(pipe.defaults)
+    assert usual.num_inference_steps == 4 and usual.num_rows == 3
     assert made.pivot_latents is None and made.record.settings.num_grounding_steps == 0
     assert np.array_equal(np.asarray(made.pivot_image), np.asarray(photo()))
 

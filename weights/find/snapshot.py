@@ -2,8 +2,7 @@
 
 Parts come from an ordered list of places (`resolve.py` makes it; `layouts.py` looks into each): the first
 place that has a part provides it. `bokehflux.json` in a model folder is our optional card: default steps and
-size, and the folders of its
-adapters. Only configs and headers are read, each header once.
+size, and the folders of its adapters. Only configs and headers are read, each header once.
 """
 
 from __future__ import annotations
