@@ -134,8 +134,9 @@ def uninterrupted() -> Iterator[None]:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file in place of the one of that name, if any. Raises OSError; then the old one is whole."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, and a file of that name is to be written: move it away")
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device"
+        raise FileExistsError(f"{path} is a {kind}, and a file of that name is to be written: move it away")
     try:
         temporary = _temporary(path.parent, data)
     except OSError as error:

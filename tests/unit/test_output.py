@@ -230,3 +230,13 @@ def test_a_folder_in_the_way_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"sheet.png is a folder, .*: move it away"):
         replace_file(tmp_path / "sheet.png", b"data")
     assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """The owner of a machine may replace /dev/null, too."""
+    os.mkfifo(tmp_path / "pipe")
+    for write in (lambda path: replace_file(path, b"data"), lambda path: write_json(path, {})):
+        with pytest.raises(FileExistsError, match="pipe is a device, and a file of that name"):
+            write(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]

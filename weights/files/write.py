@@ -19,7 +19,13 @@ from .checkpoint import DTYPES, INDEX_SUFFIX
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: takes its place when the block succeeds, vanishes when it does not."""
+    """A temporary name beside `path`: takes its place when the block succeeds, vanishes when it does not.
+
+    Raises FileExistsError for a folder or a device.
+    """
+    if path.exists() and not path.is_file():  # a device would be replaced, too
+        kind = "folder" if path.is_dir() else "device"
+        raise FileExistsError(f"{path} is a {kind}, and a file of that name is to be written")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
