@@ -18,6 +18,7 @@ from PIL import Image
 from bokehflux.pictures import files as output
 from bokehflux.pictures.files import Picture, check_folder, distinct, level_stem, replace_file, save_pictures
 from bokehflux.pictures.metadata import read_recipe
+from bokehflux.weights.files.write import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 levels = st.floats(0, 30) | st.sampled_from([0.0, -0.0, 4.2, 4.25, 4.4, 1e-5, 30.0])
