@@ -89,13 +89,14 @@ def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
     levels = asked.bokeh_targets or (DEFAULT_LEVELS if own is None else (own,))
     files = {name: path for name in FILES if (path := getattr(asked, name)) is not None}
     aperture, hashes = read_aperture(asked.aperture)
-    hashes = (*((name, fingerprint([Path(path)])) for name, path in files.items()), *hashes)
     picture = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1) / 255
+    blur = _blur(asked, picture, aperture, matte)
+    hashes = (*((name, fingerprint([Path(path)])) for name, path in files.items()), *hashes)
     return Rendering(
         settings=dataclasses.replace(asked, bokeh_targets=levels, file_hashes=hashes),
         device=device,
         lens=lens,
-        blur=_blur(asked, picture, aperture, matte),
+        blur=blur,
         own_level=own,
     )
 

@@ -135,6 +135,8 @@ def _loaded(kind: type[Kind], path: Path) -> Kind:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a file of one of BokehMe's networks, and there is none")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

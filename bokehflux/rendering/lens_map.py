@@ -164,11 +164,12 @@ class LensMap:
     def _checked(self, mask: Tensor | None) -> Tensor:
         if mask is None:
             raise ValueError("focus mask: expected a mask, got none")
-        if mask.shape != self.blur.shape or mask.dtype != torch.bool or not mask.any():
+        if mask.shape != self.blur.shape or mask.dtype != torch.bool:
             raise ValueError(
-                f"focus mask: expected bool {list(self.blur.shape)} with a pixel set, "
-                f"got {mask.dtype} {list(mask.shape)} with {int(mask.count_nonzero())}"
+                f"focus mask: expected bool {list(self.blur.shape)}, got {mask.dtype} {list(mask.shape)}"
             )
+        if not mask.any():
+            raise ValueError("focus mask: it is empty, and something must be in focus")
         return mask
 
     def _through(self, points: tuple[Point, Point, Point]) -> Tensor:

@@ -215,6 +215,11 @@ def test_a_full_disk_is_noticed_before_work(
             "knows Disc and Polygon, got Donut",
         ),
         ([*BASE, "--renderer", "bokehme"], "needs its networks: --arnet FILE and --iunet FILE"),
+        (
+            [*BASE, "--renderer", "bokehme", "--arnet", "x", "--iunet", "x"],
+            "x: expected a file of one of BokehMe",
+        ),
+        ([*BASE, "--arnet", "x"], "are for --renderer bokehme, and it is layers"),
         ([*BASE, "--renderer", "scatter", "--highlights", "3"], "are raised by the renderer layers"),
         ([*BASE, "--arnet", "arnet.safetensors"], "are for --renderer bokehme, and it is layers"),
         ([*BASE, "--renderer", "fast"], "renderer must be layers or scatter or bokehme, got 'fast'"),
