@@ -176,6 +176,21 @@ def test_the_photos_own_shape(size: tuple[int, int], orientation: int, tokens: t
     assert grid_of(upright, pipe, 70, 100).token_hw == (4, 6)
 
 
+@pytest.mark.parametrize("method", ["render", "inversion"])
+def test_the_network_sees_the_upright_photograph_from_minus_one_to_one(method: str) -> None:
+    """A grey ramp, stored on its side."""
+    ramp = np.broadcast_to(np.arange(0, 256, 4, np.uint8)[:, None, None], (64, 64, 3))  # darker above
+    stored = Image.fromarray(np.ascontiguousarray(ramp)).transpose(Image.Transpose.ROTATE_90)
+    stored.getexif()[0x0112] = 6  # what turns it back, by 270 degrees
+    pipe, seen = tiny_pipeline(), []
+    pipe.vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    options = {"num_inference_steps": 2, "method": method, "height": 64, "width": 64}
+    made = pipe.refocus(stored, "a mug", [9], **options)  # type: ignore[arg-type]
+    assert made.pivot_image is not None and np.array_equal(np.asarray(made.pivot_image), ramp)
+    expected = torch.from_numpy(ramp.copy()).movedim(-1, 0)[None] / 127.5 - 1
+    torch.testing.assert_close(seen[0].float(), expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("changed", "says"), [
     ({"photo_level": 31}, "bokeh level must be between 0"), ({"bokeh_targets": []}, "bokeh_targets must be"),
     ({"prompt": 3}, "prompt must be text"), ({"height": 64}, "both height and width"),
