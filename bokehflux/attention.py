@@ -137,7 +137,8 @@ class OnStored(AtBlock):
         return ()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k_pivot = self.store.get(self.step, self.block, k.device)
+        # What another process sent comes in the type of its widest step.
+        q, k_pivot = (x.to(k.dtype) for x in self.store.get(self.step, self.block, k.device))
         return self._call(interface.target_attention, q, k_pivot, k, v, (0,) * len(k))
 
 

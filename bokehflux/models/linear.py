@@ -77,7 +77,7 @@ def _has_long_rows(x: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that casts a narrow weight at use, or multiplies in fp8, and adds low-rank terms.
+    """`nn.Linear` that casts a weight of another type at use, or multiplies in fp8, and adds low-rank terms.
 
     With a dense weight and no terms it is exactly `nn.Linear`. The loaders of `weights` set `dequantize` and
     `terms` before the first call; `set_fp8` sets the fp8 form.
@@ -143,10 +143,14 @@ class Linear(nn.Linear):
             out = fp8.product(values, self.weight[start:stop], self.scale[start:stop], bias)
         else:
             assert isinstance(x, Tensor)
-            # Dense weights as they are: under autocast it is the product that casts.
+            # Under autocast it is the product that casts dense weights, and biases.
             rows, kind = slice(start, stop), x.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            weight = self.weight[rows] if self.is_dense else self.dense_part(dtype, rows)
+            if torch.is_autocast_enabled(kind):
+                dtype = torch.get_autocast_dtype(kind)
+                weight = self.weight[rows] if self.is_dense else self.dense_part(dtype, rows)
+            else:
+                weight = self.dense_part(x.dtype, rows)
+                bias = None if bias is None else bias.to(x.dtype)
             out = _product(x, weight, bias)
         for term in self.terms:
             assert isinstance(x, Tensor)

@@ -53,6 +53,10 @@ class Modulations:
             final=each(self.final),
         )
 
+    def narrowed(self, dtype: torch.dtype) -> Modulations:
+        """For blocks that compute in a dtype. The last layer's stay: its result is the sampler's."""
+        return dataclasses.replace(self.map(lambda t: t.to(dtype)), final=self.final)
+
     def tensors(self) -> list[Tensor]:
         """All vectors, always in the same order."""
         mods = [*(mod for block in self.double for mod in block), *self.single, self.final]
@@ -128,20 +132,22 @@ class MMDiT(Network):
         Raises ValueError for levels without an adapter or a missing guidance.
         """
         rows = Rows(img=img, txt=txt, attention=attention, bokeh=bokeh)
-        return self.velocities([rows], self.modulations(pooled, sigma, guidance), rope)[0]
+        mods = self.modulations(pooled, sigma, guidance).narrowed(self.dtype)
+        return self.velocities([rows], mods, rope)[0]
 
     def modulations(self, pooled: Tensor, sigma: Tensor, guidance: Tensor | None) -> Modulations:
         """Shifts, scales and gates for pooled [B, P], sigma [B] and guidance [B].
 
         They depend on nothing else: a run computes them once a step for all its rows, or once for all steps.
+        On a CPU they are float32, and blocks compute in the dtype of theirs (`narrowed`).
         """
         careful = careful_dtype(self.device, self.dtype)
-        vec = self.time_in(sinusoid(sigma.to(careful)).to(self.dtype))
+        vec = self.time_in(sinusoid(sigma.to(careful)).to(careful))
         if self.guidance_in is not None:
             if guidance is None:
                 raise ValueError("this model is guidance-distilled: guidance [B] is required")
-            vec = vec + self.guidance_in(sinusoid(guidance.to(careful)).to(self.dtype))
-        vec = vec + self.vector_in(pooled)
+            vec = vec + self.guidance_in(sinusoid(guidance.to(careful)).to(careful))
+        vec = vec + self.vector_in(pooled.to(careful))
         return Modulations(
             double=tuple(block.modulation_of(vec) for block in self.doubles),
             single=tuple(block.modulation_of(vec) for block in self.singles),
@@ -165,8 +171,8 @@ class MMDiT(Network):
             return stream.settled() if len(parts) > 1 else stream
 
         careful = careful_dtype(self.device, self.dtype)
-        imgs = [Residual(self.img_in(rows.img).to(careful)) for rows in parts]  # [B, N, E]
-        txts = [Residual(self.txt_in(rows.txt).to(careful)) for rows in parts]  # [B, T, E]
+        imgs = [Residual(self.img_in(rows.img.to(careful))) for rows in parts]  # [B, N, E]
+        txts = [Residual(self.txt_in(rows.txt.to(careful))) for rows in parts]  # [B, T, E]
         for i, (double, double_mod) in enumerate(zip(self.doubles, mods.double, strict=True)):
             for n, spec in enumerate(specs):  # one by one, so that no part's input outlives its output
                 imgs[n], txts[n] = map(waiting, double(imgs[n], txts[n], double_mod, rope, spec[i]))

@@ -14,7 +14,7 @@ def careful_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """float32 where a CPU computes in bfloat16, else dtype, as published.
 
     For what costs little beside the products, and whose rounding is most of a picture's error: noise level
-    and guidance, the text encoders, the residual stream.
+    and guidance, the text encoders, the first and last layer, latents, the residual stream.
     """
     return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
 

@@ -239,7 +239,8 @@ class AutoencoderKL(Network):
                 f"latents must be [B,{self.config.latent_channels},h,w], got {tuple(latents.shape)}; "
                 "unpack image tokens first"
             )
-        return latents / self.config.scale + self.config.shift
+        z = latents / self.config.scale + self.config.shift
+        return z.to(self.decoder.conv_in.weight.dtype)  # a CPU keeps latents in float32
 
     def check_images(self, x: Tensor) -> None:
         """Raise ValueError for images that the encoder cannot take: see `moments`."""

@@ -10,6 +10,7 @@ import torch
 from bokehflux.configs import Defaults, ScheduleConfig
 from bokehflux.models.fp8 import is_fp8
 from bokehflux.models.mmdit import MMDiT
+from bokehflux.models.precision import careful_dtype
 from bokehflux.models.reference import ReferenceAdapter
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.pipeline.memory import Placement
@@ -48,6 +49,11 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.transformer.dtype
+
+    @property
+    def latents_dtype(self) -> torch.dtype:
+        """What the sampler keeps latents in."""
+        return careful_dtype(self.device, self.dtype)
 
     @property
     def compute(self) -> Compute:

@@ -240,7 +240,7 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
             )
 
         def drawn(seed: int) -> Tensor:
-            return pack(noise(grid, seed, model.dtype)).to(model.device)
+            return pack(noise(grid, seed, model.latents_dtype)).to(model.device)
 
         start, follow = plan.begin(
             Stage(
@@ -335,4 +335,5 @@ def _latents(model: Model, picture: Image.Image, tiled: bool) -> Tensor:
     """[1, L, 64] of an RGB picture."""
     pixels = torch.from_numpy(np.array(picture)).to(model.device).movedim(-1, 0)[None]  # [1, 3, H, W]
     x = (pixels.float() / 127.5 - 1).to(model.dtype)
-    return pack(model.vae.draw(*tiling.moments(model.vae, x)) if tiled else model.vae.encode(x))
+    made = model.vae.draw(*tiling.moments(model.vae, x)) if tiled else model.vae.encode(x)
+    return pack(made.to(model.latents_dtype))

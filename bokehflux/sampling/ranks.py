@@ -36,6 +36,7 @@ class Sizes(NamedTuple):
     num_heads: int
     head_dim: int
     dtype: torch.dtype
+    """The widest of any step."""
 
 
 class Ranks:
@@ -172,7 +173,9 @@ class SentPivot(BlockPivot):
     def _broadcast(self, q: Tensor, k: Tensor) -> list[dist.Work]:
         # On a GPU, broadcasts have a stream of their own: the sender's attention does not wait for them.
         source = dist.get_global_rank(self.group, 0)
-        return [dist.broadcast(x.contiguous(), source, group=self.group, async_op=True) for x in (q, k)]
+        # The sender's tensors stay referenced until they have arrived: on a CPU, casts are copies.
+        self._sent = [x.to(self.sizes.dtype).contiguous() for x in (q, k)]
+        return [dist.broadcast(x, source, group=self.group, async_op=True) for x in self._sent]
 
 
 class TokensOverRanks(Shared):

@@ -60,27 +60,33 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
     )
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs of x [B, L, H, D] by cos, sin [L, D/2]; float32 inside."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rotate neighbouring channel pairs of x [B, L, H, D] by cos, sin [L, D/2]; float32, then dtype."""
     pairs = x.float().unflatten(-1, (-1, 2))  # [B, L, H, D/2, 2]
     cos, sin = cos[:, None], sin[:, None]  # [L, 1, D/2]
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+    if _on_cpu(x, dtype):
         # One pass instead of seven. In float32 its fused multiply-adds would move last bits.
         turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        return torch.view_as_real(turned).flatten(-2).to(dtype)
     even, odd = pairs.unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(dtype)
+
+
+def _on_cpu(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.device.type == "cpu" and dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
 def joint_heads(streams: Sequence[Projected], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dim = streams[0].q_scale.shape[0]
+    dim, dtype = streams[0].q_scale.shape[0], streams[0].q.dtype
+    # A CPU rounds queries and keys once, as Triton does.
+    inside = torch.float32 if _on_cpu(streams[0].q, dtype) else dtype
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, dim))
 
-    q = _joined([rms_norm(heads(s.q), s.q_scale) for s in streams])
-    k = _joined([rms_norm(heads(s.k), s.k_scale) for s in streams])
-    return rotate(q, cos, sin), rotate(k, cos, sin), _joined([heads(s.v) for s in streams])
+    q = _joined([rms_norm(heads(s.q).to(inside), s.q_scale) for s in streams])
+    k = _joined([rms_norm(heads(s.k).to(inside), s.k_scale) for s in streams])
+    return rotate(q, cos, sin, dtype), rotate(k, cos, sin, dtype), _joined([heads(s.v) for s in streams])
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

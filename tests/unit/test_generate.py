@@ -234,7 +234,7 @@ def test_the_negative_prompt_matters_only_with_true_cfg(pipe: Pipeline) -> None:
 
 def test_bfloat16() -> None:
     result = tiny_pipeline(dtype=torch.bfloat16).generate(PROMPT, [0, 30], bokeh_pivot=12)
-    assert result.latents.dtype == torch.bfloat16 and result.latents.isfinite().all()
+    assert result.latents.dtype == torch.float32 and result.latents.isfinite().all()
     assert result.record.recipe()["dtype"] == "bfloat16"
     exact = tiny_pipeline().generate(PROMPT, [0, 30], bokeh_pivot=12)
     assert np.abs(pixels(result.images[1]) - pixels(exact.images[1])).mean() < 10

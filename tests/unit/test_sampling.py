@@ -150,7 +150,7 @@ def test_rope_depends_on_relative_position(a: int, b: int, shift: int, axis: int
     table = rope_table(ids, (4, 6, 6), 10_000)
     g = torch.Generator().manual_seed(a)
     q, k = torch.randn(2, 16, generator=g)
-    rotated_q, rotated_k = (rotate(x.expand(1, 4, 1, 16), *table)[0, :, 0] for x in (q, k))
+    rotated_q, rotated_k = (rotate(x.expand(1, 4, 1, 16), *table, torch.float32)[0, :, 0] for x in (q, k))
     products = (rotated_q[[0, 2]] * rotated_k[[1, 3]]).sum(-1)
     torch.testing.assert_close(products[0], products[1], atol=2e-5, rtol=0)
     torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm().expand(4))
@@ -159,7 +159,9 @@ def test_rope_depends_on_relative_position(a: int, b: int, shift: int, axis: int
 def test_rope_by_hand() -> None:
     """Neighbouring pairs turn by position x theta^(-2i/d); another axis leaves its channels alone."""
     table = rope_table(torch.tensor([[0.0, 2.0, 0.0]]), (2, 4, 2), 10_000)
-    turned = rotate(torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0]).view(1, 1, 1, 8), *table).flatten()
+    turned = rotate(
+        torch.tensor([1.0, 0, 1, 0, 0, 1, 1, 0]).view(1, 1, 1, 8), *table, torch.float32
+    ).flatten()
     first, second = 2.0, 2.0 / 100
     by_hand = [1, 0, math.cos(first), math.sin(first), -math.sin(second), math.cos(second), 1, 0]
     torch.testing.assert_close(turned, torch.tensor(by_hand, dtype=torch.float32))
@@ -179,7 +181,7 @@ def test_rope_angles_are_float64() -> None:
 def test_rope_keeps_the_dtype_and_computes_in_float32() -> None:
     table = rope_table(position_ids(LatentGrid(height_px=64, width_px=64), 0), (4, 6, 6), 10_000)
     x = torch.randn(2, 16, 2, 16).bfloat16()
-    assert torch.equal(rotate(x, *table), rotate(x.float(), *table).bfloat16())
+    assert torch.equal(rotate(x, *table, torch.bfloat16), rotate(x.float(), *table, torch.float32).bfloat16())
 
 
 def test_sinusoid() -> None:
