@@ -39,7 +39,7 @@ ALLOWED_IN = {
     "bokehflux.photos.annotate": {"PIL", "numpy", "torch", "transformers", "onnxruntime"},
     "bokehflux.photos.readers": {"PIL", "numpy", "pyarrow"},
     "bokehflux.pipeline": {"torch", "numpy", "PIL"},
-    "bokehflux.training": {"torch"},
+    "bokehflux.training": {"torch", "PIL"},
     "bokehflux.training.prepare": {"torch", "numpy", "PIL"},
     "bokehflux.nano": {"torch", "numpy", "tokenizers"},
     "bokehflux.evaluation": {"torch", "numpy", "PIL"},
@@ -88,7 +88,7 @@ OWN_IN = {
     # The one command that judges: nano's renderer, which it measures by, comes with the evaluation.
     "app.judge": {"evaluation", "pictures", "app.arguments", "app.sweep", "app.terminal"},
     # What is trained, and what it is trained on.
-    "app.train": {"training", "weights", "photos", "pictures", "rendering", "app.terminal"},
+    "app.train": {"training", "app.processes", "weights", "photos", "pictures", "rendering", "app.terminal"},
 }
 """Which of our own modules (below bokehflux) each part may import; a part that is not named may not exist."""
 

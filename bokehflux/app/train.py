@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bokehflux.app.processes import DAYS
 from bokehflux.app.terminal import say, show
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the adapter and its log")
     parser.add_argument("--resume", action="store_true", help="go on from the state that a stopped run left")
+    parser.add_argument("--on-full", choices=("wait", "stop"), default="wait",
+                        help="what to do where the disk has no room (default: wait)")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say what the run would take, and stop")
     _device_flag(parser)
 
@@ -168,13 +172,15 @@ def train(args: argparse.Namespace) -> int:
 
     device = _device(args.device)
     if "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group(timeout=DAYS)
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
     lines = dry_run(recipe, out, resume=args.resume)  # which finds what is wrong, whether or not it is shown
     if not args.dry_run:
-        train_adapter(recipe, out, device, resume=args.resume)
+        leads = int(os.environ.get("RANK", 0)) == 0
+        logging.getLogger("bokehflux.training").setLevel(logging.INFO if leads else logging.ERROR)
+        train_adapter(recipe, out, device, resume=args.resume, on_full=args.on_full)
         lines = [str(out / "adapter")]
     if int(os.environ.get("RANK", 0)) == 0:
         show(lines)

@@ -23,6 +23,7 @@ from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.training.batches import Draws, onto
 from bokehflux.training.engine import Recorded, mean_of
+from bokehflux.training.guard import Rows
 from bokehflux.training.loop import Loss, Step
 from bokehflux.training.objective import draw_guidance, guided, mix, velocity_target
 
@@ -53,6 +54,12 @@ class Scenes(Protocol):
 
     def null_text(self) -> Conditioning:
         """The empty prompt, [1, ...]."""
+
+
+class NamedScenes(Scenes, Protocol):
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the scenes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +160,25 @@ class GroundedFrom(AttentionSpec):
         raise AssertionError("blocks are given what `for_block` returns")
 
 
+def choose(scenes: Scenes, group: int, each: Draws) -> tuple[Tensor, Tensor]:
+    """The scene of each group [G], and the renders of its rows [B]."""
+    renders = each.uniform("renders", scenes.num_renders).argsort(dim=1)[:, :group]
+    return each.integers("scene", scenes.num_scenes), renders.flatten()
+
+
+def row_names(how: Sampling, plain: NamedScenes, grouped: NamedScenes) -> Rows:
+    """What a step's rows are called where it is refused: scene, render and level."""
+
+    def rows(number: int, draws: Draws) -> list[str]:
+        scenes, group = (grouped, how.group) if how.in_groups(number) else (plain, 1)
+        scene, render = choose(scenes, group, draws.groups(group).on(scenes.device))
+        scene = scene.repeat_interleave(group)
+        told = zip(scene.tolist(), render.tolist(), scenes.levels(scene, render).tolist(), strict=True)
+        return [f"{scenes.names[s]}, picture {r + 1}, level {level:g}" for s, r, level in told]
+
+    return rows
+
+
 def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> AdapterBatch:
     """Rows of unrelated scenes, or of groups: a scene at distinct levels, its pivot in the first row.
 
@@ -166,8 +192,7 @@ def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> Ad
         return x.repeat_interleave(group, dim=0)
 
     chosen = each.on(scenes.device)
-    scene = chosen.integers("scene", scenes.num_scenes)
-    render = chosen.uniform("renders", scenes.num_renders).argsort(dim=1)[:, :group].flatten()
+    scene, render = choose(scenes, group, chosen)
     drop = chosen.uniform("caption") < how.caption_dropout
     text = scenes.text(scene, drop, chosen)
     x0 = onto(scenes.latents(rows(scene), render), draws.device)
@@ -234,7 +259,14 @@ def _pivots(each: Draws, how: Sampling) -> tuple[int, ...]:
 def adapter_step(
     mmdit: MMDiT, batch: AdapterBatch, rope: RopeTable, null_text: Conditioning | None = None
 ) -> Tensor:
-    """Loss of one batch: flow matching, towards the guided velocity where the empty prompt is given.
+    """The mean of `row_losses`."""
+    return row_losses(mmdit, batch, rope, null_text).mean()
+
+
+def row_losses(
+    mmdit: MMDiT, batch: AdapterBatch, rope: RopeTable, null_text: Conditioning | None = None
+) -> Tensor:
+    """Losses [B] of a batch: flow matching, towards the guided velocity where the empty prompt is given.
 
     A distilled base is sampled at guidance g, so its adapter may be trained there: the target is
     u + g (data velocity - u), u being the model's own prediction for `null_text`, [1, ...]. Rows then weigh
@@ -253,7 +285,7 @@ def adapter_step(
     x, txt = x.detach().requires_grad_(), text.txt.detach().requires_grad_()
     levels = BokehCondition(levels=batch.levels)
     v = mmdit(x, txt, text.pooled, batch.sigma, batch.guidance, rope, spec, levels).float()
-    return ((v - target).square().mean(dim=(1, 2)) / weight).mean()
+    return (v - target).square().mean(dim=(1, 2)) / weight
 
 
 def adapter_loss(

@@ -56,23 +56,26 @@ class Refusals:
     """Number of the step from 0, losses by process, norm of the gradients, and rows, as JSON holds them."""
 
     def add(self, step: int, losses: Sequence[float], norm: float, rows: Rows, draws: Draws) -> str:
-        """Write a step down; returns it in words. draws: of all its samples.
-
-        Raises ArithmeticError for one too many.
-        """
+        """Write a step down; returns it in words. draws: of all its samples."""
         share = len(draws) // len(losses)
         bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
         parts = [draws.samples[rank * share : (rank + 1) * share] for rank in bad]
         found = [name for part in parts for name in rows(step, dataclasses.replace(draws, samples=part))]
         shown = [f"{loss:g}" for loss in losses]
         self.entries.append({"step": step, "losses": shown, "norm": f"{norm:g}", "rows": found})
-        said = (
+        return (
             f"step {step} refused: loss {', '.join(shown)}, norm of the gradients {norm:g}; "
             f"its rows: {'; '.join(found)}"
         )
-        if sum(entry["step"] > step - STEPS for entry in self.entries) > MOST:
-            raise ArithmeticError(f"{said}. More than {MOST} of the last {STEPS} steps were refused")
-        return said
+
+    def check(self, step: int) -> None:
+        """Raise ArithmeticError when too many were refused, this step the last of them."""
+        recent = [entry["step"] for entry in self.entries if entry["step"] > step - STEPS]
+        if len(recent) > MOST:
+            raise ArithmeticError(
+                f"steps {', '.join(map(str, recent))} were refused: losses or gradients that are not finite "
+                f"in more than {MOST} of {STEPS} steps"
+            )
 
 
 @contextlib.contextmanager

@@ -220,6 +220,7 @@ class LatentFolder:
             raise CheckpointError(folder, f"none of its {len(levels)} scenes has a level under {unify!r}")
         self._levels = torch.tensor([levels[i] for i in self._places])
         self.captions: list[list[str]] = [index["scenes"][i]["captions"] for i in self._places]
+        self.names: list[str] = [index["scenes"][i]["name"] for i in self._places]
         self.num_scenes = len(self._places)
 
     def latents(self, scene: Tensor, render: Tensor) -> Tensor:

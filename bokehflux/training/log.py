@@ -1,31 +1,49 @@
-"""A small training log: progress on the terminal, every averaged point in one JSON file."""
+"""A training log: progress on the terminal, points in a JSON file, and if asked a table and curves of them.
+
+Points are part of a run's state, and files are written from all of them: a run that was killed and went on
+has the table of one that was not. Seconds are in the JSON file only.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bokehflux.pictures import plot
 from bokehflux.weights.files.write import replacing
 
 logger = logging.getLogger(__name__)
 
 
 class Log:
-    """Averages scalars over `every` steps without waiting for the device in between."""
+    """Averages scalars over `every` steps without waiting for the device in between.
 
-    def __init__(self, path: Path, every: int = 100) -> None:
+    live: write the file at every point, with a table `<name>.csv` and curves `<name>.png` beside it.
+    board: a folder for TensorBoard. Raises ValueError where that is not installed.
+    """
+
+    def __init__(
+        self, path: Path, every: int = 100, *, live: bool = False, board: Path | None = None
+    ) -> None:
         self.path = path
         self.every = every
+        self.live = live
+        self.board = None if board is None else Board(board)
+        self.steps: int | None = None
+        """Of the whole run, if known."""
         self.start = time.perf_counter()
         self.notes: dict[str, object] = {}
         self.points: list[dict[str, float]] = []
         self._sums: dict[str, list[Tensor]] = {}
+        self._last = (0, self.start)
 
     @property
     def seconds(self) -> float:
@@ -37,15 +55,38 @@ class Log:
         self.notes[key] = value
         logger.info("[%6.1f s] %s: %s", self.seconds, key, value)
 
+    def begin(self, step: int, steps: int | None) -> None:
+        """The first step of this process, and how many the run has if that is known."""
+        self.steps, self._last = steps, (step, time.perf_counter())
+
     def step(self, step: int, **scalars: Tensor) -> None:
+        """What a step found. step: counted from 0."""
         for key, value in scalars.items():
             self._sums.setdefault(key, []).append(value.detach())
-        if (step + 1) % self.every == 0:
+        if (step + 1) % self.every == 0 and self._sums:
             means = {key: float(_together(values).mean()) for key, values in self._sums.items()}
-            self.points.append({"step": step + 1, "seconds": round(self.seconds, 1), **means})
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
-            logger.info("[%6.1f s] %6d  %s", self.seconds, step + 1, shown)
             self._sums.clear()
+            self.add(step + 1, means)
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """A point after so many steps, or further figures of the one that is there."""
+        if not self.points or self.points[-1]["step"] != step:
+            self.points.append({"step": step, "seconds": round(self.seconds, 1)})
+        self.points[-1] |= figures
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
+        logger.info("[%6.1f s] %6d  %s%s", self.seconds, step, shown, self._left(step))
+        if self.board is not None:
+            self.board.add(step, figures)
+
+    def _left(self, step: int) -> str:
+        """How long the rest will take, as fast as the steps since the last point."""
+        (before, then), now = self._last, time.perf_counter()
+        self._last = (step, now)
+        if self.steps is None or step <= before:
+            return ""
+        each = (now - then) / (step - before)
+        left = timedelta(seconds=round(each * (self.steps - step)))
+        return f"  {each:.3g} s a step, {left} left of {self.steps} steps"
 
     def state(self) -> dict[str, Any]:
         """All of it as JSON, the scalars of the point that has begun included."""
@@ -58,11 +99,56 @@ class Log:
         self.notes, self.points = state["notes"], state["points"]
         self._sums = {key: list(torch.tensor(values)) for key, values in state["begun"].items()}
 
+    def write(self) -> None:
+        """Bring the files up to date."""
+        self._replace(".json", json.dumps({"notes": self.notes, "points": self.points}, indent=1) + "\n")
+        names = list(dict.fromkeys(key for point in self.points for key in point if key != "seconds"))
+        if not self.live or not names:
+            return
+        with replacing(self.path.with_suffix(".csv")) as temporary, temporary.open("w", newline="") as file:
+            table = csv.DictWriter(file, names, extrasaction="ignore")
+            table.writeheader()
+            table.writerows(self.points)
+        series = {
+            name: [(point["step"], point[name]) for point in self.points if name in point]
+            for name in names[1:]
+        }
+        with replacing(self.path.with_suffix(".png")) as temporary:
+            image = plot.lines(
+                series, title=self.path.parent.name, x="steps", size=(900, 420 + 18 * len(series))
+            )
+            image.save(temporary, "png")
+
     def save(self) -> None:
+        """At the end of a run."""
         self.note("seconds", round(self.seconds, 1))
-        text = json.dumps({"notes": self.notes, "points": self.points}, indent=1)
-        with replacing(self.path) as temporary:
-            temporary.write_text(text + "\n")
+        self.write()
+
+    def _replace(self, suffix: str, text: str) -> None:
+        with replacing(self.path.with_suffix(suffix)) as temporary:
+            temporary.write_text(text)
+
+
+class Board:
+    """Points for TensorBoard. What an earlier process wrote after the step it goes on from is left out."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "tensorboard = true needs the package tensorboard: pip install 'bokehflux[train]'"
+            ) from None
+        self._open = SummaryWriter
+        self._writer: SummaryWriter | None = None
+        self.folder = folder
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        if self._writer is None:
+            self._writer = self._open(str(self.folder), purge_step=step)
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
 
 def _together(values: list[Tensor]) -> Tensor:

@@ -10,9 +10,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,16 @@ class Step(NamedTuple):
 
 Loss = Callable[[Step], tuple[Tensor, dict[str, Tensor]]]
 """The mean loss of a step's samples, a scalar, and the scalars to log for it."""
+
+
+class Look(Protocol):
+    """A look at the run from outside, every so many steps and after the last."""
+
+    @property
+    def every(self) -> int: ...
+
+    def __call__(self, state: State) -> dict[str, float]:
+        """Figures for the log, the same on every process. Changes nothing that a step depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +87,7 @@ def train(
     course: Course,
     log: Log,
     saves: Saves | None = None,
+    looks: Sequence[Look] = (),
     rows: Rows = sample_numbers,
 ) -> int:
     """Train the optimiser's parameters in place until they are their moving average. Returns the steps taken.
@@ -103,6 +114,7 @@ def train(
         saves.restore(state)
     if saves is not None:
         saves.check_room(state)
+    log.begin(state.step, None if course.minutes else course.steps)
     device, objective = parameters[0].device, averaged(loss, parameters)
     with contextlib.ExitStack() as around:
         writer = around.enter_context(saves.writer()) if saves is not None and rank == 0 else None
@@ -123,8 +135,18 @@ def train(
                 optimizer.clear()
                 whole = Draws.of_step(course.seed, number, course.batch, torch.device("cpu"))
                 logger.warning(state.refused.add(number, losses, norms[0], rows, whole))
+                log.notes["refused"] = state.refused.entries
+                if rank == 0 and log.live:
+                    log.write()
+                state.refused.check(number)
             state.step = number + 1
-            due = state.step == course.steps or (saves is not None and state.step % saves.every == 0)
+            last = state.step == course.steps
+            for look in looks:
+                if last or state.step % look.every == 0:
+                    log.add(state.step, look(state))
+            if rank == 0 and log.live and log.points and log.points[-1]["step"] == state.step:
+                log.write()
+            due = last or (saves is not None and state.step % saves.every == 0)
             if writer is not None and (due or any(stops)):
                 writer.save(state)
             if any(stops):

@@ -51,6 +51,17 @@ class Ema:
     def copy_to_parameters(self) -> None:
         torch._foreach_copy_(self.parameters, self.average)
 
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, parameters are their averages."""
+        kept = [p.detach().clone() for p in self.parameters]
+        self.copy_to_parameters()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, kept)
+
 
 @dataclass(kw_only=True)
 class State:

@@ -24,14 +24,17 @@ from bokehflux.training.adapter import (
     Sampling,
     adapter_step,
     draw_batch,
+    row_names,
     trainable_adapter,
 )
 from bokehflux.training.batches import Draws
 from bokehflux.training.engine import keep_activations, store_fp8
 from bokehflux.training.log import Log
+from bokehflux.training.looks import Best, HeldOut
 from bokehflux.training.loop import Course, Step, train
 from bokehflux.training.objective import draw_guidance
 from bokehflux.training.optim import Optimizer, cosine
+from bokehflux.training.state import Ema, State
 from bokehflux.weights.load import load_transformer
 from bokehflux.weights.precision import RowScaled
 from tests.tiny import MMDIT, TXT_LENGTH, tiny_mmdit
@@ -439,3 +442,72 @@ def test_recomputed_blocks_keep_the_names_in_files() -> None:
     keep_activations(mmdit, 0.0, compile=False)
     assert list(mmdit.state_dict()) == names
     assert [name for name, _ in trainable_adapter(mmdit)] == [name for name, _ in named]
+
+
+# --- looks
+
+
+class NamedToyScenes(ToyScenes):
+    names = ("a", "b", "c", "d", "e")
+
+
+def state_of(mmdit: MMDiT, tmp_path: Path) -> State:
+    named = trainable_adapter(mmdit)
+    ema = Ema([parameter for _, parameter in named], 0.1)
+    return State(optimizer=Optimizer(named, 0.1), ema=ema, log=Log(tmp_path / "log.json"))
+
+
+def test_the_held_out_loss_by_hand(tmp_path: Path) -> None:
+    """One row at a time: every picture at 8 noise levels with noise of its own, from averaged weights."""
+    mmdit = tiny_mmdit()
+    state, scenes = state_of(mmdit, tmp_path), ToyScenes()
+    look = HeldOut(every=1, mmdit=mmdit, rope=rope(), scenes=scenes, rows=6, pictures=7)
+    found = look(state)
+    losses: dict[str, list[float]] = {}
+    for i in range(7):
+        number = torch.tensor([i * 20 // 7])
+        scene, render = number // 4, number % 4
+        each = Draws(seed=0, samples=range(i, i + 1), batch=7, device=CPU)
+        text, level = scenes.text(scene, torch.zeros(1, dtype=torch.bool), each), scenes.levels(scene, render)
+        for sigma in torch.arange(0.0625, 1, 0.125):
+            batch = AdapterBatch(
+                x0=scenes.latents(scene, render), eps=each.normal("noise", 4, 64), sigma=sigma[None],
+                levels=level, unguided_levels=level, text=text, guidance=torch.ones(1), attention=Plain(),
+            )  # fmt: skip
+            loss = adapter_step(mmdit, batch, rope()).item()
+            name = next(n for n, top in (("0-10", 10), ("10-20", 20), ("20-30", 31)) if level < top)
+            losses.setdefault(f"held-out, levels {name}", []).append(loss)
+            losses.setdefault("held-out", []).append(loss)
+    assert found == pytest.approx({name: sum(v) / len(v) for name, v in losses.items()}, rel=1e-5)
+    with torch.no_grad():
+        for parameter in state.ema.parameters:
+            parameter += 1
+    assert look(state) == found, "the average has not moved"
+    for average in state.ema.average:
+        average += 1
+    assert look(state) != found
+
+
+def test_the_best_is_kept_once_and_as_its_average(tmp_path: Path) -> None:
+    state, kept = state_of(tiny_mmdit(), tmp_path), []
+    first = state.ema.parameters[0]
+    best = Best(every=2, figure="loss", keep=lambda: kept.append((step, first.flatten()[0].item())))
+    trained = first.flatten()[0].item()
+    for step, loss in enumerate((3.0, 4.0, 2.0, 2.0, 2.5, 1.0)):
+        state.ema.average[0].fill_(step)
+        state.log.add(step, {"loss": loss})
+        assert best(state) == {}
+    assert kept == [(0, 0.0), (2, 2.0), (5, 5.0)] and first.flatten()[0].item() == trained
+
+
+def test_rows_of_a_step_are_named_as_they_are_drawn() -> None:
+    scenes, how = NamedToyScenes(), dataclasses.replace(HOW, level_dropout=0.0)
+    for number in (0, 1):
+        some = Draws.of_step(0, number, 6, CPU)
+        batch = draw_batch(scenes, how, number == 1, some)
+        named = row_names(how, scenes, scenes)(number, some)
+        for name, x0 in zip(named, batch.x0, strict=True):
+            scene, picture, level = name.split(", ")
+            assert scenes.names.index(scene) == x0[0, 0]
+            assert float(level.removeprefix("level ")) == pytest.approx(x0[0, 1].item(), abs=1e-4)
+            assert picture == f"picture {round((x0[0, 1].item() + x0[0, 0].item() / 100) / 10) + 1}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import functools
 import json
@@ -220,6 +221,28 @@ def test_an_adapter_is_trained_and_loads(recipe: AdapterRecipe, tmp_path: Path) 
     assert not moved["adapter_modules.3.to_k_bokeh.up.weight"].any(), "what changes nothing is not trained"
     with pytest.raises(CheckpointError, match="an earlier run made it: choose another folder"):
         recipes.train_adapter(recipe, tmp_path / "out", CPU)
+
+
+def test_looks_see_the_average_and_leave_the_run_as_it_is(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    """Held-out loss, sheets and the best adapter, at steps 3 and 6."""
+    recipes.train_adapter(recipe, tmp_path / "plain", CPU)
+    seen = dataclasses.replace(
+        recipe, held_out=recipe.photographs, look_every=3, prompts=("a red ball", "a cup"), best="LVCorr"
+    )
+    recipes.train_adapter(seen, tmp_path / "seen", CPU)
+    plain, looked = written(tmp_path / "plain"), written(tmp_path / "seen")
+    assert all(torch.equal(plain[name], looked[name]) for name in plain)
+    sheets = sorted(path.name for path in (tmp_path / "seen" / "sheets").iterdir())
+    assert sheets == ["0000003-00.jpg", "0000003-01.jpg", "0000006-00.jpg", "0000006-01.jpg"]
+    table = list(csv.DictReader((tmp_path / "seen" / "log.csv").open()))
+    assert [row["step"] for row in table] == ["3", "4", "6"]
+    losses = [float(row["held-out"]) for row in table if row["held-out"]]
+    assert len(losses) == 2 and all(0.1 < loss < 10 for loss in losses) and losses[0] != losses[1]
+    found = [float(row["LVCorr"]) for row in table if row["LVCorr"]]
+    assert len(found) == 2 and all(-1 <= value <= 1 for value in found)
+    best = open_checkpoint(tmp_path / "seen" / "best" / "model.safetensors")
+    same = all(torch.equal(best.read(name), looked[name]) for name in looked)
+    assert same == (found[1] > found[0]), "the last adapter is the best if its figure is"
 
 
 def test_a_run_that_stops_goes_on(

@@ -23,16 +23,20 @@ from bokehflux.configs import BokehConfig, MMDiTConfig
 from bokehflux.lens import Unify
 from bokehflux.models.adapter import BokehAdapter, init_adapter
 from bokehflux.models.embeddings import RopeTable, rope_table
+from bokehflux.models.mmdit import MMDiT
 from bokehflux.pictures.files import check_place
-from bokehflux.pipeline.memory import MemoryMode, place
+from bokehflux.pipeline.memory import MemoryMode, Placement, place
+from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.pipeline.provenance import Source
 from bokehflux.sampling.latents import LatentGrid, position_ids
-from bokehflux.training.adapter import Sampling, adapter_loss, trainable_adapter
+from bokehflux.training.adapter import Sampling, adapter_loss, row_names, trainable_adapter
 from bokehflux.training.distributed import rank_and_world, shard
 from bokehflux.training.engine import keep_activations, store_fp8
 from bokehflux.training.estimate import estimate
 from bokehflux.training.latents import Encode, LatentFolder
 from bokehflux.training.log import Log
-from bokehflux.training.loop import Course, train
+from bokehflux.training.looks import CONSISTENCY, HELD_OUT, LVCORR, Best, HeldOut, Sheets
+from bokehflux.training.loop import Course, Look, train
 from bokehflux.training.optim import Optimizer, cosine
 from bokehflux.training.state import Saves
 from bokehflux.weights.files.checkpoint import CheckpointError
@@ -102,11 +106,21 @@ class AdapterRecipe(Sampling):
     """Steps from one saved state to the next."""
     log_every: int = 50
     """Steps that a point of the curve averages."""
+    tensorboard: bool = False
+    """Write the curve for TensorBoard, too (extra `train`)."""
+    look_every: int = 500
+    """Steps from one look at the adapter to the next: the held-out loss and the sheets."""
+    held_out: str | None = None
+    """Folder of latents that are not trained on, for the loss on them; None takes no such loss."""
+    prompts: tuple[str, ...] = ()
+    """Each makes a sheet of one scene at several levels, for LVCorr and consistency."""
+    best: Literal["none", "held-out", "LVCorr", "consistency"] = "none"
+    """The figure by which the best adapter until now is kept in `best/`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be between 0 and 2^63 - 1, got {self.seed}")
-        for name in ("batch", "steps", "rank", "group", "save_every", "log_every"):
+        for name in ("batch", "steps", "rank", "group", "save_every", "log_every", "look_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip", "sigma_std", "sigma_shift"):
@@ -143,10 +157,15 @@ class AdapterRecipe(Sampling):
             )
         if self.memory == "sharded" and (self.graphs or self.storage == "fp8"):
             raise ValueError('memory = "sharded" needs storage = "dtype" without graphs')
+        if self.memory == "sharded" and (self.held_out is not None or self.prompts):
+            raise ValueError('held_out and prompts were not tried with memory = "sharded": leave them out')
         if self.rows is not None and (self.rows < 1 or self.rows % self.group or self.batch % self.rows):
             raise ValueError(
                 f"rows must be whole groups of {self.group} and divide batch, {self.batch}, got {self.rows}"
             )
+        needed = {"held-out": "held_out", "LVCorr": "prompts", "consistency": "prompts"}.get(self.best)
+        if needed is not None and not getattr(self, needed):
+            raise ValueError(f'best = "{self.best}" needs {needed}, by which it is measured')
         if not math.isfinite(self.sigma_mean):
             raise ValueError(f"sigma_mean must be finite, got {self.sigma_mean}")
         # What another setting would make a run ignore is refused.
@@ -244,7 +263,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(type(v) is int for v in value)
+        return isinstance(value, tuple) and all(type(v) is get_args(hint)[0] for v in value)
     return type(value) is hint or (hint is float and type(value) is int)
 
 
@@ -254,11 +273,19 @@ def _said(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {', '.join(get_args(hint))}"
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return words.get(hint, "a list of whole numbers")
+    lists = {int: "a list of whole numbers", str: "a list of texts"}
+    return lists[get_args(hint)[0]] if get_origin(hint) is tuple else words[hint]
 
 
-def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, resume: bool = False) -> None:
-    """Train, and write `adapter/` in the published layout, `recipe.toml` and `log.json` to `out`.
+def train_adapter(
+    recipe: AdapterRecipe,
+    out: Path,
+    device: torch.device,
+    *,
+    resume: bool = False,
+    on_full: Literal["wait", "stop"] = "wait",
+) -> None:
+    """Train, and write `adapter/` in the published layout, `recipe.toml` and the log to `out`.
 
     Until then its state is there, from which `resume` goes on; no other run begins over it or an adapter.
     Where torch.distributed is initialised, every process calls this alike.
@@ -271,7 +298,7 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
         raise ValueError(f"graphs = true needs a CUDA GPU, the device is {device}: leave graphs out")
     if recipe.memory == "sharded" and rank_and_world()[1] == 1:
         raise ValueError('memory = "sharded" needs several processes: start it with torchrun')
-    saves = _saves(recipe, out, resume)
+    saves = dataclasses.replace(_saves(recipe, out, resume), on_full=on_full)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     if recipe.deterministic:
@@ -319,21 +346,65 @@ def train_adapter(recipe: AdapterRecipe, out: Path, device: torch.device, *, res
         ema_rate=recipe.ema_rate,
         clip=recipe.clip,
     )
-    log = Log(out / "log.json", every=recipe.log_every)
+    board = out / "tensorboard" if recipe.tensorboard and rank_and_world()[0] == 0 else None
+    log = Log(out / "log.json", every=recipe.log_every, live=True, board=board)
     log.note("recipe", vars(recipe))
     rope = _rope(parts, groups.grid, device)
     loss = adapter_loss(
         mmdit, rope, recipe, plain=photographs, grouped=groups, record=recipe.graphs, rows=recipe.rows
     )
-    train(loss, optimizer, course, log, saves)
+    looks = _looks(recipe, out, parts, placement, rope, encode, groups.grid)
+    names = row_names(recipe, photographs, groups)
+    train(loss, optimizer, course, log, saves, looks, names)
     if rank_and_world()[0] == 0:
-        tensors = {name: t.detach().cpu() for name, t in mmdit.bokeh.state_dict().items()}
-        table = BOKEHDEPTH if recipe.layout == "bokehdepth" else PUBLISHED
-        network = adapter_for(mmdit.config)
-        save_network(network, out / "adapter", mmdit.bokeh.config, tensors, table=table)
+        _write(recipe, mmdit, out / "adapter")
         recipe.write(out / "recipe.toml")
         log.save()
         saves.path.unlink(missing_ok=True)
+
+
+def _looks(
+    recipe: AdapterRecipe,
+    out: Path,
+    parts: Components,
+    placement: Placement,
+    rope: RopeTable,
+    encode: Encode,
+    grid: LatentGrid,
+) -> list[Look]:
+    mmdit, every = parts.transformer, recipe.look_every
+    looks: list[Look] = []
+    if recipe.held_out is not None:
+        scenes = LatentFolder(Path(recipe.held_out), encode, recipe.unify)
+        rows = recipe.rows or recipe.batch // rank_and_world()[1]
+        looks.append(HeldOut(every=every, mmdit=mmdit, rope=rope, scenes=scenes, rows=rows))
+    if recipe.prompts:
+        pipe = Pipeline(
+            transformer=mmdit,
+            text=parts.text,
+            vae=parts.vae,
+            schedule=parts.snapshot.schedule,
+            defaults=parts.snapshot.defaults,
+            source=Source(model=recipe.model),
+            memory=placement,
+        )
+        folder = out / "sheets"
+        looks.append(Sheets(every=every, pipe=pipe, prompts=recipe.prompts, folder=folder, grid=grid))
+    figures = {"held-out": (HELD_OUT, True), "LVCorr": (LVCORR, False), "consistency": (CONSISTENCY, False)}
+    if recipe.best != "none":
+        figure, lowest = figures[recipe.best]
+        keep = functools.partial(_write, recipe, mmdit, out / "best")
+        looks.append(Best(every=every, figure=figure, lowest=lowest, keep=keep))
+    return looks
+
+
+def _write(recipe: AdapterRecipe, mmdit: MMDiT, folder: Path) -> None:
+    """The adapter as it is, by the first process."""
+    assert mmdit.bokeh is not None
+    if rank_and_world()[0] == 0:
+        tensors = {name: t.detach().cpu() for name, t in mmdit.bokeh.state_dict().items()}
+        table = BOKEHDEPTH if recipe.layout == "bokehdepth" else PUBLISHED
+        save_network(adapter_for(mmdit.config), folder, mmdit.bokeh.config, tensors, table=table)
 
 
 def _saves(recipe: AdapterRecipe, out: Path, resume: bool) -> Saves:
