@@ -59,7 +59,7 @@ class Scenes(Protocol):
 class NamedScenes(Scenes, Protocol):
     @property
     def names(self) -> Sequence[str]:
-        """Of the scenes."""
+        """What messages call the scenes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ class Log:
         self.live = live
         self.board = None if board is None else Board(board)
         self.steps: int | None = None
-        """Of the whole run, if known."""
+        """How many the whole run has, if known."""
         self.start = time.perf_counter()
         self.notes: dict[str, object] = {}
         self.points: list[dict[str, float]] = []

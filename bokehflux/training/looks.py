@@ -36,7 +36,7 @@ HELD_OUT, LVCORR, CONSISTENCY = "held-out", "LVCorr", "consistency [dB]"
 SIGMAS = tuple((i + 0.5) / 8 for i in range(8))
 """The noise levels of the held-out loss."""
 SEED = 0
-"""Of the held-out noise, in every run: curves of two runs can be compared."""
+"""For the held-out noise, in every run: curves of two runs can be compared."""
 BINS = (0.0, 10.0, 20.0, MAX_LEVEL)
 """Borders of the levels that are told apart."""
 
@@ -148,7 +148,7 @@ class Sheets:
     levels: tuple[float, ...] = (0.0, 7.5, 15.0, 22.5, 30.0)
     pivot: float = 15.0
     steps: int | None = None
-    """Of each sweep; None takes the model's own."""
+    """How many a sweep takes; None: the model's own."""
 
     def __call__(self, state: State) -> dict[str, float]:
         rank, world = rank_and_world()
