@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import secrets
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, get_args
@@ -111,7 +111,7 @@ def _one_of(*words: str) -> Kind:
 
 def random_seed() -> int:
     """A seed that nobody has chosen, short enough to be typed again."""
-    return secrets.randbits(32)
+    return int.from_bytes(os.urandom(4), "little")
 
 
 def _seed_word(word: str) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
 import os
 import re
@@ -233,6 +232,8 @@ class _Parser(argparse.ArgumentParser):
             return f" (a flag of {', '.join(takers)})"
         known = [flag for parser in (self, *commands.values()) for flag in parser._option_string_actions]
         known = [*known, *ALIASES] if wrong[1] else re.findall(r"[\w-]+", message[wrong.end() :])
+        import difflib  # only a wrong flag needs it
+
         close = difflib.get_close_matches(wrong[1] or wrong[2], sorted(set(known)), n=1)
         return f" (did you mean {close[0]}?)" if close else ""
 

@@ -10,10 +10,8 @@ import argparse
 import contextlib
 import logging
 import os
-import pickle
 import signal
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,6 +66,8 @@ class Team:
         """What the first process was asked for: random seeds, for instance, are its own."""
         if self.store is None:
             return asked
+        import pickle  # most commands are one process, and begin at once
+
         if self.leads:
             self.store.set("asked", pickle.dumps(asked).hex())
         return pickle.loads(bytes.fromhex(self.store.get("asked").decode()))
@@ -188,7 +188,7 @@ def _launch(words: Sequence[str], count: int) -> tuple[int, str | None]:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=os.urandom(16).hex(), rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
     )  # fmt: skip
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line
