@@ -119,9 +119,12 @@ def judge_refocus(pipe: Pipeline, args: argparse.Namespace) -> int:
         steps=args.steps,
         seed=args.seed,
     )
-    print(f"{args.captions} photos, means in dB\nlevel   refocused   left as it is   truth through VAE")
+    print(f"{args.captions} photos, means in dB; lights: a share of the true ones")
+    print("level   refocused   left as it is   truth through VAE   subject   lights")
     for row in scores:
-        print(f"{row.level:5.0f}{row.psnr:12.1f}{row.photo:16.1f}{row.decoded:20.1f}")
+        print(
+            f"{row.level:5.0f}{row.psnr:12.1f}{row.photo:16.1f}{row.decoded:20.1f}{row.subject:10.1f}{row.lights:9.2f}"
+        )
     asked = {"photo_level": args.photo_level, "method": args.method, "seed": args.seed}
     record = made_by(pipe, args, time.perf_counter() - start) | asked
     write_json(args.results / "refocus.json", record | {"rows": [asdict(row) for row in scores]})

@@ -7,10 +7,12 @@ render through the model's autoencoder: what this one could score at most.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -23,11 +25,14 @@ from bokehflux.nano.scenes import build_scenes, render
 from bokehflux.pictures import plot
 from bokehflux.pictures.sheet import Tile, contact_sheet
 from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.rendering.photo import GAMMA
 
 LEVELS = (0.0, 8.0, 15.0, 28.0)
 SEED = 5
 """Decides what captions leave open, where no other seed is asked for."""
 SHEET_ROWS = 3
+LIGHT = 0.02
+"""By so much, in display values, a place is brighter for a light that the photograph shows clipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,10 @@ class Scores:
     """From the photograph, left as it is, to the true render."""
     decoded: float
     """From the true render, through the model's autoencoder, to the true render."""
+    subject: float
+    """As `psnr`, over the subject alone."""
+    lights: float
+    """What clipped lights add to the picture, as a share of what they add to the true render."""
 
 
 def evaluate(
@@ -61,6 +70,10 @@ def evaluate(
     levels = [level for level in LEVELS if method != "render" or level >= photo_level]
     truth = [render(scene, torch.full((captions,), level)) for level in levels]
     photos = render(scene, torch.full((captions,), photo_level))
+    white = dataclasses.replace(scene, background=torch.minimum(scene.background, 1 / scene.exposure))
+    dim = [render(white, torch.full((captions,), level)) for level in levels]
+    pad = (scene.subject.shape[-1] - scene.size_px) // 2
+    subject = F.pad(scene.subject[:, 3:], [-pad] * 4) > 0.5  # [B, 1, S, S]
     found, strips = [], []
     for i, prompt in enumerate(prompts):
         photo, true = picture(photos[i]), [renders[i : i + 1] for renders in truth]
@@ -68,10 +81,18 @@ def evaluate(
             photo, prompt, levels, photo_level=photo_level, method=method, num_inference_steps=steps
         )
         made = result.images
-        for image, expected in zip(made, true, strict=True):
+        for image, expected, without in zip(made, true, dim, strict=True):
             shown, given = pixels(image), pixels(photo)
             decoded = floats(through_vae(pipe.vae, expected)).cpu()
-            found.append([psnr(each, expected) for each in (shown, given, decoded)])
+            inside = subject[i].expand(3, -1, -1)
+            parts = (shown[0][inside], expected[0][inside])
+            found.append(
+                [
+                    *(psnr(each, expected) for each in (shown, given, decoded)),
+                    psnr(parts[0].view(1, 3, 1, -1), parts[1].view(1, 3, 1, -1)),
+                    *added(shown[0], expected[0], without[i]),
+                ]
+            )
         if i < SHEET_ROWS:
             for images, what in ((made, "refocused"), ([picture(one[0]) for one in true], "rendered")):
                 tiles = [Tile(image=photo, label=f"photo {photo_level:g}", is_pivot=True)]
@@ -80,12 +101,20 @@ def evaluate(
                     for level, image in zip(levels, images, strict=True)
                 ]
                 strips.append(contact_sheet(tiles, prompt, what))
-    means = torch.tensor(found).view(captions, len(levels), 3).mean(0).tolist()
+    means = torch.tensor(found).view(captions, len(levels), 6).mean(0).tolist()
     scores = [
-        Scores(level=level, psnr=shown, photo=given, decoded=decoded)
-        for level, (shown, given, decoded) in zip(levels, means, strict=True)
+        Scores(level=level, psnr=shown, photo=given, decoded=decoded, subject=part, lights=ours / true_light)
+        for level, (shown, given, decoded, part, ours, true_light) in zip(levels, means, strict=True)
     ]
     return scores, plot.joined(strips, "down")
+
+
+def added(shown: Tensor, expected: Tensor, without: Tensor) -> tuple[float, float]:
+    """Linear light that is in two pictures, and not in the one without bright lights, where the second has
+    more; all [3, H, W] display values."""
+    discs = expected - without > LIGHT
+    less = without**GAMMA
+    return tuple(float(((each**GAMMA - less) * discs).sum()) for each in (shown, expected))  # type: ignore[return-value]
 
 
 def picture(pixels: Tensor) -> Image.Image:

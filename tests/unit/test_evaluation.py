@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bokehflux.evaluation import __main__ as evaluation
-from bokehflux.evaluation import card, nano, report, shortcuts
+from bokehflux.evaluation import card, nano, refocus, report, shortcuts
 from bokehflux.evaluation.figures import CURVE, MEASURED, Figure, Series
 from bokehflux.models.vae import to_uint8
 from bokehflux.nano.captions import held_out
@@ -125,6 +125,17 @@ def test_a_report_on_refocusing_knows_the_photograph(tiny: None, tmp_path: Path)
     assert record["rows"][0]["photo"] > 55 > record["rows"][1]["photo"], "the photograph is at level 0"
     assert all(0 < row["decoded"] < 100 for row in record["rows"]), "the truth through the autoencoder"
     assert (tmp_path / "refocus.jpg").is_file()
+
+
+def test_the_light_of_discs_is_measured_against_the_true_ones() -> None:
+    without = torch.full((3, 8, 8), 0.2)
+    true, half = without.clone(), without.clone()
+    true[:, 2:4, 2:4] = 1.0
+    half[:, 2:4, 2:4] = ((1 + 0.2**2.2) / 2) ** (1 / 2.2)
+    half[:, 6, 6] = 0.9  # no light of the true picture's
+    ours, expected = refocus.added(half, true, without)
+    assert expected == pytest.approx(12 * (1 - 0.2**2.2), rel=1e-5)
+    assert ours == pytest.approx(expected / 2, rel=1e-5)
 
 
 def test_a_report_on_shortcuts(tiny: None, tmp_path: Path) -> None:
