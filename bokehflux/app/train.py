@@ -180,7 +180,12 @@ def train(args: argparse.Namespace) -> int:
     if not args.dry_run:
         leads = int(os.environ.get("RANK", 0)) == 0
         logging.getLogger("bokehflux.training").setLevel(logging.INFO if leads else logging.ERROR)
-        train_adapter(recipe, out, device, resume=args.resume, on_full=args.on_full)
+        try:
+            train_adapter(recipe, out, device, resume=args.resume, on_full=args.on_full)
+        except RuntimeError as error:
+            if "peer" not in str(error):  # gloo's word for a process that is gone: the launcher names it
+                raise
+            raise SystemExit(1) from error
         lines = [str(out / "adapter")]
     if int(os.environ.get("RANK", 0)) == 0:
         show(lines)

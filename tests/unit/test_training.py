@@ -581,6 +581,62 @@ def test_two_processes_train_as_one(tmp_path: Path, resume: bool) -> None:
         assert points == [pytest.approx(point, rel=1e-5) for point in without_seconds(log)]
 
 
+def one_of_two_that_clips(folder: Path, rank: int) -> str:
+    """The norm of what reaches the optimiser in each step, where clipping bites now and then."""
+    distributed.init_process_group("gloo", f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    return str(norms_of_a_run(folder))
+
+
+def norms_of_a_run(folder: Path) -> list[float]:
+    toy, norms = Toy(), []
+    optimizer = toy.optimizer()
+    step = optimizer.step
+
+    def watched(factor: float) -> None:
+        norms.append(
+            torch.cat([p.grad.flatten() for p in toy.parameters() if p.grad is not None]).norm().item()
+        )
+        step(factor)
+
+    optimizer.step = watched  # type: ignore[method-assign]
+    train(toy.loss, optimizer, COURSE, Log(folder / "log.json"))
+    return norms
+
+
+@needs_linux
+def test_clipping_clips_on_one_and_two_processes(tmp_path: Path) -> None:
+    alone = norms_of_a_run(tmp_path)
+    assert max(alone) == pytest.approx(COURSE.clip, rel=1e-4)
+    assert 2 < sum(norm > 0.999 * COURSE.clip for norm in alone) < 12
+    both = [start(lambda rank=rank: one_of_two_that_clips(tmp_path, rank)) for rank in range(2)]
+    for code, said in [finish(*child) for child in both]:
+        assert code == 0, said
+        assert literal_eval(said) == pytest.approx(alone, rel=1e-4)
+
+
+def one_of_two_that_dies(folder: Path, rank: int) -> None:
+    distributed.init_process_group("gloo", f"file://{folder / 'meet'}", rank=rank, world_size=2)
+
+    def wrap(loss: Loss) -> Loss:
+        def deadly(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
+            if at.number == 6 and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss(at)
+
+        return deadly
+
+    train_toy(folder, saves_in(folder), wrap)
+
+
+@needs_linux
+def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
+    """With gloo at once, and in words that the command knows; the state before is kept."""
+    both = [start(lambda rank=rank: one_of_two_that_dies(tmp_path, rank)) for rank in range(2)]
+    (code, said), (killed, _) = [finish(*child) for child in both]
+    assert killed == -signal.SIGKILL and code == 1 and "RuntimeError" in said and "peer" in said
+    assert json.loads(open_checkpoint(tmp_path / "state.safetensors").metadata["state"])["step"] == 4
+
+
 def one_of_two_that_breaks(folder: Path, rank: int) -> str:
     """The second process's share of step 3 is not finite, and the first is asked to end in step 6."""
     distributed.init_process_group("gloo", f"file://{folder / 'meet'}", rank=rank, world_size=2)
