@@ -13,6 +13,7 @@ import io
 import json
 import re
 import tarfile
+import tokenize
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,10 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 DEPTH_SUFFIXES = (".depth.npz", ".depth.npy", ".depth.png")
 MASK_SUFFIXES = (".mask.npz", ".mask.npy", ".mask.png", ".mask.jpg")
 Kind = Literal["depth", "mask"]
+UNREADABLE_ARRAYS = (
+    MemoryError, NotImplementedError, RecursionError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile,
+)  # fmt: skip
+"""What else `numpy.load` may raise: a header is parsed as Python, and a .npz is a zip archive."""
 WHOLE = {"depth": {"uint16": 1000, "int32": 1000}, "mask": {"uint8": 255, "uint16": 65535, "int32": 65535}}
 """Types of whole numbers in maps, and how many make a metre, or 1."""
 PHOTO_ID = re.compile(r"static\.?flickr\.com/(?:\d+/)*(\d+)_|flickr\.com/photos/[^/]+/(\d+)")
@@ -429,17 +434,33 @@ def _map_reader(read: Callable[[], bytes], name: str, kind: Kind) -> Callable[[]
         try:
             data = read()
             if name.endswith((".npz", ".npy")):
-                loaded = np.load(io.BytesIO(data), allow_pickle=False)
-                array = loaded if isinstance(loaded, np.ndarray) else loaded[kind]
+                array = _array(data, kind)
             else:
                 with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
                     array = np.asarray(image if image.mode.startswith("I") else image.convert("L"))
         except (*UNREADABLE, zipfile.BadZipFile) as error:
             raise ValueError(f"cannot read {name}: {error}") from error
         whole = np.issubdtype(array.dtype, np.integer)
-        if array.ndim != 2 or (whole and array.dtype.name not in WHOLE[kind]):
+        fits = array.dtype.name in WHOLE[kind] if whole else np.issubdtype(array.dtype, np.floating)
+        if array.ndim != 2 or not array.size or not (fits or (kind == "mask" and array.dtype == bool)):
             form = f"expected [H, W], floats or {' or '.join(WHOLE[kind])}"
             raise ValueError(f"{name} has shape {array.shape} and type {array.dtype}, {form}")
         return array.astype(np.float32) / np.float32(WHOLE[kind][array.dtype.name] if whole else 1)
 
     return values
+
+
+def _array(data: bytes, kind: Kind) -> NDArray[Any]:
+    """The array in a file of NumPy, in a .npz the one called after its kind. Raises ValueError for others."""
+    try:
+        loaded = np.load(io.BytesIO(data), allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        if kind in loaded:
+            return loaded[kind]  # type: ignore[no-any-return]
+        there = ", ".join(loaded) or "nothing"
+    except (*UNREADABLE, *UNREADABLE_ARRAYS) as error:
+        raise ValueError(
+            "it is not an array of numbers, or not all of one, as NumPy saves them; pickles are never read"
+        ) from error
+    raise ValueError(f"it has no array called {kind}, but {there}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from bokehflux.app import cli
 from bokehflux.app.arguments import parsers
 from bokehflux.focus import Point
 from bokehflux.lens import Camera
+from bokehflux.photos.readers import read_map
 from bokehflux.pictures.metadata import RENDERED_TYPE, read_recipe
 from bokehflux.pipeline import render
 from bokehflux.record import RenderSettings
@@ -228,6 +231,15 @@ def test_a_full_disk_is_noticed_before_work(
         ([*BASE, "--levels", "31"], "must be between 0 (all sharp) and 30, got 31"),
         ([*BASE, "--depth", "none.npy"], "cannot read the depth none.npy: it is not there"),
         ([*BASE, "--depth", "arnet.safetensors"], "cannot read arnet.safetensors"),
+        ([*BASE, "--depth", "text.npy"], "not an array of numbers, or not all of one"),
+        ([*BASE, "--depth", "objects.npy"], "pickles are never read"),
+        ([*BASE, "--depth", "claims.npy"], "not an array of numbers, or not all of one"),
+        ([*BASE, "--depth", "complex.npy"], "type complex128, expected [H, W], floats"),
+        ([*BASE, "--depth", "switch.npy"], "type bool, expected [H, W], floats"),
+        ([*BASE, "--depth", "empty.npy"], "has shape (0, 0) and type"),
+        ([*BASE, "--depth", "text.npz"], "not an array of numbers"),
+        ([*BASE, "--depth", "brace.npy"], "not an array of numbers"),
+        ([*BASE, "--depth", "other.npz"], "it has no array called depth, but radius, mask"),
         ([*BASE, "--depth", "bars.png"], "(60, 60) and type uint8, expected [H, W], floats or uint16"),
         ([*BASE, "--mask", "bars.png"], "has 60 x 60 points and the photograph 90 x 60"),
         ([*BASE, "--device", "tpu"], "unknown device 'tpu'"),
@@ -235,10 +247,40 @@ def test_a_full_disk_is_noticed_before_work(
     ],
 )
 def test_what_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    odd_maps()
     assert cli.main(words) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and not said.out
     assert not Path("results").exists()
+
+
+def odd_maps() -> None:
+    """Files that are called as maps are."""
+    for name in ("text.npy", "text.npz"):
+        Path(name).write_text("3 4")
+    np.save("objects.npy", np.array([{}], object), allow_pickle=True)
+    np.save("complex.npy", np.ones((HEIGHT, WIDTH), complex))
+    np.save("switch.npy", np.ones((HEIGHT, WIDTH), bool))
+    np.save("empty.npy", np.ones((0, 0)))
+    np.savez("other.npz", radius=np.ones(3), mask=np.ones(3))
+    np.save("claims.npy", np.ones((2, 2)))
+    data = Path("claims.npy").read_bytes()
+    Path("brace.npy").write_bytes(data.replace(b"}", b" "))
+    Path("claims.npy").write_bytes(data.replace(b"(2, 2), }      ", b"(99999, 999), }")[:-4])
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_damaged_arrays_are_read_or_refused(name: str) -> None:
+    """NumPy has many ways to say that it cannot."""
+    data, draw = Path(name).read_bytes(), np.random.default_rng(7)
+    for _ in range(400):
+        changed = bytearray(data)
+        for at in draw.integers(0, min(len(data), 300), 3):
+            changed[-at if draw.integers(4) == 0 else at] = draw.integers(256)
+        Path(f"x{name[1:]}").write_bytes(changed[: draw.integers(1, len(data) * 2)])
+        with contextlib.suppress(ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read_map(Path(f"x{name[1:]}"), "depth")
 
 
 def test_from_python(tmp_path: Path) -> None:
