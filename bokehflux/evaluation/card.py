@@ -13,7 +13,10 @@ from bokehflux.nano.recipe import NANO, RESUMED
 from bokehflux.pictures import plot
 
 AXES = ("step", "seconds")
-STAGES = {"autoencoder": "vae", "base": "base", "base-resumed": "base --resume", "adapter": "adapter"}
+STAGES = {
+    "autoencoder": "vae", "base": "base", "base-resumed": "base --resume", "adapter": "adapter",
+    "reference": "reference",
+}  # fmt: skip
 """Name of a log -> its stage in scripts/train_nano.py, in their order."""
 
 
