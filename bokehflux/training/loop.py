@@ -142,8 +142,8 @@ def train(
             state.step = number + 1
             last = state.step == course.steps
             for look in looks:
-                if last or state.step % look.every == 0:
-                    log.add(state.step, look(state))
+                if (last or state.step % look.every == 0) and (found := look(state)):
+                    log.add(state.step, found)
             if rank == 0 and log.live and log.points and log.points[-1]["step"] == state.step:
                 log.write()
             due = last or (saves is not None and state.step % saves.every == 0)
