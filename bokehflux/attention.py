@@ -198,4 +198,6 @@ class OnReference(_WithKeys):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self.here.k is not None and self.here.v is not None, "read_reference fills the keys first"
-        return self._call(interface.extended_attention, q, k, v, self.here.k, self.here.v)
+        # A CPU's first steps are wider than the one pass that filled the keys.
+        more = (x.to(k.dtype) for x in (self.here.k, self.here.v))
+        return self._call(interface.extended_attention, q, k, v, *more)

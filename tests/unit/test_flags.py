@@ -333,6 +333,15 @@ def test_replay_is_bit_equal(
             assert read_recipe(old) == read_recipe(line)
 
 
+def test_a_replay_loads_and_decodes_as_its_picture_was_made(world: dict[str, Any]) -> None:
+    argv = ["generate", "--prompt", "a fox", "--compute", "fp8", "--vae-tiling", "on", "--output", "first"]
+    assert cli.main([*argv, "--device", "cpu", "--num-inference-steps", "2"]) == 0
+    world.clear()
+    assert cli.main(["generate", "--config-from", "first/plain.png", "--output", "second"]) == 0
+    assert (world["compute"], world["device"]) == ("fp8", "cpu")
+    assert read_recipe("second/plain.png")["vae_tiling"] is True
+
+
 def test_flags_override_a_replay(world: dict[str, Any]) -> None:
     argv = ["generate", "--config-from", "earlier.png", "--seed", "9", "--output", "out"]
     assert cli.main(argv) == 0

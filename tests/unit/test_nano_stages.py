@@ -27,7 +27,7 @@ from bokehflux.models.vae import AutoencoderKL
 from bokehflux.nano import autoencoder, train
 from bokehflux.nano.adapter import EncodedPool, train_adapter
 from bokehflux.nano.autoencoder import train_autoencoder
-from bokehflux.nano.base import Sampler, TextToVelocity, distill_guidance, init_mmdit, train_base
+from bokehflux.nano.base import DISTILLED, Sampler, TextToVelocity, distill_guidance, init_mmdit, train_base
 from bokehflux.nano.pool import (
     LatentPool,
     Shoot,
@@ -50,6 +50,7 @@ from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.training.adapter import adapter_step, draw_batch
 from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
+from bokehflux.training.objective import logit_normal
 from bokehflux.weights.files.checkpoint import CheckpointError
 from bokehflux.weights.load import load_components
 from tests.tiny import BOKEH, MMDIT, TXT_LENGTH, VAE, tiny_mmdit
@@ -270,6 +271,8 @@ def test_distillation_by_hand(tmp_path: Path) -> None:
     assert not torch.equal(calls[0][0][1], first_ids), "samples of its own, not the base's again"
     for step, ((x, t5_ids, clip_ids, sigma, guidance, _), v) in enumerate(calls):
         null = torch.ones_like(t5_ids)
+        of_step = Draws.of_step(stage.seed + DISTILLED, step, 12, CPU)
+        assert torch.equal(sigma, logit_normal(of_step, 0.15, 1.1))
         with torch.no_grad():
             c = before(x, t5_ids, clip_ids, sigma, torch.ones(12), rope())
             u = before(x, null, null, sigma, torch.ones(12), rope())

@@ -31,6 +31,14 @@ def test_names_and_places_do_not_count(tmp_path: Path) -> None:
     assert fingerprint([tmp_path / "one"]) != fingerprint([tmp_path / "two"])
 
 
+def test_the_order_of_files_does_not_count(tmp_path: Path) -> None:
+    for folder, shift in (("one", 0), ("two", 5)):
+        (tmp_path / folder).mkdir()
+        for i in range(12):
+            (tmp_path / folder / f"{(i + shift) % 12}-{folder}.json").write_bytes(bytes([i]))
+    assert fingerprint([tmp_path / "one"]) == fingerprint([tmp_path / "two"])
+
+
 @pytest.mark.parametrize("place", [0, 1, 500, 999])
 def test_small_files_are_hashed_whole(tmp_path: Path, place: int) -> None:
     content = bytearray(1000)

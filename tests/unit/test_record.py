@@ -71,6 +71,14 @@ def test_recipes_from_strangers_are_checked(name: str, value: object) -> None:
         Record.from_recipe({**recipe, name: value})
 
 
+def test_what_a_replay_says_of_another_place() -> None:
+    """Whatever can move the last bits; not names of files, which say nothing about what is in them."""
+    assert MADE_BY.marked("matters").keys() == {
+        "model_hash", "adapter_hash", "lora_hashes", "dtype", "compute", "device_name", "threads", "torch",
+        "triton", "version", "attention",
+    }  # fmt: skip
+
+
 def test_a_recipe_that_lacks_a_field() -> None:
     """The prompt must be there; what an older version did not know takes its default."""
     with pytest.raises(ValueError, match="lacks 'prompt'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
@@ -493,6 +494,16 @@ def looking() -> Pipeline:
     pipe = tiny_pipeline()
     torch.manual_seed(3)
     return dataclasses.replace(pipe, reference=ReferenceAdapter(ReferenceConfig(rank=4), MMDIT))
+
+
+def test_a_cpu_in_bfloat16_looks_with_wide_and_narrow_steps() -> None:
+    exact = looking()
+    narrow = tiny_pipeline(dtype=torch.bfloat16)
+    assert exact.reference is not None
+    narrow = dataclasses.replace(narrow, reference=copy.deepcopy(exact.reference).bfloat16())
+    options = {"method": "reference", "num_inference_steps": 4}
+    a, b = (pipe.refocus(photo(), "a mug", [9, 30], **options).latents for pipe in (narrow, exact))  # type: ignore[arg-type]
+    assert a.dtype == torch.float32 and 0 < (a - b).norm() / b.norm() < 0.05
 
 
 @pytest.mark.parametrize("max_rows", [None, 1])

@@ -113,6 +113,7 @@ def test_a_pivot_is_kept_for_one_block_and_its_readers() -> None:
         store.put(1, block, q, k)
         for _ in range(2):
             assert store.get(1, block, q.device) == (q, k)
+        assert not store.holds(1, block), "the last reader frees it"
     store.put(1, 3, q, k)
     store.put(1, 4, q, k)
     with pytest.raises(ValueError, match="block 3"):
