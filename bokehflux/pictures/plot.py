@@ -49,8 +49,10 @@ def lines(
     x: str,
     logarithmic: bool = False,
     size: tuple[int, int] = (740, 510),
+    span: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """A line of (x, y) points for each name. x: what the horizontal axis shows.
+    """A line of (x, y) points for each name. x: what the horizontal axis shows, span: from where to where, as
+    far as the points go if None.
 
     logarithmic: the vertical axis; every y must then be positive. Below it each name stands in its line's
     ink, with the line's last value.
@@ -59,7 +61,7 @@ def lines(
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     left, top, right, bottom = 60, 34, size[0] - 14, size[1] - 50 - 18 * len(series)
     points = [point for line in series.values() for point in line]
-    first, last = min(px for px, _ in points), max(px for px, _ in points)
+    first, last = span or (min(px for px, _ in points), max(px for px, _ in points))
     low, high = min(py for _, py in points), max(py for _, py in points)
     scaled = math.log10 if logarithmic else float
 

@@ -22,6 +22,9 @@ from bokehflux.weights.files.write import replacing
 
 logger = logging.getLogger(__name__)
 
+UNITS = ("[dB]", "LVCorr")
+"""Endings of names of other figures than losses: each kind is drawn over an axis of its own."""
+
 
 class Log:
     """Averages scalars over `every` steps without waiting for the device in between.
@@ -109,15 +112,24 @@ class Log:
             table = csv.DictWriter(file, names, extrasaction="ignore")
             table.writeheader()
             table.writerows(self.points)
-        series = {
-            name: [(point["step"], point[name]) for point in self.points if name in point]
-            for name in names[1:]
-        }
+        panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for name in names[1:]:
+            unit = next((unit for unit in UNITS if name.endswith(unit)), "loss")
+            line = [(point["step"], point[name]) for point in self.points if name in point]
+            panels.setdefault(unit, {})[name] = line
+        span, run = (self.points[0]["step"], self.points[-1]["step"]), self.path.parent.name
         with replacing(self.path.with_suffix(".png")) as temporary:
-            image = plot.lines(
-                series, title=self.path.parent.name, x="steps", size=(900, 420 + 18 * len(series))
-            )
-            image.save(temporary, "png")
+            images = [
+                plot.lines(
+                    series,
+                    title=f"{run}: {unit.strip('[]')}",
+                    x="steps",
+                    size=(900, 300 + 18 * len(series)),
+                    span=span,
+                )
+                for unit, series in panels.items()
+            ]
+            plot.joined(images, "down").save(temporary, "png")
 
     def save(self) -> None:
         """At the end of a run."""

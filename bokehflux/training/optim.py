@@ -30,10 +30,12 @@ class Optimizer:
         chosen = {id(p) for p in matrices}
         of_muon = [p for _, p in named if id(p) in chosen]
         others = [p for _, p in named if id(p) not in chosen]
-        fused = bool(others) and others[0].is_cuda
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
-        ]
+        self.parts: list[torch.optim.Optimizer] = []
+        if others:
+            fused = others[0].is_cuda
+            self.parts.append(
+                torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+            )
         if of_muon:
             self.parts.append(Muon(of_muon, lr=lr, weight_decay=weight_decay))
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}

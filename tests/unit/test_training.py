@@ -11,13 +11,16 @@ import random
 import signal
 import types
 from ast import literal_eval
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, distributed, nn
 
+from bokehflux.pictures import plot
 from bokehflux.training import guard, state
 from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
@@ -150,6 +153,16 @@ def test_optimizer_step() -> None:
     assert moved[1] == pytest.approx([m / 2 for m in moved[0]], rel=1e-3)
 
 
+def test_muon_may_have_every_parameter() -> None:
+    linear = nn.Linear(4, 3, bias=False)
+    optimizer = Optimizer([("weight", linear.weight)], 0.1, matrices=[linear.weight])
+    before = linear.weight.detach().clone()
+    linear(torch.ones(4)).sum().backward()
+    optimizer.step(1.0)
+    assert not torch.equal(linear.weight, before)
+    assert optimizer.moments().keys() == optimizer.moment_shapes().keys() == {"momentum.weight"}
+
+
 def test_muon_gives_the_published_update() -> None:
     """Against torch.optim.Muon, matrix by matrix, with equal settings."""
     shapes = [(12, 7), (12, 7), (5, 20), (7, 7)]
@@ -278,6 +291,31 @@ def test_paced_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     toy = Toy()
     with pytest.raises(ValueError, match="paced by minutes can be neither resumed nor shared"):
         train(toy.loss, toy.optimizer(), timed, Log(tmp_path / "log.json"), saves_in(tmp_path))
+
+
+@pytest.mark.parametrize(("more", "panels"), [((), 1), (("LVCorr",), 2), (("LVCorr", "consistency [dB]"), 3)])
+def test_figures_of_a_unit_share_an_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], panels: int
+) -> None:
+    """Decibels do not flatten the losses; every axis goes over the whole run."""
+    drawn: list[tuple[list[str], object]] = []
+    lines = plot.lines
+
+    def seen(series: Mapping[str, Sequence[tuple[float, float]]], **how: Any) -> Image.Image:
+        drawn.append((list(series), how["span"]))
+        return lines(series, **how)
+
+    monkeypatch.setattr(plot, "lines", seen)
+    log = Log(tmp_path / "log.json", live=True)
+    for step in (10, 20, 30):
+        log.add(step, {"plain": 1 / step, "held-out, levels 0-10": 2 / step})
+    log.add(20 + 10, dict.fromkeys(more, 27.5))
+    log.write()
+    assert drawn == [
+        (names, (10, 30)) for names in (["plain", "held-out, levels 0-10"], *([name] for name in more))
+    ]
+    with Image.open(tmp_path / "log.png") as image:
+        assert image.size == (900, 300 * panels + 18 * (2 + len(more)))
 
 
 # --- its state
