@@ -362,6 +362,13 @@ def test_what_does_not_fit_is_said_before_weights_are_read(
         recipes.train_adapter(
             dataclasses.replace(recipe, adapter=str(tmp_path / "none")), tmp_path / "out", CPU
         )
+    write_latents(tmp_path / "large", *toy_latents(side=8))
+    for folder, said in (("none", "no latents.json"), ("large", "groups and held_out differ in size")):
+        seen = dataclasses.replace(recipe, held_out=str(tmp_path / folder))
+        with pytest.raises(ValueError, match=said):
+            recipes.train_adapter(seen, tmp_path / "out", CPU)
+        with pytest.raises(ValueError, match=said):
+            recipes.dry_run(seen, tmp_path / "out")
     with pytest.raises(NotFoundError, match="no saved run to resume"):
         recipes.train_adapter(recipe, tmp_path / "out", CPU, resume=True)
     with pytest.raises(AssertionError, match="weights were read"):

@@ -311,10 +311,10 @@ def train_adapter(
         with torch.autocast(device.type, enabled=False), placement.phase("text"):
             return parts.text.encode(prompts)
 
-    groups, photographs = _data(recipe, encode)
+    groups, photographs, held_out = _data(recipe, encode)
 
     def check(found: Snapshot) -> None:
-        check_data(recipe, found.config, groups, photographs)
+        check_data(recipe, found.config, groups, photographs, held_out)
         recipe.bokeh(found.config)
 
     # What does not stay on the device as it is read is never put there.
@@ -353,7 +353,7 @@ def train_adapter(
     loss = adapter_loss(
         mmdit, rope, recipe, plain=photographs, grouped=groups, record=recipe.graphs, rows=recipe.rows
     )
-    looks = _looks(recipe, out, parts, placement, rope, encode, groups.grid)
+    looks = _looks(recipe, out, parts, placement, rope, held_out, groups.grid)
     names = row_names(recipe, photographs, groups)
     train(loss, optimizer, course, log, saves, looks, names)
     if rank_and_world()[0] == 0:
@@ -369,15 +369,14 @@ def _looks(
     parts: Components,
     placement: Placement,
     rope: RopeTable,
-    encode: Encode,
+    held_out: LatentFolder | None,
     grid: LatentGrid,
 ) -> list[Look]:
     mmdit, every = parts.transformer, recipe.look_every
     looks: list[Look] = []
-    if recipe.held_out is not None:
-        scenes = LatentFolder(Path(recipe.held_out), encode, recipe.unify)
+    if held_out is not None:
         rows = recipe.rows or recipe.batch // rank_and_world()[1]
-        looks.append(HeldOut(every=every, mmdit=mmdit, rope=rope, scenes=scenes, rows=rows))
+        looks.append(HeldOut(every=every, mmdit=mmdit, rope=rope, scenes=held_out, rows=rows))
     if recipe.prompts:
         pipe = Pipeline(
             transformer=mmdit,
@@ -442,8 +441,8 @@ def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[s
     _saves(recipe, out, resume)
     snapshot = resolve_model(recipe.model)
     snapshot.close()
-    groups, photographs = _data(recipe, _never)
-    check_data(recipe, snapshot.config, groups, photographs)
+    groups, photographs, held_out = _data(recipe, _never)
+    check_data(recipe, snapshot.config, groups, photographs, held_out)
     bokeh = recipe.bokeh(snapshot.config)
     processes = rank_and_world()[1]
     share, txt_tokens = recipe.batch // processes, snapshot.defaults.txt_length
@@ -493,16 +492,22 @@ def _never(prompts: Sequence[str]) -> Conditioning:
     raise AssertionError("a dry run encodes no text")
 
 
-def _data(recipe: AdapterRecipe, encode: Encode) -> tuple[LatentFolder, LatentFolder]:
-    """Groups and photographs."""
+def _data(recipe: AdapterRecipe, encode: Encode) -> tuple[LatentFolder, LatentFolder, LatentFolder | None]:
+    """Groups, photographs, and what is held out."""
     groups = LatentFolder(Path(recipe.groups), encode, recipe.unify)
-    if recipe.photographs is None:
-        return groups, groups
-    return groups, LatentFolder(Path(recipe.photographs), encode, recipe.unify)
+    photographs, held_out = (
+        None if path is None else LatentFolder(Path(path), encode, recipe.unify)
+        for path in (recipe.photographs, recipe.held_out)
+    )
+    return groups, photographs or groups, held_out
 
 
 def check_data(
-    recipe: AdapterRecipe, mmdit: MMDiTConfig, groups: LatentFolder, photographs: LatentFolder
+    recipe: AdapterRecipe,
+    mmdit: MMDiTConfig,
+    groups: LatentFolder,
+    photographs: LatentFolder,
+    held_out: LatentFolder | None = None,
 ) -> None:
     """Raise ValueError unless the latents fit the model and each other, the batch groups and processes, and
     the model has a block to ground in."""
@@ -526,11 +531,15 @@ def check_data(
             f"rows must divide the {recipe.batch // processes} rows of each process, got {recipe.rows}"
         )
     expected = mmdit.in_channels // 4
-    for folder in (groups, photographs):
+    for name, folder in (("groups", groups), ("photographs", photographs), ("held_out", held_out)):
+        if folder is None:
+            continue
         if folder.channels != expected:
-            raise ValueError(f"the model takes latents of {expected} channels, got {folder.channels}")
-    if groups.grid != photographs.grid:
-        raise ValueError(f"groups and photographs differ in size: {groups.grid}, {photographs.grid}")
+            raise ValueError(
+                f"the model takes latents of {expected} channels, got {folder.channels} in {name}"
+            )
+        if folder.grid != groups.grid:
+            raise ValueError(f"groups and {name} differ in size: {groups.grid}, {folder.grid}")
 
 
 def _rope(parts: Components, grid: LatentGrid, device: torch.device) -> RopeTable:
