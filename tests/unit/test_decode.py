@@ -104,14 +104,16 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, decodes: int) -> None:
     monkeypatch.setattr(tiling.AutoencoderKL, "decode", decode)
 
 
-def test_stopped_holds_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("finished", [0, 1, 2])
+def test_stopped_holds_what_is_finished(monkeypatch: pytest.MonkeyPatch, finished: int) -> None:
+    """The pivot is decoded first, and kept even where no target is finished."""
     whole = tiny_pipeline().generate("p", [0, 9, 30], bokeh_pivot=15)
-    stop_at(monkeypatch, 3)
+    stop_at(monkeypatch, finished + 2)
     with pytest.raises(Stopped) as stopped:
         tiny_pipeline().generate("p", [0, 9, 30], bokeh_pivot=15)
     result = stopped.value.result
     assert isinstance(stopped.value, KeyboardInterrupt) and result.record == whole.record
-    assert [i.tobytes() for i in result.images] == [whole.images[0].tobytes()]
+    assert [i.tobytes() for i in result.images] == [i.tobytes() for i in whole.images[:finished]]
     assert result.pivot_image is not None and whole.pivot_image is not None
     assert result.pivot_image.tobytes() == whole.pivot_image.tobytes()
     assert torch.equal(result.latents, whole.latents)

@@ -9,10 +9,12 @@ import dataclasses
 import json
 import re
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from bokehflux.evaluation import __main__ as evaluation
 from bokehflux.evaluation import card, nano, refocus, report, shortcuts
@@ -20,6 +22,7 @@ from bokehflux.evaluation.figures import CURVE, MEASURED, Figure, Series
 from bokehflux.models.vae import to_uint8
 from bokehflux.nano.captions import held_out
 from bokehflux.nano.recipe import NANO, RESUMED
+from bokehflux.pictures.sheet import Tile, contact_sheet
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +120,16 @@ def test_a_report_on_nano_is_written_whole(tiny: None, tmp_path: Path) -> None:
     assert card.figures(record).count("| NO |") == sum(row["passed"] is False for row in record["rows"])
 
 
-def test_a_report_on_refocusing_knows_the_photograph(tiny: None, tmp_path: Path) -> None:
+def test_a_report_on_refocusing_knows_the_photograph(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strips: list[Sequence[Tile]] = []
+
+    def drawn(tiles: Sequence[Tile], title: str, footer: str) -> Image.Image:
+        strips.append(tiles)
+        return contact_sheet(tiles, title, footer)
+
+    monkeypatch.setattr(refocus, "contact_sheet", drawn)
     options = ["--captions", "2", "--steps", "2", "--results", str(tmp_path)]
     assert evaluation.main(["refocus", *options]) == 0
     record = json.loads((tmp_path / "refocus.json").read_text())
@@ -125,6 +137,12 @@ def test_a_report_on_refocusing_knows_the_photograph(tiny: None, tmp_path: Path)
     assert record["rows"][0]["photo"] > 55 > record["rows"][1]["photo"], "the photograph is at level 0"
     assert all(0 < row["decoded"] < 100 for row in record["rows"]), "the truth through the autoencoder"
     assert (tmp_path / "refocus.jpg").is_file()
+    assert len(strips) == 4, "refocused and rendered, of two scenes"
+    for tiles in strips:
+        assert [tile.label for tile in tiles] == ["photo 0", "bokeh 0", "bokeh 8", "bokeh 15", "bokeh 28"]
+        assert [tile.is_pivot for tile in tiles] == [True, *[False] * 4]
+    for refocused, rendered in zip(strips[::2], strips[1::2], strict=True):
+        assert refocused[0].image.tobytes() == rendered[0].image.tobytes() == rendered[1].image.tobytes()
 
 
 def test_the_light_of_discs_is_measured_against_the_true_ones() -> None:

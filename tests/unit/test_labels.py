@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from bokehflux.app import cli
 from bokehflux.lens import Blur
 from bokehflux.photos.annotate import open_depth
-from bokehflux.photos.labels import Labeller, blur_of, labelled, level_seen, read_labels
+from bokehflux.photos.labels import Labeller, blur_of, expected_bytes, labelled, level_seen, read_labels
 from bokehflux.photos.readers import open_rows
 from tests.unit.test_annotate import save
 from tests.unit.test_photo_focus import BACKGROUND_M, SUBJECT_M, motorcycle, scene
@@ -279,6 +280,17 @@ def test_annotate_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert label["maps"] and label["focus_distance_from"] == "sharpest"
     assert cli.main([*words, "--shard", "2/2"]) == 0
     assert capsys.readouterr().out == f"{out / 'labels-2of2.jsonl'}\n"
+
+
+def test_a_shard_needs_room_for_its_share_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, free = photographs(tmp_path / "in", a=sharp(), b=sharp()), expected_bytes(2, 96) // 2
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    words = ["annotate", str(place), "--output", str(tmp_path / "labels"), "--long-side", "96"]
+    assert cli.main([*words, "--shard", "1/2"]) == 0
+    assert cli.main(words) == 2
+    assert "make room" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("words", "says"), [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,13 @@ def test_footprint() -> None:
     names = ("_mod.lin.", ".modulation.lin.", ".adaLN_modulation.", ".to_k_bokeh.", ".to_v_bokeh.")
     mods = sum(p.nbytes for n, p in mmdit.named_parameters() if any(name in n for name in names))
     assert needs.offload == max(size - mods, 40_400)
+    blocks: dict[str, int] = defaultdict(int)
+    for name, p in mmdit.named_parameters():
+        if name.startswith(("double_blocks.", "single_blocks.")) and not any(n in name for n in names):
+            blocks[".".join(name.split(".")[:2])] += p.nbytes
+    rest = size - mods - sum(blocks.values())
+    assert needs.stream == rest + max(2 * max(blocks.values()), 40_400)
+    assert footprint(mmdit, (Square(1),), vae).stream == rest + 2 * max(blocks.values())
 
 
 def test_terms_of_loras_count_in_every_mode() -> None:

@@ -163,6 +163,23 @@ def test_the_adapter_learns_and_the_base_stays() -> None:
     assert all(torch.equal(t, before[name]) for name, t in mmdit.state_dict().items())
 
 
+@pytest.mark.parametrize(("sharp", "at_first"), [(0.0, 0.5), (0.5, 0.75), (1.0, 1.0)])
+def test_photographs_are_the_sharpest_or_any(sharp: float, at_first: float) -> None:
+    asked: list[Tensor] = []
+
+    class Watched(TwoScenes):
+        def latents(self, scene: Tensor, render: Tensor) -> Tensor:
+            asked.append(render)
+            return super().latents(scene, render)
+
+    how = Pairs(sharp=sharp, targets=1)
+    loss = reference_loss(tiny_mmdit(), adapter(), *ropes(), how, Watched())
+    loss(Step(0, 0.0, Draws.of_step(0, 0, 200, torch.device("cpu"))))
+    photos, targets = ((render == 0).float().mean().item() for render in asked)
+    assert photos == pytest.approx(at_first, abs=0 if sharp == 1 else 0.1)
+    assert targets == pytest.approx(0.5, abs=0.1)
+
+
 def test_its_file_is_read_back_and_only_by_its_model(tmp_path: Path) -> None:
     made, row = adapter(), reference_for(MMDIT)
     save_network(row, tmp_path, CONFIG, made.state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -465,6 +466,31 @@ def test_rendered_pictures_are_the_photographs_own() -> None:
     assert small.size == (64, 46)
     assert pipe.refocus(photo(9000, 16), "a mug", [9], long_side=64).images[0].size == (64, 1)
     assert pipe.refocus(wide, "a mug", [9], height=32, width=48).images[0].size == (48, 32)
+
+
+@pytest.mark.parametrize(("own", "labels"), [
+    (0.0, ["photo 0", "bokeh 8", "bokeh 20"]),
+    (12.0, ["bokeh 8", "photo 12", "bokeh 20"]),
+    (25.0, ["bokeh 8", "bokeh 20", "photo 25"]),
+])  # fmt: skip
+def test_the_photograph_has_its_place_on_the_sheet(own: float, labels: list[str]) -> None:
+    options: dict[str, Any] = {"photo_level": own, "num_inference_steps": 2, "method": "inversion"}
+    tiles = tiny_pipeline().refocus(photo(), "a mug", [8, 20], **options).scene().tiles()
+    assert [tile.label for tile in tiles] == labels
+    assert [tile.is_pivot for tile in tiles] == [label.startswith("photo") for label in labels]
+
+
+def test_blur_of_the_photograph_and_of_the_lens_add_up_as_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[float] = []
+
+    def render(_: LensMap, sharp: Tensor, level: float, *__: object) -> Tensor:
+        added.append(level)
+        return sharp
+
+    monkeypatch.setattr(LensMap, "render", render)
+    asked = RefocusSettings(prompt="a mug", bokeh_targets=(5.0, 13.0, 30.0), bokeh_pivot=5.0)
+    assert len(list(Lens("cpu", photo(96, 64), asked).pictures(photo(96, 64)))) == 3
+    assert added == pytest.approx([12.0, math.sqrt(875)]), "nothing at its own level"
 
 
 def test_the_lens_counts() -> None:

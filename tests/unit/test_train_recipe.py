@@ -69,6 +69,23 @@ def test_latents_are_read_by_index(tmp_path: Path) -> None:
     assert torch.equal(folder.levels(scene, render), levels[scene, render])
 
 
+def test_a_scene_without_a_level_takes_everything_of_it_along(tmp_path: Path) -> None:
+    x0, levels, captions = toy_latents()
+    write_latents(tmp_path, x0, levels, captions, shard_scenes=2)
+    told = json.loads((tmp_path / INDEX).read_text())
+    for number in (0, 3):
+        told["scenes"][number]["levels"]["range"][1] = None
+    (tmp_path / INDEX).write_text(json.dumps(told))
+    said: list[str] = []
+    folder = LatentFolder(tmp_path, lambda prompts: (said.extend(prompts), spoken(list(prompts)))[1])
+    assert (folder.num_scenes, folder.left_out, folder.names) == (3, 2, ["scene 1", "scene 2", "scene 4"])
+    scene, render = torch.arange(3), torch.tensor([3, 0, 2])
+    assert torch.equal(folder.latents(scene, render), pack(x0[[1, 2, 4], render]))
+    assert torch.equal(folder.levels(scene, render), levels[[1, 2, 4], render])
+    folder.text(scene, torch.zeros(3, dtype=torch.bool), draws(3))
+    assert all(text in captions[i] for i, text in zip((1, 2, 4), said, strict=True))
+
+
 def test_captions_are_chosen_among_those_of_the_scene(tmp_path: Path) -> None:
     write_latents(tmp_path, *toy_latents())
     said: list[str] = []

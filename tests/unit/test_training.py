@@ -27,7 +27,7 @@ from bokehflux.training.log import Log
 from bokehflux.training.loop import Course, Loss, Step, train
 from bokehflux.training.objective import draw_guidance, guided, logit_normal, mix, velocity_target
 from bokehflux.training.optim import Muon, Optimizer, orthogonal, trapezoid
-from bokehflux.training.state import Ema, Saves
+from bokehflux.training.state import Ema, Saves, State
 from bokehflux.weights.files.checkpoint import CheckpointError, open_checkpoint
 from bokehflux.weights.files.write import save
 from tests.faults.child import finish, forked, needs_linux, start
@@ -280,6 +280,25 @@ def test_the_loop_by_hand(tmp_path: Path) -> None:
     assert not any(torch.equal(p, q) for p, q in zip(toy.parameters(), parameters, strict=True))
     assert [point["step"] for point in log.points] == [4, 8, 12]
     assert [p["error"] for p in log.points] == pytest.approx([sum(errors[i : i + 4]) / 4 for i in (0, 4, 8)])
+
+
+@pytest.mark.parametrize(("every", "steps"), [(5, [5, 10, 12]), (4, [4, 8, 12]), (20, [12])])
+def test_looks_come_every_so_many_steps_and_after_the_last(
+    tmp_path: Path, every: int, steps: list[int]
+) -> None:
+    seen: list[int] = []
+
+    @dataclasses.dataclass
+    class Looking:
+        every: int
+
+        def __call__(self, state: State) -> dict[str, float]:
+            seen.append(state.step)
+            return {}
+
+    toy = Toy()
+    train(toy.loss, toy.optimizer(), COURSE, Log(tmp_path / "log.json"), looks=[Looking(every)])
+    assert seen == steps
 
 
 def test_paced_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,6 +569,19 @@ def test_a_second_signal_is_not_postponed(monkeypatch: pytest.MonkeyPatch) -> No
         signal.raise_signal(signal.SIGINT)
         assert came == [signal.SIGINT]
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_stays_ignored(number: int) -> None:
+    """A shell's background jobs ignore Ctrl-C."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with guard.postponed() as came:
+            signal.raise_signal(number)
+            assert not came
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_run_waits_for_room_on_the_disk(
