@@ -40,6 +40,7 @@ ALLOWED_IN = {
     "bokehflux.photos.readers": {"PIL", "numpy", "pyarrow"},
     "bokehflux.pipeline": {"torch", "numpy", "PIL"},
     "bokehflux.training": {"torch", "PIL"},
+    "bokehflux.training.optim": {"torch", "prodigyopt"},
     "bokehflux.training.prepare": {"torch", "numpy", "PIL"},
     "bokehflux.nano": {"torch", "numpy", "tokenizers"},
     "bokehflux.evaluation": {"torch", "numpy", "PIL"},

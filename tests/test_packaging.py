@@ -133,7 +133,10 @@ def test_dependencies_are_what_the_code_imports() -> None:
                 imported.add(node.module.split(".")[0])
     third_party = imported - set(sys.stdlib_module_names) - {"bokehflux"}
     names = {IMPORT_NAMES.get(name, name) for name in declared}
-    extras = {"c2pa", "flash_attn", "gguf", "huggingface_hub", "onnxruntime", "pyarrow", "transformers"}
+    extras = {
+        "c2pa", "flash_attn", "gguf", "huggingface_hub", "onnxruntime", "prodigyopt", "pyarrow",
+        "transformers",
+    }  # fmt: skip
     assert third_party - extras <= names
     assert names <= third_party
 

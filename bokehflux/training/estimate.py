@@ -27,7 +27,7 @@ class Estimate:
     adapter_bytes: int
     """The adapter's file, float32."""
     state_bytes: int
-    """The state of the run on disk: weights, average, two moments, float32."""
+    """The state of the run on disk: weights, average, moments, float32."""
     gpu_bytes: int
     """Frozen transformer, adapter with gradients, moments and average, activations."""
     flops: float
@@ -52,6 +52,7 @@ def estimate(
     shards: int = 1,
     guided: bool = False,
     graphs: int = 0,
+    moments: int = 2,
 ) -> Estimate:
     """Cost of training with `rows` a process, each of txt_tokens + img_tokens.
 
@@ -59,7 +60,7 @@ def estimate(
     are on the GPU at a time. How long streaming takes depends on the machine and is not in `seconds`. shards:
     processes that hold a part of the base each.
     guided: the base predicts once more, without text. graphs: recorded ones, each with activations and
-    gradients of its own.
+    gradients of its own. moments: what the optimiser keeps, as many numbers as are trained each.
     """
     with torch.device("meta"):
         network = MMDiT(mmdit, bokeh)
@@ -89,7 +90,7 @@ def estimate(
         base=base,
         trained=trained,
         adapter_bytes=4 * whole,
-        state_bytes=4 * 4 * trained,
-        gpu_bytes=int(there + 4 * whole + 4 * 4 * trained + kept),
+        state_bytes=4 * (2 + moments) * trained,
+        gpu_bytes=int(there + 4 * whole + 4 * (2 + moments) * trained + kept),
         flops=flops,
     )

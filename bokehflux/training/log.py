@@ -12,13 +12,16 @@ import logging
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from bokehflux.pictures import plot
 from bokehflux.weights.files.write import replacing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
@@ -141,17 +144,22 @@ class Log:
             temporary.write_text(text)
 
 
+def summary_writer() -> type[SummaryWriter]:
+    """TensorBoard's. Raises ValueError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "tensorboard = true needs the package tensorboard: pip install 'bokehflux[train]'"
+        ) from None
+    return SummaryWriter
+
+
 class Board:
     """Points for TensorBoard. What an earlier process wrote after the step it goes on from is left out."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError(
-                "tensorboard = true needs the package tensorboard: pip install 'bokehflux[train]'"
-            ) from None
-        self._open = SummaryWriter
+        self._open = summary_writer()
         self._writer: SummaryWriter | None = None
         self.folder = folder
 

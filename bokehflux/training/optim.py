@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ class Optimizer:
 
     matrices: the parameters that Muon updates, usually a network's `units().matrices`. Its update is scaled
     to the RMS of an AdamW update, so the two share a learning rate.
+    prodigy: in AdamW's place, Prodigy (Mishchenko and Defazio 2023), which finds the learning rate itself;
+    `lr` is then a factor of it, usually 1. Raises ValueError where it is not installed, and for sharded
+    parameters, of which it would find another rate on every process.
     """
 
     def __init__(
@@ -24,6 +28,7 @@ class Optimizer:
         matrices: Iterable[Tensor] = (),
         betas: tuple[float, float] = (0.9, 0.98),
         weight_decay: float = 0.01,
+        prodigy: bool = False,
     ) -> None:
         self.named = list(named)
         self.lr = lr
@@ -31,7 +36,9 @@ class Optimizer:
         of_muon = [p for _, p in named if id(p) in chosen]
         others = [p for _, p in named if id(p) not in chosen]
         self.parts: list[torch.optim.Optimizer] = []
-        if others:
+        if others and prodigy:
+            self.parts.append(_prodigy(others, lr, betas, weight_decay))
+        elif others:
             fused = others[0].is_cuda
             self.parts.append(
                 torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
@@ -55,33 +62,41 @@ class Optimizer:
 
     def moments(self) -> dict[str, Tensor]:
         """Everything that a step adds to but the parameters: `exp_avg.<parameter>` and the like."""
-        return {
-            f"{kind}.{self._names[parameter]}": moment
+        found = {
+            f"{kind}.{self._names[parameter]}": torch.as_tensor(moment).expand(_shape(kind, parameter))
             for part in self.parts
             for parameter, moments in part.state.items()
             for kind, moment in moments.items()
         }
+        for part in self.parts:
+            for kind in _of_group(part):
+                found[kind] = torch.tensor(part.param_groups[0][kind], dtype=torch.float64)
+        return found
 
     def moment_shapes(self) -> dict[str, tuple[int, ...]]:
         """What `moments` has after a step: those of AdamW appear with the first."""
-        return {
-            f"{kind}.{self._names[parameter]}": () if kind == "step" else tuple(parameter.shape)
+        shapes = {
+            f"{kind}.{self._names[parameter]}": _shape(kind, parameter)
             for part in self.parts
             for parameter in part.param_groups[0]["params"]
-            for kind in MOMENTS[type(part)]
+            for kind in MOMENTS[type(part).__name__]
         }
+        return shapes | {kind: () for part in self.parts for kind in _of_group(part)}
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
         """Take over the `moments` of another optimiser of the same parameters."""
         for part in self.parts:
             packed = part.state_dict()
             for i, parameter in enumerate(part.param_groups[0]["params"]):
-                found = {kind: moments[f"{kind}.{self._names[parameter]}"] for kind in MOMENTS[type(part)]}
+                kinds = MOMENTS[type(part).__name__]
+                found = {kind: moments[f"{kind}.{self._names[parameter]}"] for kind in kinds}
                 # In the parameter's memory layout, which fused updates insist on.
                 packed["state"][i] = {
-                    kind: moment.clone() if kind == "step" else torch.empty_like(parameter).copy_(moment)
+                    kind: moment.clone() if kind in FLAT else torch.empty_like(parameter).copy_(moment)
                     for kind, moment in found.items()
                 }
+            for kind in _of_group(part):
+                packed["param_groups"][0][kind] = moments[kind].item()
             part.load_state_dict(packed)
 
 
@@ -119,11 +134,51 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(same, [u.view(p.shape) for u, p in zip(update, same, strict=True)])
 
 
-MOMENTS: dict[type, tuple[str, ...]] = {
-    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
-    Muon: ("momentum",),
+MOMENTS: dict[str, tuple[str, ...]] = {
+    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
+    "Muon": ("momentum",),
+    "Prodigy": ("step", "exp_avg", "exp_avg_sq", "s", "p0"),
 }
 """What each optimiser keeps of a parameter."""
+FLAT = ("step", "s", "p0")
+"""Moments of another shape than their parameter's."""
+
+
+def _of_group(part: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Numbers that an optimiser keeps of all its parameters together."""
+    return ("d", "d_max", "d_numerator", "k") if type(part).__name__ == "Prodigy" else ()
+
+
+def _shape(kind: str, parameter: Tensor) -> tuple[int, ...]:
+    if kind in FLAT:
+        return () if kind == "step" else (parameter.numel(),)
+    return tuple(parameter.shape)
+
+
+def prodigy_class() -> Callable[..., torch.optim.Optimizer]:
+    """The optimiser of Mishchenko and Defazio. Raises ValueError where it is not installed."""
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise ValueError(
+            "optimizer = \"prodigy\" needs the package prodigyopt: pip install 'bokehflux[prodigy]'"
+        ) from None
+    return Prodigy
+
+
+def _prodigy(
+    parameters: Sequence[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    from torch.distributed.tensor import DTensor
+
+    make = prodigy_class()
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise ValueError("Prodigy takes no sharded parameters: use AdamW")
+    with contextlib.redirect_stdout(None):  # it announces weight decay there
+        return make(
+            parameters, lr=lr, betas=betas, weight_decay=weight_decay,
+            use_bias_correction=True, safeguard_warmup=True,
+        )  # fmt: skip
 
 
 def orthogonal(x: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,8 @@ def test_everything_wrong_with_a_recipe_is_said_at_once(tmp_path: Path) -> None:
         ({"warmup_steps": 6}, "warmup_steps must be below steps, 6, got 6"),
         ({"activations": 0.5}, "activations must be 0 or 1, or between them with compile = true"),
         ({"memory": "stream"}, 'memory = "stream" needs activations = 0'),
+        ({"optimizer": "prodigy"}, "usually 1, and must be between 0.1 and 10, got 0.003"),
+        ({"optimizer": "prodigy", "lr": 1.0, "memory": "sharded"}, '"prodigy" is known to hang under FSDP'),
     ],
 )
 def test_values_that_no_run_can_have(change: dict[str, object], said: str) -> None:
@@ -390,6 +393,59 @@ def test_what_does_not_fit_is_said_before_weights_are_read(
         recipes.train_adapter(recipe, tmp_path / "out", CPU, resume=True)
     with pytest.raises(AssertionError, match="weights were read"):
         recipes.train_adapter(recipe, tmp_path / "out", CPU)
+
+
+@pytest.mark.parametrize(
+    ("package", "change", "extra"),
+    [
+        ("prodigyopt", {"optimizer": "prodigy", "lr": 1.0}, "prodigy"),
+        ("tensorboard", {"tensorboard": True}, "train"),
+    ],
+)
+def test_a_missing_package_is_said_first(
+    recipe: AdapterRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    change: dict[str, Any],
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # what an import of it then finds
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    needy, said = dataclasses.replace(recipe, **change), rf"needs the package {package}: .*\[{extra}\]"
+    with pytest.raises(ValueError, match=said):
+        recipes.dry_run(needy, tmp_path / "out")
+    with pytest.raises(ValueError, match=said):
+        recipes.train_adapter(needy, tmp_path / "out", CPU)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prodigy_trains_an_adapter(
+    recipe: AdapterRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("prodigyopt")
+    recipe = dataclasses.replace(recipe, optimizer="prodigy", lr=1.0)
+    assert recipes.dry_run(recipe, tmp_path / "out")
+    recipes.train_adapter(recipe, tmp_path / "out", CPU)
+    assert written(tmp_path / "out")["adapter_modules.3.to_v_bokeh.up.weight"].abs().max() > 0
+    assert not capsys.readouterr().out, "what it prints is not ours to print"
+
+
+def test_the_curve_for_tensorboard(recipe: AdapterRecipe, tmp_path: Path) -> None:
+    """Every point of the log, as TensorBoard itself reads them."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = dataclasses.replace(recipe, tensorboard=True, log_every=2)
+    recipes.train_adapter(recipe, tmp_path / "out", CPU)
+    board = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    points = json.loads((tmp_path / "out" / "log.json").read_text())["points"]
+    names = {name for point in points for name in point} - {"step", "seconds"}
+    assert set(board.Tags()["scalars"]) == names == {"plain", "grounded"}
+    for name in names:
+        expected = [(point["step"], point[name]) for point in points if name in point]
+        assert [(e.step, pytest.approx(e.value)) for e in board.Scalars(name)] == expected
 
 
 # --- the cost, and the command

@@ -19,11 +19,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from bokehflux.pictures import plot
 from bokehflux.training import guard, state
 from bokehflux.training.batches import Draws
-from bokehflux.training.log import Log
+from bokehflux.training.log import Board, Log
 from bokehflux.training.loop import Course, Loss, Step, train
 from bokehflux.training.objective import draw_guidance, guided, logit_normal, mix, velocity_target
 from bokehflux.training.optim import Muon, Optimizer, orthogonal, trapezoid
@@ -244,16 +246,22 @@ class Toy(nn.Module):
         named = list(self.named_parameters())
         return Optimizer(named, 0.05, matrices=[self.matrix] if muon else [])
 
+    def prodigy(self) -> Optimizer:
+        """With a parameter that begins at 0, as low-rank ones do."""
+        self.vector.data.zero_()
+        return Optimizer(list(self.named_parameters()), 1.0, prodigy=True)
+
 
 COURSE = Course(seed=4, batch=6, steps=12, ema_rate=0.3, clip=0.7)
 
 
 def train_toy(
     folder: Path, saves: Saves | None = None, loss: Callable[[Loss], Loss] = lambda loss: loss,
-    course: Course = COURSE,
+    course: Course = COURSE, prodigy: bool = False,
 ) -> tuple[Toy, Log]:  # fmt: skip
     toy, log = Toy(), Log(folder / "log.json", every=5, live=True)
-    assert train(loss(toy.loss), toy.optimizer(), course, log, saves) == course.steps
+    optimizer = toy.prodigy() if prodigy else toy.optimizer()
+    assert train(loss(toy.loss), optimizer, course, log, saves) == course.steps
     return toy, log
 
 
@@ -409,6 +417,58 @@ def test_moments_are_part_of_the_state(tmp_path: Path) -> None:
         assert not all(
             torch.equal(p, q) for p, q in zip(toy.parameters(), other.parameters(), strict=True)
         ), kind
+
+
+def test_prodigy_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Bit by bit after a stop, and elsewhere where any number of its own was another."""
+    pytest.importorskip("prodigyopt")
+    (tmp_path / "whole").mkdir()
+    course = dataclasses.replace(COURSE, steps=40)
+    toy, _ = train_toy(tmp_path / "whole", saves_in(tmp_path / "whole"), course=course, prodigy=True)
+    with pytest.raises(Killed):
+        train_toy(tmp_path, saves_in(tmp_path), killed_at(30), course, prodigy=True)
+    saved = saves_in(tmp_path, resume=True)
+    half = open_checkpoint(saved.path)
+    tensors, facts = {name: half.read(name).clone() for name in half.tensors}, half.metadata
+    assert {name for name in tensors if "." not in name} == {"d", "d_max", "d_numerator", "k"}
+    assert tensors["d"] > 1e-6, "it has found a rate by then, or this test proves little"
+    again, _ = train_toy(tmp_path, saved, course=course, prodigy=True)
+    files = [open_checkpoint(folder / "state.safetensors") for folder in (tmp_path / "whole", tmp_path)]
+    assert files[0].tensors.keys() == files[1].tensors.keys()
+    assert all(torch.equal(files[0].read(name), files[1].read(name)) for name in files[0].tensors)
+    for kind in ("d", "d_max", "d_numerator", "k", "s", "p0", "exp_avg", "exp_avg_sq"):
+        path = tmp_path / f"{kind}.safetensors"
+        save(path, {n: t + 0.5 * t + 1 if n.split(".")[0] == kind else t for n, t in tensors.items()}, facts)
+        other, _ = train_toy(tmp_path, dataclasses.replace(saved, path=path), course=course, prodigy=True)
+        pairs = list(zip(toy.parameters(), other.parameters(), again.parameters(), strict=True))
+        assert not all(torch.equal(p, q) for p, q, _ in pairs), kind
+        assert all(torch.equal(p, r) for p, _, r in pairs)
+
+
+@needs_linux
+def test_prodigy_takes_no_sharded_parameters(tmp_path: Path) -> None:
+    pytest.importorskip("prodigyopt")
+
+    def refused() -> str:
+        distributed.init_process_group("gloo", f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+        whole = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="Prodigy takes no sharded parameters"):
+            Optimizer([("weight", nn.Parameter(whole))], 1.0, prodigy=True)
+        return "as it should"
+
+    assert forked(refused) == (0, "as it should")
+
+
+def test_tensorboard_leaves_out_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps, value in (((2, 4, 6, 8), 1.0), ((6,), 3.0)):  # the second goes on from the state of step 4
+        board = Board(tmp_path)
+        for step in steps:
+            board.add(step, {"plain": value})
+    found = EventAccumulator(str(tmp_path)).Reload().Scalars("plain")
+    assert [(event.step, event.value) for event in found] == [(2, 1.0), (4, 1.0), (6, 3.0)]
 
 
 def test_resume_refuses_what_is_not_this_run(tmp_path: Path) -> None:

@@ -34,10 +34,10 @@ from bokehflux.training.distributed import rank_and_world, shard
 from bokehflux.training.engine import keep_activations, store_fp8
 from bokehflux.training.estimate import estimate
 from bokehflux.training.latents import Encode, LatentFolder
-from bokehflux.training.log import Log
+from bokehflux.training.log import Log, summary_writer
 from bokehflux.training.looks import CONSISTENCY, HELD_OUT, LVCORR, Best, HeldOut, Sheets
 from bokehflux.training.loop import Course, Look, train
-from bokehflux.training.optim import Optimizer, cosine
+from bokehflux.training.optim import Optimizer, cosine, prodigy_class
 from bokehflux.training.state import Saves
 from bokehflux.weights.files.checkpoint import CheckpointError
 from bokehflux.weights.files.write import replacing
@@ -76,7 +76,8 @@ class AdapterRecipe(Sampling):
     batch: int = 4
     """Rows of a step, over all processes: whole groups on each."""
     steps: int = 20_000
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "prodigy"] = "adamw"
+    """prodigy (extra `prodigy`) finds the learning rate itself: lr, a factor of it, is then 1."""
     lr: float = 1e-4
     weight_decay: float = 0.01
     warmup_steps: int = 100
@@ -154,6 +155,15 @@ class AdapterRecipe(Sampling):
             raise ValueError(
                 'memory = "stream" needs activations = 0 without compile and graphs: '
                 "a block's weights are there only while it runs"
+            )
+        if self.optimizer == "prodigy" and not 0.1 <= self.lr <= 10:
+            raise ValueError(
+                'with optimizer = "prodigy" lr is a factor of the rate that is found, usually 1, and must be '
+                f"between 0.1 and 10, got {self.lr}"
+            )
+        if self.optimizer == "prodigy" and self.memory == "sharded":
+            raise ValueError(
+                'optimizer = "prodigy" is known to hang under FSDP: leave memory = "sharded" out'
             )
         if self.memory == "sharded" and (self.graphs or self.storage == "fp8"):
             raise ValueError('memory = "sharded" needs storage = "dtype" without graphs')
@@ -292,12 +302,13 @@ def train_adapter(
 
     The base stays in bfloat16 on a GPU (float32 elsewhere), the adapter and its averages in float32.
     Raises CheckpointError for files that do not fit and for a run that cannot be resumed, ValueError for data
-    that does not fit the recipe, and for graphs on another device than a CUDA GPU.
+    that does not fit the recipe, for a missing package, and for graphs on another device than a CUDA GPU.
     """
     if recipe.graphs and device.type != "cuda":
         raise ValueError(f"graphs = true needs a CUDA GPU, the device is {device}: leave graphs out")
     if recipe.memory == "sharded" and rank_and_world()[1] == 1:
         raise ValueError('memory = "sharded" needs several processes: start it with torchrun')
+    _check_installed(recipe)
     saves = dataclasses.replace(_saves(recipe, out, resume), on_full=on_full)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
@@ -337,6 +348,7 @@ def train_adapter(
         matrices=list(mmdit.bokeh.adapter_modules.parameters()) if recipe.optimizer == "muon" else (),
         betas=(0.9, 0.999),
         weight_decay=recipe.weight_decay,
+        prodigy=recipe.optimizer == "prodigy",
     )
     course = Course(
         seed=recipe.seed,
@@ -406,6 +418,14 @@ def _write(recipe: AdapterRecipe, mmdit: MMDiT, folder: Path) -> None:
         save_network(adapter_for(mmdit.config), folder, mmdit.bokeh.config, tensors, table=table)
 
 
+def _check_installed(recipe: AdapterRecipe) -> None:
+    """Raise ValueError unless the packages are there that only some recipes need."""
+    if recipe.optimizer == "prodigy":
+        prodigy_class()
+    if recipe.tensorboard:
+        summary_writer()
+
+
 def _saves(recipe: AdapterRecipe, out: Path, resume: bool) -> Saves:
     """Where the run keeps its state. Raises CheckpointError for a folder that holds another run, or none to
     go on with, and ValueError for one that cannot be written to."""
@@ -438,6 +458,7 @@ def _first_adapter(recipe: AdapterRecipe, mmdit: MMDiTConfig) -> BokehAdapter:
 
 def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[str]:
     """What the run would take, a line each. Reads headers, writes nothing, and raises as the run would."""
+    _check_installed(recipe)
     _saves(recipe, out, resume)
     snapshot = resolve_model(recipe.model)
     snapshot.close()
@@ -459,6 +480,7 @@ def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[s
         shards=processes if recipe.memory == "sharded" else 1,
         guided=recipe.max_guidance > 1,
         graphs=recipe.num_patterns(rows) if recipe.graphs else 0,
+        moments=4 if recipe.optimizer == "prodigy" else 2,
     )
     how = "compiled" if recipe.compile else "if compiled, half as long again as it is"
     text = sum(snapshot.parts[row.name].num_bytes for row in (T5, CLIP))
