@@ -335,6 +335,17 @@ def test_a_step_is_that_of_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @multiplies
+def test_products_come_in_the_type_of_the_modulation() -> None:
+    """A CPU keeps the stream in float32 beside blocks in bfloat16."""
+    x, scale, shift = torch.randn(1, 3, 32), *torch.randn(2, 1, 1, 32).bfloat16()
+    alone = interface.quantize_modulated(x, scale, shift)
+    kept, added = interface.add_gated_quantize_modulated(x, x, scale, scale, shift)
+    assert (kept.dtype, alone.dtype, added.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    weight, ones = torch.ones(16, 32).to(E4M3), torch.ones(16)
+    assert interface.product(alone, weight, ones).dtype == torch.bfloat16
+
+
+@multiplies
 def test_passes_quantise_what_they_make(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only attention's output is quantised by a pass of its own, and fusing changes nothing."""
     mmdit, calls = tiny_mmdit(), []
@@ -461,7 +472,9 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         found = {"files": (), "adapter": None, "loras": ()}
         snapshot = SimpleNamespace(schedule=rest.schedule, defaults=rest.defaults, **found)
-        return SimpleNamespace(transformer=transformer, text=rest.text, vae=rest.vae, snapshot=snapshot)
+        return SimpleNamespace(
+            transformer=transformer, text=rest.text, vae=rest.vae, reference=None, snapshot=snapshot
+        )
 
     monkeypatch.setattr("bokehflux.pipeline.load.load_components", load_components)
 

@@ -103,6 +103,12 @@ def test_what_is_not_a_light_stays() -> None:
     paper = torch.full((1, 3, 64, 64), 0.1)
     paper[..., 10:40, 10:40] = 1.0
     assert torch.equal(restored(paper), paper)
+    comet = points([6.0, 6.0], 1.2).clamp(max=1)
+    comet[..., 36:] = 0.05
+    comet[..., 31:34, 46:50] = 1.0
+    comet[..., 30:35, 50:56] = 0.55  # its glow lies on one side alone
+    assert torch.equal(restored(comet)[..., 36:], comet[..., 36:])
+    assert (restored(comet)[..., :32] > 1).any(), "the light beside it is one"
     grey = torch.full((1, 3, 64, 64), 0.5)
     assert torch.equal(restored(grey), grey)
     white = torch.ones(1, 3, 64, 64)
