@@ -241,7 +241,7 @@ def test_no_command_is_left_out_here() -> None:
 def test_training_refuses_a_device_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bokehflux.training.recipes.adapter.AdapterRecipe.read", lambda _: None)
+    monkeypatch.setattr("bokehflux.training.recipes.adapter.AdapterRecipe.read", lambda *_: None)
     monkeypatch.setattr("bokehflux.training.recipes.adapter.dry_run", lambda *_, **__: [])
     for device in ("foo", "cuda:99"):
         assert cli.main(["train", "--config", "x.toml", "--output", "out", "--device", device]) == 2
@@ -252,10 +252,12 @@ def test_training_refuses_a_device_that_is_not_there(
 def test_the_other_commands_have_no_other_flags(command: str) -> None:
     flags = {word for action in parsers()[1][command]._actions for word in action.option_strings}
     own = {
-        "train": {"--config", "--output", "--resume", "--dry-run", "--device"},
+        "train": {"--config", "--set", "--output", "--resume", "--dry-run", "--device", "--on-full"},
         "fetch": set(FETCH), "info": {"--json"}, "exif": {"--focus-distance", "--short-side", "--json"},
         "render": flags,  # tests/unit/test_render.py
         "eval": flags,  # tests/unit/test_judge.py
+        "latents": {"--labels", "--model", "--output", "--width", "--height", "--renders", "--sharp-below",
+                    "--flip", "--seed", "--bokehme", "--device"},
         "annotate": {"--output", "--depth", "--depth-kind", "--mask", "--mask-kind", "--focus-source",
                      "--exif", "--long-side", "--shard", "--device"},
     }  # fmt: skip
