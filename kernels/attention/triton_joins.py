@@ -10,18 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_L = 32
-"""Tokens of a head that a program takes: two 16-byte loads a thread and tensor, at 128 numbers a head."""
+ELEMENTS = 4096
+"""Numbers of a head that a program takes: four 16-byte loads a thread and tensor. Never fewer than its
+threads hold, since `out` is joined in place: of two warps with one number, one may read what the other wrote."""
 
 
 def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """See `joins.merge_`. out and lse are contiguous."""
     rows, length, heads, dim = out.shape
+    block_d = triton.next_power_of_2(dim)
+    block_l = ELEMENTS // block_d
     other, other_lse, joined = other.contiguous(), other_lse.contiguous(), torch.empty_like(lse)
     with torch.cuda.device_of(out):
-        merge_kernel[(triton.cdiv(length, BLOCK_L), heads, rows)](
+        merge_kernel[(triton.cdiv(length, block_l), heads, rows)](
             out, lse, other, other_lse, joined, length, dim,
-            H=heads, BLOCK_L=BLOCK_L, BLOCK_D=triton.next_power_of_2(dim), enable_fp_fusion=True,
+            H=heads, BLOCK_L=block_l, BLOCK_D=block_d, enable_fp_fusion=True,
         )  # fmt: skip
     lse.copy_(joined)
 

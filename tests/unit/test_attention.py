@@ -303,7 +303,7 @@ def test_runs_and_sums_of_rows(rows: list[int], runs: list[tuple[slice, slice]])
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("shape", [(1, 33, 2, 24), (3, 64, 1, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 33, 2, 24), (3, 64, 1, 128), (2, 700, 2, 8)], ids=str)
 def test_two_softmaxes_are_joined_in_triton(shape: tuple[int, ...]) -> None:
     """As by PyTorch's operators, even where one of the sets has all of the weight."""
     from bokehflux.kernels.attention import triton_joins
