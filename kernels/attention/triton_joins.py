@@ -12,7 +12,7 @@ from torch import Tensor
 
 ELEMENTS = 4096
 """Numbers of a head that a program takes: four 16-byte loads a thread and tensor. Never fewer than its
-threads hold, since `out` is joined in place: of two warps with one number, one may read what the other wrote."""
+threads, since `out` is joined in place: of two warps with one number, one may read what the other wrote."""
 
 
 def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
