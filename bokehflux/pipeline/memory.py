@@ -79,12 +79,8 @@ def advised(mode: MemoryMode, device: torch.device | None, needs: Footprint | No
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
-            raise
-        # The error holds the frames of the failed calls, and they hold tensors that another attempt needs.
-        traceback.clear_frames(error.__traceback__)
+        reason = _what_ran_out(error)
         smaller = "fewer pictures at once (max_rows) or a smaller size"
-        reason = " ".join(str(error).split())[:300]
         if not isinstance(error, torch.OutOfMemoryError):  # that one comes from a GPU
             where = f"device {device}" if device is not None and device.type == "mps" else "the machine"
             raise MemoryError(
@@ -106,13 +102,19 @@ def room_for_photo() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
-            raise
-        traceback.clear_frames(error.__traceback__)
-        reason = " ".join(str(error).split())[:300]
+        reason = _what_ran_out(error)
         raise ValueError(
             f"the photograph does not fit in memory while it is blurred; try a smaller long_side ({reason})"
         ) from error
+
+
+def _what_ran_out(error: Exception) -> str:
+    """The allocator's words. Raises any other error again."""
+    if not ran_out(error):
+        raise error
+    # The error holds the frames of the failed calls, and they hold tensors that another attempt needs.
+    traceback.clear_frames(error.__traceback__)
+    return " ".join(str(error).split())[:300]
 
 
 def ran_out(error: BaseException) -> bool:

@@ -201,7 +201,7 @@ class LatentFolder:
         self._starts = [0, *itertools.accumulate(counts)]
         keys = [scene["key"] for scene in index["scenes"]]
         problems = []
-        for shard, start, end in zip(self._shards, self._starts, self._starts[1:], strict=False):
+        for shard, (start, end) in zip(self._shards, itertools.pairwise(self._starts), strict=True):
             expected = {"latents": (end - start, *shape)}
             if shard.shapes != expected:
                 problems.append(f"{shard.path.name}: expected {expected}, found {shard.shapes}")

@@ -84,7 +84,7 @@ class HeldOut:
             distributed.all_reduce(sums)
         losses, counts = sums.tolist()
         figures = {HELD_OUT: sum(losses) / sum(counts)}
-        for low, high, loss, count in zip(BINS, BINS[1:], losses, counts, strict=False):
+        for (low, high), loss, count in zip(itertools.pairwise(BINS), losses, counts, strict=True):
             if count:
                 figures[f"{HELD_OUT}, levels {low:g}-{high:g}"] = loss / count
         return figures
