@@ -99,8 +99,9 @@ def sheet(photo: Path, depth: Path, folder: Path) -> Image.Image:
     for i, plane in enumerate(planes):
         (image,) = rendered(photo, depth, folder / "focus", "--focus", plane, *strong)
         tiles.append(Tile(image=image, label="tilted" if i == len(planes) - 1 else plane))
-    title = f"{photo.name}: levels, apertures at level {LEVELS[-1]}, planes of focus"
-    return contact_sheet(tiles, title, f"clipped lights x {HIGHLIGHTS} from the second row on", len(LEVELS))
+    title = f"{photo.name} at levels and planes of focus; between them apertures on a drawn scene"
+    foot = f"from the second row on level {LEVELS[-1]}, clipped lights x {HIGHLIGHTS}"
+    return contact_sheet(tiles, title, foot, len(LEVELS))
 
 
 def main() -> int:
