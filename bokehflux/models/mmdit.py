@@ -171,8 +171,9 @@ class MMDiT(Network):
             return stream.settled() if len(parts) > 1 else stream
 
         careful = careful_dtype(self.device, self.dtype)
-        imgs = [Residual(self.img_in(rows.img.to(careful))) for rows in parts]  # [B, N, E]
-        txts = [Residual(self.txt_in(rows.txt.to(careful))) for rows in parts]  # [B, T, E]
+        # Both ways: autocast narrows what a float32 network's products give, and blocks want one type.
+        imgs = [Residual(self.img_in(rows.img.to(careful)).to(careful)) for rows in parts]  # [B, N, E]
+        txts = [Residual(self.txt_in(rows.txt.to(careful)).to(careful)) for rows in parts]  # [B, T, E]
         for i, (double, double_mod) in enumerate(zip(self.doubles, mods.double, strict=True)):
             for n, spec in enumerate(specs):  # one by one, so that no part's input outlives its output
                 imgs[n], txts[n] = map(waiting, double(imgs[n], txts[n], double_mod, rope, spec[i]))

@@ -202,6 +202,17 @@ def toy_batch(grouped: bool) -> AdapterBatch:
     )
 
 
+def test_blocks_of_a_float32_network_get_float32_under_autocast() -> None:
+    """A GPU trains so: the tokens between blocks are not narrowed, and no block is compiled twice."""
+    mmdit, seen = tiny_mmdit(), []
+    for block in mmdit.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].x.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        adapter_step(mmdit, toy_batch(grouped=False), rope(), NULL_TEXT)
+    assert len(seen) >= len(mmdit.blocks)
+    assert set(seen) == {torch.float32}
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 def test_gradients_reach_the_adapter_and_nothing_else(grouped: bool) -> None:
     mmdit = tiny_mmdit()
