@@ -20,7 +20,7 @@ from bokehflux.app import making, photos
 from bokehflux.app import train as training
 from bokehflux.app.arguments import parse
 from bokehflux.app.processes import inside
-from bokehflux.app.terminal import plain, prepare, say, show
+from bokehflux.app.terminal import finish, plain, prepare, say, show
 
 # Nothing that needs torch at the top: --help, --version and mistyped flags must not wait for it.
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as stop:
             say(f"interrupted{stop}")
             return 128 + (ended[0] if ended else signal.SIGINT)
+        finally:
+            finish()
 
 
 @contextlib.contextmanager

@@ -294,7 +294,7 @@ def _open(
 
     leads = team is None or team.leads
     progress = Progress.for_people() if leads else Progress(None)
-    replayed = getattr(args, "config_from", None)  # eval has no such flag
+    replayed = getattr(args, "config_from", None)  # refocus and eval have no such flag
     if replayed is not None:
         use_threads_of(replayed)
     progress.show(f"loading {args.model}")

@@ -26,6 +26,15 @@ def say(text: str) -> None:
             print(f"bokehflux: {text}", file=sys.stderr, flush=True)
 
 
+def finish() -> None:
+    """What stderr did not take is given up, or Python's own flush at its end would change the exit code."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        _silence(sys.stderr)
+
+
 def show(lines: Iterable[str]) -> None:
     """The result of a command. A reader that has gone away ends it quietly; OSError for a full disk."""
     try:
