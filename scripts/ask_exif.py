@@ -31,6 +31,8 @@ REFUSALS = {1: "photo not found", 2: "permission denied"}
 """Answers about a photograph that will not change; every other refusal is about us, and ends the work."""
 WAITS_S = (5, 30, 120, 600)
 """Before each further try, where the service is busy or cannot be reached."""
+OURS = b'{"photo_id": "'
+"""How each line of the answers begins."""
 
 
 class Busy(Exception):
@@ -74,7 +76,7 @@ def answered(path: Path) -> set[str]:
             ids.add(str(json.loads(line)["photo_id"]))
         except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"{path}, line {number}: not an answer of this script: {line!r:.80}") from None
-    if len(whole) < len(data) and not (whole or data.startswith(b"{")):
+    if len(whole) < len(data) and not (whole or data.startswith(OURS[: len(data)])):
         raise ValueError(f"{path}: not a file of answers of this script")
     if len(whole) < len(data):
         with path.open("r+b") as file:

@@ -175,7 +175,8 @@ def test_a_connection_that_breaks_off_is_tried_again(service: Service, monkeypat
 
 @pytest.mark.parametrize(("name", "data"), [
     ("exif.jsonl", b'{"id": 3}\n'), ("exif.jsonl", b"a diary\nof mine\n"), ("exif.jsonl", b"[1]\n"),
-    ("exif.jsonl", b"no line at all"), ("links.txt", b"\xff\xfe\x00"), ("links.txt", "\u00b2".encode()),
+    ("exif.jsonl", b"no line at all"), ("exif.jsonl", b'{"mine": 1}'),
+    ("links.txt", b"\xff\xfe\x00"), ("links.txt", "\u00b2".encode()),
 ])  # fmt: skip
 def test_files_of_another_kind_are_left_as_they_are(
     service: Service, name: str, data: bytes, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
