@@ -355,11 +355,6 @@ class RefocusSettings(LensSettings, Settings):
         )
 
     @property
-    def shows_pivot(self) -> bool:
-        """Whether its pivot is a picture of the result."""
-        return self.makes_pivot
-
-    @property
     def num_rows(self) -> int:
         return 2 if self.method == "render" else super().num_rows
 
