@@ -160,8 +160,9 @@ def latents(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train and print the adapter's folder, or print the cost. Under torchrun, as one of its processes."""
-    from bokehflux.training.recipes.adapter import AdapterRecipe, dry_run, train_adapter
+    from bokehflux.training.recipes.adapter import AdapterRecipe
     from bokehflux.training.recipes.named import NAMED
+    from bokehflux.training.recipes.run import dry_run, train_adapter
 
     out, named = Path(args.output), NAMED.get(args.config)
     if named is None:

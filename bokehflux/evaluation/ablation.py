@@ -40,8 +40,8 @@ from bokehflux.sampling.latents import position_ids
 from bokehflux.training.adapter import AdapterBatch, adapter_step
 from bokehflux.training.batches import Draws
 from bokehflux.training.latents import INDEX, Entry, LatentFolder, write_entries
-from bokehflux.training.recipes.adapter import train_adapter
 from bokehflux.training.recipes.named import NANO
+from bokehflux.training.recipes.run import train_adapter
 
 LEVELS = (0.0, 4.0, 8.0, 12.0, 18.0, 28.0)
 PIVOT = 15.0

@@ -242,7 +242,7 @@ def test_training_refuses_a_device_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("bokehflux.training.recipes.adapter.AdapterRecipe.read", lambda *_: None)
-    monkeypatch.setattr("bokehflux.training.recipes.adapter.dry_run", lambda *_, **__: [])
+    monkeypatch.setattr("bokehflux.training.recipes.run.dry_run", lambda *_, **__: [])
     for device in ("foo", "cuda:99"):
         assert cli.main(["train", "--config", "x.toml", "--output", "out", "--device", device]) == 2
         assert f"error: --device {device} cannot be used: " in capsys.readouterr().err

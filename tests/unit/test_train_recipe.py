@@ -26,7 +26,7 @@ from bokehflux.training.batches import Draws
 from bokehflux.training.estimate import estimate
 from bokehflux.training.latents import INDEX, LatentFolder, write_latents
 from bokehflux.training.loop import Loss
-from bokehflux.training.recipes import adapter as recipes
+from bokehflux.training.recipes import run as recipes
 from bokehflux.training.recipes.adapter import AdapterRecipe
 from bokehflux.training.recipes.named import NAMED
 from bokehflux.weights import load
