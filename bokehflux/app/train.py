@@ -177,7 +177,8 @@ def train(args: argparse.Namespace) -> int:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-    lines = dry_run(recipe, out, resume=args.resume)  # which finds what is wrong, whether or not it is shown
+    # Which finds what is wrong, whether or not it is shown.
+    lines = dry_run(recipe, out, device, resume=args.resume)
     if not args.dry_run:
         leads = int(os.environ.get("RANK", 0)) == 0
         logging.getLogger("bokehflux.training").setLevel(logging.INFO if leads else logging.ERROR)

@@ -96,6 +96,11 @@ class State:
         """Those that `tensors` has after a step."""
         return {n: tuple(t.shape) for n, t in self.tensors().items()} | self.optimizer.moment_shapes()
 
+    @property
+    def num_bytes(self) -> int:
+        """What `tensors` take on the disk after a step."""
+        return sum(4 * math.prod(shape) for shape in self.shapes().values())
+
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Become what `tensors` and `facts` were taken from."""
@@ -122,17 +127,18 @@ class Saves:
     on_full: Literal["wait", "stop"] = "wait"
     """What to do where the disk has no room for a state. The one before it is kept in any case."""
 
-    def check_room(self, state: State) -> None:
-        """Raise CheckpointError unless the disk has room for a state beside the one that it replaces."""
-        size = sum(4 * math.prod(shape) for shape in state.shapes().values())
+    def check_room(self, size: int) -> int:
+        """Bytes that are free. Raises CheckpointError unless they are enough for a state of `size` bytes
+        beside the one that it replaces."""
         needed = size if self.path.is_file() else 2 * size
-        free = shutil.disk_usage(self.path.parent).free
+        free = shutil.disk_usage(next(folder for folder in self.path.parents if folder.exists())).free
         if free < needed:
             raise CheckpointError(
                 self.path,
                 f"a state takes {size / 1e9:.3g} GB, and one is written before the last is removed: "
                 f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free",
             )
+        return free
 
     @contextlib.contextmanager
     def writer(self) -> Iterator[Writer]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import functools
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from bokehflux.training.loop import Loss
 from bokehflux.training.recipes import run as recipes
 from bokehflux.training.recipes.adapter import AdapterRecipe
 from bokehflux.training.recipes.named import NAMED
+from bokehflux.training.state import Saves
 from bokehflux.weights import load
 from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, open_checkpoint
 from bokehflux.weights.files.write import save
@@ -333,7 +336,7 @@ def test_data_that_does_not_fit(
 def test_an_adapter_to_begin_with_decides_its_shape(recipe: AdapterRecipe, tmp_path: Path) -> None:
     recipes.train_adapter(recipe, tmp_path / "first", CPU)
     further = dataclasses.replace(recipe, adapter=str(tmp_path / "first" / "adapter"), blocks=None, lr=1e-12)
-    assert "rank 4 in 3 blocks" in recipes.dry_run(further, tmp_path)[1]
+    assert "rank 4 in 3 blocks" in recipes.dry_run(further, tmp_path, CPU)[1]
     recipes.train_adapter(further, tmp_path / "second", CPU)
     first, second = written(tmp_path / "first"), written(tmp_path / "second")
     for name, tensor in first.items():
@@ -344,7 +347,7 @@ def test_an_adapter_to_begin_with_decides_its_shape(recipe: AdapterRecipe, tmp_p
         ({"adapter": str(tmp_path / "none")}, "adapter .*none not found"),
     ):
         with pytest.raises(ValueError, match=said):
-            recipes.dry_run(dataclasses.replace(further, **change), tmp_path)  # type: ignore[arg-type]
+            recipes.dry_run(dataclasses.replace(further, **change), tmp_path, CPU)  # type: ignore[arg-type]
 
 
 def test_a_dry_run_looks_at_the_output(recipe: AdapterRecipe, tmp_path: Path) -> None:
@@ -362,10 +365,10 @@ def test_a_dry_run_looks_at_the_output(recipe: AdapterRecipe, tmp_path: Path) ->
         ("stopped", False, "--resume goes on with that run"), ("stopped", True, "not a .safetensors file"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=said):
-            recipes.dry_run(recipe, tmp_path / out, resume=resume)
+            recipes.dry_run(recipe, tmp_path / out, CPU, resume=resume)
         with pytest.raises(ValueError, match=said):
             recipes.train_adapter(recipe, tmp_path / out, CPU, resume=resume)
-    assert recipes.dry_run(recipe, tmp_path / "new" / "er")
+    assert recipes.dry_run(recipe, tmp_path / "new" / "er", CPU)
     assert sorted(tmp_path.rglob("*")) == there
 
 
@@ -388,7 +391,7 @@ def test_what_does_not_fit_is_said_before_weights_are_read(
         with pytest.raises(ValueError, match=said):
             recipes.train_adapter(seen, tmp_path / "out", CPU)
         with pytest.raises(ValueError, match=said):
-            recipes.dry_run(seen, tmp_path / "out")
+            recipes.dry_run(seen, tmp_path / "out", CPU)
     with pytest.raises(NotFoundError, match="no saved run to resume"):
         recipes.train_adapter(recipe, tmp_path / "out", CPU, resume=True)
     with pytest.raises(AssertionError, match="weights were read"):
@@ -415,7 +418,7 @@ def test_a_missing_package_is_said_first(
         monkeypatch.delitem(sys.modules, name)
     needy, said = dataclasses.replace(recipe, **change), rf"needs the package {package}: .*\[{extra}\]"
     with pytest.raises(ValueError, match=said):
-        recipes.dry_run(needy, tmp_path / "out")
+        recipes.dry_run(needy, tmp_path / "out", CPU)
     with pytest.raises(ValueError, match=said):
         recipes.train_adapter(needy, tmp_path / "out", CPU)
     assert not (tmp_path / "out").exists()
@@ -426,7 +429,7 @@ def test_prodigy_trains_an_adapter(
 ) -> None:
     pytest.importorskip("prodigyopt")
     recipe = dataclasses.replace(recipe, optimizer="prodigy", lr=1.0)
-    assert recipes.dry_run(recipe, tmp_path / "out")
+    assert recipes.dry_run(recipe, tmp_path / "out", CPU)
     recipes.train_adapter(recipe, tmp_path / "out", CPU)
     assert written(tmp_path / "out")["adapter_modules.3.to_v_bokeh.up.weight"].abs().max() > 0
     assert not capsys.readouterr().out, "what it prints is not ours to print"
@@ -486,15 +489,44 @@ def test_what_adds_to_the_cost() -> None:
 def test_a_dry_run_says_what_its_time_is_of(
     recipe: AdapterRecipe, tmp_path: Path, change: dict[str, object], said: str
 ) -> None:
-    lines = recipes.dry_run(dataclasses.replace(recipe, **change), tmp_path)  # type: ignore[arg-type]
+    lines = recipes.dry_run(dataclasses.replace(recipe, **change), tmp_path, CPU)  # type: ignore[arg-type]
     assert re.search(said, lines[-1])
     assert ("text encoders visit it" in lines[-2]) == ("memory" in change)
 
 
-def test_graphs_are_refused_without_a_gpu(recipe: AdapterRecipe, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="graphs = true needs a CUDA GPU, the device is cpu"):
-        recipes.train_adapter(dataclasses.replace(recipe, graphs=True), tmp_path / "out", CPU)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"graphs": True}, "graphs = true needs a CUDA GPU, the device is cpu"),
+        ({"memory": "sharded", "activations": 0.0}, "needs several processes: start it with torchrun"),
+    ],
+)
+def test_what_this_machine_lacks_is_refused(
+    recipe: AdapterRecipe, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    for begin in (recipes.dry_run, recipes.train_adapter):
+        with pytest.raises(ValueError, match=said):
+            begin(dataclasses.replace(recipe, **change), tmp_path / "out", CPU)  # type: ignore[operator]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("optimizer", "least"), [("adamw", 0.99), ("muon", 0.75)])
+def test_a_dry_run_looks_for_room(
+    recipe: AdapterRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, least: float
+) -> None:
+    """For as much as the run asks for: two states."""
+    recipe, out = dataclasses.replace(recipe, optimizer=optimizer), tmp_path / "out"  # type: ignore[arg-type]
+    sizes: list[int] = []
+    check = Saves.check_room
+    monkeypatch.setattr(Saves, "check_room", lambda saves, size: (sizes.append(size), check(saves, size))[1])
+    recipes.dry_run(recipe, out, CPU)
+    recipes.train_adapter(recipe, out, CPU)
+    assert least * sizes[1] < sizes[0] <= sizes[1]
+    disk = shutil.disk_usage(tmp_path)
+    for free, room in ((2 * sizes[0] - 1, False), (2 * sizes[0], True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: disk._replace(free=free))
+        with contextlib.nullcontext() if room else pytest.raises(CheckpointError, match="are needed"):
+            recipes.dry_run(recipe, tmp_path / "other", CPU)
 
 
 def arguments(*words: str) -> argparse.Namespace:
@@ -613,8 +645,6 @@ def test_two_processes_are_one(recipe: AdapterRecipe, tmp_path: Path, memory: st
     assert all(nearly(two[name], tensor) for name, tensor in one.items())
 
 
-def test_a_sharded_base_needs_processes(recipe: AdapterRecipe, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs several processes: start it with torchrun"):
-        recipes.train_adapter(dataclasses.replace(recipe, memory="sharded"), tmp_path / "out", CPU)
+def test_a_sharded_base_is_of_the_dtype(recipe: AdapterRecipe) -> None:
     with pytest.raises(ValueError, match='memory = "sharded" needs storage = "dtype" without graphs'):
         dataclasses.replace(recipe, memory="sharded", storage="fp8")

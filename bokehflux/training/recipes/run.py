@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -59,11 +58,7 @@ def train_adapter(
     Raises CheckpointError for files that do not fit and for a run that cannot be resumed, ValueError for data
     that does not fit the recipe, for a missing package, and for graphs on another device than a CUDA GPU.
     """
-    if recipe.graphs and device.type != "cuda":
-        raise ValueError(f"graphs = true needs a CUDA GPU, the device is {device}: leave graphs out")
-    if recipe.memory == "sharded" and rank_and_world()[1] == 1:
-        raise ValueError('memory = "sharded" needs several processes: start it with torchrun')
-    _check_installed(recipe)
+    _check_machine(recipe, device)
     saves = dataclasses.replace(_saves(recipe, out, resume), on_full=on_full)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
@@ -173,8 +168,12 @@ def _write(recipe: AdapterRecipe, mmdit: MMDiT, folder: Path) -> None:
         save_network(adapter_for(mmdit.config), folder, mmdit.bokeh.config, tensors, table=table)
 
 
-def _check_installed(recipe: AdapterRecipe) -> None:
-    """Raise ValueError unless the packages are there that only some recipes need."""
+def _check_machine(recipe: AdapterRecipe, device: torch.device) -> None:
+    """Raise ValueError unless the device, processes and packages are there that only some recipes need."""
+    if recipe.graphs and device.type != "cuda":
+        raise ValueError(f"graphs = true needs a CUDA GPU, the device is {device}: leave graphs out")
+    if recipe.memory == "sharded" and rank_and_world()[1] == 1:
+        raise ValueError('memory = "sharded" needs several processes: start it with torchrun')
     if recipe.optimizer == "prodigy":
         prodigy_class()
     if recipe.tensorboard:
@@ -211,10 +210,10 @@ def _first_adapter(recipe: AdapterRecipe, mmdit: MMDiTConfig) -> BokehAdapter:
     return adapter
 
 
-def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[str]:
+def dry_run(recipe: AdapterRecipe, out: Path, device: torch.device, *, resume: bool = False) -> list[str]:
     """What the run would take, a line each. Reads headers, writes nothing, and raises as the run would."""
-    _check_installed(recipe)
-    _saves(recipe, out, resume)
+    _check_machine(recipe, device)
+    saves = _saves(recipe, out, resume)
     snapshot = resolve_model(recipe.model)
     snapshot.close()
     groups, photographs, held_out = _data(recipe, _never)
@@ -235,14 +234,14 @@ def dry_run(recipe: AdapterRecipe, out: Path, *, resume: bool = False) -> list[s
         shards=processes if recipe.memory == "sharded" else 1,
         guided=recipe.max_guidance > 1,
         graphs=recipe.num_patterns(rows) if recipe.graphs else 0,
-        moments=4 if recipe.optimizer == "prodigy" else 2,
+        moments={"prodigy": 4, "adamw": 2, "muon": 1}[recipe.optimizer],  # muon's matrices; 2 of the others
     )
+    free = saves.check_room(cost.state_bytes)
     how = "compiled" if recipe.compile else "if compiled, half as long again as it is"
     text = sum(snapshot.parts[row.name].num_bytes for row in (T5, CLIP))
     encoders = f"text encoders with {_gb(text)} among them"
     if recipe.memory == "stream":
         how, text, encoders = f"{how}, and what streaming takes", 0, "text encoders visit it"
-    free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.exists())).free
     seconds = cost.seconds * share / rows
     return [
         f"base: {recipe.model}, {cost.base:,} parameters, frozen",
