@@ -25,8 +25,6 @@ import torch
 from torch import Tensor
 
 import bokehflux
-from bokehflux.attention import Plain
-from bokehflux.conditioning import Conditioning
 from bokehflux.evaluation.figures import floats
 from bokehflux.fingerprint import fingerprint_of_bytes
 from bokehflux.lens import MAX_LEVEL
@@ -37,9 +35,8 @@ from bokehflux.nano.pool import LevelDraw, Shoot, mostly_sharp_levels, rendered,
 from bokehflux.nano.scenes import build_scenes, render
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.sampling.latents import position_ids
-from bokehflux.training.adapter import AdapterBatch, adapter_step
-from bokehflux.training.batches import Draws
 from bokehflux.training.latents import INDEX, Entry, LatentFolder, write_entries
+from bokehflux.training.looks import HELD_OUT, HeldOut
 from bokehflux.training.recipes.named import NANO
 from bokehflux.training.recipes.run import train_adapter
 
@@ -50,8 +47,6 @@ NEAREST_M, FARTHEST_M = 0.5, 4.0
 """Where subjects of photographs stand, evenly in the logarithm."""
 SINGLE_BLOCKS = 3
 """nano's first single-stream block."""
-SIGMAS = 8
-"""Noise levels of the held-out loss, evenly between 0 and 1."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "hybrid": {},
@@ -196,36 +191,15 @@ def judge(pipe: Pipeline, captions: int, steps: int = 12) -> dict[str, float]:
 
 @torch.no_grad()
 def held_out_loss(pipe: Pipeline, folder: Path) -> tuple[float, float]:
-    """Mean velocity error told the true level, and told none: plain attention, guidance 1, equal noise."""
+    """The loss of `HeldOut` on all pictures: told the true levels, and told none."""
     mmdit, device = pipe.transformer, pipe.device
     scenes = LatentFolder(folder, pipe.text.encode)
     rope = rope_table(
         position_ids(scenes.grid, pipe.defaults.txt_length, device), mmdit.config.axes_dim, mmdit.config.theta
     )
-    errors: list[list[float]] = [[], []]
-    for first in range(0, scenes.num_scenes, 16):
-        number = torch.arange(first, min(first + 16, scenes.num_scenes))
-        scene = number.repeat_interleave(scenes.num_renders)
-        which = torch.arange(scenes.num_renders).repeat(len(number))
-        draws = Draws(seed=0, samples=range(first, first + len(number)), batch=len(number), device=device)
-        text = scenes.text(number, torch.zeros(len(number), dtype=torch.bool), draws.on(torch.device("cpu")))
-        x0, levels = scenes.latents(scene, which).to(device), scenes.levels(scene, which).to(device)
-        eps = draws.normal("noise", *x0.shape[1:]).repeat_interleave(scenes.num_renders, 0)
-        conditioning = Conditioning(
-            txt=text.txt.repeat_interleave(scenes.num_renders, 0),
-            pooled=text.pooled.repeat_interleave(scenes.num_renders, 0),
-        )
-        for i in range(SIGMAS):
-            for kept, seen in zip(errors, (levels, torch.full_like(levels, torch.nan)), strict=True):
-                sigma = torch.full_like(levels, (i + 0.5) / SIGMAS)
-                batch = AdapterBatch(
-                    x0=x0, eps=eps, sigma=sigma, levels=seen,
-                    unguided_levels=seen, text=conditioning, guidance=torch.ones_like(sigma),
-                    attention=Plain(),
-                )  # fmt: skip
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    kept.append(float(adapter_step(mmdit, batch, rope)) * len(number))
-    told, untold = (sum(kept) / (SIGMAS * scenes.num_scenes) for kept in errors)
+    pictures = scenes.num_scenes * scenes.num_renders
+    look = HeldOut(every=1, mmdit=mmdit, rope=rope, scenes=scenes, rows=80, pictures=pictures)
+    told, untold = (look.figures(told=told)[HELD_OUT] for told in (True, False))
     return told, untold
 
 

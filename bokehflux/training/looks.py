@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +58,6 @@ class HeldOut:
     """At a time, on each process: as many as a step has, blocks then need not be compiled anew."""
     pictures: int = 64
     """At most so many, evenly spread."""
-    backend: str = "sdpa"
     _chosen: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,16 +66,22 @@ class HeldOut:
         object.__setattr__(self, "_chosen", [i * count // taken for i in range(taken)])
 
     def __call__(self, state: State) -> dict[str, float]:
-        device = state.ema.average[0].device
+        with state.ema.shown():
+            return self.figures()
+
+    def figures(self, *, told: bool = True) -> dict[str, float]:
+        """Those of the weights as they are. told: whether the network knows the levels."""
+        device = self.rope.cos.device
         rank, world = rank_and_world()
         sums = torch.zeros(2, len(BINS) - 1, dtype=torch.float64, device=device)  # losses, counts
         cases = list(itertools.product(range(len(self._chosen)), range(len(SIGMAS))))
         parts = [cases[i : i + self.rows] for i in range(0, len(cases), self.rows)]
-        with state.ema.shown(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             for part in parts[rank::world]:
                 # A short part takes its last row several times over, and counts it once.
                 batch = self._batch((part + part[-1:] * self.rows)[: self.rows], device)
-                losses = row_losses(self.mmdit, batch, self.rope)[: len(part)].detach().double()
+                seen = batch if told else dataclasses.replace(batch, levels=batch.levels * math.nan)
+                losses = row_losses(self.mmdit, seen, self.rope)[: len(part)].detach().double()
                 where = torch.bucketize(
                     batch.levels[: len(part)], torch.tensor(BINS[1:-1], device=device), right=True
                 )
@@ -109,7 +116,7 @@ class HeldOut:
             unguided_levels=levels,
             text=Conditioning(txt=text.txt[row], pooled=text.pooled[row]),
             guidance=torch.ones(len(cases), device=device),
-            attention=Plain(backend=self.backend),
+            attention=Plain(),
         )
 
 
