@@ -1,9 +1,10 @@
-"""What a run is kept from: updates that are not finite, and an end in the middle of a step."""
+"""What a run is kept from: updates that are not finite, an end within a step, an end for want of room."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import signal
 import threading
@@ -109,3 +110,9 @@ def postponed() -> Iterator[list[int]]:
         yield came
     finally:
         restore()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk or a quota is. The library that writes tensors says it in words."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return error.errno in full or any(f"os error {number}" in str(error) for number in full)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bokehflux.pictures import plot
+from bokehflux.training.guard import is_full
 from bokehflux.weights.files.write import replacing
 
 if TYPE_CHECKING:
@@ -104,6 +105,16 @@ class Log:
         self.start = time.perf_counter() - state["seconds"]
         self.notes, self.points = state["notes"], state["points"]
         self._sums = {key: list(torch.tensor(values)) for key, values in state["begun"].items()}
+
+    def update(self) -> None:
+        """Write, if live. On a full disk say so and go on: the next time writes every point."""
+        try:
+            if self.live:
+                self.write()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            logger.warning("the disk is full: %s and the curve are behind (%s)", self.path, error)
 
     def write(self) -> None:
         """Bring the files up to date."""

@@ -136,16 +136,16 @@ def train(
                 whole = Draws.of_step(course.seed, number, course.batch, torch.device("cpu"))
                 logger.warning(state.refused.add(number, losses, norms[0], rows, whole))
                 log.notes["refused"] = state.refused.entries
-                if rank == 0 and log.live:
-                    log.write()
+                if rank == 0:
+                    log.update()
                 state.refused.check(number)
             state.step = number + 1
             last = state.step == course.steps
             for look in looks:
                 if (last or state.step % look.every == 0) and (found := look(state)):
                     log.add(state.step, found)
-            if rank == 0 and log.live and log.points and log.points[-1]["step"] == state.step:
-                log.write()
+            if rank == 0 and log.points and log.points[-1]["step"] == state.step:
+                log.update()
             due = last or (saves is not None and state.step % saves.every == 0)
             if writer is not None and (due or any(stops)):
                 writer.save(state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bokehflux.training.guard import Refusals
+from bokehflux.training.guard import Refusals, is_full
 from bokehflux.training.log import Log
 from bokehflux.training.optim import Optimizer
 from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError, NotFoundError, open_checkpoint
@@ -219,7 +218,7 @@ class Writer:
                 save(self.saves.path, tensors, {FACTS: facts})
                 return
             except OSError as error:
-                if not _is_full(error) or self.saves.on_full == "stop" or self._ended.is_set():
+                if not is_full(error) or self.saves.on_full == "stop" or self._ended.is_set():
                     raise
                 if not said:
                     logger.warning(
@@ -229,9 +228,3 @@ class Writer:
                     )  # fmt: skip
                 said = True
             self._ended.wait(RETRY_SECONDS)
-
-
-def _is_full(error: OSError) -> bool:
-    """Whether a disk or a quota is. The library that writes tensors says it in words."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return error.errno in full or any(f"os error {number}" in str(error) for number in full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -664,6 +665,27 @@ def test_a_run_waits_for_room_on_the_disk(
     assert calls == [5] and caplog.text.count("the disk is full") == 1
     assert all(torch.equal(p, q) for p, q in zip(toy.parameters(), whole.parameters(), strict=True))
     assert json.loads(open_checkpoint(tmp_path / "state.safetensors").metadata["state"])["step"] == 12
+
+
+def test_a_full_disk_leaves_the_curve_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Points after steps 5 and 10; the first finds no room, the second writes both. Others end a run."""
+    replace, number = os.replace, errno.ENOSPC
+
+    def full(source: Path, target: Path) -> None:
+        if target.suffix == ".csv" and not caplog.text.count("the disk is full"):
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    train_toy(tmp_path)
+    assert caplog.text.count("log.json and the curve are behind") == 1
+    assert [line.split(",")[0] for line in (tmp_path / "log.csv").open()] == ["step", "5", "10"]
+    caplog.clear()
+    number = errno.EACCES
+    with pytest.raises(PermissionError):
+        train_toy(tmp_path)
 
 
 def test_room_is_checked_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
