@@ -146,17 +146,26 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--gpus {args.gpus}: this machine shows {torch.cuda.device_count()} CUDA device(s)")
 
 
-@contextlib.contextmanager
-def _joined(args: argparse.Namespace, split: str) -> Iterator[Team]:
-    """This process's place among the others, and its device; what ends one of them is said once."""
-    import torch
-    from torch import distributed
+def take_own_gpu(args: argparse.Namespace) -> None:
+    """Make `args.device` the GPU of this process's number on its machine, unless another device is named.
 
-    from bokehflux.sampling.ranks import ALONE, RowsOverRanks, TokensOverRanks
+    Before anything else asks for "cuda": that is the first one, in which every process would take memory.
+    """
+    import torch
 
     if torch.cuda.is_available() and args.device in (None, "cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(torch.device(args.device))
+
+
+@contextlib.contextmanager
+def _joined(args: argparse.Namespace, split: str) -> Iterator[Team]:
+    """This process's place among the others, and its device; what ends one of them is said once."""
+    from torch import distributed
+
+    from bokehflux.sampling.ranks import ALONE, RowsOverRanks, TokensOverRanks
+
+    take_own_gpu(args)
     store, rank, size = next(iter(distributed.rendezvous("env://", timeout=DAYS)))
     ranks: Ranks = ALONE
     try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bokehflux.app.processes import DAYS
+from bokehflux.app.processes import DAYS, inside, take_own_gpu
 from bokehflux.app.terminal import say, show
 
 if TYPE_CHECKING:
@@ -171,12 +171,11 @@ def train(args: argparse.Namespace) -> int:
         recipe = named.changed(args.set)
     import torch
 
+    if inside():
+        take_own_gpu(args)
     device = _device(args.device)
-    if "WORLD_SIZE" in os.environ:
+    if inside():
         torch.distributed.init_process_group(timeout=DAYS)
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
     # Which finds what is wrong, whether or not it is shown.
     lines = dry_run(recipe, out, device, resume=args.resume)
     if not args.dry_run:

@@ -535,6 +535,30 @@ def arguments(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [((), "cuda:1"), (("--device", "cuda"), "cuda:1"), (("--device", "cuda:0"), "cuda:0"),
+     (("--device", "cpu"), "cpu")],
+)  # fmt: skip
+def test_a_process_takes_memory_on_its_own_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], taken: str
+) -> None:
+    """Under torchrun, on a machine with GPUs: what is looked at first, and made the current one."""
+    current: list[str] = []
+
+    def looked_at(name: str | None) -> torch.device:
+        raise KeyError(name)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr(command, "_device", looked_at)
+    with pytest.raises(KeyError, match=f"'{taken}'"):
+        command.train(arguments("--config", "nano", "--output", "out", *words))
+    assert current == ["cuda:1"] * (taken == "cuda:1")
+
+
 def test_the_command(recipe: AdapterRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, out = tmp_path / "mine.toml", tmp_path / "out"
     recipe.write(config)
