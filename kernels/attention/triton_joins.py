@@ -22,7 +22,7 @@ def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     block_l = ELEMENTS // block_d
     other, other_lse, joined = other.contiguous(), other_lse.contiguous(), torch.empty_like(lse)
     with torch.cuda.device_of(out):
-        merge_kernel[(triton.cdiv(length, block_l), heads, rows)](
+        join_kernel[(triton.cdiv(length, block_l), heads, rows)](
             out, lse, other, other_lse, joined, length, dim,
             H=heads, BLOCK_L=block_l, BLOCK_D=block_d, enable_fp_fusion=True,
         )  # fmt: skip
@@ -30,7 +30,7 @@ def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
 
 
 @triton.jit(do_not_specialize=["length"])
-def merge_kernel(
+def join_kernel(
     out, lse, other, other_lse, joined, length, dim,
     H: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
