@@ -1,6 +1,6 @@
 """Grounded attention with gradients, from PyTorch's kernels: two calls merged by their log-sum-exps, twice.
 
-A target has two sets of keys. Forward, each set is one call of a stock kernel and `sdpa.merge` makes one
+A target has two sets of keys. Forward, each set is one call of a stock kernel and `joins.merge_` makes one
 softmax of both. Backward, a stock kernel makes probabilities again from the log-sum-exp that it is given:
 with the merged one, and the merged output, its gradients are exactly those of its own share of the softmax.
 So neither keys nor values are ever concatenated, nor saved twice, and a call has as many keys as queries,
