@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -117,7 +118,7 @@ class Log:
             logger.warning("the disk is full: %s and the curve are behind (%s)", self.path, error)
 
     def write(self) -> None:
-        """Bring the files up to date."""
+        """Bring the files up to date. Figures that are not finite are in the table, not in the curves."""
         self._replace(".json", json.dumps({"notes": self.notes, "points": self.points}, indent=1) + "\n")
         names = list(dict.fromkeys(key for point in self.points for key in point if key != "seconds"))
         if not self.live or not names:
@@ -129,8 +130,11 @@ class Log:
         panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for name in names[1:]:
             unit = next((unit for unit in UNITS if name.endswith(unit)), "loss")
-            line = [(point["step"], point[name]) for point in self.points if name in point]
-            panels.setdefault(unit, {})[name] = line
+            known = (point for point in self.points if math.isfinite(point.get(name, math.nan)))
+            if line := [(point["step"], point[name]) for point in known]:
+                panels.setdefault(unit, {})[name] = line
+        if not panels:
+            return
         span, run = (self.points[0]["step"], self.points[-1]["step"]), self.path.parent.name
         with replacing(self.path.with_suffix(".png")) as temporary:
             images = [

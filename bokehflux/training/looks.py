@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +134,8 @@ class Best:
 
     def __call__(self, state: State) -> dict[str, float]:
         found = [point[self.figure] for point in state.log.points if self.figure in point]
-        if found and found[-1] == (min if self.lowest else max)(found) and found.count(found[-1]) == 1:
+        better = operator.lt if self.lowest else operator.gt
+        if math.isfinite(found[-1]) and all(better(found[-1], f) for f in found[:-1] if math.isfinite(f)):
             with state.ema.shown():
                 self.keep()
         return {}

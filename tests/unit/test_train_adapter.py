@@ -504,11 +504,11 @@ def test_the_best_is_kept_once_and_as_its_average(tmp_path: Path) -> None:
     first = state.ema.parameters[0]
     best = Best(every=2, figure="loss", keep=lambda: kept.append((step, first.flatten()[0].item())))
     trained = first.flatten()[0].item()
-    for step, loss in enumerate((3.0, 4.0, 2.0, 2.0, 2.5, 1.0)):
+    for step, loss in enumerate((math.nan, 3.0, 4.0, math.nan, 2.0, 2.0, 2.5, 1.0)):
         state.ema.average[0].fill_(step)
         state.log.add(step, {"loss": loss})
         assert best(state) == {}
-    assert kept == [(0, 0.0), (2, 2.0), (5, 5.0)] and first.flatten()[0].item() == trained
+    assert kept == [(1, 1.0), (4, 4.0), (7, 7.0)] and first.flatten()[0].item() == trained
 
 
 def test_rows_of_a_step_are_named_as_they_are_drawn() -> None:

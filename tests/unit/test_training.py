@@ -667,6 +667,17 @@ def test_a_run_waits_for_room_on_the_disk(
     assert json.loads(open_checkpoint(tmp_path / "state.safetensors").metadata["state"])["step"] == 12
 
 
+def test_a_figure_that_is_not_finite_is_in_the_table_alone(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.json", live=True)
+    log.add(1, {"held-out": math.nan})
+    log.write()
+    assert not (tmp_path / "log.png").exists(), "there is nothing to draw"
+    log.add(2, {"held-out": 0.5, "plain": math.inf})
+    log.write()
+    assert (tmp_path / "log.csv").read_text().split() == ["step,held-out,plain", "1,nan,", "2,0.5,inf"]
+    assert (tmp_path / "log.png").stat().st_size
+
+
 def test_a_full_disk_leaves_the_curve_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
