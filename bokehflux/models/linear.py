@@ -17,7 +17,7 @@ from bokehflux.kernels.fp8.interface import Quantized
 NARROW = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Storage types that ordinary matrix products do not take."""
 LONG_ROW = 2048
-"""Tokens. On an H200 seven rows of 4096, width 3072, take 0.74 ms by themselves, 0.93 ms after a copy."""
+"""Tokens. Products of shorter rows do not fill a large GPU, so that copying them together costs less."""
 Dequantize = Callable[[Tensor, torch.dtype], Tensor]
 """(weight as stored, compute dtype) -> dense weight [out, in]."""
 
