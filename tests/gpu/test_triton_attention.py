@@ -172,6 +172,19 @@ def test_grounded(length: int, pivot_of: tuple[int, ...], bound: float | None) -
     assert_within_2x(ours, grounded(q, k, v, pivot_of), exact)
 
 
+@pytest.mark.parametrize("louder", ["own", "pivot", "both"])
+def test_scores_far_apart(louder: str) -> None:
+    """Three rows of one pivot: no maximum may be lost where another row's keys dominate."""
+    q, k, v = make(3, 700, 128, torch.bfloat16, heads=2)
+    if louder != "own":
+        k[0] *= 40
+    if louder != "pivot":
+        k[1:] *= 40
+    ours = ops.grounded_attention(q[:1], k, v, (0, 0, 0))
+    exact = reference.grounded_attention(*wide(q[:1], k, v), (0, 0, 0))
+    assert_within_2x(ours, grounded(q[:1], k, v, (0, 0, 0)), exact)
+
+
 def test_flux_sizes_at_full_width() -> None:
     """24 heads, the pair of 1024 pixels: the grid that is timed. Checked by head, to fit float32 scores."""
     q, k, v = make(2, 4608, 128, torch.bfloat16, heads=24)

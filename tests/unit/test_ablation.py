@@ -5,15 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import bokehflux
 from bokehflux.conditioning import Conditioning
 from bokehflux.evaluation import ablation
 from bokehflux.evaluation.ablation import ARMS, Found, Scenes, run_arm, table
+from bokehflux.nano.captions import held_out
+from bokehflux.nano.scenes import build_scenes, render
 from bokehflux.training import looks
 from bokehflux.training.adapter import AdapterBatch
 from bokehflux.training.latents import LatentFolder
@@ -80,6 +86,28 @@ def test_an_arm_is_trained_and_judged(scenes: Scenes, nano64: Path, tmp_path: Pa
     assert 0 < found.loss < 2 and abs(found.loss - found.loss_untold) < 0.01, "two steps teach nothing"
     told = json.loads((tmp_path / "photographs-only-3" / "log.json").read_text())["notes"]["recipe"]
     assert told["grouped"] == 0 and told["seed"] == 3
+
+
+def test_an_adapter_is_judged_beside_the_renderer() -> None:
+    """A model whose pictures are the renderer's scores best; one with a fifth of the blur is weaker."""
+    spec, prompts = held_out(2)
+    truth = build_scenes(spec, 64, torch.Generator().manual_seed(90_002), CPU)
+
+    def judged(share: float) -> dict[str, float]:
+        def generate(prompt: str, levels: Sequence[float], bokeh_pivot: float, **_: Any) -> Any:
+            drawn = [
+                render(truth, torch.full((2,), share * level))[prompts.index(prompt)]
+                for level in (*levels, bokeh_pivot)
+            ]
+            *images, pivot = (Image.fromarray((x.movedim(0, -1) * 255).round().byte().numpy()) for x in drawn)
+            return SimpleNamespace(images=images, pivot_image=pivot)
+
+        defaults = SimpleNamespace(height_px=64)
+        return ablation.judge(SimpleNamespace(defaults=defaults, device=CPU, generate=generate), 2)  # type: ignore[arg-type]
+
+    right, weak = judged(1.0), judged(0.2)
+    assert right["strength"] == pytest.approx(1, abs=0.05) and right["lvcorr_reference"] > 0.99
+    assert weak["strength"] < 0.95 and right["scene_db"] > 20
 
 
 def test_the_held_out_loss_is_of_every_picture_at_every_noise_level(

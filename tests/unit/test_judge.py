@@ -392,6 +392,13 @@ def test_a_wrong_manifest_is_refused(
     assert not (tmp_path / "eval.json").exists()
 
 
+def test_one_level_is_no_scene(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "one.jsonl").write_text('{"file": "a.png", "level": 5}')
+    with pytest.raises(ValueError, match="two or more levels of one scene"):
+        find_scenes(tmp_path / "one.jsonl")
+
+
 def test_what_cannot_be_judged_is_said_first(
     swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

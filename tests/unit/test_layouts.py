@@ -130,7 +130,7 @@ def test_comfyui_tree(home, env, below):
     "prefixes",
     [
         files.PREFIXES,
-        files.PREFIXES | {"vae": "first_stage_model."},
+        files.PREFIXES | {"vae": "first_stage_model.", "transformer": "diffusion_model."},
         files.PREFIXES | {"clip": "text_encoders.clip_l.", "t5": "text_encoders.t5xxl."},
     ],
 )

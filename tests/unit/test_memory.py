@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bokehflux
-from bokehflux.configs import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL, T5Config
+from bokehflux.configs import CLIP_L, FLUX_DEV, FLUX_VAE, T5_XXL, CLIPConfig, T5Config
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.linear import Linear, LowRankTerm
 from bokehflux.models.mmdit import MMDiT
@@ -191,6 +191,23 @@ def test_terms_of_loras_count_in_every_mode() -> None:
         layer.terms = (LowRankTerm(down=down, up=up, strength=1.0),) * 2
         added += 2 * rank * (4 * layer.in_features + 2 * layer.out_features)
     assert footprint(mmdit, (text,), vae) == Footprint(*(size + added for size in before))
+
+
+def test_footprint_of_text_encoders() -> None:
+    """T5 is streamed block by block, its position bias, which comes ahead, apart; CLIP is there as a whole."""
+    t5 = T5Encoder(T5Config(vocab_size=9000, width=16, head_dim=4, mlp_size=24, num_layers=3, num_heads=4))
+    clip = CLIPTextEncoder(CLIPConfig(vocab_size=700, width=16, mlp_size=32, num_layers=4, num_heads=2))
+    sizes = {name: p.nbytes for name, p in t5.named_parameters()}
+    block = sum(n for name, n in sizes.items() if ".block.1." in name)
+    whole, clip_whole = sum(sizes.values()), sum(p.nbytes for p in clip.parameters())
+    mmdit, vae = tiny_mmdit(), Square(1)
+    without, needs = footprint(mmdit, (), vae), footprint(mmdit, (t5, clip), vae)
+    blocks = [b for network in (mmdit.double_blocks, mmdit.single_blocks) for b in network]
+    largest = max(sum(p.nbytes for p in mmdit.units().own(b)) for b in blocks)
+    assert needs.resident == without.resident + whole + clip_whole
+    assert needs.offload == max(without.offload, whole + clip_whole)
+    streamed = whole - 3 * block + 2 * block + clip_whole
+    assert streamed > 2 * largest and needs.stream == without.stream - 2 * largest + streamed
 
 
 def test_full_size_footprint() -> None:

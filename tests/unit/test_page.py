@@ -183,6 +183,11 @@ def test_sharpness_is_that_of_the_metrics() -> None:
     (each,) = data(page([scene()]))
     values = [shot["sharpness"] for shot in each["shots"]]
     assert values[0] == pytest.approx(exact.item(), abs=1e-3) and values[1] < 7
+    assert each["pivot"]["sharpness"] == pytest.approx(exact.item(), abs=1e-3)
+    points = [(shot["level"], shot["sharpness"]) for shot in each["shots"]]
+    assert each["curve"] == curve_svg(points, (6.0, each["pivot"]["sharpness"])), (
+        "what is drawn is what is said"
+    )
 
 
 @pytest.mark.parametrize("points", [
@@ -201,7 +206,14 @@ def test_a_curve_is_inside_its_frame(
         zip(points, points[1:], strict=False), zip(places, places[1:], strict=False), strict=True
     ):
         assert x[0] < y[0] and (a[1] > b[1]) == (x[1] < y[1])
-    assert sum(element.get("class") == "pivot" for element in root.iter()) == (pivot is not None)
+    marks = [element for element in root.iter() if element.get("class") == "pivot"]
+    assert len(marks) == (pivot is not None)
+    if pivot is not None:  # where a target of its level and sharpness would lie
+        place = [float(marks[0].get(at, "nan")) + float(marks[0].get(of, "nan")) / 2
+                 for at, of in (("x", "width"), ("y", "height"))]  # fmt: skip
+        among = ElementTree.fromstring(curve_svg([*points, pivot], None))
+        dot = [element for element in among.iter() if element.get("class") == "dot"][-1]
+        assert place == pytest.approx([float(dot.get("cx", "nan")), float(dot.get("cy", "nan"))])
 
 
 def test_a_page_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

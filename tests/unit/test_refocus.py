@@ -269,6 +269,14 @@ def test_the_command(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.usefixtures("at_home")
+def test_a_photograph_is_not_asked_for_less_blur_than_it_has(capsys: pytest.CaptureFixture) -> None:
+    argv = ["refocus", "mug.jpg", "--prompt", "a mug", "--photo-level", "21", "--num-inference-steps", "1"]
+    assert cli.main(argv) == 0
+    names = [Path(line).name for line in capsys.readouterr().out.split()]
+    assert names == ["bokeh-25.0.png", "bokeh-30.0.png", "sheet.png"]
+
+
+@pytest.mark.usefixtures("at_home")
 def test_a_disk_needs_room_for_every_level_of_the_photograph(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import weakref
@@ -383,6 +384,18 @@ def test_ctrl_c_keeps_what_is_finished_and_says_so(
     assert err == "bokehflux: scene 1: 3 pictures were there already\n"
     assert len([line for line in out.split() if "bokeh-" in line]) == 3
     assert out.split()[-2:] == ["out/grid.png", "out/index.html"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_line_on_a_terminal_names_the_scene_at_work(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", stream := Terminal())
+    assert cli.main([*ARGV, "--num-inference-steps", "1"]) == 0
+    numbers = [int(number) for number in re.findall(r"\[(\d+)/2", stream.getvalue())]
+    assert numbers == sorted(numbers) and set(numbers) == {1, 2}
 
 
 def test_a_sweep_with_its_defaults(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
