@@ -194,7 +194,7 @@ def test_terms_of_loras_count_in_every_mode() -> None:
 
 
 def test_footprint_of_text_encoders() -> None:
-    """T5 is streamed block by block, its position bias, which comes ahead, apart; CLIP is there as a whole."""
+    """T5 is streamed block by block, its position bias apart, which comes ahead; CLIP is moved whole."""
     t5 = T5Encoder(T5Config(vocab_size=9000, width=16, head_dim=4, mlp_size=24, num_layers=3, num_heads=4))
     clip = CLIPTextEncoder(CLIPConfig(vocab_size=700, width=16, mlp_size=32, num_layers=4, num_heads=2))
     sizes = {name: p.nbytes for name, p in t5.named_parameters()}

@@ -373,3 +373,17 @@ def test_built_on_meta_then_assigned_gives_the_same(encoders: TextEncoders) -> N
             empty = type(encoder)(encoder.config)
         empty.load_state_dict(encoder.state_dict(), strict=True, assign=True)
         assert torch.equal(empty(ids), encoder(ids))
+
+
+def test_an_untrained_clip_adds_little_in_each_of_its_layers() -> None:
+    """OpenAI's scale: what layers add to the stream is drawn smaller the more of them there are."""
+    clip = CLIPTextEncoder(CLIPConfig(vocab_size=9, width=64, mlp_size=256, num_layers=8, num_heads=2))
+    stds = {
+        name: p.std().item() for name, p in clip.named_parameters() if name.endswith("weight") and p.ndim > 1
+    }
+    for name, scale in {
+        "q_proj": 64**-0.5, "k_proj": 64**-0.5, "v_proj": 64**-0.5, "out_proj": (64 * 16) ** -0.5,
+        "fc1": 128**-0.5, "fc2": (64 * 16) ** -0.5,
+    }.items():  # fmt: skip
+        found = [std for of, std in stds.items() if f".{name}." in of]
+        assert len(found) == 8 and all(std == pytest.approx(scale, rel=0.1) for std in found), name
