@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import dataclasses
 import math
 
@@ -11,6 +12,7 @@ import torch
 
 from bokehflux import metrics
 from bokehflux.nano.colors import dominant_color
+from bokehflux.nano.scenery.spec import COLORS
 from bokehflux.nano.scenes import build_scenes, render, sample_specs
 
 
@@ -250,3 +252,12 @@ def test_dominant_color_reads_the_renderer(level: float) -> None:
     spec = dataclasses.replace(spec, color=i % 10, pattern=i // 10 % 3)
     found = dominant_color(render(build_scenes(spec, 64, seeded(8), "cpu"), torch.full((n,), level)))
     assert (found == spec.color).float().mean() >= 0.97
+
+
+@pytest.mark.parametrize(
+    ("hue", "name"), [(3, "red"), (350, "red"), (345, "pink"), (45, "yellow"), (250, "blue")]
+)
+def test_hues_lie_on_a_circle(hue: int, name: str) -> None:
+    """The nearest one may lie beyond 0 degrees."""
+    color = torch.tensor(colorsys.hsv_to_rgb(hue / 360, 0.8, 0.8)).view(1, 3, 1, 1)
+    assert COLORS[int(dominant_color(color.expand(1, 3, 16, 16)))] == name

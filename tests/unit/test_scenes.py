@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import avg_pool2d
 
 from bokehflux import metrics
 from bokehflux.aperture import DISC
+from bokehflux.fingerprint import fingerprint_of_bytes
 from bokehflux.nano import captions
 from bokehflux.nano.scenery import backgrounds, objects, tables
 from bokehflux.nano.scenery.canvas import Canvas, splat
@@ -28,6 +32,7 @@ from bokehflux.nano.scenes import RADIUS_AT_30, Scene, build_scenes, render, sam
 from bokehflux.rendering.blur import Blur
 
 SIZE = 128
+WORLD = Path(__file__).resolve().parents[1] / "data" / "world.safetensors"
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -177,6 +182,24 @@ def test_one_scene_keeps_its_content_and_another_does_not() -> None:
     assert same > 29 and other < 20
 
 
+def test_the_world_is_the_one_that_nano_was_trained_in() -> None:
+    """Every background, shape, colour, pattern and table looks as it did, in its places and on the average.
+
+    Whoever changes the world trains nano anew, renews the documents' figures, and runs this file as a program
+    (`python -m tests.unit.test_scenes`), which keeps the new one.
+    """
+    torch.testing.assert_close(world(), load_file(WORLD)["pictures"], atol=0.01, rtol=0)
+
+
+def world() -> torch.Tensor:
+    """[10, 3, 8, 8]: what scenes look like from afar, at level 4."""
+    i = torch.arange(10)
+    spec = dataclasses.replace(sample_specs(10, seeded(0)), shape=i, color=i, background=i)
+    spec = dataclasses.replace(spec, table=i % len(TABLES), pattern=i % len(PATTERNS), num_mid=i % 3)
+    scene = build_scenes(spec, 64, seeded(0), "cpu")
+    return avg_pool2d(render(scene, levels(scene, 4.0)), 8)
+
+
 def test_held_out_scenes_are_balanced_and_distinct() -> None:
     spec, texts = captions.held_out()
     assert len(spec) == len(texts) == len(set(texts)) == NUM_HELD_OUT
@@ -191,6 +214,8 @@ def test_held_out_scenes_are_balanced_and_distinct() -> None:
         assert count.max() - count.min() <= 1, field
     assert is_held_out(spec).all()
     assert captions.held_out()[1] == texts
+    # Figures in documents are of these words: other captions need new figures.
+    assert fingerprint_of_bytes("\n".join(texts).encode()) == "176897f4967873b496574d0787c80855"
     with pytest.raises(ValueError, match="1 to 32, got 33"):
         captions.held_out(33)
 
@@ -266,3 +291,7 @@ def test_other_words_are_not_a_caption() -> None:
         f"a red ball and a blue cone and a pink mug and a teal star {setting}",
     ):
         assert captions.spec_of(words) is None, words
+
+
+if __name__ == "__main__":
+    save_file({"pictures": world()}, WORLD)
