@@ -683,3 +683,17 @@ def test_flash_backend_without_a_wheel() -> None:
     q, k, v = qkv(1, 4)
     with pytest.raises(ValueError, match="pip install flash-attn, or fa3-fwd"):
         interface.attention(q, k, v, backend="flash")
+
+
+@pytest.mark.parametrize(("dim", "dtype", "capability", "expected"), [
+    (128, torch.bfloat16, (8, 0), True), (64, torch.float16, (9, 0), True),
+    (136, torch.bfloat16, (9, 0), False), (100, torch.bfloat16, (9, 0), False),
+    (128, torch.bfloat16, (7, 5), False), (128, torch.float32, (7, 5), True),
+    (128, torch.float64, (9, 0), False),
+])  # fmt: skip
+def test_where_a_gpu_has_a_stock_kernel(
+    dim: int, dtype: torch.dtype, capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    there = SimpleNamespace(device=torch.device("cuda"), shape=(1, 9, 2, dim), dtype=dtype)
+    assert stock.takes(there) is expected  # type: ignore[arg-type]

@@ -440,3 +440,11 @@ def test_threads_that_share_a_pipeline_get_the_bits_of_one(pipe: Pipeline) -> No
     alone = [run(i) for i in range(6)]
     with ThreadPoolExecutor(6) as threads:
         assert all(torch.equal(a, b) for a, b in zip(alone, threads.map(run, range(6)), strict=True))
+
+
+@pytest.mark.parametrize(("option", "says"), [
+    ({"backend": "flashy"}, "flashy"), ({"max_rows": 0}, "max_rows"), ({"vae_tiling": 3}, "vae_tiling"),
+])  # fmt: skip
+def test_every_option_arrives(option: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        tiny_pipeline().generate("a cup", [3], num_inference_steps=1, **option)

@@ -235,3 +235,10 @@ def test_lengths_beyond_the_file_are_refused_at_once(tmp_path):
                  none + one + key + numbers, one + none + huge):  # fmt: skip
         (tmp_path / "b.gguf").write_bytes(start + body + b"\0" * 100)
         assert "download it again" in problems(open_checkpoint, tmp_path / "b.gguf")
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "a.gguf"
+    write_raw(path, {f"tensor.{i}": (np.full((2, 32), i, np.float32), Kind.F32) for i in range(2)})
+    path.write_bytes(path.read_bytes().replace(b"tensor.1", b"tensor.0"))
+    assert "two tensors of one name" in problems(open_checkpoint, path)

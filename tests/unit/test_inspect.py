@@ -291,3 +291,24 @@ def test_a_damaged_lora_is_not_said_to_be_another_models(tmp_path):
         assert lines(path)[-1] == "use: none as it is"
     files.write_sparse(path, {name.replace("blocks.0", "blocks.99"): shape for name, shape in PAIR.items()})
     assert lines(path)[-1] == "use: none with FLUX.1; it was made for another model"
+
+
+def test_what_no_picture_needs_is_not_counted(tmp_path):
+    """T5's decoder in another precision: neither parameters nor precision are its own."""
+    bare = {name: tensor.bfloat16() for name, tensor in STATES["t5"].items()}
+    write.save(tmp_path / "bare.safetensors", bare)
+    write.save(tmp_path / "whole.safetensors", bare | {"decoder.final_layer_norm.weight": torch.ones(32)})
+    told = [
+        [line for line in lines(tmp_path / name) if line.startswith(("parameters", "precision"))]
+        for name in ("bare.safetensors", "whole.safetensors")
+    ]
+    assert told[0] == told[1] and len(told[0]) == 2
+
+
+def test_of_two_whole_models_in_a_folder_one_must_be_named(tmp_path):
+    files.write_tokenizers(tmp_path)
+    write.save(tmp_path / "a.safetensors", files.all_in_one(STATES))
+    assert lines(tmp_path)[-1] == "use: --model with this folder"
+    write.save(tmp_path / "b.safetensors", files.all_in_one(STATES))
+    found = lines(tmp_path)[-1]
+    assert found.startswith("use: none as it is; name the transformer")

@@ -215,3 +215,39 @@ def test_what_cannot_be_blurred_is_no_group(place: Path, capsys: pytest.CaptureF
         (place / f"{name}.json").write_text('{"suitable_for_synthetic": false, "captions": ["x"]}')
     assert run(place) == 2
     assert "is sharp throughout and has depth, and groups are made of such" in capsys.readouterr().err
+
+
+def test_the_shorter_side_of_a_training_picture_sets_its_renders_blur(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def drawn(image: torch.Tensor, depth: Any, mask: Any, level: float, networks: Any) -> torch.Tensor:
+        seen.append(level)
+        return image
+
+    monkeypatch.setattr(prepare, "add_bokeh", drawn)
+    assert run(place, "--size", "64x32") == 0
+    groups = folder(place, "groups")
+    scenes = torch.arange(2).repeat_interleave(3)
+    told = groups.levels(scenes, torch.arange(1, 4).repeat(2))
+    torch.testing.assert_close(torch.tensor(seen), told * 32 / prepare.TRAINING_SIDE_PX, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("shape", "count", "says"), [
+    ((2, 16, 4, 4), 1, "expected 2 levels"), ((2, 16, 4, 4), 3, "expected 2 levels"),
+    ((2, 16, 4, 6), 2, r"like those before, got \[2, 16, 4, 6\]"), ((16, 4, 4), 16, "like those before"),
+])  # fmt: skip
+def test_scenes_that_do_not_fit_a_folder(
+    tmp_path: Path, shape: tuple[int, ...], count: int, says: str
+) -> None:
+    def entry(name: str, shape: tuple[int, ...], count: int) -> latents.Entry:
+        levels = [float(i) for i in range(count)]
+        return latents.Entry(
+            name=name, key=name, captions=["a cup"], levels={"raw": levels, "range": levels},
+            make=lambda: torch.zeros(shape),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=f"^b: .*{says}"):
+        latents.write_entries(tmp_path / "x", [entry("a", (2, 16, 4, 4), 2), entry("b", shape, count)])
+    assert not (tmp_path / "x" / INDEX).exists()

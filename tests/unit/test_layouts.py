@@ -16,7 +16,7 @@ from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.weights import load, manifests
 from bokehflux.weights.describe import describe
 from bokehflux.weights.files import write
-from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError
+from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError, Shelf
 from bokehflux.weights.find import layouts, resolve
 from bokehflux.weights.find.resolve import ModelFiles, resolve_model
 from bokehflux.weights.find.snapshot import open_snapshot
@@ -335,3 +335,25 @@ def test_the_document(tmp_path, monkeypatch, capsys):
     for kind, block in blocks:
         if kind == "python":
             exec(compile(block, "docs/files.md", "exec"), {})
+
+
+def test_files_beside_the_folders_of_a_repository_are_not_taken(home, env):
+    """FLUX.1's own repository holds the transformer and the autoencoder twice: in folders and beside them."""
+    files.write_official(home, STATES)
+    files.write_tokenizers(home)
+    files.write_flat(home, {n: {k: t + 1 for k, t in STATES[n].items()} for n in ("transformer", "vae")})
+    assert_loads(home, env)
+
+
+def test_shards_are_one_checkpoint_wherever_they_lie(home, env):
+    files.write_comfyui(home, {part: STATES[part] for part in ("vae", "clip", "t5")})
+    files.write_tokenizers(home)
+    folder, names = home / "unet", list(STATES["transformer"])
+    shards = [f"flux-{i}-of-00002.safetensors" for i in ("00001", "00002")]
+    place = {name: shards[i % 2] for i, name in enumerate(names)}
+    for shard in shards:
+        write.save(folder / shard, {n: STATES["transformer"][n] for n in names if place[n] == shard})
+    write.write_json(folder / "flux.safetensors.index.json", {"weight_map": place})
+    assert_loads(home, env)
+    found = layouts.scan(home, Shelf())
+    assert len(found.parts["transformer"]) == 1 and not found.passed_over and not found.unreadable

@@ -702,3 +702,22 @@ def test_an_empty_path_is_not_the_folder_one_is_in(given: dict[str, Any]) -> Non
 def test_a_name_that_no_file_can_have_is_not_found() -> None:
     with pytest.raises(CheckpointError, match="no complete model x+ found"):
         bokehflux.load("x" * 5000)
+
+
+def test_progress_reaches_the_bytes_of_nano_and_its_adapters() -> None:
+    heard: list[tuple[int, int]] = []
+    parts = load.load_components("nano", on_progress=lambda *at: heard.append(at), **F32)
+    assert parts.reference is not None and parts.transformer.bokeh is not None
+    assert heard[-1][0] == heard[-1][1] and [at for at, _ in heard] == sorted(at for at, _ in heard)
+
+
+def test_only_small_text_encoders_compute_with_more_care(tmp_path, monkeypatch):
+    files.write_official(tmp_path, files.states())
+    files.write_tokenizers(tmp_path)
+    size = {part: sum(t.nbytes for t in files.states()[part].values()) for part in ("clip", "t5")}
+    small, large = sorted(size, key=size.__getitem__)
+    monkeypatch.setattr(load, "MAX_CAREFUL_BYTES", size[small])
+    parts = load.load_components(tmp_path, dtype=torch.bfloat16, text_dtype=torch.float32)
+    kinds = {part: next(parts.networks[part].parameters()).dtype for part in size}
+    assert kinds == {small: torch.float32, large: torch.bfloat16}
+    assert parts.transformer.dtype == torch.bfloat16

@@ -241,3 +241,8 @@ def test_the_axis_of_the_curve_ends_where_it_says() -> None:
     base = float(re.search(r"M\d+ 8V(\d+)H", svg)[1])  # type: ignore[index]
     expected = base - (2.96 - bottom) / (top - bottom) * (base - 12)
     assert bottom < 2.93 < 2.96 < top and abs(drawn[0] - expected) < 0.1
+
+
+def test_a_model_without_a_name_leaves_no_gap_in_the_footer() -> None:
+    nameless = dataclasses.replace(scene().record, provenance=Provenance(model=None))
+    assert dataclasses.replace(scene(), record=nameless).footer() == nameless.settings.summary

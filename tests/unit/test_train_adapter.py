@@ -6,9 +6,12 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -30,7 +33,7 @@ from bokehflux.training.adapter import (
 from bokehflux.training.batches import Draws
 from bokehflux.training.engine import keep_activations, store_fp8
 from bokehflux.training.log import Log
-from bokehflux.training.looks import Best, HeldOut
+from bokehflux.training.looks import Best, HeldOut, Sheets
 from bokehflux.training.loop import Course, Step, train
 from bokehflux.training.objective import draw_guidance
 from bokehflux.training.optim import Optimizer, cosine
@@ -522,3 +525,28 @@ def test_rows_of_a_step_are_named_as_they_are_drawn() -> None:
             assert scenes.names.index(scene) == x0[0, 0]
             assert float(level.removeprefix("level ")) == pytest.approx(x0[0, 1].item(), abs=1e-4)
             assert picture == f"picture {round((x0[0, 1].item() + x0[0, 0].item() / 100) / 10) + 1}"
+
+
+def test_sheets_show_the_average_as_it_will_be_loaded(tmp_path: Path) -> None:
+    mmdit = tiny_mmdit().bfloat16()
+    mmdit.bokeh.float()
+    state, seen = state_of(mmdit, tmp_path), []
+    before = [p.detach().clone() for p in state.ema.parameters]
+    for average in state.ema.average:
+        average.fill_(0.5)
+
+    def generate(prompt: str, levels: Any, **asked: Any) -> Any:
+        trained = [p for _, p in trainable_adapter(mmdit)]
+        assert len(trained) == len(before) and {p.dtype for p in trained} == {torch.bfloat16}
+        assert all((p == 0.5).all() for p in trained)
+        seen.append((prompt, asked["seed"], (asked["height"], asked["width"]), asked["bokeh_pivot"]))
+        picture = Image.effect_noise((32, 48), 40).convert("RGB")
+        return SimpleNamespace(images=[picture] * len(levels), pivot_image=picture, sheet=lambda: picture)
+
+    pipe = SimpleNamespace(transformer=mmdit, generate=generate)
+    grid = LatentGrid(height_px=48, width_px=32)
+    look = Sheets(every=1, pipe=pipe, prompts=("a", "b"), folder=tmp_path / "looks", grid=grid)  # type: ignore[arg-type]
+    look(state)
+    assert seen == [("a", 0, (48, 32), 15.0), ("b", 1, (48, 32), 15.0)]
+    assert all(torch.equal(p, old) for p, old in zip(state.ema.parameters, before, strict=True))
+    assert len(list((tmp_path / "looks").iterdir())) == 2

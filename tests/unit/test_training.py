@@ -872,3 +872,20 @@ def test_noise_levels_and_guidance() -> None:
     assert guidance.min() == 1 and guidance.max() <= 6 and guidance.max() > 5.8
     assert (guidance == 1).float().mean().item() == pytest.approx(0.15, abs=0.03)
     assert guidance.median() < 3.5, "denser near 1"
+
+
+def test_the_time_that_is_left_follows_the_last_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("bokehflux.training.log.time.perf_counter", lambda: now[0])
+    log = Log(tmp_path / "log.json", every=4)
+    log.begin(2, 20)
+    with caplog.at_level("INFO"):
+        for step, passed in ((6, 8), (10, 4)):
+            now[0] += passed
+            log.add(step, {"loss": 1.0})
+    said = [message.split("  ")[-1] for message in caplog.messages]
+    assert said == [
+        "2 s a step, 0:00:28 left of 20 steps", "1 s a step, 0:00:10 left of 20 steps",
+    ]  # fmt: skip
