@@ -158,6 +158,23 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlsConfig:
+    """The shape of a control adapter, which acts in every block."""
+
+    rank: int = 32
+    """Rank of its low-rank layers."""
+    hidden_dim: int = 128
+    """Width of the hidden layers that embed what is asked for."""
+    context_dim: int = 128
+    """Width of what is embedded."""
+    tokens: int = 4
+    """Context tokens for the focus plane, and as many for the aperture."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class T5Config:
     """The shape of a T5 v1.1 encoder (gated GELU, relative position bias in the first block)."""
 

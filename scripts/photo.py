@@ -41,7 +41,7 @@ def write_scene(folder: Path) -> Path:
     pad = (scene.background.shape[-1] - SIZE_PX) // 2
     gap = scene.background_gap.view(1, 1).expand(scene.background.shape[-2:])
     for layer, its_gap in (
-        (scene.table, scene.table_gap * scene.table_defocus[0]),
+        (scene.table, scene.table_gap * scene.table_depth[0].abs()),
         (scene.mid, scene.mid_gap),
         (scene.subject, torch.zeros(())),
     ):

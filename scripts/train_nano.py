@@ -5,6 +5,7 @@
     python scripts/train_nano.py base    --out weights/nano --resume
     python scripts/train_nano.py adapter --out weights/nano
     python scripts/train_nano.py reference --out weights/nano
+    python scripts/train_nano.py controls --out weights/nano
 
 Every stage reads what the earlier ones wrote to --out and adds its own files in the official layout, with a
 log of its curve under training/. Hyper-parameters and seeds are `NANO` and `RESUMED` of
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["vae", "base", "adapter", "reference"])
+    parser.add_argument("stage", choices=["vae", "base", "adapter", "reference", "controls"])
     parser.add_argument("--out", type=Path, required=True, help="snapshot folder to read from and add to")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

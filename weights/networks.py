@@ -18,11 +18,13 @@ from bokehflux.configs import (
     FLUX_VAE,
     T5_XXL,
     BokehConfig,
+    ControlsConfig,
     MMDiTConfig,
     ReferenceConfig,
 )
 from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.models.controls import ControlAdapter
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.reference import ReferenceAdapter
 from bokehflux.models.t5 import T5Encoder
@@ -32,9 +34,9 @@ from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 
 from .codec import Codec, Shapes
 from .mapping import Table
-from .tables import adapter, clip, flux, lora, reference, t5, tiny_decoder, vae
+from .tables import adapter, clip, controls, flux, lora, reference, t5, tiny_decoder, vae
 
-ADAPTER, REFERENCE = "adapter", "reference"
+ADAPTER, REFERENCE, CONTROLS = "adapter", "reference", "controls"
 ADAPTER_PREFIX = "bokeh."
 """Where MMDiT keeps its adapter."""
 C = TypeVar("C")
@@ -222,4 +224,14 @@ def reference_for(transformer: MMDiTConfig) -> Network[ReferenceConfig, Referenc
         build=lambda config: ReferenceAdapter(config, transformer),
         codec=reference.codec(transformer),
         tables=reference.TABLES,
+    )
+
+
+def controls_for(transformer: MMDiTConfig) -> Network[ControlsConfig, ControlAdapter]:
+    """The control adapter of transformers of one config."""
+    return Network(
+        name=CONTROLS,
+        build=lambda config: ControlAdapter(config, transformer),
+        codec=controls.codec(transformer),
+        tables=controls.TABLES,
     )

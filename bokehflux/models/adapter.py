@@ -11,12 +11,16 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from bokehflux.configs import BokehConfig, MMDiTConfig
 from bokehflux.lens import check_level, unit_level
+
+if TYPE_CHECKING:
+    from bokehflux.models.controls import Controls
 
 NULL_INPUT = -1.0
 """Model input that means "no level": the negative pass, and dropped levels in training."""
@@ -32,6 +36,8 @@ class BokehCondition:
     """Strength of the query and key updates; None takes the adapter's own."""
     bokeh_scale: float | None = None
     """Strength of the level's value vector; None takes the adapter's own."""
+    controls: Controls | None = None
+    """What the rows are asked for beside their level."""
 
     @classmethod
     def of(cls, levels: Sequence[float | None]) -> BokehCondition:
@@ -49,11 +55,12 @@ class BokehCondition:
 
     def rows(self, rows: slice) -> BokehCondition:
         """The condition of some rows of the batch."""
-        return dataclasses.replace(self, levels=self.levels[rows])
+        controls = None if self.controls is None else self.controls.rows(rows)
+        return dataclasses.replace(self, levels=self.levels[rows], controls=controls)
 
     def null(self) -> BokehCondition:
-        """The same strengths with every level dropped."""
-        return dataclasses.replace(self, levels=torch.full_like(self.levels, math.nan))
+        """The same strengths with every level dropped, and nothing else asked for."""
+        return dataclasses.replace(self, levels=torch.full_like(self.levels, math.nan), controls=None)
 
 
 class LowRank(nn.Module):

@@ -19,6 +19,7 @@ from bokehflux.kernels.fp8.interface import Quantized
 from bokehflux.kernels.pointwise.interface import Projected, joint_heads
 from bokehflux.models import fused
 from bokehflux.models.adapter import BlockAdapter
+from bokehflux.models.controls import BlockControl
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.fused import Residual
 from bokehflux.models.linear import Linear
@@ -66,6 +67,8 @@ class BlockSpec:
     """Strength of the adapter's query and key updates."""
     reference: ReferenceBlock | None = None
     """What is added for rows that show a reference picture."""
+    control: BlockControl | None = None
+    """What is added to attention's output."""
 
     def adapt(self, heads: Projected) -> Projected:
         """Heads with the adapters' updates: they act on what was projected, before norms."""
@@ -74,6 +77,10 @@ class BlockSpec:
             k = self.adapter.update_k(heads.k, self.lora_scale)
             heads = heads._replace(q=q, k=k)
         return heads if self.reference is None else self.reference.update(heads)
+
+    def steer(self, joint: Tensor, k: Tensor) -> Tensor:
+        """Attention's output [B, L, H, D] with what controls add, k the rows' keys."""
+        return joint if self.control is None else self.control(joint, k)
 
 
 class AttentionCall(nn.Module):
@@ -145,7 +152,7 @@ class DoubleStreamBlock(nn.Module):
         txt_x, txt_heads = self.txt_attn.project(txt, mod.txt_attn, spec.attention)
         q, k, v = joint_heads((txt_heads, img_heads), *rope)  # [Q, L, H, D], [B, L, H, D] twice
         del img_heads, txt_heads  # nothing outlives its use: heads are six times a stream's tokens
-        joint = self.attention(spec.attention, q, k, v).flatten(2)  # [B, L, H, D] -> [B, L, E]
+        joint = spec.steer(self.attention(spec.attention, q, k, v), k).flatten(2)  # [B, L, H, D] -> [B, L, E]
         del q, k, v
         txt_joint, img_joint = joint.split([txt_x.shape[1], img_x.shape[1]], dim=1)  # [B, T, E], [B, N, E]
         img = Residual(img_x, self.img_attn.proj(img_joint), mod.img_attn.gate)
@@ -187,7 +194,7 @@ class SingleStreamBlock(nn.Module):
         heads, hidden = fused.single_in(*layers, self.norm, normed, rows)
         q, k, v = joint_heads((spec.adapt(heads),), *rope)  # [Q, L, H, D], [B, L, H, D] twice
         del heads  # attention's result takes their place
-        joint = self.attention(spec.attention, q, k, v).flatten(2)  # [B, L, H, D] -> [B, L, E]
+        joint = spec.steer(self.attention(spec.attention, q, k, v), k).flatten(2)  # [B, L, H, D] -> [B, L, E]
         del q, k, v
         return Residual(x, fused.single_out(*layers, normed, joint, hidden), mod.gate).leaving()
 

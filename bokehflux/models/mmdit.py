@@ -21,6 +21,7 @@ from bokehflux.models.blocks import (
     ModulationOut,
     SingleStreamBlock,
 )
+from bokehflux.models.controls import BlockControl
 from bokehflux.models.embeddings import SINUSOID_DIM, MLPEmbedder, RopeTable, sinusoid
 from bokehflux.models.fused import Residual
 from bokehflux.models.linear import Linear
@@ -71,10 +72,16 @@ class RunConstants:
     """Value vector of each adapted block, [B, H, D]; empty without levels."""
     logit_bounds: tuple[float, ...]
     """By block, a bound that no scaled attention score exceeds."""
+    controls: dict[int, BlockControl]
+    """What each block adds for what is asked beside the level; empty where nothing is."""
 
     def rows(self, rows: slice) -> RunConstants:
         """The constants of some rows of the batch."""
-        return dataclasses.replace(self, values={i: value[rows] for i, value in self.values.items()})
+        return dataclasses.replace(
+            self,
+            values={i: value[rows] for i, value in self.values.items()},
+            controls={i: control.rows(rows) for i, control in self.controls.items()},
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -193,13 +200,19 @@ class MMDiT(Network):
         For inference: it waits for the device once, and does not follow weights that change afterwards.
         """
         values = {} if bokeh is None else self._values(bokeh)
-        return RunConstants(values=values, logit_bounds=self._logit_bounds())
+        controls = {} if bokeh is None else self._controls(bokeh)
+        return RunConstants(values=values, logit_bounds=self._logit_bounds(), controls=controls)
 
     def _values(self, bokeh: BokehCondition) -> dict[int, Tensor]:
         if self.bokeh is None:
             raise ValueError("bokeh levels need an adapter, and this model was loaded without one")
         scale = self.bokeh.config.bokeh_scale if bokeh.bokeh_scale is None else bokeh.bokeh_scale
         return self.bokeh.values(bokeh.model_input(self.device, self.dtype), scale)
+
+    def _controls(self, bokeh: BokehCondition) -> dict[int, BlockControl]:
+        if bokeh.controls is None:
+            return {}
+        return bokeh.controls.for_blocks(bokeh.model_input(self.device, self.dtype))
 
     def _logit_bounds(self) -> tuple[float, ...]:
         """By block: |q . k| / sqrt(D) <= sqrt(D) max|w_q| max|w_k|.
@@ -238,12 +251,15 @@ class MMDiT(Network):
         if folded_at is not None and lora_scale != folded_at:
             raise ValueError(f"the adapter is folded at lora_scale {folded_at}, asked for {lora_scale}")
         values = constants.values if constants is not None else self._values(bokeh)
+        controls = constants.controls if constants is not None else self._controls(bokeh)
         plain = spec.plain()
         specs = [BlockSpec(attention=plain.for_block(i, None, bound)) for i, bound in enumerate(bounds)]
         for i, value in values.items():
             updates = self.bokeh.block(i) if folded_at is None else None
             adapted = spec.for_block(i, value, bounds[i])
             specs[i] = BlockSpec(attention=adapted, adapter=updates, lora_scale=lora_scale)
+        for i, control in controls.items():
+            specs[i] = dataclasses.replace(specs[i], control=control)
         return specs
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from bokehflux.nano.recipe import AdapterStage, FrozenBaseStage
 from bokehflux.training.adapter import adapter_loss, trainable_adapter
 from bokehflux.training.batches import Draws
 from bokehflux.training.log import Log
-from bokehflux.training.loop import Course, Loss, train
+from bokehflux.training.loop import Course, Look, Loss, train
 from bokehflux.training.optim import Optimizer, trapezoid
 from bokehflux.training.state import Saves
 
@@ -83,6 +84,7 @@ def train_on_frozen(
     stage: FrozenBaseStage,
     log: Log,
     saves: Saves | None,
+    looks: Sequence[Look] = (),
 ) -> None:
     """Train what a stage adds to the frozen base; the parameters end as their moving average."""
     course = Course(
@@ -94,4 +96,4 @@ def train_on_frozen(
         schedule=functools.partial(trapezoid, warmup=0.05),
     )
     optimizer = Optimizer(named, stage.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    log.note("steps", train(loss, optimizer, course, log, saves))
+    log.note("steps", train(loss, optimizer, course, log, saves, looks))

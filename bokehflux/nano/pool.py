@@ -12,11 +12,13 @@ from torch import Tensor
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.models.vae import AutoencoderKL
 from bokehflux.nano import captions
-from bokehflux.nano.scenes import SceneSpec, build_scenes, render, sample_specs
+from bokehflux.nano.scenes import Scene, SceneSpec, build_scenes, render, sample_specs
 from bokehflux.sampling.latents import pack
 
 LevelDraw = Callable[[int, int, torch.Generator], Tensor]
 """(count, k, generator) -> [count] levels in 0-30 for the k-th render of each scene."""
+Show = Callable[[Scene, Tensor, int, torch.Generator], Tensor]
+"""(scenes, levels, k, generator) -> the k-th picture of each, [b, 3, S, S] in 0-1."""
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 """Captions -> (T5 ids [B, T], CLIP ids [B, T])."""
 
@@ -42,6 +44,11 @@ def stratified_levels(renders: int, exact_zero: float = 0.25) -> LevelDraw:
     return draw
 
 
+def plainly(scene: Scene, levels: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """The subject sharp, lights as discs."""
+    return render(scene, levels)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shoot:
     """Pictures to be rendered: how many scenes, and how each is shown."""
@@ -50,6 +57,7 @@ class Shoot:
     renders: int = 1
     """Pictures of each scene."""
     draw: LevelDraw
+    show: Show = plainly
     size_px: int
     crowded: float = 0.0
     """As in `sample_specs`."""
@@ -65,7 +73,7 @@ def rendered(shoot: Shoot, generator: torch.Generator) -> Iterator[tuple[SceneSp
         scene = build_scenes(spec, shoot.size_px, generator, generator.device)
         for k in range(shoot.renders):
             levels = shoot.draw(count, k, generator)
-            yield spec, k, levels, render(scene, levels)
+            yield spec, k, levels, shoot.show(scene, levels, k, generator)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,8 @@ class FrozenBaseStage:
     scenes: int = 12_288
     levels_per_scene: int = 5
     """One level from each fifth of 0-30, the first exactly 0 in a share of the scenes."""
+    chunk: int = 512
+    """Scenes rendered together."""
     steps: int
     minutes: float = 0.0
     """Above 0: train this long instead of `steps`, to find out how many a machine affords."""
@@ -109,6 +111,25 @@ class ReferenceStage(FrozenBaseStage, Pairs):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlsStage(FrozenBaseStage, Sampling):
+    seed: int = 6
+    scenes: int = 8_192
+    levels_per_scene: int = 6
+    """Renders, each with a focus, an aperture and a level of its own (`nano.controls`)."""
+    chunk: int = 64
+    """Scenes rendered together, which share their apertures."""
+    steps: int = 2500
+    batch: int = 256
+    lr: float = 2e-3
+    max_guidance: float = 5.0
+    by_map: float = 0.4
+    """Share of the renders that are asked for by their map of blur, not by their focus."""
+    rank: int = 64
+    write_every: int = 150
+    """Steps from one writing of the adapter to the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     mmdit: MMDiTConfig
     bokeh: BokehConfig
@@ -121,6 +142,7 @@ class Recipe:
     base: BaseStage = field(default_factory=BaseStage)
     adapter: AdapterStage = field(default_factory=AdapterStage)
     reference: ReferenceStage = field(default_factory=ReferenceStage)
+    controls: ControlsStage = field(default_factory=ControlsStage)
 
 
 NANO = Recipe(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
+from bokehflux.aperture import DISC, Aperture
 from bokehflux.lens import MAX_LEVEL, unit_level
 from bokehflux.rendering.layers import Layer, composite
 
@@ -22,7 +23,7 @@ from .scenery.objects import Placement, paint_objects
 from .scenery.spec import MAX_MID, SceneSpec, sample_specs
 from .scenery.tables import paint_tables
 
-__all__ = ["RADIUS_AT_30", "Scene", "SceneSpec", "build_scenes", "render", "sample_specs"]
+__all__ = ["RADIUS_AT_30", "Scene", "SceneSpec", "build_scenes", "gaps", "render", "sample_specs"]
 
 RADIUS_AT_30 = 13.0
 """Radius in pixels of the disc that a point at infinity becomes at level 30, in a picture of 256 pixels."""
@@ -42,8 +43,8 @@ class Scene:
     """[B, 4, N, N]."""
     table_gap: torch.Tensor
     """[B] the same for the table's far edge."""
-    table_defocus: torch.Tensor
-    """[B, N, 1] |defocus| down the table: 0 where the subject stands, 1 at the far edge."""
+    table_depth: torch.Tensor
+    """[B, N, 1] down the table: 0 where the subject stands, 1 at the far edge, below 0 nearer; -1 ... 1."""
     mid: torch.Tensor
     """[B, 4, N, N] objects behind the subject."""
     mid_gap: torch.Tensor
@@ -108,7 +109,7 @@ def build_scenes(
         background_gap=dice.uniform(0.9, 1.0),
         table=torch.cat([table * cover[:, None], cover[:, None]], 1),
         table_gap=table_gap,
-        table_defocus=depth.abs().clamp(max=1),
+        table_depth=depth.clamp(-1, 1),
         mid=mid,
         mid_gap=table_gap * ((stand - mid_base) / (stand - far_edge)).view(-1),
         subject=subject,
@@ -117,24 +118,55 @@ def build_scenes(
     )
 
 
-def render(scene: Scene, levels: torch.Tensor) -> torch.Tensor:
+def render(
+    scene: Scene, levels: torch.Tensor, focus: torch.Tensor | None = None, aperture: Aperture = DISC
+) -> torch.Tensor:
     """Pictures [B, 3, S, S], display-referred, 0 ... 1, of B scenes at `levels` [B], each 0 ... 30.
 
-    Blur radius in pixels = level / 30 * RADIUS_AT_30 * S / 256 * disparity gap. ValueError on other shapes.
+    Blur radius in pixels = level / 30 * RADIUS_AT_30 * S / 256 * |gap - focus|, both distances in disparity
+    from the subject. focus [B], 0 ... 1: the plane that is sharp; None: the subject. ValueError on other
+    shapes.
     """
     if levels.shape != (len(scene),):
         raise ValueError(f"levels: expected one per scene, [{len(scene)}], got {list(levels.shape)}")
     # Beyond level 30 a disc would reach across the padding; clamping costs no synchronisation, a check would.
     behind = -unit_level(levels.clamp(0, MAX_LEVEL)) * RADIUS_AT_30 * scene.size_px / 256
+    if focus is None:
+        at, table_gap, table_share = 0.0, scene.table_gap, scene.table_depth.abs()
+    else:
+        at, slope = focus, (_table_gaps(scene) - focus.view(-1, 1, 1)).abs()
+        table_gap = slope.amax((1, 2)).clamp(min=1e-6)
+        table_share = slope / table_gap.view(-1, 1, 1)
     layers = [
-        Layer(light=scene.background, radius_px=behind * scene.background_gap),
-        Layer(light=scene.table, radius_px=behind * scene.table_gap, share=scene.table_defocus),
-        Layer(light=scene.mid, radius_px=behind * scene.mid_gap),
-        Layer(light=scene.subject),
+        Layer(light=scene.background, radius_px=behind * (scene.background_gap - at)),
+        Layer(light=scene.table, radius_px=behind * table_gap, share=table_share),
+        Layer(light=scene.mid, radius_px=behind * (scene.mid_gap - at)),
+        Layer(light=scene.subject, radius_px=None if focus is None else behind * -focus),
     ]
-    out = composite(layers, softness=EDGE_SOFTNESS)
-    pad = (out.shape[-1] - scene.size_px) // 2
-    return _develop(out[:, :, pad : pad + scene.size_px, pad : pad + scene.size_px] * scene.exposure)
+    out = composite(layers, aperture, softness=EDGE_SOFTNESS)
+    return _develop(_inner(scene, out) * scene.exposure)
+
+
+def gaps(scene: Scene) -> torch.Tensor:
+    """[B, S, S]: how far behind the subject, in disparity, each pixel lies. Less a focus, that is its circle
+    of confusion as a share of the level's, signed: above 0 behind the focus."""
+    behind = scene.background_gap.view(-1, 1, 1).expand(-1, *scene.background.shape[-2:])
+    zero = torch.zeros_like(scene.mid_gap).view(-1, 1, 1)
+    nearer = (scene.table, _table_gaps(scene)), (scene.mid, scene.mid_gap.view(-1, 1, 1)), (scene.subject, zero)
+    for layer, gap in nearer:
+        behind = torch.where(layer[:, 3] > 0.5, gap, behind)
+    return _inner(scene, behind)
+
+
+def _table_gaps(scene: Scene) -> torch.Tensor:
+    """[B, N, 1]"""
+    return scene.table_gap.view(-1, 1, 1) * scene.table_depth
+
+
+def _inner(scene: Scene, values: torch.Tensor) -> torch.Tensor:
+    """[..., N, N] without the padding."""
+    pad = (values.shape[-1] - scene.size_px) // 2
+    return values[..., pad : pad + scene.size_px, pad : pad + scene.size_px]
 
 
 def _develop(light: torch.Tensor) -> torch.Tensor:

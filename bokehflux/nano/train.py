@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from bokehflux.conditioning import Conditioning
-from bokehflux.configs import ReferenceConfig
+from bokehflux.configs import ControlsConfig, ReferenceConfig
 from bokehflux.metrics import psnr
 from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.models.controls import ControlAdapter
 from bokehflux.models.embeddings import RopeTable, rope_table
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.reference import ReferenceAdapter, reference_ids
@@ -24,12 +25,15 @@ from bokehflux.nano import captions
 from bokehflux.nano.adapter import EncodedPool, train_adapter
 from bokehflux.nano.autoencoder import train_autoencoder
 from bokehflux.nano.base import Sampler, TextToVelocity, distill_guidance, init_mmdit, train_base
+from bokehflux.nano.controls import ControlledScenes, Views, levels_with_sharp, train_controls
 from bokehflux.nano.pool import (
     LevelDraw,
     Shoot,
+    Show,
     Tokenize,
     latent_pool,
     mostly_sharp_levels,
+    plainly,
     rendered,
     stratified_levels,
     uniform_levels,
@@ -40,9 +44,18 @@ from bokehflux.nano.tokenizers import train_tokenizers
 from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 from bokehflux.training.log import Log
-from bokehflux.training.state import Saves
+from bokehflux.training.state import Saves, State
 from bokehflux.weights.load import load_network, load_transformer
-from bokehflux.weights.networks import CLIP, T5, TRANSFORMER, VAE, Network, adapter_for, reference_for
+from bokehflux.weights.networks import (
+    CLIP,
+    T5,
+    TRANSFORMER,
+    VAE,
+    Network,
+    adapter_for,
+    controls_for,
+    reference_for,
+)
 from bokehflux.weights.save import save_index, save_network, save_schedule, split_adapter
 
 CAPTIONS_FOR_TOKENIZERS = 20_000
@@ -181,7 +194,7 @@ def base(run: Run, *, warm: bool = False) -> None:
     save_index(out, recipe.defaults, "adapter")
 
 
-def encoded_pool(run: Run, draw: LevelDraw) -> EncodedPool:
+def encoded_pool(run: Run, draw: LevelDraw, show: Show = plainly) -> EncodedPool:
     """Scenes for the stages on a frozen base, captions as its text encoders see them."""
     recipe, stage, out, device = run.recipe, run.stage, run.out, run.device
     torch.manual_seed(stage.seed)
@@ -193,7 +206,9 @@ def encoded_pool(run: Run, draw: LevelDraw) -> EncodedPool:
         scenes=stage.scenes,
         renders=stage.levels_per_scene,
         draw=draw,
+        show=show,
         size_px=recipe.defaults.height_px,
+        chunk=stage.chunk,
     )
     pool = latent_pool(run.vae(), tokenize, shoot, generator)
     run.log.note("latents", list(pool.latents.shape))
@@ -241,12 +256,48 @@ def reference(run: Run) -> None:
     save_index(out, recipe.defaults, "adapter", "reference")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Writes what was learned so far (`loop.Look`): a run that is cut off leaves it behind."""
+
+    every: int
+    write: Callable[[], None]
+
+    def __call__(self, state: State) -> dict[str, float]:
+        with state.ema.shown():
+            self.write()
+        return {}
+
+
+def controls(run: Run) -> None:
+    recipe, stage, out, device = run.recipe, run.stage, run.out, run.device
+    views = Views()
+    encoded = encoded_pool(run, levels_with_sharp, views)
+    chance = torch.Generator(device).manual_seed(20_000 + stage.seed)
+    scenes = ControlledScenes.of(encoded, views, stage.by_map, chance)
+    mmdit = load_transformer(
+        out / TRANSFORMER.folder, adapter=out / "adapter", device=device, dtype=torch.float32
+    )
+    made = ControlAdapter(ControlsConfig(rank=stage.rank), recipe.mmdit).to(device)
+    if device.type == "cuda":
+        mmdit.compile_blocks()
+
+    def write() -> None:
+        save_network(controls_for(recipe.mmdit), out / "controls", made.config, half(made))
+
+    written = Written(every=stage.write_every, write=write)
+    train_controls(mmdit, made, scenes, run.rope(), stage, run.log, run.saves(), (written,))
+    run.log.note("parameters", sum(p.numel() for p in made.parameters()))
+    write()
+
+
 STAGES: dict[str, Callable[[Run], None]] = {
     "autoencoder": autoencoder,
     "base": base,
     "base-resumed": functools.partial(base, warm=True),
     "adapter": adapter,
     "reference": reference,
+    "controls": controls,
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bokehflux.attention import AttentionSpec, Grounded, Plain
 from bokehflux.conditioning import Conditioning
 from bokehflux.models.adapter import BokehCondition
+from bokehflux.models.controls import Controls
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.training.batches import Draws, onto
@@ -257,33 +258,42 @@ def _pivots(each: Draws, how: Sampling) -> tuple[int, ...]:
 
 
 def adapter_step(
-    mmdit: MMDiT, batch: AdapterBatch, rope: RopeTable, null_text: Conditioning | None = None
+    mmdit: MMDiT,
+    batch: AdapterBatch,
+    rope: RopeTable,
+    null_text: Conditioning | None = None,
+    controls: Controls | None = None,
 ) -> Tensor:
     """The mean of `row_losses`."""
-    return row_losses(mmdit, batch, rope, null_text).mean()
+    return row_losses(mmdit, batch, rope, null_text, controls).mean()
 
 
 def row_losses(
-    mmdit: MMDiT, batch: AdapterBatch, rope: RopeTable, null_text: Conditioning | None = None
+    mmdit: MMDiT,
+    batch: AdapterBatch,
+    rope: RopeTable,
+    null_text: Conditioning | None = None,
+    controls: Controls | None = None,
 ) -> Tensor:
     """Losses [B] of a batch: flow matching, towards the guided velocity where the empty prompt is given.
 
     A distilled base is sampled at guidance g, so its adapter may be trained there: the target is
     u + g (data velocity - u), u being the model's own prediction for `null_text`, [1, ...]. Rows then weigh
-    1 / g^2, the growth of the target's variance. mmdit: with an adapter, whose parameters ask for gradients.
+    1 / g^2, the growth of the target's variance. mmdit: with an adapter, whose parameters ask for gradients, or those of `controls` do: what
+    the rows are asked for beside their level.
     """
     x = mix(batch.x0, batch.eps, batch.sigma)
     target, weight = velocity_target(batch.x0, batch.eps), torch.ones_like(batch.sigma)
     spec, text = batch.attention, batch.text
     if null_text is not None:
         txt, pooled = null_text.txt.expand_as(text.txt), null_text.pooled.expand_as(text.pooled)
-        levels = BokehCondition(levels=batch.unguided_levels)
+        levels = BokehCondition(levels=batch.unguided_levels, controls=controls)
         with torch.no_grad():
             u = mmdit(x, txt, pooled, batch.sigma, torch.ones_like(batch.sigma), rope, spec, levels).float()
         target, weight = guided(target, u, batch.guidance), batch.guidance**2
     # The first block's inputs ask for gradients like every other's, so that all share one compiled graph.
     x, txt = x.detach().requires_grad_(), text.txt.detach().requires_grad_()
-    levels = BokehCondition(levels=batch.levels)
+    levels = BokehCondition(levels=batch.levels, controls=controls)
     v = mmdit(x, txt, text.pooled, batch.sigma, batch.guidance, rope, spec, levels).float()
     return (v - target).square().mean(dim=(1, 2)) / weight
 

@@ -163,7 +163,7 @@ def test_a_flat_picture_and_its_depth(seed: int, focus: str) -> None:
     """The bundled model's scenes as flat pictures with depth: 30 dB to the scene, whatever is sharp."""
     made = nano_scene(seed)
     gap = {"subject": 0.0, "middle": made.mid_gap.item(), "background": made.background_gap.item()}[focus]
-    table = (made.table_gap * made.table_defocus[0]).expand(made.table.shape[-2:])
+    table = (made.table_gap * made.table_depth[0].abs()).expand(made.table.shape[-2:])
     largest = 28 / 30 * 13 * 128 / 256
     surfaces: list[Surface] = [
         (made.background[0], largest * (gap - made.background_gap.item())),
