@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bokehflux.configs import MMDiTConfig
 from bokehflux.models.adapter import BokehAdapter
 from bokehflux.models.clip import CLIPTextEncoder
+from bokehflux.models.controls import ControlAdapter
 from bokehflux.models.fp8 import fp8_layers, fp8_weight
 from bokehflux.models.linear import NARROW, Linear
 from bokehflux.models.mmdit import MMDiT
@@ -38,6 +39,7 @@ from .networks import (
     ADAPTER,
     ADAPTER_PREFIX,
     CLIP,
+    CONTROLS,
     NETWORKS,
     REFERENCE,
     T5,
@@ -85,6 +87,10 @@ class Components:
     @property
     def reference(self) -> ReferenceAdapter | None:
         return cast("ReferenceAdapter | None", self.networks.get(REFERENCE))
+
+    @property
+    def controls(self) -> ControlAdapter | None:
+        return cast("ControlAdapter | None", self.networks.get(CONTROLS))
 
     @property
     def text(self) -> TextEncoders:
@@ -145,11 +151,10 @@ def load_components(
             networks[network.name] = load_network(
                 network, part, config, device=device, dtype=kind, on_read=on_read
             )
-        if REFERENCE in parts:
-            part = parts[REFERENCE]
-            networks[REFERENCE] = load_network(
-                part.network, part, device=device, dtype=dtype, on_read=on_read
-            )
+        for name in (REFERENCE, CONTROLS):
+            if name in parts:
+                part = parts[name]
+                networks[name] = load_network(part.network, part, device=device, dtype=dtype, on_read=on_read)
         added = [(read_lora(path, configs), strength) for path, strength in snapshot.loras]
         networks[TRANSFORMER.name] = load_transformer(
             parts[TRANSFORMER.name],

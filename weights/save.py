@@ -65,7 +65,7 @@ def save_schedule(folder: str | Path, config: ScheduleConfig) -> None:
 def save_index(root: str | Path, defaults: Defaults, *adapters: str) -> None:
     """`model_index.json`, by which diffusers finds the components, and our card.
 
-    adapters: "adapter", "reference" or both, where the model has folders of these names.
+    adapters: "adapter", "reference", "controls": those of which the model has folders.
     """
     Path(root).mkdir(parents=True, exist_ok=True)
     components = {"scheduler": ("diffusers", scheduler.CONFIG.fixed["_class_name"])}

@@ -50,7 +50,7 @@ def token_features(circles: Tensor) -> Tensor:
 
 
 def shape_picture(aperture: Aperture) -> Tensor:
-    """[256]: the aperture's shape less the disc, on 16 x 16 places of the square around it. A disc is zero."""
+    """[256]: the shape less the disc, on 16 x 16 places of the square around it. A disc is zero."""
     place = torch.arange(SHAPE_PX) - (SHAPE_PX - 1) / 2
     rim, edge = torch.tensor(SHAPE_PX / 2), torch.tensor(1.0)
     shape, disc = (each.spread(place, place[:, None], rim, edge) for each in (aperture, DISC))
@@ -131,11 +131,19 @@ class ControlAdapter(nn.Module):
             return x.unflatten(2, (self.num_heads, -1))  # [B, M, E] -> [B, M, H, D]
 
         return {
-            int(i): BlockControl(
-                k=heads(block.to_k_ctl(tokens)), v=heads(block.to_v_ctl(tokens)), on=on, blur=blur, block=block
+            i: BlockControl(
+                k=heads(block.to_k_ctl(tokens)),
+                v=heads(block.to_v_ctl(tokens)),
+                on=on,
+                blur=blur,
+                block=block,
             )
-            for i, block in self.adapter_modules.items()
-        }  # type: ignore[misc]
+            for i, block in enumerate(self.blocks)
+        }
+
+    @property
+    def blocks(self) -> list[ControlBlock]:
+        return list(self.adapter_modules.values())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

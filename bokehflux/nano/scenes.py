@@ -152,7 +152,11 @@ def gaps(scene: Scene) -> torch.Tensor:
     of confusion as a share of the level's, signed: above 0 behind the focus."""
     behind = scene.background_gap.view(-1, 1, 1).expand(-1, *scene.background.shape[-2:])
     zero = torch.zeros_like(scene.mid_gap).view(-1, 1, 1)
-    nearer = (scene.table, _table_gaps(scene)), (scene.mid, scene.mid_gap.view(-1, 1, 1)), (scene.subject, zero)
+    nearer = (
+        (scene.table, _table_gaps(scene)),
+        (scene.mid, scene.mid_gap.view(-1, 1, 1)),
+        (scene.subject, zero),
+    )
     for layer, gap in nearer:
         behind = torch.where(layer[:, 3] > 0.5, gap, behind)
     return _inner(scene, behind)

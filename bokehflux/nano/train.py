@@ -45,6 +45,7 @@ from bokehflux.sampling.latents import LatentGrid, position_ids
 from bokehflux.text.tokenizers import CLIPTokenizer, T5Tokenizer
 from bokehflux.training.log import Log
 from bokehflux.training.state import Saves, State
+from bokehflux.weights.find.snapshot import ADAPTERS
 from bokehflux.weights.load import load_network, load_transformer
 from bokehflux.weights.networks import (
     CLIP,
@@ -253,7 +254,7 @@ def reference(run: Run) -> None:
     )
     run.log.note("parameters", sum(p.numel() for p in made.parameters()))
     save_network(reference_for(recipe.mmdit), out / "reference", made.config, half(made))
-    save_index(out, recipe.defaults, "adapter", "reference")
+    index(run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +268,12 @@ class Written:
         with state.ema.shown():
             self.write()
         return {}
+
+
+def index(run: Run) -> None:
+    """The card, with all adapters that were trained so far."""
+    made = [name for name in ADAPTERS if (run.out / name).is_dir()]
+    save_index(run.out, run.recipe.defaults, *made)
 
 
 def controls(run: Run) -> None:
@@ -286,6 +293,8 @@ def controls(run: Run) -> None:
         save_network(controls_for(recipe.mmdit), out / "controls", made.config, half(made))
 
     written = Written(every=stage.write_every, write=write)
+    write()
+    index(run)
     train_controls(mmdit, made, scenes, run.rope(), stage, run.log, run.saves(), (written,))
     run.log.note("parameters", sum(p.numel() for p in made.parameters()))
     write()

@@ -116,6 +116,7 @@ def load(
         defaults=parts.snapshot.defaults,
         source=Source.of(model, adapter, loras, parts.snapshot, schedule),
         reference=None if parts.reference is None else parts.reference.to(where),
+        controls=None if parts.controls is None else parts.controls.to(where),
         memory=placement,
     )
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from bokehflux.configs import Defaults, ScheduleConfig
+from bokehflux.models.controls import ControlAdapter
 from bokehflux.models.fp8 import is_fp8
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.precision import careful_dtype
@@ -33,6 +34,8 @@ class Model:
     source: Source
     reference: ReferenceAdapter | None = None
     """What lets its targets look at a photograph."""
+    controls: ControlAdapter | None = None
+    """What lets them be asked for more than a level."""
     memory: Placement = Placement()
     """Where the weights live while it runs."""
 

@@ -279,8 +279,8 @@ def row_losses(
 
     A distilled base is sampled at guidance g, so its adapter may be trained there: the target is
     u + g (data velocity - u), u being the model's own prediction for `null_text`, [1, ...]. Rows then weigh
-    1 / g^2, the growth of the target's variance. mmdit: with an adapter, whose parameters ask for gradients, or those of `controls` do: what
-    the rows are asked for beside their level.
+    1 / g^2, the growth of the target's variance. mmdit: with an adapter. controls: what the rows are asked
+    for beside their level. Parameters of either ask for gradients.
     """
     x = mix(batch.x0, batch.eps, batch.sigma)
     target, weight = velocity_target(batch.x0, batch.eps), torch.ones_like(batch.sigma)

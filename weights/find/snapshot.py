@@ -18,7 +18,17 @@ from bokehflux.configs import FLUX_SCHEDULE, SCHNELL_SCHEDULE, Defaults, MMDiTCo
 
 from ..codec import UNSET, Codec, Field, Json
 from ..files.checkpoint import CheckpointError, NotFoundError, Shelf, holds_checkpoint, read_json
-from ..networks import ADAPTER, NETWORKS, REFERENCE, TRANSFORMER, VAE, adapter_for, reference_for
+from ..networks import (
+    ADAPTER,
+    CONTROLS,
+    NETWORKS,
+    REFERENCE,
+    TRANSFORMER,
+    VAE,
+    adapter_for,
+    controls_for,
+    reference_for,
+)
 from ..parts import Part, open_part, part_of, shapes_of
 from ..relatives import is_named_after_another, like_autoencoder, task
 from ..tables import scheduler
@@ -28,6 +38,8 @@ CARD = "bokehflux.json"
 SCHEDULER = f"scheduler/{scheduler.FILE}"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", "tokenizer_config.json")
 ScheduleName = Literal["dev", "schnell"]
+ADAPTERS = (ADAPTER, REFERENCE, CONTROLS)
+"""What a card may name a folder of."""
 log = logging.getLogger(__name__)
 
 
@@ -52,6 +64,8 @@ class Snapshot:
     """File or folder of the adapter: the one that was given or, without it, the one that the card names."""
     reference: Path | None = None
     """Folder of the reference adapter, if the card names one."""
+    controls: Path | None = None
+    """Folder of the control adapter, if the card names one."""
     loras: tuple[tuple[Path, float], ...] = ()
     """File and strength of each LoRA that was given."""
 
@@ -282,8 +296,8 @@ def _stated(root: Path) -> ScheduleConfig | None:
 
 
 def _adapters(root: Path) -> dict[str, Path]:
-    """The adapters that the card of a model folder names, by ADAPTER and REFERENCE."""
-    named = {name: folder for name, folder in _settings(root).items() if name in (ADAPTER, REFERENCE)}
+    """The adapters that the card of a model folder names, by the names in `ADAPTERS`."""
+    named = {name: folder for name, folder in _settings(root).items() if name in ADAPTERS}
     for name, folder in named.items():
         if not holds_checkpoint(root / folder):
             raise CheckpointError(root / CARD, f"not found: {root / folder}/*.safetensors, its {name}")
@@ -303,8 +317,9 @@ def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config:
     }
     if mismatches := _mismatches(parts, config):
         raise CheckpointError(f"{root}: components of different models", *mismatches)
-    if REFERENCE in adapters:
-        parts[REFERENCE] = open_part(adapters[REFERENCE], reference_for(config))
+    for name, row in ((REFERENCE, reference_for(config)), (CONTROLS, controls_for(config))):
+        if name in adapters:
+            parts[name] = open_part(adapters[name], row)
     snapshot = Snapshot(
         root=root,
         paths=paths,
@@ -314,6 +329,7 @@ def _snapshot(place: Place, root: Path, chosen: Mapping[str, Candidate], config:
         defaults=defaults,
         guessed=not (stated or guided or place.guided is False),
         reference=adapters.get(REFERENCE),
+        controls=adapters.get(CONTROLS),
     )
     return snapshot.with_adapter(adapters[ADAPTER]) if ADAPTER in adapters else snapshot
 
@@ -349,12 +365,11 @@ def card(guidance_embed: bool) -> Codec[Defaults]:
     """`bokehflux.json`: any of num_inference_steps, height, width, txt_length, and the adapters' folders."""
     keys = {"num_inference_steps": "num_inference_steps", "height_px": "height", "width_px": "width",
             "txt_length": "txt_length"}  # fmt: skip
-    folders = (ADAPTER, REFERENCE)
-    known = sorted({*keys.values(), *folders})
+    known = sorted({*keys.values(), *ADAPTERS})
 
     def faults(config: Json) -> list[str]:
         problems = [f"unknown key {key!r}, expected some of {known}" for key in config if key not in known]
-        unnamed = [name for name in folders if not isinstance(config.get(name, ""), str)]
+        unnamed = [name for name in ADAPTERS if not isinstance(config.get(name, ""), str)]
         return problems + [f"{name} must name a folder, got {config[name]!r}" for name in unnamed]
 
     return Codec(
