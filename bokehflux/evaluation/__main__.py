@@ -3,6 +3,7 @@
     python -m bokehflux.evaluation nano [--captions 4]
     python -m bokehflux.evaluation refocus
     python -m bokehflux.evaluation shortcuts
+    python -m bokehflux.evaluation controls
     python -m bokehflux.evaluation ablation --processes 7
     python -m bokehflux.evaluation card
 
@@ -27,7 +28,7 @@ import torch
 from PIL import Image
 
 import bokehflux
-from bokehflux.evaluation import ablation, card, nano, refocus, shortcuts
+from bokehflux.evaluation import ablation, card, controls, nano, refocus, shortcuts
 from bokehflux.evaluation.figures import CURVE
 from bokehflux.evaluation.report import commit, replace_between
 from bokehflux.pipeline.pipeline import Pipeline
@@ -53,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     refocusing.add_argument("--method", choices=("render", "inversion", "reference"), default="render")
     refocusing.add_argument("--seed", type=int, default=refocus.SEED, help="of the scenes photographed")
     cutting = commands.add_parser("shortcuts", help="what the shortcuts of a sweep save and change")
+    controlling = commands.add_parser("controls", help="what a control adapter must show")
+    controlling.add_argument("--guidance", type=float, default=3.0)
     for command, captions, run in (
         (judging, 32, judge_nano), (refocusing, 8, judge_refocus), (cutting, 32, judge_shortcuts),
+        (controlling, 32, judge_controls),
     ):  # fmt: skip
         command.set_defaults(run=run)
         command.add_argument("--model", default="nano", help="a bundled model, or a folder with an adapter")
@@ -75,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ablating.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ablating.add_argument("--home", type=Path, help="keeps latents and adapters there; default: nowhere")
     writing = commands.add_parser("card", help="renew the generated parts of weights/nano/README.md")
-    for command in (judging, cutting):
+    for command in (judging, cutting, controlling):
         command.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
-    for command in (judging, refocusing, cutting, ablating, writing):
+    for command in (judging, refocusing, cutting, controlling, ablating, writing):
         command.add_argument("--results", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
     args = parser.parse_args(argv)
     if args.command == "card":
@@ -130,6 +134,19 @@ def judge_refocus(pipe: Pipeline, args: argparse.Namespace) -> int:
     write_json(args.results / "refocus.json", record | {"rows": [asdict(row) for row in scores]})
     save(sheet, args.results / "refocus.jpg")
     return 0
+
+
+def judge_controls(pipe: Pipeline, args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    figures, sheet = controls.evaluate(
+        pipe, captions=args.captions, steps=args.steps, guidance=args.guidance
+    )  # fmt: skip
+    print(*figures, sep="\n")
+    rows = [asdict(figure) | {"passed": figure.passed} for figure in figures]
+    record = made_by(pipe, args, time.perf_counter() - start) | {"guidance": args.guidance, "rows": rows}
+    write_json(args.results / "controls.json", record)
+    save(sheet, args.results / "controls.jpg")
+    return 1 if args.check and any(figure.passed is False for figure in figures) else 0
 
 
 def judge_shortcuts(pipe: Pipeline, args: argparse.Namespace) -> int:

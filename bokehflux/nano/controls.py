@@ -29,7 +29,7 @@ from bokehflux.training.loop import Look
 from bokehflux.training.state import Saves
 
 PLAIN = 2
-"""The first renders of a scene: the subject sharp, a disc. The others have a focus or a shape of their own."""
+"""The first renders of a scene: the subject sharp, a disc. Others have a focus or a shape of their own."""
 SHAPED = (2, 5)
 """Renders whose aperture is no disc: the first has the subject sharp."""
 RENDERS = 6
