@@ -1,4 +1,4 @@
-"""A dial with more than one number: nothing asked changes nothing, everything asked shows, all modes agree."""
+"""A dial with more than one number: what is not asked changes nothing, what is asked shows, modes agree."""
 
 from __future__ import annotations
 
