@@ -31,7 +31,7 @@ from bokehflux.training.state import Saves
 PLAIN = 2
 """The first renders of a scene: the subject sharp, a disc. Others have a focus or a shape of their own."""
 SHAPED = (2, 5)
-"""Renders whose aperture is no disc: the first has the subject sharp."""
+"""Renders with another shape than a disc: the first has the subject sharp."""
 RENDERS = 6
 MIXED = 2
 """Further pictures of a scene: a part of one render beside the rest of another."""

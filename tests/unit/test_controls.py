@@ -47,7 +47,7 @@ TOKENS = GRID.num_tokens
 ROPE = rope_table(position_ids(GRID, TXT_LENGTH), MMDIT.axes_dim, MMDIT.theta)
 CONFIG = ControlsConfig(rank=3, hidden_dim=8, context_dim=10, tokens=2)
 LEVELS = (15.0, 4.0, 28.0, 20.0, 9.0)
-"""Of a row that is asked for nothing, and for a focus, a shape, a map, all of them."""
+"""Rows: one that is asked for nothing, then for a focus, a shape, a map, and all of them."""
 
 
 def adapter(*, started: bool = False) -> ControlAdapter:
