@@ -38,7 +38,7 @@ from bokehflux.sampling.schedule import sigmas
 
 PIVOT, WEAK, STRONG = 15.0, 8.0, 28.0
 LEVELS = (0.0, 4.0, WEAK, 12.0, 18.0, STRONG)
-PLANES = (0.0, 0.25, 0.5, 0.95)
+PLANES = (0.0, 0.25, 0.4, 0.95)
 """The subject's, two on the table behind it, the background's."""
 SHAPES: tuple[Aperture, ...] = (
     DISC, Polygon(3), Polygon(4, rotation_deg=45), Donut(0.5), Anamorphic(2), Anamorphic(0.5)
@@ -48,7 +48,7 @@ SEED, OTHER_SEED = 90_002, 90_003
 FIRST_SEED = 1000
 BESIDE = (0.0, 0.22, 0.78, 1.0)
 REGIONS = (
-    (0.74, 0.92, (0.3, 0.7)), (0.74, 0.80, BESIDE), (0.64, 0.70, BESIDE), (0.0, 0.45, (0.0, 0.25, 0.75, 1.0))
+    (0.74, 0.92, (0.3, 0.7)), (0.75, 0.80, BESIDE), (0.69, 0.73, BESIDE), (0.0, 0.6, (0.0, 0.25, 0.75, 1.0))
 )  # fmt: skip
 """Where, in nano's pictures, each of PLANES lies: rows from, to, and columns, as shares of the side."""
 LIGHT_ROWS = 0.55

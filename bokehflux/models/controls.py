@@ -123,9 +123,11 @@ class ControlAdapter(nn.Module):
         waves = torch.cat([angles.sin(), angles.cos()], 1).to(like) * told  # [B, 8]
         focus_tokens = self.focus_in(torch.cat([level[:, None], told, waves], 1))
         tokens = torch.cat([focus_tokens, self.shape_in(shape)], 1)  # [B, M C]
-        tokens = tokens.unflatten(1, (-1, self.config.context_dim))  # [B, M, C]
+        width = self.config.context_dim
+        tokens = F.layer_norm(tokens.unflatten(1, (-1, width)), (width,))  # [B, M, C]
         on = (has_focus | has_map | (shape != 0).any(1)).to(like)[:, None, None]
-        blur = self.map_in(features.nan_to_num()) * has_map.to(like)[:, None, None]  # [B, N, C]
+        blur = F.layer_norm(self.map_in(features.nan_to_num()), (width,))  # [B, N, C]
+        blur = blur * has_map.to(like)[:, None, None]
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(2, (self.num_heads, -1))  # [B, M, E] -> [B, M, H, D]
@@ -180,7 +182,7 @@ def init_controls(adapter: ControlAdapter, generator: torch.Generator | None = N
     """Start of training: whatever is added is zero; keys are drawn at random, so that tokens differ."""
     for name, module in adapter.named_modules():
         if isinstance(module, LowRank):
-            nn.init.normal_(module.down.weight, std=1 / module.down.out_features, generator=generator)
+            nn.init.normal_(module.down.weight, std=module.down.in_features**-0.5, generator=generator)
             if name.endswith("to_k_ctl"):
                 std = module.up.in_features**-0.5
                 nn.init.normal_(module.up.weight, std=std, generator=generator)

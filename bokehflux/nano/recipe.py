@@ -120,8 +120,9 @@ class ControlsStage(FrozenBaseStage, Sampling):
     """Scenes rendered together, which share their apertures."""
     steps: int = 2500
     batch: int = 256
-    lr: float = 2e-3
+    lr: float = 1.5e-3
     max_guidance: float = 5.0
+    spread_sigma: bool = True
     by_map: float = 0.4
     """Share of the renders that are asked for by their map of blur, not by their focus."""
     rank: int = 64

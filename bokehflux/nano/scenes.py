@@ -131,10 +131,10 @@ def render(
         raise ValueError(f"levels: expected one per scene, [{len(scene)}], got {list(levels.shape)}")
     # Beyond level 30 a disc would reach across the padding; clamping costs no synchronisation, a check would.
     behind = -unit_level(levels.clamp(0, MAX_LEVEL)) * RADIUS_AT_30 * scene.size_px / 256
-    if focus is None:
-        at, table_gap, table_share = 0.0, scene.table_gap, scene.table_depth.abs()
-    else:
-        at, slope = focus, (_table_gaps(scene) - focus.view(-1, 1, 1)).abs()
+    at = torch.zeros_like(levels) if focus is None else focus
+    table_gap, table_share = scene.table_gap, scene.table_depth.abs()
+    if focus is not None:
+        slope = (_table_gaps(scene) - focus.view(-1, 1, 1)).abs()
         table_gap = slope.amax((1, 2)).clamp(min=1e-6)
         table_share = slope / table_gap.view(-1, 1, 1)
     layers = [
