@@ -89,6 +89,9 @@ class _Graph:
         inputs: Sequence[Tensor],
     ) -> None:
         self.inputs = [x.clone() for x in inputs]
+        # A cast that the surrounding context remembers keeps its weight's gradient on the stream of an
+        # earlier, eager step, which a graph must not wait for.
+        torch.clear_autocast_cache()
 
         def compute() -> tuple[Tensor, tuple[Tensor, ...]]:
             # Casts of weights that the surrounding context remembers would be those of the first step.
