@@ -2,7 +2,7 @@
 
 The sharp picture is blurred by discs of many radii. At every place the radius is wanted whose disc explains
 the blurred picture best within a window, where a part of it may have stayed sharp: networks leave some. What
-is in front of a place does not count for it: it has no share in what is blurred behind. Windows choose
+is in front of a place hardly counts for it: it has no share in what is blurred behind. Windows choose
 jointly, by semi-global matching (Hirschmüller, 2008), so that places without detail take the radius of their
 neighbours. The photograph itself then says where the map's edges lie (guided filter, He et al., 2013).
 """
@@ -33,12 +33,16 @@ NOISE = 5e-4
 """Squared error, of display values, below which radii are not told apart."""
 DOUBT = 0.1
 """Weight of a cell's own window beside its neighbours' choices."""
+SHARP, SHARP_PX = 0.1, 2.0
+"""What is sharp is so much likelier, as a logarithm, than what has so many pixels of blur or more."""
 MOST = 3.0
 """By how much, as a logarithm, a cell can object to a radius."""
 STEP, JUMP = 0.2, 2.0
 """What it costs when neighbours lie one radius apart, or more."""
 EDGE = 0.1
 """A difference of display values between cells that makes a jump between them cheap."""
+IN_FRONT = 0.05
+"""What is in front of a place counts so little for it. With nothing, no radius would be wrong where all is."""
 REACH_PX, FLATNESS = 6, 1e-3
 """The guided filter's window and regulariser, at `FIT_SIDE_PX`."""
 
@@ -70,15 +74,16 @@ def fit_radius(sharp: Tensor, blurred: Tensor, largest: float) -> Fit:
     cells = _cells(small, 0)[0]
     shown = small
     everything = small.new_ones(1, 1, high, wide)
+    rarer = SHARP * (small.new_tensor(radii) / SHARP_PX).clamp(max=1).view(-1, 1, 1)
     discs = _blurred(small, radii, [everything] * len(radii))
     for last in (False, True):
         cost = _cost(small, target, discs)
-        doubt = (cost + NOISE).log()
+        doubt = (cost + NOISE).log() + rarer
         chosen = _matched(DOUBT * (doubt - doubt.amin(0)).clamp(max=MOST), cells)
         coarse = _between(chosen, radii)
         radius = _guided(coarse, small, shown if not last else sharp[None].float()).clamp(0, radii[-1])
         if not last:
-            behind = [(radius >= r / 2).float() if r > 1 else everything for r in radii]
+            behind = [(radius >= r / 2).float().clamp(min=IN_FRONT) if r > 1 else everything for r in radii]
             discs = _blurred(small, radii, behind)
     found = cost.gather(0, chosen.argmin(0, keepdim=True))
     return Fit(radius[0, 0] * (min(sharp.shape[-2:]) / min(high, wide)), float(found.mean().sqrt()))
@@ -92,7 +97,7 @@ def _candidates(largest_px: float) -> list[float]:
 
 
 def _blurred(sharp: Tensor, radii: Sequence[float], counts: Sequence[Tensor]) -> Tensor:
-    """[J, 3, H, W]: sharp [1, 3, H, W], blurred by each radius; only what counts [1, 1, H, W] has a share."""
+    """[J, 3, H, W]: sharp [1, 3, H, W], blurred by each radius; each pixel's share is what counts [1, 1, H, W]."""
     height, width = sharp.shape[-2:]
     margin = min(int(radii[-1]) + 2, height - 1, width - 1)
     light = sharp**GAMMA
@@ -101,8 +106,7 @@ def _blurred(sharp: Tensor, radii: Sequence[float], counts: Sequence[Tensor]) ->
         wide = F.pad(torch.cat([light * counted, counted], 1), [margin] * 4, mode="reflect")
         spread = Blur(wide, DISC).by(wide.new_tensor([radius]))
         spread = spread[..., margin : margin + height, margin : margin + width]
-        share = spread[:, 3:]
-        found.append(torch.where(share > 0.02, spread[:, :3] / share.clamp(min=0.02), light))
+        found.append(spread[:, :3] / spread[:, 3:])
     return torch.cat(found).clamp(0, 1) ** (1 / GAMMA)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bokehflux.aperture import DISC
 from bokehflux.focus import Point
+from bokehflux.rendering import probe
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.rendering.lights import restored
 from bokehflux.rendering.photo import GAMMA, blur_photo
@@ -51,6 +52,17 @@ def test_flat_places_take_their_neighbours_radius() -> None:
     picture[:, 40:80, 60:100] = 0.5
     lens = LensMap.from_pictures(picture, blur_photo(picture, torch.full((128, 128), -5.0)), 28)
     assert (lens.radius_px(28)[10:-10, 10:-10] + 5).abs().mean() < 1
+
+
+def test_a_sharp_subject_is_explained_by_no_disc() -> None:
+    """Far from what lies behind, a disc blurs the subject itself, which did not happen: it is not left out."""
+    picture = textured(96, 96)[None]
+    behind = torch.ones(1, 1, 96, 96)
+    behind[..., 16:80, 16:80] = probe.IN_FRONT
+    whole, disc = (probe._blurred(picture, [6.0], [count])[0] for count in (torch.ones_like(behind), behind))
+    torch.testing.assert_close(disc[:, 40:56, 40:56], whole[:, 40:56, 40:56], atol=1e-4, rtol=0)
+    rim = (disc - whole)[:, 20:76, 12:16].abs().mean()
+    assert rim > 0.01, "what is behind hardly takes colours from the subject"
 
 
 def test_another_scene_leaves_a_residual() -> None:
