@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from bokehflux.app import cli
@@ -37,22 +38,31 @@ SOURCE = "https://vision.middlebury.edu/stereo/data/scenes2014/"
 LEVEL = 20
 
 
-def write_photograph(folder: Path) -> None:
-    """motorcycle.jpg, motorcycle.depth.npz and motorcycle.json. Raises ValueError without scikit-image."""
+def pictures() -> Path:
+    """scikit-image's folder of pictures. Raises ValueError without scikit-image."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise ValueError("the photograph comes with scikit-image: pip install scikit-image")
-    data = Path(spec.origin).parent / "data"
-    image = Image.open(data / "motorcycle_left.png").convert("RGB")
-    with np.load(data / "motorcycle_disp.npz") as file:
+    return Path(spec.origin).parent / "data"
+
+
+def depth_of_motorcycle() -> NDArray[np.float32]:
+    """Metres [H, W], NaN where the stereo pair told none. Raises ValueError without scikit-image."""
+    with np.load(pictures() / "motorcycle_disp.npz") as file:
         disparity_px = file["arr_0"]
     depth_m = np.where(np.isfinite(disparity_px), FOCAL_PX * BASELINE_M / (disparity_px + OFFSET_PX), np.nan)
+    return depth_m.astype(np.float32)
+
+
+def write_photograph(folder: Path) -> None:
+    """motorcycle.jpg, motorcycle.depth.npz and motorcycle.json. Raises ValueError without scikit-image."""
+    image = Image.open(pictures() / "motorcycle_left.png").convert("RGB")
     exif = Image.Exif()
     equivalent_mm = round(FOCAL_PX / np.hypot(*image.size) * FULL_FRAME_DIAGONAL_MM)
     exif.get_ifd(0x8769).update({0x829D: F_NUMBER, 0x920A: FOCAL_MM, 0xA405: equivalent_mm})
     folder.mkdir(parents=True, exist_ok=True)
     image.save(folder / "motorcycle.jpg", quality=95, exif=exif)
-    np.savez_compressed(folder / "motorcycle.depth.npz", depth=depth_m.astype(np.float32))
+    np.savez_compressed(folder / "motorcycle.depth.npz", depth=depth_of_motorcycle())
     told = {
         "source": SOURCE,
         "license": "as its source says",
