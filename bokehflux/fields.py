@@ -139,6 +139,7 @@ APERTURE = Kind(
 UNIFY = _one_of(*get_args(Unify))
 RENDERER = _one_of("layers", "scatter", "bokehme")
 METHOD = _one_of("render", "inversion", "reference")
+PROBE = _one_of("straight", "reference")
 PIVOT_STEPS = _one_of("all", "grounded")
 PAIRS = Kind("pairs of text", _pairs)
 WEIGHTED = Kind("pairs of text and strength", _weighted)

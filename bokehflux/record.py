@@ -22,6 +22,7 @@ from bokehflux.fields import (
     PAIRS,
     PHOTO_LEVEL,
     PIVOT_STEPS,
+    PROBE,
     RENDERER,
     SEED,
     SWITCH,
@@ -313,6 +314,11 @@ class RefocusSettings(LensSettings, Settings):
         None, NUMBER, least=1, most=1000, metavar="X", sparse=True,
         help="how many times as bright clipped lights really were (default: as their glow says)",
     )  # fmt: skip
+    probe: str | None = setting(
+        None, PROBE, metavar="NAME", sparse=True,
+        help="how method render asks for strong blur: straight, beside the photograph on a straight path to "
+             "noise, or reference, by a model that looks at it (default: reference where the model can)",
+    )  # fmt: skip
     photo: str | None = setting(None, TEXT)
     """The photograph's file name; None where it came from no file."""
     photo_hash: str | None = setting(None, TEXT)
@@ -322,11 +328,13 @@ class RefocusSettings(LensSettings, Settings):
         super().__post_init__()
         if (self.height is None) != (self.width is None):
             raise ValueError("give both height and width, or neither for the photograph's own shape")
-        if self.method == "reference" and (self.num_grounding_steps or self.reuse is not None):
+        if self.looks and (self.num_grounding_steps or self.reuse is not None):
             raise ValueError(
-                "num_grounding_steps and reuse are for method inversion, whose path others follow"
+                "num_grounding_steps and reuse are for paths to noise, and a reference takes none"
             )
         if self.method != "render":
+            if self.probe is not None:
+                raise ValueError("probe needs method render: the others ask for no map of blur")
             fields = self.fields()
             for name in LensSettings.fields().keys() - {"file_hashes"}:
                 if getattr(self, name) != fields[name].default:
@@ -345,10 +353,12 @@ class RefocusSettings(LensSettings, Settings):
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> Self:
-        return super().from_recipe({"method": "inversion", **recipe})  # which early recipes do not name
+        # Early recipes name no method, and then no probe.
+        recipe = {"method": "inversion", **recipe}
+        return super().from_recipe({"probe": "straight" if recipe["method"] == "render" else None, **recipe})
 
     def completed(self, defaults: Defaults) -> Self:
-        usual = {"render": PROBE_STEPS, "inversion": None, "reference": LOOKING_STEPS}[self.method]
+        usual = LOOKING_STEPS if self.looks else PROBE_STEPS if self.method == "render" else None
         steps = self.num_inference_steps or usual
         return super(RefocusSettings, dataclasses.replace(self, num_inference_steps=steps)).completed(
             defaults
@@ -356,11 +366,17 @@ class RefocusSettings(LensSettings, Settings):
 
     @property
     def num_rows(self) -> int:
-        return 2 if self.method == "render" else super().num_rows
+        return 2 - self.looks if self.method == "render" else super().num_rows
+
+    @property
+    def looks(self) -> bool:
+        """Whether the model looks at the photograph, by its reference adapter."""
+        return "reference" in (self.method, self.probe)
 
     def _default_grounding(self, steps: int) -> int:
-        own = super()._default_grounding(steps)
-        return {"render": steps, "inversion": own, "reference": 0}[self.method]
+        if self.looks:
+            return 0
+        return steps if self.method == "render" else super()._default_grounding(steps)
 
     @property
     def summary(self) -> str:

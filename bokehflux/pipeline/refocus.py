@@ -1,8 +1,9 @@
 """Other bokeh levels of a photograph, in one of three ways.
 
 "render" asks the network once for the photograph at a strong level, beside the photograph on a straight path
-to noise. Where and how much that picture is blurred is a map, and the photograph's own pixels are blurred
-through it: at any level, by any aperture, at the photograph's own size. "inversion" follows the photograph
+to noise, or, where the model can, looking at it as "reference" does. Where and how much that picture is
+blurred is a map, and the photograph's own pixels are blurred through it: at any level, by any aperture, at
+the photograph's own size. "inversion" follows the photograph
 back to the noise that it would come from, and lets the network draw every level from there. "reference" shows
 the photograph to the network once, and every level is drawn looking at it (`models.reference`).
 """
@@ -30,6 +31,7 @@ from bokehflux.pipeline.render import read_aperture
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_finite, check_levels
 from bokehflux.record import DEFAULT_SEED, PROBE_LEVEL, RefocusSettings
 from bokehflux.rendering.lens_map import LensMap
+from bokehflux.rendering.photo import glow_shown
 from bokehflux.sampling.denoise import Grounding
 from bokehflux.sampling.inversion import followed, invert, path, straight
 from bokehflux.sampling.latents import TOKEN_PX, LatentGrid
@@ -52,28 +54,32 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
         has_adapter=model.transformer.bokeh is not None,
         has_reference=model.reference is not None,
     )
+    if asked.method == "render" and asked.probe is None:
+        looks = model.reference is not None and not asked.num_grounding_steps
+        asked = dataclasses.replace(asked, probe="reference" if looks else "straight")
     upright = upright_rgb(photo)
     grid = grid_of(upright, model, asked.height, asked.width)
     settings = dataclasses.replace(asked, height=grid.height_px, width=grid.width_px)
     settings = settings.completed(model.defaults)
-    size = (grid.width_px, grid.height_px)
+    size, hashes = (grid.width_px, grid.height_px), ()
+    if settings.looks and (found := model.source.snapshot) is not None and found.reference is not None:
+        hashes = (("reference", fingerprint([found.reference])),)
+        settings = dataclasses.replace(settings, file_hashes=hashes)
+    # Looking at the photograph decides the colours: none are moved towards the photograph's afterwards.
+    end = (lambda x, _: End(x, None)) if settings.looks else _end
     if settings.method != "render":
         fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
-        if settings.method == "inversion":
-            return Plan(settings=settings, begin=_inverted(model, settings), end=_end, photo=fitted)
-        if (found := model.source.snapshot) is not None and found.reference is not None:
-            hashes = (("reference", fingerprint([found.reference])),)
-            settings = dataclasses.replace(settings, file_hashes=hashes)
-        # Looking at the photograph decides the colours: none are moved towards the photograph's afterwards.
-        return Plan(settings=settings, begin=_beside(settings), end=lambda x, _: End(x, None), photo=fitted)
+        levels = settings.bokeh_targets
+        begin = _beside(settings, *levels) if settings.looks else _inverted(model, settings)
+        return Plan(settings=settings, begin=begin, end=end, photo=fitted)
     lens = Lens(model.device, photo, asked)
-    settings = dataclasses.replace(settings, file_hashes=lens.file_hashes)
+    settings = dataclasses.replace(settings, file_hashes=(*hashes, *lens.file_hashes))
     # The whole photograph, so that the map lies over it: a few pixels wider or higher than it is.
     asked_of = lens.photo.resize(size, Image.Resampling.LANCZOS)
     return Plan(
         settings=settings,
-        begin=_probed(model, settings),
-        end=_end,
+        begin=_beside(settings, PROBE_LEVEL) if settings.looks else _probed(model, settings),
+        end=end,
         photo=asked_of,
         shown=lens.photo,
         finish=lens.pictures,
@@ -93,6 +99,7 @@ class Lens:
         self.photo = within(upright, asked.long_side)
         self.sharp = torch.from_numpy(np.array(self.photo)).to(device).movedim(-1, 0) / 255  # [3, H, W]
         self.level, self.levels, self.highlights = asked.bokeh_pivot, asked.bokeh_targets, asked.highlights
+        self.looks = asked.looks
         self.focus = None if asked.focus is None else parse_focus(asked.focus)
         if self.focus is not None:
             LensMap(blur=self.sharp[0]).focused_at(self.focus)
@@ -103,6 +110,9 @@ class Lens:
         with room_for_photo():
             probe = torch.from_numpy(np.array(blurred)).to(self.sharp).movedim(-1, 0) / 255
             lens = LensMap.from_pictures(self.sharp, probe, PROBE_LEVEL, self.level)
+            if self.looks:  # on a straight path the model hardly draws lights' discs
+                radius = lens.radius_px(math.sqrt(PROBE_LEVEL**2 - self.level**2))
+                lens = dataclasses.replace(lens, glow=glow_shown(self.sharp, radius, probe))
             logger.info("the map of blur leaves a residual of %.3f", lens.residual)
             if lens.residual > POOR:
                 logger.warning(
@@ -153,11 +163,11 @@ def _inverted(model: Model, settings: RefocusSettings) -> Callable[[Stage], Star
     return begin
 
 
-def _beside(settings: RefocusSettings) -> Callable[[Stage], Start]:
+def _beside(settings: RefocusSettings, *levels: float) -> Callable[[Stage], Start]:
     """A row for each level, from noise that is always the same, all looking at the photograph."""
 
     def begin(stage: Stage) -> Start:
-        levels, keys = settings.bokeh_targets, stage.read(settings.bokeh_pivot)
+        keys = stage.read(settings.bokeh_pivot)
         x = stage.noise(DEFAULT_SEED).expand(len(levels), -1, -1)
         return Start(x, stage.velocity(levels, keys))
 

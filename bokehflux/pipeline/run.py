@@ -290,10 +290,10 @@ def check_levels(settings: Settings, *, has_adapter: bool, has_reference: bool =
         raise ValueError(
             "bokeh_targets need an adapter: load the model with adapter='path/to/BokehDiffusion'"
         )
-    if getattr(settings, "method", None) == "reference" and not has_reference:
+    if getattr(settings, "looks", False) and not has_reference:
         raise ValueError(
-            "method reference needs a reference adapter, whose folder bokehflux.json of the model names; "
-            "docs/refocus.md says how one is trained"
+            "method or probe reference needs a reference adapter, whose folder bokehflux.json of the model "
+            "names; docs/refocus.md says how one is trained"
         )
 
 

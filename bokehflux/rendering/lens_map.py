@@ -46,6 +46,8 @@ class LensMap:
     """`blur` of the horizon, where distances are known."""
     residual: float = 0.0
     """What a fit could not explain: root mean square of display values."""
+    glow: float = 1.0
+    """How bright lights are, as a share of what their glow tells (`photo.glow_shown`)."""
 
     def __post_init__(self) -> None:
         if self.blur.dim() != 2 or not self.blur.isfinite().all():
@@ -133,7 +135,7 @@ class LensMap:
         matte: Tensor | None = None,
     ) -> Tensor:
         """picture [3, H, W], display values 0 to 1, at a level; the rest as for `blur_photo`, errors, too."""
-        return blur_photo(picture, self.radius_px(level), aperture, matte, highlights)
+        return blur_photo(picture, self.radius_px(level), aperture, matte, highlights, self.glow)
 
     def resized(self, height: int, width: int) -> Self:
         """For the same picture at another size. Raises ValueError for another shape than the map's."""

@@ -42,7 +42,7 @@ STEP, JUMP = 0.2, 2.0
 EDGE = 0.1
 """A difference of display values between cells that makes a jump between them cheap."""
 IN_FRONT = 0.05
-"""What is in front of a place counts so little for it. With nothing, no radius would be wrong where all is."""
+"""What is in front of a place counts so little for it. By nothing, no radius would be wrong where all is."""
 REACH_PX, FLATNESS = 6, 1e-3
 """The guided filter's window and regulariser, at `FIT_SIDE_PX`."""
 
@@ -97,7 +97,7 @@ def _candidates(largest_px: float) -> list[float]:
 
 
 def _blurred(sharp: Tensor, radii: Sequence[float], counts: Sequence[Tensor]) -> Tensor:
-    """[J, 3, H, W]: sharp [1, 3, H, W], blurred by each radius; each pixel's share is what counts [1, 1, H, W]."""
+    """[J, 3, H, W]: sharp [1, 3, H, W], blurred by each radius; pixels count so much [1, 1, H, W] for it."""
     height, width = sharp.shape[-2:]
     margin = min(int(radii[-1]) + 2, height - 1, width - 1)
     light = sharp**GAMMA

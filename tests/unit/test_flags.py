@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -72,7 +73,13 @@ REFOCUS = (
 )  # fmt: skip
 FLAGS = {
     "refocus": {flag: COMMON[flag] for flag in REFOCUS}
-    | {"--method": ["render"], "--focus": ["60,5"], "--aperture": ["donut"], "--highlights": ["20"]}
+    | {
+        "--method": ["render"],
+        "--focus": ["60,5"],
+        "--aperture": ["donut"],
+        "--highlights": ["20"],
+        "--probe": ["reference"],
+    }
     | {"--long-side": ["64"]}
     | {"--photo-level": ["9"], "--height": ["48", "--width", "48"], "--width": ["64", "--height", "32"]},
     "generate": COMMON | {"--seed": ["3"]},
@@ -86,7 +93,10 @@ NEEDS = {
     "--preview-every": ["--preview", "preview.png"],
     "--preview-vae": ["--preview", "preview.png"],
     "--reuse": ["--num-inference-steps", "8"],
-    **{flag: ["--method", "render"] for flag in ("--focus", "--aperture", "--highlights", "--long-side")},
+    **{
+        flag: ["--method", "render"]
+        for flag in ("--focus", "--aperture", "--highlights", "--long-side", "--probe")
+    },
 }
 TINY = {kind: tiny_pipeline(dtype=dtype) for kind, dtype in DTYPES.items()} | {"fp8": tiny_pipeline()}
 quantize_mmdit(TINY["fp8"].transformer)
@@ -114,7 +124,8 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     write("taef1_decoder.safetensors", TinyDecoder(16).state_dict())
-    Image.radial_gradient("L").convert("RGB").resize((72, 48)).save("photo.jpg")
+    texture = np.random.default_rng(0).integers(0, 256, (48, 72, 3), np.uint8)  # that shows blur
+    Image.fromarray(texture).save("photo.jpg", quality=95)
     Path("prompts.txt").write_text("a cup\n# no prompt\n\na tree\n")
     assert cli.main(["generate", "--prompt", "a boat", "--bokeh-targets", "7", "--output", "."]) == 0
     Path("bokeh-07.0.png").rename("earlier.png")
@@ -161,6 +172,9 @@ def test_a_flag_changes_what_comes_out(
         )
         assert cli.main(base) == 0 and not signed
         assert cli.main([*base, "--output", "other", flag, *FLAGS[command][flag]]) == 0 and signed
+        return
+    if flag == "--probe":  # `test_refocus` has a model that can look
+        assert cli.main([*base, flag, *FLAGS[command][flag]]) == 2
         return
     if flag == "--preview-every":
         assert previews_of([*base, flag, "2"]) < previews_of(base)

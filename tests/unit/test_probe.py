@@ -11,7 +11,7 @@ from bokehflux.focus import Point
 from bokehflux.rendering import probe
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.rendering.lights import restored
-from bokehflux.rendering.photo import GAMMA, blur_photo
+from bokehflux.rendering.photo import GAMMA, blur_photo, glow_shown
 
 
 def textured(height: int, width: int) -> Tensor:
@@ -55,7 +55,7 @@ def test_flat_places_take_their_neighbours_radius() -> None:
 
 
 def test_a_sharp_subject_is_explained_by_no_disc() -> None:
-    """Far from what lies behind, a disc blurs the subject itself, which did not happen: it is not left out."""
+    """Far from what lies behind, a disc blurs the subject itself, and so does not explain it."""
     picture = textured(96, 96)[None]
     behind = torch.ones(1, 1, 96, 96)
     behind[..., 16:80, 16:80] = probe.IN_FRONT
@@ -109,6 +109,17 @@ def test_the_glow_of_a_clipped_light_tells_its_energy(sigma: float) -> None:
     disc = blur_photo(photo[0], torch.full((64, 96), -8.0), DISC, highlights=None)
     expected = blur_photo(photo[0], torch.full((64, 96), -8.0), DISC)
     assert (disc**GAMMA).sum() > (expected**GAMMA).sum() * 1.2
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_discs_tell_how_bright_lights_are(share: float) -> None:
+    photo = ((points([6.0, 9.0], 1.2).clamp(0, 1) ** (1 / GAMMA) * 255).round() / 255)[0]
+    radius = torch.full((64, 64), -8.0)
+    shown = blur_photo(photo, radius, highlights=None, glow=share)
+    assert glow_shown(photo, radius, shown) == pytest.approx(share, abs=0.03)
+    assert glow_shown(photo / 2, radius, shown) == 1, "no light is clipped"
+    lens = LensMap(blur=radius / 28, far=0.0, glow=share)
+    torch.testing.assert_close(lens.render(photo, 28, highlights=None), shown)
 
 
 def test_what_is_not_a_light_stays() -> None:

@@ -202,8 +202,10 @@ def test_the_network_sees_the_upright_photograph_from_minus_one_to_one(method: s
     ({"method": "inversion", "aperture": "donut"}, "aperture needs method render"),
     ({"method": "inversion", "long_side": 512}, "long_side needs method render"),
     ({"method": "reference"}, "needs a reference adapter, whose folder bokehflux.json"),
-    ({"method": "reference", "reuse": 3}, "reuse are for method inversion"),
-    ({"method": "reference", "num_grounding_steps": 1}, "num_grounding_steps and reuse are for method inv"),
+    ({"method": "reference", "reuse": 3}, "reuse are for paths to noise"),
+    ({"method": "reference", "num_grounding_steps": 1}, "reuse are for paths to noise"),
+    ({"method": "inversion", "probe": "straight"}, "probe needs method render"),
+    ({"probe": "reference"}, "needs a reference adapter"),
     ({"method": "reference", "focus": "4,4"}, "focus needs method render"),
     ({"method": "magic"}, "method must be"), ({"focus": "48,3"}, "a pixel of 48 x 32"),
     ({"focus": "2m"}, "distances are not known"), ({"focus": "mask"}, "expected a mask"),
@@ -574,6 +576,26 @@ def test_targets_look_at_the_photograph(max_rows: int | None) -> None:
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(made.images, own, strict=True))
 
 
+def test_a_model_that_looks_is_asked_for_the_map_so() -> None:
+    """One row, and the lights as bright as its picture shows them; paths to noise on demand."""
+    pipe, passes = looking(), list[int]()
+    pipe.transformer.double_blocks[0].register_forward_pre_hook(lambda _, args: passes.append(len(args[0].x)))
+    made = pipe.refocus(photo(), "a mug", [9, 20])
+    settings = made.record.settings
+    assert passes == [1] * 5 and settings.num_rows == 1 and settings.numbers().grounded_steps == 0
+    assert isinstance(settings, RefocusSettings) and settings.probe == "reference"
+    assert [image.size for image in made.images] == [photo().size] * 2
+    passes.clear()
+    for asked in ({"probe": "straight"}, {"num_grounding_steps": 8}):
+        straight = pipe.refocus(photo(), "a mug", [9, 20], **asked)  # type: ignore[arg-type]
+        assert np.array_equal(straight.images[1], tiny_pipeline().refocus(photo(), "a mug", [20]).images[0])
+    assert set(passes) == {2}
+    recipe = made.record.recipe()
+    assert RefocusSettings.from_recipe(recipe) == settings
+    del recipe["probe"]
+    assert RefocusSettings.from_recipe(recipe).probe == "straight", "early recipes name none"
+
+
 def test_everything_about_the_photograph_counts() -> None:
     pipe = looking()
 
@@ -594,6 +616,8 @@ def test_early_recipes_of_refocus_mean_inversion() -> None:
     made = tiny_pipeline().refocus(photo(), "a mug", [9, 30], num_inference_steps=2, focus="9,9")
     recipe = made.record.recipe()
     assert Record.from_recipe(recipe).settings == made.record.settings
-    early = {key: value for key, value in recipe.items() if key not in ("method", "focus", "aperture")}
+    early = {
+        key: value for key, value in recipe.items() if key not in ("method", "probe", "focus", "aperture")
+    }
     settings = Record.from_recipe(early).settings
     assert isinstance(settings, RefocusSettings) and settings.method == "inversion"
