@@ -61,7 +61,7 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
     grid = grid_of(upright, model, asked.height, asked.width)
     settings = dataclasses.replace(asked, height=grid.height_px, width=grid.width_px)
     settings = settings.completed(model.defaults)
-    size, hashes = (grid.width_px, grid.height_px), ()
+    size, hashes = (grid.width_px, grid.height_px), tuple[tuple[str, str], ...]()
     if settings.looks and (found := model.source.snapshot) is not None and found.reference is not None:
         hashes = (("reference", fingerprint([found.reference])),)
         settings = dataclasses.replace(settings, file_hashes=hashes)
