@@ -43,6 +43,7 @@ from bokehflux.nano.recipe import (
     AdapterStage,
     AutoencoderStage,
     BaseStage,
+    ControlsStage,
     Recipe,
     ReferenceStage,
 )
@@ -399,8 +400,9 @@ TOY = Recipe(
     base=BaseStage(scenes=6, steps=5, distill_steps=4, batch=4),
     adapter=AdapterStage(scenes=6, steps=5, batch=8),
     reference=ReferenceStage(scenes=6, steps=5, batch=4),
+    controls=ControlsStage(scenes=6, steps=5, batch=8, chunk=4, rank=3, write_every=2),
 )
-STAGES = ("autoencoder", "base", "base-resumed", "adapter", "reference")
+STAGES = ("autoencoder", "base", "base-resumed", "adapter", "reference", "controls")
 
 
 def run(out: Path, name: str, **how: Any) -> train.Run:
@@ -447,6 +449,8 @@ def test_the_stages_make_a_model_killed_or_not(tmp_path: Path, monkeypatch: pyte
     model = load_components(whole)
     assert model.reference is not None and model.reference.config.rank == 32
     assert (model.reference.block(0).to_v_ref.up.weight != 0).any()
+    assert model.controls is not None and model.controls.config.rank == 3
+    assert (model.controls.blocks[0].to_map_ctl.up.weight != 0).any()
     bokeh = model.transformer.bokeh
     assert bokeh is not None and bokeh.config.bokeh_scale == TOY.adapter.saved_scale
     assert model.snapshot.defaults == TOY.defaults and model.snapshot.schedule == TOY.schedule
