@@ -267,8 +267,9 @@ def lights(sharp: Tensor) -> list[tuple[int, int]]:
     y = luma(sharp[None].float())
     side = y.shape[-1]
     reach = round(18 * side / 256)
-    around = F.avg_pool2d(y, 13, 1, 6, count_include_pad=False)
-    peak = (y == F.max_pool2d(y, 9, 1, 4)) & (y > 0.75) & (y - around > 0.3)
+    ring = [(round(6 * math.sin(i * math.pi / 8)), round(6 * math.cos(i * math.pi / 8))) for i in range(16)]
+    around = torch.stack([y.roll(shift, (1, 2)) for shift in ring]).amax(0)
+    peak = (y == F.max_pool2d(y, 9, 1, 4)) & (y > 0.7) & (y - around > 0.15)
     peak[:, round(LIGHT_ROWS * side) :] = False
     peak[:, :reach], peak[:, :, :reach], peak[:, :, side - reach :] = False, False, False
     order = (y - around)[peak].argsort(descending=True)[:MAX_LIGHTS]

@@ -1,0 +1,109 @@
+"""The figures of a control adapter, on pictures whose answers are known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from bokehflux.evaluation import controls
+from bokehflux.evaluation.controls import LEVELS, MAPPED, PLANES, REGIONS, SHAPES, STRONG, WEAK, Shown
+from bokehflux.lens import unit_level
+from bokehflux.metrics import disc_blur
+from bokehflux.nano.scenes import RADIUS_AT_30
+from tests.tiny import tiny_pipeline
+
+SIDE = 128
+PLACES = [(24, 24), (24, 70), (30, 104), (56, 40)]
+
+
+def texture(seed: int = 0) -> Tensor:
+    return torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def blurred(picture: Tensor, level: float, gap: float) -> Tensor:
+    return disc_blur(picture[None], abs(gap) * unit_level(level) * RADIUS_AT_30 * SIDE / 256)[0]
+
+
+def shown() -> Shown:
+    """Every plane is blurred as a lens would, each in its own region; gaps are the regions' own."""
+    sharp = texture()
+    gaps = torch.full((SIDE, SIDE), PLANES[3])
+    for plane, place in zip(PLANES, REGIONS, strict=True):
+        gaps[controls.region(gaps, place)] = plane
+
+    def at(level: float, focus: float) -> Tensor:
+        out = sharp.clone()
+        for gap in PLANES:
+            inside = (gaps == gap).expand(3, -1, -1)
+            out[inside] = blurred(sharp, level, gap - focus)[inside]
+        return out
+
+    planes = torch.stack([torch.stack([at(level, plane) for level in LEVELS]) for plane in PLANES])
+    weak, strong = at(WEAK, 0.0), at(STRONG, 0.0)
+    half = torch.where(torch.arange(SIDE) < SIDE // 2, weak, strong)
+    maps = [at(0.0, 0.0), *(at(level, plane) for plane in MAPPED for level in (WEAK, STRONG)), half]
+    shapes = [sum(point_of(*place, shape) for place in PLACES) + 0.1 for shape in range(len(SHAPES))]
+    return Shown(
+        pivot=at(15.0, 0.0), planes=planes, shapes=torch.stack(shapes).expand(-1, 3, -1, -1), plain=strong,
+        maps=torch.stack(maps), gaps=gaps,
+    )  # fmt: skip
+
+
+def point_of(row: int, column: int, shape: int | None) -> Tensor:
+    """[1, S, S] a point of light, sharp or as one of SHAPES."""
+    rows, columns = torch.arange(SIDE)[:, None] - row, torch.arange(SIDE) - column
+    if shape is None:
+        return torch.exp(-(rows**2 + columns**2) / 2.0)[None]
+    rim = torch.tensor(unit_level(STRONG) * RADIUS_AT_30 * SIDE / 256)
+    return 0.6 * SHAPES[shape].spread(columns, rows, rim, torch.tensor(1.0))[None]
+
+
+@pytest.fixture(scope="module")
+def lens() -> Shown:
+    return shown()
+
+
+def test_planes(lens: Shown) -> None:
+    assert controls.plane_hits(lens).all()
+    swapped = dataclasses.replace(lens, planes=lens.planes[[1, 0, 2, 3]])
+    assert controls.plane_hits(swapped).tolist() == [False, False, True, True]
+    assert controls.subject_fall(lens) > 1 and controls.subject_fall(swapped) < controls.subject_fall(lens)
+
+
+def test_maps(lens: Shown) -> None:
+    assert controls.halves(lens).max() < 0.05
+    assert controls.radii(lens) > 0.97
+    same = dataclasses.replace(lens, maps=torch.cat([lens.maps[:-1], lens.maps[1:2]]))
+    left, right = controls.halves(same).tolist()
+    assert left < 0.01 and right > 0.4
+    flat = dataclasses.replace(lens, maps=lens.maps[[0, 1, 1, 1, 1, 1, 1, 7]])
+    assert controls.radii(flat) < 0.8
+
+
+def test_shapes_are_told_from_lights(lens: Shown) -> None:
+    sharp = sum(point_of(*place, None) for place in PLACES).expand(3, -1, -1)
+    assert sorted(controls.lights(sharp)) == sorted(PLACES)
+    assert controls.lights(torch.zeros(3, SIDE, SIDE)) == []
+    lit = lens.planes.clone()
+    lit[0, 0] = sharp
+    assert controls.shape_hits(dataclasses.replace(lens, planes=lit)).mean() >= 5 / 6
+    dark = lens.planes.clone()
+    dark[0, 0] = 0
+    assert controls.shape_hits(dataclasses.replace(lens, planes=dark)).isnan().all()
+
+
+def test_what_is_asked_by_maps() -> None:
+    behind = torch.linspace(0, 1, 32).expand(32, 32)
+    nothing, weak, strong, *others, half = controls.map_shots(behind)
+    assert nothing.level == 0 and not nothing.circles.any()  # type: ignore[union-attr]
+    assert len(others) == 4 and (others[-1].circles <= 0.05 * unit_level(STRONG) + 1e-6).all()  # type: ignore[operator]
+    assert torch.equal(half.circles[:, :16], weak.circles[:, :16])  # type: ignore[index]
+    assert torch.equal(half.circles[:, 16:], strong.circles[:, 16:])  # type: ignore[index]
+
+
+def test_a_model_without_the_adapter() -> None:
+    with pytest.raises(ValueError, match="no control adapter"):
+        controls.evaluate(tiny_pipeline(), captions=1)
