@@ -209,10 +209,8 @@ def plane_hits(shown: Shown) -> Tensor:
 
 def subject_fall(shown: Shown) -> Tensor:
     """Log contrast that the subject loses where the background is sharp."""
-    sharp, _, strong = contrast(
-        torch.stack([shown.planes[0, 0], shown.planes[0, -1], shown.planes[-1, -1]]),
-        region(shown.pivot, REGIONS[0]),
-    )
+    pictures = torch.stack([shown.planes[0, 0], shown.planes[-1, -1]])
+    sharp, strong = contrast(pictures, region(shown.pivot, REGIONS[0]))
     return (sharp - strong).cpu()
 
 
