@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import json
 import logging
 import os
@@ -102,7 +102,8 @@ def latents(args: argparse.Namespace) -> int:
     from bokehflux.photos.readers import open_rows
     from bokehflux.pictures.files import check_folder, replace_file
     from bokehflux.rendering.bokehme_networks import Networks, load_networks
-    from bokehflux.training.latents import INDEX, write_entries
+    from bokehflux.training.guard import is_full
+    from bokehflux.training.latents import INDEX, SHARDS, write_entries
     from bokehflux.training.prepare import Encoder, Preparation, entries_of, reasons, sort_photographs
     from bokehflux.weights.find.resolve import resolve_model
     from bokehflux.weights.load import load_network
@@ -126,7 +127,9 @@ def latents(args: argparse.Namespace) -> int:
         f"photographs: {len(kinds['groups'])} sharp ones in groups of {how.renders}, "
         f"{len(kinds['photographs'])} others; latents take {num_bytes / 1e9:.3g} GB in {output}"
     )
-    check_folder(output, num_bytes)
+    # What is finished need not be written again; where it must, a full disk keeps it.
+    finished = sum(path.stat().st_size for path in output.glob(f"*/{SHARDS.format('*')}"))
+    check_folder(output, max(0, num_bytes - finished))
     networks = None
     if args.bokehme is not None:
         arnet, iunet = load_networks(*map(Path, args.bokehme))
@@ -137,19 +140,25 @@ def latents(args: argparse.Namespace) -> int:
             if (output / kind / INDEX).exists():
                 raise ValueError(f"no {kind}, but {output / kind} holds those of an earlier run: delete it")
             continue
-        entries, refused = entries_of(kind, _told(rows, f"{kind} looked at"), how, encoder)
-        left_out |= refused
-        if not entries:
-            raise ValueError(f"{kind}: none of {len(rows)} photographs can be used; {reasons(refused)[0]}")
-        progress = _told(entries, f"{kind} finished")
+        refused: dict[str, str] = {}
+        entries = entries_of(kind, _told(rows, kind), how, encoder, refused)
+        said = f"; what is finished is kept in {output}; the same command goes on"
         try:
-            added, changed = write_entries(output / kind, entries, on_entry=functools.partial(next, progress))
+            if (first := next(entries, None)) is None:
+                why = reasons(refused)[0]
+                raise ValueError(f"{kind}: none of {len(rows)} photographs can be used; {why}")
+            added, changed = write_entries(output / kind, itertools.chain([first], entries))
         except KeyboardInterrupt as stop:
-            said = f"; what is finished is kept in {output}; the same command goes on"
             raise KeyboardInterrupt(said) from stop
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise OSError(f"{error}{said} when there is room") from error
+        left_out |= refused
         for name in changed:
             say(f"{kind}: {name} has changed, its latents were made again")
-        say(f"{kind}: {len(entries)} scenes, {len(added) + len(changed)} made, the others were there")
+        count = (1 + how.flip) * (len(rows) - len(refused))
+        say(f"{kind}: {count} scenes, {len(added) + len(changed)} made, the others were there")
     lines = (json.dumps({"key": key, "reason": why}) + "\n" for key, why in left_out.items())
     replace_file(output / "left-out.jsonl", "".join(lines).encode())
     for line in reasons(left_out):

@@ -205,6 +205,7 @@ def _folder(place: Path) -> Rows:
 def _tars(tars: list[Path]) -> Rows:
     """Files of one name belong together; NAME.parquet beside NAME.tar, or index.parquet, adds columns."""
     groups: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []  # suffix -> where the file lies, its size
+    broken: list[str] = []
     for path in tars:
         try:
             with tarfile.open(path, "r:") as tar:
@@ -216,8 +217,11 @@ def _tars(tars: list[Path]) -> Rows:
                         files = named.setdefault(f"{folder}/{stem}".strip("/"), {})
                         files[dot + suffix.lower()] = member.offset_data, member.size
         except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as a tar file: {error}") from error
+            broken.append(f"{path} cannot be read as a tar file: {error}")
+            continue
         groups += [(path, key, files) for key, files in named.items() if any(map(files.get, PHOTO_SUFFIXES))]
+    if broken:
+        raise ValueError(f"{'; '.join(broken)}: fetch again what is cut off, or move it out of the folder")
     names = _told_apart([f"{path.stem}/{key}" for path, key, _ in groups])
     columns = functools.lru_cache(maxsize=2)(_columns)  # one shard after the other is read
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,36 +59,25 @@ class Written(NamedTuple):
     changed: list[str]
 
 
-def write_entries(
-    folder: Path,
-    entries: Sequence[Entry],
-    shard_scenes: int = 64,
-    on_entry: Callable[[], None] | None = None,
-) -> Written:
+def write_entries(folder: Path, entries: Iterable[Entry], shard_scenes: int = 64) -> Written:
     """Bring a folder to these scenes, of one shape. Latents that are there already are kept.
 
-    on_entry: called after every scene.
-
-    The index is replaced when everything it names is there; what it no longer names is then removed. Raises
-    ValueError for a scene without a caption or with levels outside 0-30, and for latents of another shape.
+    A scene is made before the next one is taken, so that entries may come from a generator. The index is
+    replaced when everything it names is there; what it no longer names is then removed. Raises ValueError
+    for a scene without a caption or with levels outside 0-30, and for latents of another shape.
     """
-    for entry in entries:
-        if isinstance(entry.captions, str) or not entry.captions:
-            raise ValueError(f"{entry.name}: expected a list of captions, found {entry.captions!r}")
-        for level in itertools.chain(*entry.levels.values()):
-            check_level(0 if level is None else level, f"a level of {entry.name}")
-    folder.mkdir(parents=True, exist_ok=True)
     before = _index(folder)["scenes"] if (folder / INDEX).is_file() else []
     known = {scene["name"] for scene in before}
     there = dict(_rows_there(folder))
     whole = {path.name for path, _ in there.values()}
-    written, shape = Written([], []), None
-    shards: list[dict[str, Any]] = []
-    for i in range(0, len(entries), shard_scenes):
-        part = entries[i : i + shard_scenes]
-        keys = json.dumps([entry.key for entry in part])
-        rows = []
-        for entry in part:
+    written = Written([], [])
+    shape: tuple[int, ...] | None = None
+
+    def taken() -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """What the index says of each scene, and its latents."""
+        nonlocal shape
+        for entry in entries:
+            _check_told(entry)
             if entry.key in there:
                 path, number = there[entry.key]
                 x0 = open_checkpoint(path).read("latents")[number]
@@ -97,17 +86,19 @@ def write_entries(
                 (written.changed if entry.name in known else written.added).append(entry.name)
             _check(entry, x0, shape)
             shape = tuple(x0.shape)
-            rows.append(x0)
-            if on_entry is not None:
-                on_entry()
+            told = {"captions": list(entry.captions), "levels": {**entry.levels}}
+            yield {"name": entry.name, "key": entry.key, **told}, x0
+
+    shards: list[dict[str, Any]] = []
+    scenes: list[dict[str, Any]] = []
+    rows = taken()
+    while part := list(itertools.islice(rows, shard_scenes)):
+        keys = json.dumps([scene["key"] for scene, _ in part])
         name = SHARDS.format(fingerprint_of_bytes(keys.encode()))
         shards.append({"file": name, "scenes": len(part)})
+        scenes += [scene for scene, _ in part]
         if name not in whole:
-            save(folder / name, {"latents": torch.stack(rows)}, {KEYS: keys})
-    scenes: list[dict[str, Any]] = [
-        {"name": entry.name, "key": entry.key, "captions": list(entry.captions), "levels": {**entry.levels}}
-        for entry in entries
-    ]
+            save(folder / name, {"latents": torch.stack([x0 for _, x0 in part])}, {KEYS: keys})
     write_json(
         folder / INDEX, {"schema": SCHEMA, "shape": list(shape or ()), "shards": shards, "scenes": scenes}
     )
@@ -142,6 +133,13 @@ def write_latents(
         for i, (x0, level, texts) in enumerate(zip(latents, levels.float().tolist(), captions, strict=True))
     ]
     write_entries(folder, entries, shard_scenes)
+
+
+def _check_told(entry: Entry) -> None:
+    if isinstance(entry.captions, str) or not entry.captions:
+        raise ValueError(f"{entry.name}: expected a list of captions, found {entry.captions!r}")
+    for level in itertools.chain(*entry.levels.values()):
+        check_level(0 if level is None else level, f"a level of {entry.name}")
 
 
 def _check(entry: Entry, x0: Tensor, shape: Sequence[int] | None) -> None:

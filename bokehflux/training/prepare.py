@@ -13,14 +13,14 @@ import functools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from bokehflux.fingerprint import fingerprint_of_bytes
@@ -139,8 +139,16 @@ class Crop(NamedTuple):
     k_px_m: float | None
     """The same for its K alone."""
 
+    def mirrored(self) -> Crop:
+        """Left and right exchanged."""
+        image, depth, mask = (
+            None if values is None else np.ascontiguousarray(values[:, ::-1])
+            for values in (self.image, self.depth_m, self.mask)
+        )
+        return self._replace(image=image, depth_m=depth, mask=mask)
 
-def cropped(row: Row, label: Label, how: Preparation, mirrored: bool) -> Crop:
+
+def cropped(row: Row, label: Label, how: Preparation) -> Crop:
     """Scaled to cover the size, cropped around the middle. Raises ValueError for an unreadable photograph."""
     photo = row.photo()
     size = how.width_px, how.height_px
@@ -151,8 +159,7 @@ def cropped(row: Row, label: Label, how: Preparation, mirrored: bool) -> Crop:
 
     def fitted(image: Image.Image, resample: Image.Resampling) -> Image.Image:
         # Averages of unknown or distant depths mean nothing: maps take their nearest points.
-        part = image.resize(covers, resample).crop((left, top, left + size[0], top + size[1]))
-        return ImageOps.mirror(part) if mirrored else part
+        return image.resize(covers, resample).crop((left, top, left + size[0], top + size[1]))
 
     def map_of(values: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
         return None if values is None else np.array(fitted(Image.fromarray(values), Image.Resampling.NEAREST))
@@ -176,25 +183,31 @@ def cropped(row: Row, label: Label, how: Preparation, mirrored: bool) -> Crop:
 
 
 def entries_of(
-    kind: Kind, rows: Iterable[tuple[Row, Label]], how: Preparation, encoder: Encoder
-) -> tuple[list[Entry], dict[str, str]]:
-    """Scenes of one kind as `write_entries` takes them, and the reason for every photograph left out.
+    kind: Kind,
+    rows: Iterable[tuple[Row, Label]],
+    how: Preparation,
+    encoder: Encoder,
+    left_out: dict[str, str],
+) -> Iterator[Entry]:
+    """Scenes of one kind as `write_entries` takes them. Each photograph is read once.
 
-    Pixels are read here, to tell what has changed, and again where latents must be made.
+    left_out: gets the reason for every photograph that is left out, by its key.
     """
-    entries: list[Entry] = []
-    left_out: dict[str, str] = {}
     for row, label in rows:
-        for mirrored in (False, True)[: 1 + how.flip]:
-            try:
-                entries.append(_entry(kind, row, label, how, encoder, mirrored))
-            except ValueError as error:
-                left_out[row.key] = str(error)
-    return entries, left_out
+        try:
+            crop = cropped(row, label, how)
+            entry = _entry(kind, row, crop, how, encoder)
+        except ValueError as error:
+            left_out[row.key] = str(error)
+            continue
+        yield entry
+        if how.flip:
+            other = _entry(kind, row, crop.mirrored(), how, encoder)
+            yield dataclasses.replace(other, name=f"{row.key}, mirrored")
 
 
-def _entry(kind: Kind, row: Row, label: Label, how: Preparation, encoder: Encoder, mirrored: bool) -> Entry:
-    crop = cropped(row, label, how, mirrored)
+def _entry(kind: Kind, row: Row, crop: Crop, how: Preparation, encoder: Encoder) -> Entry:
+    """Raises ValueError for a photograph that no group can be made of."""
     own: dict[Unify, float | None] = {
         "raw": None if crop.k_px_m is None else min(crop.k_px_m, MAX_LEVEL),
         "range": None if crop.blur is None else crop.blur.level("range"),
@@ -208,19 +221,16 @@ def _entry(kind: Kind, row: Row, label: Label, how: Preparation, encoder: Encode
     pixels = [fingerprint_of_bytes(values.tobytes()) for values in seen]
     decides = [RULE, kind, how.width_px, how.height_px, encoder.key, drawn, *pixels]
     return Entry(
-        name=f"{row.key}, mirrored" if mirrored else row.key,
+        name=row.key,
         key=fingerprint_of_bytes(json.dumps(decides).encode()),
         captions=row.captions,
         levels={meaning: [level, *drawn] for meaning, level in own.items()},
-        make=functools.partial(_made, row, label, how, encoder, mirrored, drawn),
+        make=functools.partial(_made, crop, how, encoder, drawn),
     )
 
 
-def _made(
-    row: Row, label: Label, how: Preparation, encoder: Encoder, mirrored: bool, drawn: list[float]
-) -> Tensor:
+def _made(crop: Crop, how: Preparation, encoder: Encoder, drawn: list[float]) -> Tensor:
     """Latents [1 + drawn, C, h, w]: the photograph, and renders of it."""
-    crop = cropped(row, label, how, mirrored)
     image = torch.from_numpy(crop.image).to(encoder.device).permute(2, 0, 1).float() / 255
     images = [image]
     if drawn:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import functools
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,10 @@ from bokehflux.app import cli, train
 from bokehflux.conditioning import Conditioning
 from bokehflux.photos.labels import labelled
 from bokehflux.photos.readers import Row, open_rows
+from bokehflux.pictures import files
 from bokehflux.sampling.latents import unpack
 from bokehflux.training import latents, prepare
-from bokehflux.training.latents import INDEX, LatentFolder
+from bokehflux.training.latents import INDEX, Entry, LatentFolder
 from bokehflux.training.prepare import Preparation, cropped
 from tests.unit.test_labels import Eye, label_all, photographs
 from tests.unit.test_photo_focus import BACKGROUND_M, SUBJECT_M, scene
@@ -119,25 +124,68 @@ def test_a_changed_photograph_is_made_again_alone(place: Path, capsys: pytest.Ca
         assert "groups: 2 scenes, 2 made" in capsys.readouterr().err, flags
 
 
+def watch(monkeypatch: pytest.MonkeyPatch, made: Callable[[str], None]) -> None:
+    """Hear the name of every scene whose latents are made, before they are."""
+    whole = prepare._entry
+
+    def entry(*args: Any) -> Entry:
+        found = whole(*args)
+        return dataclasses.replace(found, make=lambda: (made(found.name), found.make())[1])
+
+    monkeypatch.setattr(prepare, "_entry", entry)
+
+
+def test_a_photograph_is_read_once_and_room_is_asked_for_what_is_missing(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mirror image is made of the same pixels; what a run that goes on finds there takes no more room."""
+    opened, asked = [], []
+    photo, check = Row.photo, files.check_folder
+    monkeypatch.setattr(Row, "photo", lambda row: (opened.append(row.key), photo(row))[1])
+    monkeypatch.setattr(
+        files, "check_folder", lambda where, size: (asked.append(size), check(where, size))[1]
+    )
+    assert run(place, "--flip") == run(place, "--flip") == 0
+    assert opened == ["a.jpg", "b.jpg", "c.jpg"] * 2
+    assert asked == [2 * (2 * 4 + 1) * 16 * 4 * 4 * 2, 0]
+
+
+def test_a_full_disk_says_that_what_is_finished_is_kept(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, sync, calls = latents.write_entries, os.fsync, [0]
+    monkeypatch.setattr(latents, "write_entries", functools.partial(write, shard_scenes=1))
+
+    def full(file: int) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr("os.fsync", full)
+    assert run(place) == 1
+    said = capsys.readouterr().err
+    assert "what is finished is kept" in said and "the same command goes on when there is room" in said
+    assert run(place) == 0 and "groups: 2 scenes, 1 made" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_keeps_its_shards(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write = latents.write_entries
+    write, made = latents.write_entries, []
     monkeypatch.setattr(latents, "write_entries", functools.partial(write, shard_scenes=1))
-    whole, made = prepare._made, []
 
-    def stopped(row: Row, *rest: Any) -> torch.Tensor:
-        if row.key == "b.jpg" and made == ["a.jpg"]:
+    def stopped(key: str) -> None:
+        if key == "b.jpg" and made == ["a.jpg"]:
             made.append("stop")
             raise KeyboardInterrupt
-        made.append(row.key)
-        return whole(row, *rest)
+        made.append(key)
 
-    monkeypatch.setattr(prepare, "_made", stopped)
+    watch(monkeypatch, stopped)
     monkeypatch.setattr(train, "SAID_EVERY_S", -1)
     assert run(place) == 130
     said = capsys.readouterr().err
-    assert "; the same command goes on" in said and "groups looked at: 1 of 2" in said
+    assert "; the same command goes on" in said and "groups: 1 of 2" in said
     assert not (place.parent / "latents" / "groups" / INDEX).exists()
     assert run(place) == 0 and made == ["a.jpg", "stop", "b.jpg", "c.jpg"]
 
@@ -160,8 +208,7 @@ def test_a_folder_stays_whole_while_it_is_written_to(place: Path, monkeypatch: p
     assert (place.parent / "latents" / "groups" / INDEX).read_bytes() == index
     assert folder(place, "groups").num_scenes == 2
     made: list[str] = []
-    whole = prepare._made
-    monkeypatch.setattr(prepare, "_made", lambda row, *rest: (made.append(row.key), whole(row, *rest))[1])
+    watch(monkeypatch, made.append)
     assert run(place) == 0 and made == []
 
 
@@ -189,12 +236,12 @@ def test_both_meanings_of_a_level_lie_side_by_side(place: Path) -> None:
 def test_cropping_the_shorter_side_raises_the_level(place: Path) -> None:
     """What is left of a 192 x 128 photograph at 32 x 64: scaled to 96 x 64, of which 32 px are a third."""
     row, label = next(labelled(open_rows(place), place.parent / "labels"))
-    tall = cropped(row, label, Preparation(width_px=32, height_px=64), False)
-    square = cropped(row, label, Preparation(width_px=64, height_px=64), False)
+    tall = cropped(row, label, Preparation(width_px=32, height_px=64))
+    square = cropped(row, label, Preparation(width_px=64, height_px=64))
     assert tall.image.shape == (64, 32, 3) and tall.depth_m is not None and tall.depth_m.shape == (64, 32)
     assert square.k_px_m == pytest.approx(label["K_px_m_short_side"])
     assert tall.k_px_m == pytest.approx(2 * label["K_px_m_short_side"])
-    mirrored = cropped(row, label, Preparation(width_px=64, height_px=64), True)
+    mirrored = square.mirrored()
     assert np.array_equal(mirrored.image, square.image[:, ::-1])
     assert mirrored.depth_m is not None and np.array_equal(mirrored.depth_m, square.depth_m[:, ::-1])
 
