@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bokehflux.conditioning import Conditioning
+from bokehflux.conditioning import Conditioning, onto
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.models.t5 import T5Encoder
 from bokehflux.models.units import Network
@@ -44,6 +44,6 @@ class TextEncoders:
         t5_ids = self.t5_tokenizer(prompts, length)  # [B, T]
         clip_ids = self.clip_tokenizer(prompts)  # [B, 77] for the published CLIP
         return Conditioning(
-            txt=self.t5(t5_ids.to(self.t5.shared.weight.device)),
-            pooled=self.clip(clip_ids.to(self.clip.text_model.final_layer_norm.weight.device)),
+            txt=self.t5(onto(t5_ids, self.t5.shared.weight.device)),
+            pooled=self.clip(onto(clip_ids, self.clip.text_model.final_layer_norm.weight.device)),
         )

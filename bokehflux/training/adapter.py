@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from bokehflux.attention import AttentionSpec, Grounded, Plain
-from bokehflux.conditioning import Conditioning
+from bokehflux.conditioning import Conditioning, onto
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.controls import Controls
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
-from bokehflux.training.batches import Draws, onto
+from bokehflux.training.batches import Draws
 from bokehflux.training.engine import Recorded, mean_of
 from bokehflux.training.guard import Rows
 from bokehflux.training.loop import Loss, Step
@@ -102,6 +102,10 @@ class Sampling:
     def in_groups(self, step: int) -> bool:
         """Whether a step takes groups: they are spread evenly over a run."""
         return math.floor((step + 1) * self.grouped) > math.floor(step * self.grouped)
+
+    def backend(self, device: torch.device) -> str:
+        """Of attention, there."""
+        return "triton" if self.deterministic and device.type == "cuda" else "sdpa"
 
     def num_patterns(self, rows: int) -> int:
         """Attentions that steps of `rows` can have: plain, and one for each pattern of grounded rows."""
@@ -199,7 +203,7 @@ def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> Ad
     x0 = onto(scenes.latents(rows(scene), render), draws.device)
     levels = onto(scenes.levels(rows(scene), render), draws.device)
     eps, sigma = rows(_noise(each, how, x0.shape)), rows(_sigma(each, how))
-    backend = "triton" if how.deterministic and draws.device.type == "cuda" else "sdpa"
+    backend = how.backend(draws.device)
     spec: AttentionSpec = Plain(backend=backend)
     if grouped:
         pivot_of = _pivots(each, how)

@@ -105,13 +105,6 @@ class Draws:
         return torch.arange(self.samples.start, self.samples.stop, self.samples.step, device=self.device)
 
 
-def onto(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device. A GPU fetches it in its turn: the host does not wait for the work before it."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
-
-
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser, on int64 that wrap around. `>>` keeps the sign: the mask takes it away."""
     x = (x ^ (x >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47

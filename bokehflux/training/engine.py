@@ -61,19 +61,22 @@ class Recorded:
     """A loss and its gradients as CUDA graphs, one for each kind of batch: one launch in place of thousands.
 
     The loss must do the same on every batch of a kind: no random numbers, no waiting for the GPU. Of each
-    kind a set of gradients stays on the device.
+    kind a set of gradients stays on the device; activations of all kinds lie in the same memory, so that
+    gradients must be read before the next batch comes.
     """
 
     def __init__(self, loss: Callable[..., Tensor], parameters: Sequence[nn.Parameter]) -> None:
         self.loss, self.parameters = loss, list(parameters)
         self._graphs: dict[Hashable, _Graph] = {}
+        self._pool: Any = None
 
     def __call__(self, kind: Hashable, *inputs: Tensor) -> Tensor:
         """loss(kind, *inputs), a scalar whose gradients reach the parameters. kind: all but the inputs'
         values that the loss depends on."""
         key = kind, tuple((x.shape, x.dtype) for x in inputs)
         if key not in self._graphs:
-            self._graphs[key] = _Graph(self.loss, self.parameters, kind, inputs)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[key] = _Graph(self.loss, self.parameters, kind, inputs, self._pool)
         graph = self._graphs[key]
         return _Known.apply(graph.replay(inputs), graph.gradients, *self.parameters)  # type: ignore[no-any-return]
 
@@ -87,6 +90,7 @@ class _Graph:
         parameters: list[nn.Parameter],
         kind: Hashable,
         inputs: Sequence[Tensor],
+        pool: Any,
     ) -> None:
         self.inputs = [x.clone() for x in inputs]
         # A cast that the surrounding context remembers keeps its weight's gradient on the stream of an
@@ -107,7 +111,7 @@ class _Graph:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.empty_cache()  # what the warm-up took is needed in the graph's own pool
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
             self.value, self.gradients = compute()
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:

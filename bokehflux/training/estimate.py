@@ -59,8 +59,8 @@ def estimate(
     activations: share of them that is kept; narrow: the base in 8 bits; streamed: two of its blocks at most
     are on the GPU at a time. How long streaming takes depends on the machine and is not in `seconds`. shards:
     processes that hold a part of the base each.
-    guided: the base predicts once more, without text. graphs: recorded ones, each with activations and
-    gradients of its own. moments: what the optimiser keeps, as many numbers as are trained each.
+    guided: the base predicts once more, without text. graphs: recorded ones, each with gradients of its
+    own. moments: what the optimiser keeps, as many numbers as are trained each.
     """
     with torch.device("meta"):
         network = MMDiT(mmdit, bokeh)
@@ -82,7 +82,7 @@ def estimate(
     block_bytes = KEPT_BYTES * mmdit.hidden_size * rows * tokens
     inputs_bytes = 2 * mmdit.hidden_size * rows * tokens * mmdit.num_blocks
     kept = max(inputs_bytes + block_bytes, activations * block_bytes * mmdit.num_blocks)
-    kept = max(kept, graphs * (kept + 4 * trained))
+    kept += 4 * graphs * trained
     largest = max(sum(p.numel() for p in block.parameters()) for block in network.blocks)
     held = 2 * largest if streamed else base if shards == 1 else base // shards + 2 * largest
     there = (1 if narrow else 2) * held

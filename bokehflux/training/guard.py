@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import logging
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed
@@ -19,10 +20,16 @@ from torch import Tensor, distributed
 from bokehflux.training.batches import Draws
 from bokehflux.training.distributed import rank_and_world
 
+logger = logging.getLogger(__name__)
+
 MOST, STEPS = 3, 100
 """More refused steps than this, of the last so many, end a run."""
 AGAIN_SECONDS = 2.0
 """A launcher passes on the Ctrl-C that its processes heard themselves; later than this it is a second one."""
+RETRY_SECONDS = 20.0
+"""How often a full disk is tried again."""
+OnFull = Literal["wait", "stop"]
+"""What to do where the disk has no room."""
 Rows = Callable[[int, Draws], Sequence[str]]
 """Number of a step and its draws -> what a person calls its rows."""
 
@@ -32,15 +39,31 @@ def sample_numbers(_: int, draws: Draws) -> list[str]:
     return [f"sample {number}" for number in draws.samples]
 
 
-def of_all_processes(*scalars: Tensor) -> list[list[float]]:
-    """The scalars of every process, by rank: afterwards all know the same. Waits for the device."""
-    mine = torch.stack([scalar.detach().float() for scalar in scalars])
-    world = rank_and_world()[1]
-    if world == 1:
-        return [mine.tolist()]
-    every = [torch.empty_like(mine) for _ in range(world)]
-    distributed.all_gather(every, mine)
-    return torch.stack(every).tolist()
+class Told:
+    """What every process has to say of a step, by rank: afterwards all know the same."""
+
+    def __init__(self, loss: Tensor, norm: Tensor, stop: bool) -> None:
+        """Scalars of this process. stop: whether it was asked to end."""
+        mine = torch.stack([loss.detach().float(), norm.float(), torch.full_like(norm, stop).float()])
+        every = [torch.empty_like(mine) for _ in range(rank_and_world()[1])]
+        if len(every) > 1:
+            distributed.all_gather(every, mine)
+        else:
+            every = [mine]
+        together = torch.stack(every)
+        self.refused = 1 - together.isfinite().all().float()
+        """Scalar on the device: 1 where a loss or a gradient of any process is not finite, else 0."""
+        self._host, self._there = together.to("cpu", non_blocking=together.is_cuda), None
+        if together.is_cuda:
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def read(self) -> tuple[list[float], list[float], bool]:
+        """Losses, norms, and whether any process was asked to end. Waits until the device has come so far."""
+        if self._there is not None:
+            self._there.synchronize()
+        losses, norms, stops = self._host.T.tolist()
+        return losses, norms, any(stops)
 
 
 def wait_for_all() -> None:
@@ -116,3 +139,24 @@ def is_full(error: OSError) -> bool:
     """Whether a disk or a quota is. The library that writes tensors says it in words."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return error.errno in full or any(f"os error {number}" in str(error) for number in full)
+
+
+def with_room(
+    write: Callable[[], object], what: str, on_full: OnFull, ended: threading.Event | None = None
+) -> None:
+    """Write, and where the disk is full say so and try again until there is room. what: that is written.
+
+    Raises OSError for anything else, with "stop", and once `ended` is set.
+    """
+    ended, said = ended or threading.Event(), False
+    while True:
+        try:
+            write()
+            return
+        except OSError as error:
+            if not is_full(error) or on_full == "stop" or ended.is_set():
+                raise
+            if not said:
+                logger.warning("the disk is full: %s waits for room (%s)", what, error)
+            said = True
+        ended.wait(RETRY_SECONDS)

@@ -52,15 +52,20 @@ class Log:
         self.points: list[dict[str, float]] = []
         self._sums: dict[str, list[Tensor]] = {}
         self._last = (0, self.start)
+        self._behind = False  # whether there is something that no file has
 
     @property
     def seconds(self) -> float:
         """Since the run began, without the time between a stop and its resume."""
         return time.perf_counter() - self.start
 
+    def change(self, key: str, value: object) -> None:
+        """A fact of the run, kept beside the curve."""
+        self.notes[key], self._behind = value, True
+
     def note(self, key: str, value: object) -> None:
-        """A fact of the run (a size, a figure), kept beside the curve."""
-        self.notes[key] = value
+        """The same, which is shown, too: a size, a figure."""
+        self.change(key, value)
         logger.info("[%6.1f s] %s: %s", self.seconds, key, value)
 
     def begin(self, step: int, steps: int | None) -> None:
@@ -81,6 +86,7 @@ class Log:
         if not self.points or self.points[-1]["step"] != step:
             self.points.append({"step": step, "seconds": round(self.seconds, 1)})
         self.points[-1] |= figures
+        self._behind = True
         shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items())
         logger.info("[%6.1f s] %6d  %s%s", self.seconds, step, shown, self._left(step))
         if self.board is not None:
@@ -108,9 +114,10 @@ class Log:
         self._sums = {key: list(torch.tensor(values)) for key, values in state["begun"].items()}
 
     def update(self) -> None:
-        """Write, if live. On a full disk say so and go on: the next time writes every point."""
+        """Write what is new, if live. On a full disk say so and go on: the next time writes every point."""
+        behind, self._behind = self._behind, False
         try:
-            if self.live:
+            if self.live and behind:
                 self.write()
         except OSError as error:
             if not is_full(error):
@@ -179,11 +186,17 @@ class Board:
         self.folder = folder
 
     def add(self, step: int, figures: dict[str, float]) -> None:
-        if self._writer is None:
-            self._writer = self._open(str(self.folder), purge_step=step)
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        try:
+            if self._writer is None:
+                self._writer = self._open(str(self.folder), purge_step=step)
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self._writer = None  # its thread has ended
+            logger.warning("the disk is full: TensorBoard misses step %d (%s)", step, error)
 
 
 def _together(values: list[Tensor]) -> Tensor:

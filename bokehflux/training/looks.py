@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -30,6 +31,7 @@ from bokehflux.sampling.latents import LatentGrid
 from bokehflux.training.adapter import AdapterBatch, Scenes, row_losses
 from bokehflux.training.batches import Draws
 from bokehflux.training.distributed import rank_and_world
+from bokehflux.training.guard import OnFull, with_room
 from bokehflux.training.state import State
 from bokehflux.weights.files.write import replacing
 
@@ -59,6 +61,8 @@ class HeldOut:
     """At a time, on each process: as many as a step has, blocks then need not be compiled anew."""
     pictures: int = 64
     """At most so many, evenly spread."""
+    backend: str = "auto"
+    """Of attention."""
     _chosen: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +121,7 @@ class HeldOut:
             unguided_levels=levels,
             text=Conditioning(txt=text.txt[row], pooled=text.pooled[row]),
             guidance=torch.ones(len(cases), device=device),
-            attention=Plain(),
+            attention=Plain(backend=self.backend),
         )
 
 
@@ -158,11 +162,11 @@ class Sheets:
     pivot: float = 15.0
     steps: int | None = None
     """How many a sweep takes; None: the model's own."""
+    on_full: OnFull = "wait"
 
     def __call__(self, state: State) -> dict[str, float]:
         rank, world = rank_and_world()
         found = torch.zeros(2, dtype=torch.float64, device=state.ema.average[0].device)
-        self.folder.mkdir(parents=True, exist_ok=True)
         with state.ema.shown(), _as_loaded(self.pipe.transformer):
             for i in range(rank, len(self.prompts), world):
                 result = self.pipe.generate(
@@ -179,11 +183,17 @@ class Sheets:
                 pivot = _pixels(result.pivot_image).expand_as(images)
                 found[0] += lvcorr(torch.tensor(self.levels), images)
                 found[1] += blur_matched_psnr(images, pivot).mean()
-                with replacing(self.folder / f"{state.step:07d}-{i:02d}.jpg") as temporary:
-                    result.sheet().save(temporary, "jpeg", quality=90)
+                path = self.folder / f"{state.step:07d}-{i:02d}.jpg"
+                with_room(functools.partial(_write, result.sheet(), path), f"the sheet {path}", self.on_full)
         if world > 1:
             distributed.all_reduce(found)
         return dict(zip((LVCORR, CONSISTENCY), (found / len(self.prompts)).tolist(), strict=True))
+
+
+def _write(sheet: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        sheet.save(temporary, "jpeg", quality=90)
 
 
 @contextlib.contextmanager

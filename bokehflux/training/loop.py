@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bokehflux.training.batches import Draws
 from bokehflux.training.distributed import averaged, rank_and_world
-from bokehflux.training.guard import Rows, of_all_processes, postponed, sample_numbers, wait_for_all
+from bokehflux.training.guard import Rows, Told, postponed, sample_numbers, wait_for_all
 from bokehflux.training.log import Log
 from bokehflux.training.optim import Optimizer, trapezoid
 from bokehflux.training.state import Ema, Saves, State
@@ -99,7 +99,8 @@ def train(
 
     saves: where the run keeps its state, and whether it goes on from there; CheckpointError when it cannot,
     or when there is no room. With it, Ctrl-C and SIGTERM wait for the end of a step, whose state is saved,
-    and raise KeyboardInterrupt then. Raises ArithmeticError when too many steps are not finite, OSError when
+    and raise KeyboardInterrupt then; several processes agree on it a step later. Raises ArithmeticError when
+    too many steps are not finite, which a GPU's host hears a step later, too, OSError when
     a state cannot be written, and ValueError for a run paced by the clock that is to be saved or shared: no
     two clocks agree.
     """
@@ -110,6 +111,7 @@ def train(
         )
     parameters = [parameter for _, parameter in optimizer.named]
     state = State(optimizer=optimizer, ema=Ema(parameters, course.ema_rate), log=log)
+    run = _Run(state, course, rows)
     if saves is not None and saves.resume:
         saves.restore(state)
     if saves is not None:
@@ -125,34 +127,55 @@ def train(
                 value, figures = objective(Step(number, done, draws))
             value.backward()
             norm = nn.utils.clip_grad_norm_(parameters, course.clip)
-            stop = torch.tensor(float(bool(came)), device=device)
-            losses, norms, stops = zip(*of_all_processes(value, norm, stop), strict=True)
-            if all(map(math.isfinite, (*losses, *norms))):
-                optimizer.step(course.schedule(done))
-                state.ema.update()
-                log.step(number, **figures)
-            else:
-                optimizer.clear()
-                whole = Draws.of_step(course.seed, number, course.batch, torch.device("cpu"))
-                logger.warning(state.refused.add(number, losses, norms[0], rows, whole))
-                log.notes["refused"] = state.refused.entries
-                if rank == 0:
-                    log.update()
-                state.refused.check(number)
+            told = Told(value, norm, bool(came))
+            # The device is in this step by now, so that the host hears of the one before without waiting.
+            stop = run.settle() or (world == 1 and bool(came))
+            optimizer.step(course.schedule(done), told.refused)
+            run.begun = number, figures, told
             state.step = number + 1
             last = state.step == course.steps
-            for look in looks:
-                if (last or state.step % look.every == 0) and (found := look(state)):
+            due = [look for look in looks if last or state.step % look.every == 0]
+            save = last or stop or (saves is not None and state.step % saves.every == 0)
+            if due or save:
+                run.settle()
+            for look in due:
+                if found := look(state):
                     log.add(state.step, found)
-            if rank == 0 and log.points and log.points[-1]["step"] == state.step:
+            if rank == 0:
                 log.update()
-            due = last or (saves is not None and state.step % saves.every == 0)
-            if writer is not None and (due or any(stops)):
+            if writer is not None and save:
                 writer.save(state)
-            if any(stops):
+            if stop:
                 if writer is not None:
                     writer.wait()
                 wait_for_all()
                 raise KeyboardInterrupt(f" after step {state.step}, whose state is saved")
+    run.settle()
     state.ema.copy_to_parameters()
     return state.step
+
+
+class _Run:
+    """A run whose last step's update is under way, but whose average and log do not know of it yet."""
+
+    def __init__(self, state: State, course: Course, rows: Rows) -> None:
+        self.state, self.course, self.rows = state, course, rows
+        self.begun: tuple[int, dict[str, Tensor], Told] | None = None
+        """Number of that step, its figures, and what became of it."""
+
+    def settle(self) -> bool:
+        """Average and log the step that has begun, or write down why it was refused: before the parameters
+        move again. Returns whether a process was asked to end. Raises ArithmeticError for too many."""
+        if self.begun is None:
+            return False
+        (number, figures, told), self.begun, state = self.begun, None, self.state
+        losses, norms, stop = told.read()
+        if all(map(math.isfinite, (*losses, *norms))):
+            state.ema.update()
+            state.log.step(number, **figures)
+            return stop
+        whole = Draws.of_step(self.course.seed, number, self.course.batch, torch.device("cpu"))
+        logger.warning(state.refused.add(number, losses, norms[0], self.rows, whole))
+        state.log.change("refused", state.refused.entries)
+        state.refused.check(number)
+        return stop

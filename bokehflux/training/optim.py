@@ -39,25 +39,27 @@ class Optimizer:
         if others and prodigy:
             self.parts.append(_prodigy(others, lr, betas, weight_decay))
         elif others:
-            fused = others[0].is_cuda
             self.parts.append(
-                torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+                torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
             )
         if of_muon:
             self.parts.append(Muon(of_muon, lr=lr, weight_decay=weight_decay))
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named}
 
-    def step(self, lr_factor: float) -> None:
-        """One update at lr * lr_factor, then clear the gradients."""
+    def step(self, lr_factor: float, refused: Tensor | None = None) -> None:
+        """One update at lr * lr_factor, then clear the gradients.
+
+        refused: a scalar on the parameters' device; at 1 nothing but the gradients changes, at 0 it counts
+        as None. The host reads it for Prodigy only, which reads of its own every step.
+        """
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = self.lr * lr_factor
-            part.step()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the gradients."""
-        for part in self.parts:
+            if type(part).__name__ != "Prodigy":
+                part.found_inf = refused  # type: ignore[attr-defined]  # AdamW calls it so
+                part.step()
+            elif refused is None or not refused:
+                part.step()
             part.zero_grad(set_to_none=True)
 
     def moments(self) -> dict[str, Tensor]:
@@ -108,6 +110,8 @@ class Muon(torch.optim.Optimizer):
     matrix.
     """
 
+    found_inf: Tensor | None = None
+    """At 1 a step changes nothing, as with `torch.optim.AdamW`."""
     MOMENTUM = 0.95
     STEPS = ((3.4445, -4.7750, 2.0315),) * 5
     RMS = 0.2
@@ -123,14 +127,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
+        share = 1.0 if self.found_inf is None else 1 - self.found_inf
         for shape, same in self.shapes.items():
-            gradients = [p.grad for p in same if p.grad is not None]
-            momenta = [self.state[p]["momentum"] for p in same]
-            torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
-            ahead = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
-            update = orthogonal(torch.stack([g.flatten(1) for g in ahead]), self.STEPS)
-            update *= -lr * self.RMS * max(shape) ** 0.5
-            torch._foreach_mul_(same, 1 - lr * decay)
+            kept = [self.state[p]["momentum"] for p in same]
+            momenta = torch.stack([m.flatten(1) for m in kept])
+            gradients = torch.stack([p.grad.flatten(1) for p in same if p.grad is not None])
+            if self.found_inf is not None:
+                # Momenta that move towards themselves stay where they are.
+                gradients = torch.where(self.found_inf.bool(), momenta, gradients)
+            momenta.lerp_(gradients, 1 - self.MOMENTUM)
+            torch._foreach_copy_(kept, [m.view(p.shape) for m, p in zip(momenta, same, strict=True)])
+            update = orthogonal(gradients.lerp(momenta, self.MOMENTUM), self.STEPS)
+            update *= -lr * self.RMS * max(shape) ** 0.5 * share
+            torch._foreach_mul_(same, 1 - lr * decay * share)
             torch._foreach_add_(same, [u.view(p.shape) for u, p in zip(update, same, strict=True)])
 
 

@@ -141,11 +141,11 @@ class Crop(NamedTuple):
 
     def mirrored(self) -> Crop:
         """Left and right exchanged."""
-        image, depth, mask = (
+        depth, mask = (
             None if values is None else np.ascontiguousarray(values[:, ::-1])
-            for values in (self.image, self.depth_m, self.mask)
+            for values in (self.depth_m, self.mask)
         )
-        return self._replace(image=image, depth_m=depth, mask=mask)
+        return self._replace(image=np.ascontiguousarray(self.image[:, ::-1]), depth_m=depth, mask=mask)
 
 
 def cropped(row: Row, label: Label, how: Preparation) -> Crop:

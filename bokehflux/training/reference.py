@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from bokehflux.attention import OnReference
-from bokehflux.conditioning import Conditioning
+from bokehflux.conditioning import Conditioning, onto
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.embeddings import RopeTable
 from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.reference import ReferenceAdapter
 from bokehflux.sampling.reference import read_reference
 from bokehflux.training.adapter import Scenes
-from bokehflux.training.batches import onto
 from bokehflux.training.loop import Loss, Step
 from bokehflux.training.objective import mix, velocity_target
 

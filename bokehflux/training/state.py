@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import logging
 import math
 import shutil
 import threading
@@ -12,21 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bokehflux.training.guard import Refusals, is_full
+from bokehflux.training.guard import OnFull, Refusals, with_room
 from bokehflux.training.log import Log
 from bokehflux.training.optim import Optimizer
 from bokehflux.weights.files.checkpoint import Checkpoint, CheckpointError, NotFoundError, open_checkpoint
-from bokehflux.weights.files.write import save
+from bokehflux.weights.files.write import save, unfinished
 
-logger = logging.getLogger(__name__)
-
-RETRY_SECONDS = 20.0
-"""How often a full disk is tried again."""
 FACTS = "state"
 """The file's metadata under this name: what is not a tensor, as JSON."""
 
@@ -123,14 +119,15 @@ class Saves:
     """Everything that decides the run, as JSON can hold it: a run resumes under the same settings only."""
     resume: bool = False
     """Go on from the file, which must be there."""
-    on_full: Literal["wait", "stop"] = "wait"
-    """What to do where the disk has no room for a state. The one before it is kept in any case."""
+    on_full: OnFull = "wait"
+    """Where the disk has no room for a state. The one before it is kept in any case."""
 
     def check_room(self, size: int) -> int:
         """Bytes that are free. Raises CheckpointError unless they are enough for a state of `size` bytes
         beside the one that it replaces."""
         needed = size if self.path.is_file() else 2 * size
         free = shutil.disk_usage(next(folder for folder in self.path.parents if folder.exists())).free
+        free += sum(path.stat().st_size for path in unfinished(self.path.parent))  # it goes first
         if free < needed:
             raise CheckpointError(
                 self.path,
@@ -199,7 +196,9 @@ class Writer:
         self.wait()
         tensors = {name: t.detach().to("cpu", copy=True) for name, t in state.tensors().items()}
         facts = json.dumps({**state.facts(), "settings": self.saves.settings})
-        self._written = self._thread.submit(self._write, state.step, tensors, facts)
+        what = f"the state of step {state.step} (the one before is kept, the run waits at its next save)"
+        write = functools.partial(save, self.saves.path, tensors, {FACTS: facts})
+        self._written = self._thread.submit(with_room, write, what, self.saves.on_full, self._ended)
 
     def wait(self) -> None:
         """Until the last state is on the disk. Raises OSError where it cannot be written."""
@@ -210,21 +209,3 @@ class Writer:
         """Wait for what is being written, but for no room on the disk."""
         self._ended.set()
         self._thread.shutdown()
-
-    def _write(self, step: int, tensors: Mapping[str, Tensor], facts: str) -> None:
-        said = False
-        while True:
-            try:
-                save(self.saves.path, tensors, {FACTS: facts})
-                return
-            except OSError as error:
-                if not is_full(error) or self.saves.on_full == "stop" or self._ended.is_set():
-                    raise
-                if not said:
-                    logger.warning(
-                        "the disk is full: the state of step %d waits for room, the one before it is kept, "
-                        "and the run waits at its next save (%s)",
-                        step, error,
-                    )  # fmt: skip
-                said = True
-            self._ended.wait(RETRY_SECONDS)

@@ -18,11 +18,15 @@ from bokehflux.kernels.attention import reference, stock
 from bokehflux.training.adapter import AdapterBatch, adapter_step, trainable_adapter
 from bokehflux.training.engine import Recorded, keep_activations
 from bokehflux.training.latents import write_latents
+from bokehflux.training.log import Log
+from bokehflux.training.loop import Step, train
+from bokehflux.training.optim import Optimizer
 from bokehflux.training.recipes.adapter import AdapterRecipe
 from bokehflux.weights.files.checkpoint import open_checkpoint
 from tests.helpers import max_error
 from tests.tiny import tiny_mmdit
 from tests.unit.test_train_adapter import rope, toy_batch
+from tests.unit.test_training import COURSE, Toy, broken
 
 CUDA = torch.device("cuda")
 
@@ -56,6 +60,28 @@ def test_gradients_of_grounded_attention(
     ours = run(stock.grounded_attention, dtype)
     for name, a, b, e in zip("oqkv", ours, theirs, exact, strict=True):
         assert max_error(a, e) <= 2 * max_error(b, e) + 1e-6, name
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_is_not_finite_changes_nothing_and_nobody_waits(tmp_path: Path, gradient: bool) -> None:
+    """A refused step on a GPU, where the host hears of it in the next one; no step waits for the device."""
+    toy, before = Toy().to(CUDA), {}
+    optimizer = Optimizer(list(toy.named_parameters()), 0.05, matrices=[toy.matrix])
+    wrong = broken(5, gradient=gradient)(toy.loss)
+
+    def watched(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        tensors = (*toy.parameters(), *optimizer.moments().values())
+        before[at.number] = [x.detach().clone() for x in tensors]
+        torch.cuda.set_sync_debug_mode("error" if at.number > 1 else "default")
+        return wrong(at)
+
+    try:
+        train(watched, optimizer, COURSE, log := Log(tmp_path / "log.json", every=100))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(before[5], before[6], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before[6], before[7], strict=True))
+    assert [entry["step"] for entry in log.notes["refused"]] == [5]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

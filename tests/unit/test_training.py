@@ -25,7 +25,9 @@ from torch.distributed.tensor import distribute_tensor
 
 from bokehflux.pictures import plot
 from bokehflux.training import guard, state
+from bokehflux.training import log as log_module
 from bokehflux.training.batches import Draws
+from bokehflux.training.guard import Told
 from bokehflux.training.log import Board, Log
 from bokehflux.training.loop import Course, Loss, Step, train
 from bokehflux.training.objective import draw_guidance, guided, logit_normal, mix, velocity_target
@@ -272,7 +274,7 @@ def test_the_loop_by_hand(tmp_path: Path) -> None:
     assert train(toy.loss, toy.optimizer(muon=False), COURSE, log) == 12
     hand = Toy()
     parameters = list(hand.parameters())
-    adamw = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    adamw = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     average, errors, clipped = [p.detach().clone() for p in parameters], [], 0
     for number in range(12):
         value, figures = hand.loss(Step(number, number / 12, Draws.of_step(4, number, 6, CPU)))
@@ -569,11 +571,12 @@ def broken(*steps: int, gradient: bool = False) -> Callable[[Loss], Loss]:
 def test_what_is_not_finite_never_reaches_the_optimizer(
     tmp_path: Path, gradient: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    toy, optimizer, log = Toy(), None, Log(tmp_path / "log.json", every=4)
+    toy, log = Toy(), Log(tmp_path / "log.json", every=4)
     before: dict[int, list[Tensor]] = {}
 
     def watched(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        before[at.number] = [p.detach().clone() for p in toy.parameters()]
+        moments = optimizer.moments().values()
+        before[at.number] = [x.detach().clone() for x in (*toy.parameters(), *moments)]
         return broken(5, gradient=gradient)(toy.loss)(at)
 
     optimizer = toy.optimizer()
@@ -590,6 +593,19 @@ def test_what_is_not_finite_never_reaches_the_optimizer(
     assert all(math.isfinite(value) for point in log.points for value in point.values())
     assert "step 5 refused: loss " in caplog.text
     assert "its rows: 5/30; 5/31; 5/32; 5/33; 5/34; 5/35" in caplog.text
+
+
+def test_the_host_hears_of_a_step_in_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has begun it by then and need not wait for the host; a state that is saved knows its step."""
+    seen: list[str] = []
+    read = Told.read
+    monkeypatch.setattr(Told, "read", lambda told: (seen.append("heard"), read(told))[1])
+
+    def told(loss: Loss) -> Loss:
+        return lambda at: (seen.append(str(at.number)), loss(at))[1]
+
+    train_toy(tmp_path, saves_in(tmp_path, every=3), told, dataclasses.replace(COURSE, steps=5))
+    assert " ".join(seen) == "0 1 heard 2 heard heard 3 4 heard heard"
 
 
 def test_more_than_three_refused_steps_of_a_hundred_end_a_run(tmp_path: Path) -> None:
@@ -659,12 +675,36 @@ def test_a_run_waits_for_room_on_the_disk(
         sync(file)
 
     monkeypatch.setattr("os.fsync", full)
-    monkeypatch.setattr(state, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(guard, "RETRY_SECONDS", 0.05)
     toy, _ = train_toy(tmp_path, saves_in(tmp_path))
     whole, _ = train_toy(tmp_path)
     assert calls == [5] and caplog.text.count("the disk is full") == 1
     assert all(torch.equal(p, q) for p, q in zip(toy.parameters(), whole.parameters(), strict=True))
     assert json.loads(open_checkpoint(tmp_path / "state.safetensors").metadata["state"])["step"] == 12
+
+
+def test_tensorboard_misses_what_a_full_disk_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    written: list[tuple[int, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            self.purge_step = purge_step
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            if step == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append((self.purge_step, step))
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr(log_module, "summary_writer", lambda: Writer)
+    board = Board(tmp_path)
+    for step in (1, 2, 3, 4):
+        board.add(step, {"plain": 1.0})
+    assert written == [(1, 1), (3, 3), (3, 4)] and "TensorBoard misses step 2" in caplog.text
 
 
 def test_a_figure_that_is_not_finite_is_in_the_table_alone(tmp_path: Path) -> None:
@@ -755,11 +795,11 @@ def norms_of_a_run(folder: Path) -> list[float]:
     optimizer = toy.optimizer()
     step = optimizer.step
 
-    def watched(factor: float) -> None:
+    def watched(factor: float, refused: Tensor | None) -> None:
         norms.append(
             torch.cat([p.grad.flatten() for p in toy.parameters() if p.grad is not None]).norm().item()
         )
-        step(factor)
+        step(factor, refused)
 
     optimizer.step = watched  # type: ignore[method-assign]
     train(toy.loss, optimizer, COURSE, Log(folder / "log.json"))
@@ -813,7 +853,7 @@ def one_of_two_that_breaks(folder: Path, rank: int) -> str:
 
         return wrong
 
-    with pytest.raises(KeyboardInterrupt, match="after step 7"):
+    with pytest.raises(KeyboardInterrupt, match="after step 8"):  # all have heard of it by then
         train_toy(folder, saves_in(folder, every=50), wrap)
     file = open_checkpoint(folder / "state.safetensors")
     return str(json.loads(file.metadata["state"])["refused"])

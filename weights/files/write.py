@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .checkpoint import DTYPES, INDEX_SUFFIX
 
+UNFINISHED = re.compile(r"\..+\.\d+\.tmp")
+"""Names of files that are not whole: name and process."""
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -32,6 +35,11 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What processes that were killed have left of files that they were writing in a folder or below."""
+    return [path for path in folder.rglob(".*.tmp") if UNFINISHED.fullmatch(path.name)]
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -66,7 +66,7 @@ class AdapterRecipe(Sampling):
     """Compile blocks: minutes at first, then about a third less time."""
     graphs: bool = False
     """Record the way there and back as CUDA graphs: for small pictures, which Python launches too slowly.
-    Each pattern of grounded rows has memory of its own."""
+    Each pattern of grounded rows has gradients of its own."""
     storage: Literal["dtype", "fp8"] = "dtype"
     """fp8 keeps the frozen weights in half the memory, widened where they are used."""
     memory: Literal["resident", "stream", "sharded"] = "resident"

@@ -7,7 +7,6 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -25,6 +24,7 @@ from bokehflux.training.adapter import adapter_loss, row_names, trainable_adapte
 from bokehflux.training.distributed import rank_and_world, shard
 from bokehflux.training.engine import keep_activations, store_fp8
 from bokehflux.training.estimate import estimate
+from bokehflux.training.guard import OnFull, with_room
 from bokehflux.training.latents import Encode, LatentFolder
 from bokehflux.training.log import Log, summary_writer
 from bokehflux.training.looks import CONSISTENCY, HELD_OUT, LVCORR, Best, HeldOut, Sheets
@@ -33,6 +33,7 @@ from bokehflux.training.optim import Optimizer, cosine, prodigy_class
 from bokehflux.training.recipes.adapter import AdapterRecipe
 from bokehflux.training.state import Saves
 from bokehflux.weights.files.checkpoint import CheckpointError
+from bokehflux.weights.files.write import unfinished
 from bokehflux.weights.find.resolve import resolve_adapter, resolve_model
 from bokehflux.weights.find.snapshot import Snapshot
 from bokehflux.weights.load import Components, load_components, load_network
@@ -47,7 +48,7 @@ def train_adapter(
     device: torch.device,
     *,
     resume: bool = False,
-    on_full: Literal["wait", "stop"] = "wait",
+    on_full: OnFull = "wait",
 ) -> None:
     """Train, and write `adapter/` in the published layout, `recipe.toml` and the log to `out`.
 
@@ -61,6 +62,9 @@ def train_adapter(
     _check_machine(recipe, device)
     saves = dataclasses.replace(_saves(recipe, out, resume), on_full=on_full)
     out.mkdir(parents=True, exist_ok=True)
+    if rank_and_world()[0] == 0:
+        for path in unfinished(out):
+            path.unlink()
     torch.manual_seed(recipe.seed)
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -111,17 +115,22 @@ def train_adapter(
     board = out / "tensorboard" if recipe.tensorboard and rank_and_world()[0] == 0 else None
     log = Log(out / "log.json", every=recipe.log_every, live=True, board=board)
     log.note("recipe", vars(recipe))
+    log.note("processes", rank_and_world()[1])
     rope = _rope(parts, groups.grid, device)
     loss = adapter_loss(
         mmdit, rope, recipe, plain=photographs, grouped=groups, record=recipe.graphs, rows=recipe.rows
     )
-    looks = _looks(recipe, out, parts, placement, rope, held_out, groups.grid)
+    looks = _looks(recipe, out, parts, placement, rope, held_out, groups.grid, on_full)
     names = row_names(recipe, photographs, groups)
     train(loss, optimizer, course, log, saves, looks, names)
-    if rank_and_world()[0] == 0:
+
+    def finish() -> None:
         _write(recipe, mmdit, out / "adapter")
         recipe.write(out / "recipe.toml")
         log.save()
+
+    if rank_and_world()[0] == 0:
+        with_room(finish, "the adapter", on_full)
         saves.path.unlink(missing_ok=True)
 
 
@@ -133,12 +142,15 @@ def _looks(
     rope: RopeTable,
     held_out: LatentFolder | None,
     grid: LatentGrid,
+    on_full: OnFull,
 ) -> list[Look]:
     mmdit, every = parts.transformer, recipe.look_every
     looks: list[Look] = []
     if held_out is not None:
         rows = recipe.rows or recipe.batch // rank_and_world()[1]
-        looks.append(HeldOut(every=every, mmdit=mmdit, rope=rope, scenes=held_out, rows=rows))
+        backend = recipe.backend(rope.cos.device)
+        look = HeldOut(every=every, mmdit=mmdit, rope=rope, scenes=held_out, rows=rows, backend=backend)
+        looks.append(look)
     if recipe.prompts:
         pipe = Pipeline(
             transformer=mmdit,
@@ -150,11 +162,14 @@ def _looks(
             memory=placement,
         )
         folder = out / "sheets"
-        looks.append(Sheets(every=every, pipe=pipe, prompts=recipe.prompts, folder=folder, grid=grid))
+        looks.append(
+            Sheets(every=every, pipe=pipe, prompts=recipe.prompts, folder=folder, grid=grid, on_full=on_full)
+        )
     figures = {"held-out": (HELD_OUT, True), "LVCorr": (LVCORR, False), "consistency": (CONSISTENCY, False)}
     if recipe.best != "none":
         figure, lowest = figures[recipe.best]
-        keep = functools.partial(_write, recipe, mmdit, out / "best")
+        write = functools.partial(_write, recipe, mmdit, out / "best")
+        keep = functools.partial(with_room, write, "the best adapter", on_full)
         looks.append(Best(every=every, figure=figure, lowest=lowest, keep=keep))
     return looks
 
@@ -250,8 +265,8 @@ def dry_run(recipe: AdapterRecipe, out: Path, device: torch.device, *, resume: b
         f"photographs: {photographs.num_scenes:,}, in {recipe.photographs or recipe.groups}; "
         f"{photographs.left_out:,} without a {recipe.unify} level are left out",
         f"size: {groups.grid.width_px} x {groups.grid.height_px} px",
-        f"a step: {share} rows of {txt_tokens} text and {groups.grid.num_tokens} image tokens on a process,"
-        f" {rows} at a time",
+        f"a step: {share} rows of {txt_tokens} text and {groups.grid.num_tokens} image tokens on each of "
+        f"{processes} processes, {rows} at a time",
         f"disk: {_gb(cost.adapter_bytes + cost.state_bytes)} (adapter {_gb(cost.adapter_bytes)}, state "
         f"{_gb(cost.state_bytes)}); {_gb(free)} are free",
         f"GPU: about {_gb(cost.gpu_bytes + text)}, {encoders}",
