@@ -104,7 +104,7 @@ class Sampling:
         return math.floor((step + 1) * self.grouped) > math.floor(step * self.grouped)
 
     def backend(self, device: torch.device) -> str:
-        """Of attention, there."""
+        """The attention that blocks use there."""
         return "triton" if self.deterministic and device.type == "cuda" else "sdpa"
 
     def num_patterns(self, rows: int) -> int:

@@ -62,7 +62,7 @@ class HeldOut:
     pictures: int = 64
     """At most so many, evenly spread."""
     backend: str = "auto"
-    """Of attention."""
+    """The attention's."""
     _chosen: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
