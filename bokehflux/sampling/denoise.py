@@ -241,6 +241,10 @@ def denoiser(
     ids = torch.cat([ranks.tokens(part, dim=0) for part in ids])  # [T / R + N / R, 3]
     rope = rope_table(ids, mmdit.config.axes_dim, mmdit.config.theta)
 
+    if bokeh is not None and bokeh.controls is not None:
+        mine = ranks.tokens(bokeh.controls.features, dim=1)
+        bokeh = dataclasses.replace(bokeh, controls=dataclasses.replace(bokeh.controls, features=mine))
+
     def prepare(conditioning: Conditioning, guidance: float, bokeh: BokehCondition | None) -> PromptPass:
         with torch.inference_mode():
             made = PromptPass(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bokehflux.attention import Grounded
+from bokehflux.configs import ControlsConfig
 from bokehflux.models.adapter import BokehCondition
+from bokehflux.models.controls import ControlAdapter, Controls
 from bokehflux.models.fp8 import quantize_mmdit
 from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.pipeline import Pipeline
@@ -130,25 +133,28 @@ def test_rows_over_ranks_have_the_bits_of_one_process(tmp_path: Path, count: int
 @pytest.mark.parametrize("count", [2, 4])
 def test_tokens_over_ranks_make_the_pictures_of_one_process(tmp_path: Path, count: int) -> None:
     """To rounding: plain and grounded, with value vectors, in blocks that the adapter leaves alone, split
-    batches, true CFG, and numbers of tokens that do not divide."""
+    batches, true CFG, controls, and numbers of tokens that do not divide."""
     torch.manual_seed(0)
     mmdit, text = tiny_mmdit(SOME_BLOCKS, HEADS), FakeText(torch.float32, txt_length=7)
     grid = LatentGrid(height_px=48, width_px=80)  # 15 tokens
     x = torch.randn(3, grid.num_tokens, MMDIT.in_channels)
-    grounding = Grounding(pivot_row=0, num_steps=1)
+    grounding, levels = Grounding(pivot_row=0, num_steps=1), BokehCondition.of([8, 25, 3])
     kinds: list[dict[str, Any]] = [
         {}, {"grounding": grounding}, {"grounding": grounding, "max_rows": 1},
         {"true_cfg": 2.0, "negative": text.encode(["bad"])},
         {"attention": lambda rows, step: Grounded(pivot_of=(1,) * rows)},
         {"grounding": dataclasses.replace(grounding, cache=PivotCache())},
+        {"grounding": grounding, "bokeh": dataclasses.replace(levels, controls=Controls(
+            adapter=ControlAdapter(ControlsConfig(rank=3), HEADS),
+            focus=torch.tensor([math.nan, 0.7, math.nan]), shape=torch.zeros(3, 256), features=torch.rand(3, grid.num_tokens, 8),
+        ))},
     ]  # fmt: skip
 
     def velocities(**ranks: Any) -> list[Tensor]:
         found = []
         for kind in kinds:
-            velocity = denoiser(
-                mmdit, text.encode(["a"]), grid, bokeh=BokehCondition.of([8, 25, 3]), **kind, **ranks
-            )
+            how = {"bokeh": levels} | kind | ranks
+            velocity = denoiser(mmdit, text.encode(["a"]), grid, **how)
             found += [velocity(x, torch.tensor(0.7), step) for step in (0, 1)]
         return found
 
