@@ -146,7 +146,8 @@ def test_tokens_over_ranks_make_the_pictures_of_one_process(tmp_path: Path, coun
         {"grounding": dataclasses.replace(grounding, cache=PivotCache())},
         {"grounding": grounding, "bokeh": dataclasses.replace(levels, controls=Controls(
             adapter=ControlAdapter(ControlsConfig(rank=3), HEADS),
-            focus=torch.tensor([math.nan, 0.7, math.nan]), shape=torch.zeros(3, 256), features=torch.rand(3, grid.num_tokens, 8),
+            focus=torch.tensor([math.nan, 0.7, math.nan]), shape=torch.zeros(3, 256),
+            features=torch.rand(3, grid.num_tokens, 8),
         ))},
     ]  # fmt: skip
 
