@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from bokehflux.attention import Grounded, Plain
 from bokehflux.conditioning import Conditioning
+from bokehflux.configs import ControlsConfig
 from bokehflux.models.adapter import BokehCondition
+from bokehflux.models.controls import ControlAdapter, Controls
 from bokehflux.models.units import Network
 from bokehflux.pipeline.memory import place
 from bokehflux.sampling import cuda_graph
@@ -47,10 +50,8 @@ def encode(prompt: str) -> Conditioning:
 
 def velocity_of(mmdit, size: tuple[int, int], graphs: bool, **options) -> Denoiser:
     grid = LatentGrid(height_px=size[0], width_px=size[1])
-    bokeh = BokehCondition.of([15, 3])
-    return denoiser(
-        mmdit, encode("a cup"), grid, bokeh=bokeh, sigmas=SIGMAS, cuda_graphs=graphs, **options
-    )  # fmt: skip
+    options = {"bokeh": BokehCondition.of([15, 3])} | options
+    return denoiser(mmdit, encode("a cup"), grid, sigmas=SIGMAS, cuda_graphs=graphs, **options)
 
 
 def start(size: tuple[int, int]) -> Tensor:
@@ -62,6 +63,28 @@ def start(size: tuple[int, int]) -> Tensor:
 def to_noise(velocity: Velocity, x: Tensor, sigmas: Tensor) -> Tensor:
     """Twice as many evaluations as steps, plain ones first."""
     return invert(velocity, x, sigmas)[0]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_controls_have_the_bits_of_eager_steps(mmdit, size) -> None:
+    """A focus plane and a map on a grounded row, nothing on its pivot; what is asked shows."""
+    torch.manual_seed(2)
+    tokens = size[0] * size[1] // 256
+    controls = Controls(
+        adapter=ControlAdapter(ControlsConfig(rank=4), MMDIT).to("cuda", torch.bfloat16),
+        focus=torch.tensor([math.nan, 0.7]),
+        shape=torch.zeros(2, 256),
+        features=torch.stack([torch.full((tokens, 8), math.nan), torch.rand(tokens, 8)]),
+    )
+    how = {"grounding": Grounding(pivot_row=0, num_steps=6)}
+    asked = dataclasses.replace(BokehCondition.of([15, 3]), controls=controls)
+    found = [
+        euler(velocity_of(mmdit, size, graphs, bokeh=asked, **how), start(size), SIGMAS)
+        for graphs in (True, False)
+    ]
+    plain = euler(velocity_of(mmdit, size, True, **how), start(size), SIGMAS)
+    assert torch.equal(*found) and torch.equal(found[0][0], plain[0])
+    assert not torch.allclose(found[0][1], plain[1], atol=0.05)
 
 
 @pytest.mark.parametrize("sampler", [euler, to_noise])
