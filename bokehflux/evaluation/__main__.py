@@ -2,13 +2,15 @@
 
     python -m bokehflux.evaluation nano [--captions 4]
     python -m bokehflux.evaluation refocus
+    python -m bokehflux.evaluation pairs FOLDER
     python -m bokehflux.evaluation shortcuts
     python -m bokehflux.evaluation controls
     python -m bokehflux.evaluation ablation --processes 7
     python -m bokehflux.evaluation card
 
-`nano` takes minutes with four captions on a CPU; with few, its means are noisier. All 32 suit a GPU. `card`
-writes what `nano` found, and the logs of training, into weights/nano/README.md.
+`nano` takes minutes with four captions on a CPU; with few, its means are noisier. All 32 suit a GPU. `pairs`
+reads the folders of EBB!, RealBokeh and RealDOF, or `sharp` and `blurred` of your own. `card` writes what
+`nano` found, and the logs of training, into weights/nano/README.md.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ import torch
 from PIL import Image
 
 import bokehflux
-from bokehflux.evaluation import ablation, card, controls, nano, refocus, shortcuts
+from bokehflux.evaluation import ablation, card, controls, nano, pairs, refocus, shortcuts
 from bokehflux.evaluation.figures import CURVE
+from bokehflux.evaluation.perceptual import HubPerceptual
 from bokehflux.evaluation.report import commit, replace_between
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import device_name
@@ -67,6 +70,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--steps", type=int, default=steps, help="default: 20, the method's for refocus")
         command.add_argument("--device", help="default: CUDA, MPS or CPU, what there is")
         command.add_argument("--dtype", help="default: the device's usual one")
+    pairing = commands.add_parser("pairs", help="how near a model comes to photographs of a wide aperture")
+    pairing.add_argument("folder", type=Path, metavar="FOLDER", help="one split of a set, or your own pairs")
+    pairing.add_argument("--model", help="a bundled model, or a folder with an adapter; default: none")
+    pairing.add_argument(
+        "--methods", nargs="+", choices=("render", "inversion", "reference"), default=["render"]
+    )
+    pairing.add_argument("--levels", type=float, nargs="+", default=[*pairs.SEARCHED], help="that are tried")
+    pairing.add_argument("--count", type=int, help="of the first pairs; default: all")
+    pairing.add_argument("--long-side", type=int, default=1024, help="of the pictures, in pixels")
+    pairing.add_argument("--prompt", default="a photograph", help="for all of them; default: %(default)s")
+    pairing.add_argument("--perceptual", type=Path, metavar="HUB", help="LPIPS and DISTS, as bokehflux eval")
+    pairing.add_argument("--device", help="default: CUDA, MPS or CPU, what there is")
+    pairing.add_argument("--dtype", help="default: the device's usual one")
     ablating = commands.add_parser("ablation", help="what each part of an adapter's training is for")
     for flag, usual, about in (
         ("--scenes", 1024, "in groups; twice as many photographs"), ("--steps", 400, "of each training"),
@@ -81,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     writing = commands.add_parser("card", help="renew the generated parts of weights/nano/README.md")
     for command in (judging, cutting, controlling):
         command.add_argument("--check", action="store_true", help="exit with 1 when a target is missed")
-    for command in (judging, refocusing, cutting, controlling, ablating, writing):
+    for command in (judging, refocusing, pairing, cutting, controlling, ablating, writing):
         command.add_argument("--results", type=Path, default=RESULTS, help=f"folder; default: {RESULTS}")
     args = parser.parse_args(argv)
     if args.command == "card":
@@ -89,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "ablation":
         return ablate(args)
     try:
+        if args.command == "pairs":
+            return judge_pairs(args)
         pipe = bokehflux.load(args.model, device=args.device, dtype=args.dtype)
         args.results.mkdir(parents=True, exist_ok=True)
         return args.run(pipe, args)
@@ -147,6 +165,26 @@ def judge_controls(pipe: Pipeline, args: argparse.Namespace) -> int:
     write_json(args.results / "controls.json", record)
     save(sheet, args.results / "controls.jpg")
     return 1 if args.check and any(figure.passed is False for figure in figures) else 0
+
+
+def judge_pairs(args: argparse.Namespace) -> int:
+    start, found = time.perf_counter(), pairs.find_pairs(args.folder)[: args.count]
+    perceptual = None if args.perceptual is None else HubPerceptual(args.perceptual)
+    pipe = None if args.model is None else bokehflux.load(args.model, device=args.device, dtype=args.dtype)
+    asked = {"levels": args.levels, "long_side_px": args.long_side, "prompt": args.prompt}
+    methods = args.methods if pipe else []
+    scores, sheet = pairs.evaluate(found, pipe, methods=methods, perceptual=perceptual, **asked)
+    print(f"{len(found)} pairs of {args.folder}, scaled to a long side of {args.long_side}")
+    print(pairs.table(scores))
+    record = {
+        "folder": str(args.folder), "pairs": len(found), "model": args.model,
+        "torch": torch.__version__, "commit": commit(), "seconds": round(time.perf_counter() - start, 1),
+        "command": f"python -m bokehflux.evaluation {shlex.join(sys.argv[1:])}",
+    }  # fmt: skip
+    args.results.mkdir(parents=True, exist_ok=True)
+    write_json(args.results / "pairs.json", record | asked | {"rows": [asdict(one) for one in scores]})
+    save(sheet, args.results / "pairs.jpg")
+    return 0
 
 
 def judge_shortcuts(pipe: Pipeline, args: argparse.Namespace) -> int:
