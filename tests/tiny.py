@@ -23,7 +23,10 @@ MMDIT = MMDiTConfig(
     in_channels=64, txt_dim=24, pooled_dim=20, hidden_size=32, num_heads=2, num_double=2, num_single=4,
     axes_dim=(4, 6, 6), guidance_embed=True,
 )  # fmt: skip
-BOKEH = BokehConfig(blocks=tuple(range(6)), rank=4, hidden_dim=8, context_dim=16)
+# No field at its default: one that is ignored shows.
+BOKEH = BokehConfig(
+    blocks=tuple(range(6)), rank=4, hidden_dim=8, context_dim=16, alpha=3.0, lora_scale=0.9, bokeh_scale=1.2
+)
 VAE = VAEConfig(
     channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=16, norm_groups=4, scale=0.36, shift=0.12
 )

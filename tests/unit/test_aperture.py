@@ -253,3 +253,14 @@ def test_what_people_type(text: str, aperture: Aperture | Path) -> None:
 def test_other_words(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_aperture(text)
+
+
+@pytest.mark.parametrize("aperture", [Disc(), Donut(0.4), Anamorphic(3), Anamorphic(0.4)], ids=str)
+def test_rims_are_as_soft_on_every_side(aperture: Aperture) -> None:
+    """Across the rim, along both axes, coverage falls from 1 to 0 within the width that was asked for."""
+    along, nought, edge = torch.linspace(0, 60, 6001), torch.zeros(1), torch.tensor(2.5)
+    for x, y in ((along, nought), (nought, along)):
+        cover = aperture.spread(x, y, torch.tensor(40.0), edge)
+        rim = int((cover > 0).nonzero().max())
+        soft = along[(cover > 0.01) & (cover < 0.99) & (along > along[rim] - 5)]
+        assert float(soft.max() - soft.min()) == pytest.approx(2.5, rel=0.12)

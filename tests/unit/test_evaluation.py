@@ -11,6 +11,7 @@ import re
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from bokehflux.models.vae import to_uint8
 from bokehflux.nano.captions import held_out
 from bokehflux.nano.recipe import NANO, RESUMED
 from bokehflux.pictures.sheet import Tile, contact_sheet
+from bokehflux.pipeline.pipeline import Pipeline
+from bokehflux.pipeline.run import Result
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,9 +159,19 @@ def test_the_light_of_discs_is_measured_against_the_true_ones() -> None:
     assert ours == pytest.approx(expected / 2, rel=1e-5)
 
 
-def test_a_report_on_shortcuts(tiny: None, tmp_path: Path) -> None:
+def test_a_report_on_shortcuts(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--captions", "2", "--steps", "8", "--results", str(tmp_path), "--check"]
-    assert evaluation.main(["shortcuts", *options]) == 1, "random weights miss targets"
+    seeds: dict[str, set[int]] = {}
+
+    def generate(pipe: Pipeline, prompt: str, *args: object, **asked: Any) -> Result:
+        seeds.setdefault(prompt, set()).add(asked["seed"])
+        return made(pipe, prompt, *args, **asked)
+
+    made = Pipeline.generate
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "generate", generate)
+        assert evaluation.main(["shortcuts", *options]) == 1, "random weights miss targets"
+    assert [len(own) for own in seeds.values()] == [1, 1] and len(set.union(*seeds.values())) == 2, seeds
     record = json.loads((tmp_path / "shortcuts.json").read_text())
     rows = {row["way"]: row for row in record["rows"]}
     assert [round(row["rows_saved"] * 8 * 7) for row in rows.values()] == [6, 6, 6, 0, 4 * 7]
@@ -166,6 +179,9 @@ def test_a_report_on_shortcuts(tiny: None, tmp_path: Path) -> None:
     assert rows["reuse 3"]["pivot"] > 60 > rows["half of the steps"]["pivot"]
     good = {"psnr": 45.0, "worst": 40.0, "lvcorr": -0.004, "scene": 0.2}
     assert not shortcuts.missed([shortcuts.Score(**rows["reuse 3"] | good)])
+    # Missing a target is an error for those alone who ask.
+    monkeypatch.setattr(shortcuts, "evaluate", lambda *_, **__: [shortcuts.Score(**rows["reuse 3"])])
+    assert evaluation.main(["shortcuts", *options[:-1]]) == 0
     worse = shortcuts.Score(**rows["reuse 3"] | good | {"worst": 30.0, "scene": float("nan")})
     assert [line.split()[2] for line in shortcuts.missed([worse])] == ["worst", "scene"]
 
@@ -199,6 +215,12 @@ def log(stage: object, **changes: object) -> dict:
 def test_a_command_repeats_what_the_log_says() -> None:
     by_the_clock = log(dataclasses.replace(NANO.autoencoder, steps=9000), minutes=6.5)
     by_the_clock["notes"]["steps"] = NANO.autoencoder.steps
+    distilled = log(NANO.base)
+    distilled["notes"]["distill steps"] = 5
+    (row, *_), (said,) = (
+        card.stages({"base": distilled}).splitlines()[at] for at in (slice(2, 3), slice(-1, None))
+    )
+    assert "| 12 + 5 of guidance distillation |" in row and " distill_steps=5" in said
     lines = card.stages({"autoencoder": by_the_clock, "base-resumed": log(RESUMED, scenes=7)}).splitlines()
     assert f"| autoencoder | 1 | 20480 | {NANO.autoencoder.steps} | 4 | a GPU |" in lines
     assert "    python scripts/train_nano.py vae --out weights/nano" in lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -351,6 +352,30 @@ def test_scenes_without_a_yardstick_do_not_count_against_it() -> None:
     for verdicts in ([both], [both, alone], [alone, both]):
         assert Report(verdicts=verdicts).shortfalls() == {"monotonicity": 0.25}
     assert Report(verdicts=[alone]).shortfalls() == {}
+
+
+def test_a_table_has_straight_columns() -> None:
+    """Whatever the names: one that is too long is cut, and nothing else moves."""
+    figures = {"monotonicity": 0.5, "lvcorr_level": 0.25}
+    verdicts = [
+        Verdict(
+            found=Found(name=name, prompt=None, model=None, pictures=(), pivot=None),
+            sources={"pictures": Scores(figures=figures if name != "b" else {"monotonicity": 1.0})},
+        )
+        for name in ("a", "b", "a very long name of a scene, " * 4)
+    ]
+    _, heading, *rows = Report(verdicts=verdicts).lines()
+    rows = rows[: len(verdicts) + 1]
+    assert {len(row) for row in rows} == {len(heading)} and rows[-1].startswith("mean, pictures")
+    assert rows[1].split() == ["2", "b", "-", "1.000"] and rows[2].count("...") == 1
+
+
+def test_a_level_whose_blur_cannot_be_measured_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def radius(images: torch.Tensor, sharp: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([math.nan, *(0.5 * level for level in LEVELS[2:])])
+
+    monkeypatch.setattr("bokehflux.evaluation.scores.blur_radius", radius)
+    assert score(Shots(levels=LEVELS, images=truth()[0])).figures["blur_px_per_level"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

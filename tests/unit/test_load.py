@@ -386,6 +386,11 @@ def test_full_size_bfl_shapes_give_the_presets():
     for name, config in (("flux1-dev.bfl", FLUX_DEV), ("flux1-schnell.bfl", FLUX_SCHNELL)):
         assert files.told(flux.CONFIG, manifests.shapes(name)) == config
     assert files.told(vae.CONFIG, manifests.shapes("ae.bfl")) == FLUX_VAE
+    for num_double in (0, 2):
+        some = dataclasses.replace(FLUX_DEV, num_double=num_double, num_single=1, mlp_ratio=2.5)
+        with torch.device("meta"):
+            shapes = {name: tuple(t.shape) for name, t in MMDiT(some).state_dict().items()}
+        assert files.told(flux.CONFIG, shapes) == some
 
 
 def test_other_head_dims_ask_for_a_config(tmp_path):

@@ -67,6 +67,7 @@ def test_png_text_is_plain() -> None:
     """Tools without an EXIF reader see it too: uncompressed ASCII in the file."""
     data = encode(solid(), RECIPE)
     assert b"tEXtbokehflux\0" + json.dumps(RECIPE).encode() in data
+    assert b"tEXtSoftware\0bokehflux 1.2 (AI generated)" in data
 
 
 def test_exif_alone_is_enough(tmp_path: Path) -> None:
@@ -148,3 +149,14 @@ def test_damaged_files_never_crash(tmp_path_factory: pytest.TempPathFactory, kin
         assert isinstance(read_recipe(path), dict)
     except NoRecipe:
         pass
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_animations_are_endless_and_as_slow_as_asked(kind: str) -> None:
+    data = encode_animation([solid("red"), solid("blue")], RECIPE, kind, frame_ms=320)
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        assert (image.info["loop"], image.n_frames) == (0, 2)
+        image.seek(1)
+        image.load()
+        assert image.info["duration"] == 320

@@ -158,3 +158,15 @@ def test_a_run_that_begins_again_counts_again() -> None:
             pipe.generate("p", [0, 9], num_inference_steps=1, on_step=on_step)
     seen = [" ".join(line.split()[:2]) for line in lines(stream)]
     assert seen == ["encoding", *["step 1/1", "decoding 0/2", "decoding 1/2"] * 2]
+
+
+def test_a_phase_that_begins_again_is_timed_anew() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream, clock)
+    for seconds in (100, 2):
+        progress.show("decoding", 0, 4)
+        clock.now += seconds
+        progress.show("decoding", 1, 4)
+        progress.end()
+        clock.now += 1000
+    assert [line.split("  ")[-1] for line in lines(stream)][1::2] == ["05:00 left", "00:06 left"]

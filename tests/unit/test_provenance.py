@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bokehflux import fingerprint as fingerprints
 from bokehflux.fingerprint import fingerprint
-from bokehflux.pipeline.provenance import Source, device_name, provenance_of
+from bokehflux.pipeline.provenance import Source, attention, device_name, provenance_of
 from bokehflux.record import Provenance
 from bokehflux.version import __version__
 from bokehflux.weights.find.resolve import resolve_model
@@ -114,3 +115,14 @@ def test_provenance_names_model_and_place() -> None:
         threads=torch.get_num_threads(), device="cpu", device_name=device_name(torch.device("cpu")),
         attention="sdpa", memory="resident",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("grounded", "told"), [("flash", "sdpa + flash"), ("sdpa", "sdpa")])
+def test_both_backends_of_a_run_are_told(grounded: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(*_: object, grounded: bool) -> SimpleNamespace:
+        return SimpleNamespace(backend=backends[grounded])
+
+    backends = {False: "sdpa", True: grounded}
+    monkeypatch.setattr("bokehflux.pipeline.provenance.select.choose", choose)
+    assert attention(tiny_pipeline(), "auto") == told
+    assert attention(tiny_pipeline(), "reference") == "reference"

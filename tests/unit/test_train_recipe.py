@@ -31,6 +31,7 @@ from bokehflux.training import guard
 from bokehflux.training.batches import Draws
 from bokehflux.training.estimate import estimate
 from bokehflux.training.latents import INDEX, LatentFolder, write_latents
+from bokehflux.training.looks import HeldOut
 from bokehflux.training.loop import Loss
 from bokehflux.training.recipes import run as recipes
 from bokehflux.training.recipes.adapter import AdapterRecipe
@@ -210,7 +211,30 @@ def test_everything_wrong_with_a_recipe_is_said_at_once(tmp_path: Path) -> None:
         ({"sigma": "logit-normal", "sigma_mean": float("nan")}, "sigma_mean must be finite, got nan"),
         ({"warmup_steps": 6}, "warmup_steps must be below steps, 6, got 6"),
         ({"activations": 0.5}, "activations must be 0 or 1, or between them with compile = true"),
-        ({"memory": "stream"}, 'memory = "stream" needs activations = 0'),
+        *(
+            ({"memory": "stream", "activations": 0.0} | more, 'memory = "stream" needs activations = 0')
+            for more in ({"activations": 1.0}, {"compile": True}, {"graphs": True})
+        ),
+        *(
+            ({"memory": "sharded"} | more, 'memory = "sharded"')
+            for more in ({"graphs": True}, {"storage": "fp8"}, {"held_out": "x"}, {"prompts": ("x",)})
+        ),
+        *(({"rows": rows}, "rows must be whole groups of 2 and divide batch") for rows in (-2, 0, 1, 8)),
+        *(
+            ({"best": best}, f'best = "{best}" needs {needed}')
+            for best, needed in (("held-out", "held_out"), ("LVCorr", "prompts"), ("consistency", "prompts"))
+        ),
+        *(
+            ({name: 0}, f"{name} must be at least 1")
+            for name in ("batch", "rank", "group", "save_every", "log_every", "look_every")
+        ),
+        *(({name: 0.0}, f"{name} must be above 0") for name in ("lr", "clip")),
+        *(({name: -1}, f"{name} must be at least 0") for name in ("weight_decay", "first_grounded_block")),
+        *(
+            ({name: value}, f"{name} must be between 0 and 1, got {value}")
+            for name in ("grouped", "swap_probability", "caption_dropout", "level_guidance", "ema_rate")
+            for value in (-0.1, 1.1)
+        ),
         ({"optimizer": "prodigy"}, "usually 1, and must be between 0.1 and 10, got 0.003"),
         ({"optimizer": "prodigy", "lr": 1.0, "memory": "sharded"}, '"prodigy" is known to hang under FSDP'),
     ],
@@ -262,8 +286,13 @@ def quick_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_sheets")
-def test_looks_see_the_average_and_leave_the_run_as_it_is(recipe: AdapterRecipe, tmp_path: Path) -> None:
-    """Held-out loss, sheets and the best adapter, at steps 3 and 6."""
+def test_looks_see_the_average_and_leave_the_run_as_it_is(
+    recipe: AdapterRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held-out loss, sheets and the best adapter, at steps 3 and 6; rows go together as in a step."""
+    look, rows = HeldOut.__call__, set()
+    monkeypatch.setattr(HeldOut, "__call__", lambda self, state: (rows.add(self.rows), look(self, state))[1])
+    recipe = dataclasses.replace(recipe, rows=2)
     recipes.train_adapter(recipe, tmp_path / "plain", CPU)
     seen = dataclasses.replace(
         recipe, held_out=recipe.photographs, look_every=3, prompts=("a red ball", "a cup"), best="LVCorr"
@@ -271,6 +300,7 @@ def test_looks_see_the_average_and_leave_the_run_as_it_is(recipe: AdapterRecipe,
     recipes.train_adapter(seen, tmp_path / "seen", CPU)
     plain, looked = written(tmp_path / "plain"), written(tmp_path / "seen")
     assert all(torch.equal(plain[name], looked[name]) for name in plain)
+    assert rows == {2} and recipe.batch > 2
     sheets = sorted(path.name for path in (tmp_path / "seen" / "sheets").iterdir())
     assert sheets == ["0000003-00.jpg", "0000003-01.jpg", "0000006-00.jpg", "0000006-01.jpg"]
     table = list(csv.DictReader((tmp_path / "seen" / "log.csv").open()))

@@ -929,3 +929,11 @@ def test_the_time_that_is_left_follows_the_last_steps(
     assert said == [
         "2 s a step, 0:00:28 left of 20 steps", "1 s a step, 0:00:10 left of 20 steps",
     ]  # fmt: skip
+
+
+def test_a_full_quota_is_a_full_disk() -> None:
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        assert guard.is_full(OSError(number, "no room")) and guard.is_full(
+            OSError(f"I/O error: os error {number}")
+        )
+    assert not guard.is_full(OSError(errno.EACCES, "denied")) and not guard.is_full(OSError("os error 13"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -141,3 +142,8 @@ def test_to_uint8_rounds_half_to_even_and_clamps() -> None:
 def test_to_uint8_keeps_channels_apart() -> None:
     x = torch.stack([torch.full((2, 5), v) for v in (-1.0, 0.2, 1.0)])[None]
     assert to_uint8(x)[0, 1, 4].tolist() == [0, 153, 255]
+
+
+def test_channels_that_no_groups_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"channels \[12, 20\] are not divisible by norm_groups 8"):
+        dataclasses.replace(FLUX_VAE, channels=(12, 16, 20), norm_groups=8)
