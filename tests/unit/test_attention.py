@@ -697,3 +697,13 @@ def test_where_a_gpu_has_a_stock_kernel(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     there = SimpleNamespace(device=torch.device("cuda"), shape=(1, 9, 2, dim), dtype=dtype)
     assert stock.takes(there) is expected  # type: ignore[arg-type]
+
+
+def test_a_tile_is_one_that_was_chosen_for_the_maximum_at_hand() -> None:
+    """Rows that hold for a fixed or a running maximum alone are found for that one."""
+    device = tiles.Device(family=HOPPER, num_sms=132)
+    rows = [row for row in tiles.TABLE if row.fixed is not None and row.family == HOPPER]
+    assert {row.fixed for row in rows} == {True, False}
+    for row in rows:
+        found = tiles.forward_tile(device, [row.kernel], row.head_dim or 128, row.fixed, row.tile.language)
+        assert found == row.tile, row.reason

@@ -380,3 +380,11 @@ def test_files_larger_than_memory_are_read(tmp_path):
     write_sparse(tmp_path / "a.safetensors", {"big": (rows, 1024), "small": (3,)}, "F32", 4)
     checkpoint = open_checkpoint(tmp_path / "a.safetensors")
     assert checkpoint.read("big")[rows - 1].sum() == 0 and checkpoint.read("small").shape == (3,)
+
+
+def test_a_config_of_a_strange_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 12}')
+    assert read_json(tmp_path / "config.json") == {"hidden_size": 12}
+    monkeypatch.setattr("bokehflux.weights.files.checkpoint.MAX_HEADER_BYTES", 17)
+    with pytest.raises(CheckpointError, match="larger than 17 bytes: not a config or an index"):
+        read_json(tmp_path / "config.json")

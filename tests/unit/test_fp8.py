@@ -524,3 +524,14 @@ def test_devices_without_fp8_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_scaled_mm", refuse)
     with pytest.raises(ValueError, match="no such product for torch.float16 on cpu: only sm_90. It takes"):
         bokehflux.load("nano", device="cpu", dtype="float16", compute="fp8")
+
+
+def test_a_sum_beside_its_quantised_form_lies_in_rows() -> None:
+    """Whatever the layout of x: tokens may be its fastest axis."""
+    x, *others = inputs("gated")
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    for ours, theirs in zip(
+        ops.add_gated_quantize_modulated(turned.to(TRITON), *(t.to(TRITON) for t in others)),
+        ops.add_gated_quantize_modulated(x.to(TRITON), *(t.to(TRITON) for t in others)), strict=True,
+    ):  # fmt: skip
+        assert torch.equal(ours.float(), theirs.float())

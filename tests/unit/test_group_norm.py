@@ -85,3 +85,5 @@ def test_cpu_takes_pytorchs_operators(memory_format):
 def test_groups_must_divide_the_channels():
     with pytest.raises(ValueError, match="multiple of 5 groups"):
         interface.group_norm_silu(torch.zeros(1, 12, 2, 2), torch.ones(12), torch.zeros(12), 5, 1e-6)
+    with pytest.raises(ValueError, match=r"expected \[B, C, H, W\].*\(1, 12, 2\)"):
+        interface.group_norm_silu(torch.zeros(1, 12, 2), torch.ones(12), torch.zeros(12), 4, 1e-6)

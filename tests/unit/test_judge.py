@@ -457,6 +457,23 @@ def test_perceptual_figures_go_to_the_truth_or_to_the_pivot() -> None:
     assert figures["lpips_pivot"] > 0 and "lpips" not in figures
 
 
+def test_the_command_measures_perceptual_distances(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Weights:
+        def __init__(self, hub: Path) -> None:
+            assert hub == tmp_path
+
+        def __call__(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+            return {"lpips": 0.25}
+
+    monkeypatch.setattr("bokehflux.evaluation.perceptual.HubPerceptual", Weights)
+    (tmp_path / "one").symlink_to(swept / "scene-0")
+    assert cli.main(["eval", str(tmp_path / "one"), "--perceptual", str(tmp_path)]) == 0
+    (scene,) = json.loads((tmp_path / "one" / "eval.json").read_text())["scenes"]
+    assert scene["sources"]["pictures"]["figures"]["lpips_pivot"] == 0.25
+
+
 def test_a_model_makes_the_protocol_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

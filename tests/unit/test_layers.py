@@ -18,7 +18,7 @@ from bokehflux.rendering.bokehme import classical
 from bokehflux.rendering.cut import cut, plane_radii
 from bokehflux.rendering.fill import fill
 from bokehflux.rendering.layers import Layer, composite, composite_by_quarters
-from bokehflux.rendering.photo import GAMMA, blur_photo, raised
+from bokehflux.rendering.photo import BLURRED_PX, GAMMA, blur_photo, raised
 from bokehflux.rendering.rims import rims_of_matte
 from tests.thin_lens import Surface, ray_cast, round_lens
 
@@ -343,3 +343,12 @@ def test_apertures_by_quarters() -> None:
     for aperture in (CatsEye(), Anamorphic(), Picture(torch.rand(9, 9))):
         whole, parts = (rendered(scene(0.0, 0.0, -8.0), aperture, q) for q in (False, True))
         assert (whole - parts).abs().max() < 0.02
+
+
+def test_lights_are_raised_as_they_lose_their_edge() -> None:
+    """By the share of a full blur that they have: half of it, half of the gain."""
+    light, full = torch.ones(1, 3, 2, 2), torch.full((2, 2), 100.0)
+    gain = float(raised(light, 9.0, full).max()) - 1
+    for share in (0.25, 0.5, 1.0):
+        radius_px = torch.full((2, 2), -share * BLURRED_PX)
+        torch.testing.assert_close(raised(light, 9.0, radius_px) - 1, torch.full_like(light, share * gain))
