@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Self, get_args
 
 from bokehflux.aperture import aperture_text, parse_aperture
+from bokehflux.controls import parse_controls
 from bokehflux.focus import parse_focus
 from bokehflux.lens import Unify, check_level
 
@@ -77,6 +78,11 @@ def _levels(value: Any) -> tuple[float, ...]:
     return levels
 
 
+def _controls(value: Any) -> str:
+    words = value if isinstance(value, str) else [_text(word) for word in value]
+    return str(parse_controls(words))
+
+
 def _switch(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError
@@ -135,6 +141,9 @@ FOCUS = Kind("a focus, as `focus.parse_focus` reads it", lambda value: str(parse
 APERTURE = Kind(
     "an aperture, as `aperture.parse_aperture` reads it",
     lambda value: aperture_text(parse_aperture(_text(value))),
+)
+CONTROLS = Kind(
+    "what a control adapter is asked for, as `controls.parse_controls` reads it", _controls, str, many=True
 )
 UNIFY = _one_of(*get_args(Unify))
 RENDERER = _one_of("layers", "scatter", "bokehme")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS, MAX_TXT_LENGTH, Defaults
 from bokehflux.fields import (
     APERTURE,
+    CONTROLS,
     FOCUS,
     LEVEL,
     LEVELS,
@@ -252,8 +253,18 @@ class GenerateSettings(Settings):
              "(default: all)",
     )  # fmt: skip
 
+    controls: str | None = setting(
+        None, CONTROLS, metavar="NAME=VALUE", sparse=True,
+        help="more than a level, for models with a control adapter: focus=0.4 (from 0, the subject, to 1), "
+             "aperture=donut, map=FILE with the share of the level that each place gets",
+    )  # fmt: skip
+    file_hashes: tuple[tuple[str, str], ...] | None = setting(None, PAIRS, sparse=True)
+    """Name and fingerprint of each file that controls take."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.controls is not None and self.bokeh_targets is None:
+            raise ValueError("controls need bokeh_targets: they shape the blur of a level")
         if self.pivot_steps == "grounded" and not self.makes_pivot:
             raise ValueError("pivot_steps grounded needs a grounded run: give bokeh_pivot")
         if self.pivot_steps == "grounded" and self.reuse is not None:
@@ -277,7 +288,8 @@ class GenerateSettings(Settings):
 
     @property
     def summary(self) -> str:
-        return f"{super().summary} \u00b7 seed {self.seed}"
+        controls = "" if self.controls is None else f" \u00b7 {self.controls}"
+        return f"{super().summary}{controls} \u00b7 seed {self.seed}"
 
     @property
     def num_prompts(self) -> int:

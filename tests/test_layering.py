@@ -21,6 +21,7 @@ ALLOWED_IN = {
         f"bokehflux.{leaf}": set()
         for leaf in ("__main__", "version", "configs", "lens", "focus", "fingerprint", "fields", "record")
     },
+    "bokehflux.controls": set(),
     "bokehflux": set(),
     "bokehflux.aperture": {"torch"},
     "bokehflux.kernels": {"torch", "triton"},
@@ -48,7 +49,7 @@ ALLOWED_IN = {
     "bokehflux.app.fetch": {"huggingface_hub"},
 }
 """By the innermost part a module belongs to: everything that is not named here is denied."""
-LEAVES = {"version", "configs", "lens", "focus", "aperture", "fingerprint"}
+LEAVES = {"version", "configs", "lens", "focus", "aperture", "controls", "fingerprint"}
 MODELS = LEAVES | {"conditioning", "attention", "kernels", "models"}
 LIBRARY = MODELS | {"sampling", "text", "weights"}
 OWN_IN = {
@@ -59,8 +60,9 @@ OWN_IN = {
     "lens": set(),
     "focus": set(),
     "aperture": set(),
+    "controls": {"aperture"},
     "fingerprint": set(),
-    "fields": {"lens", "focus", "aperture"},
+    "fields": {"lens", "focus", "aperture", "controls"},
     "record": LEAVES | {"fields"},
     "conditioning": LEAVES,
     "kernels": {"kernels"},

@@ -26,6 +26,7 @@ from bokehflux.pictures.files import check_folder, replace_file, save_pictures, 
 from bokehflux.pictures.page import scenes_of, write_page
 from bokehflux.pictures.series import Scene, Shot
 from bokehflux.pictures.sheet import Tile, contact_sheet, up_and_down
+from bokehflux.pipeline.controls import with_files
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.pipeline.run import Result, Stopped
@@ -150,7 +151,8 @@ class Sweep:
     ) -> Sweep:
         """The sweep of a model over what was asked for."""
         made_by = provenance_of(model)
-        scenes = [Record(settings=each.completed(model.defaults), provenance=made_by) for each in asked]
+        settings = [with_files(model, each.completed(model.defaults)) for each in asked]
+        scenes = [Record(settings=each, provenance=made_by) for each in settings]
         return cls(scenes=scenes, output=output, kind=kind, run=run, sign=sign, part=part)
 
     def made(self) -> Generator[Done, None, None]:

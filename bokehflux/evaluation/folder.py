@@ -176,7 +176,7 @@ def _recipes(folders: Iterable[Path]) -> list[_Group]:
                 continue
             key = json.dumps([str(path.parent), record.decides()], sort_keys=True, default=str)
             prompt, model = recipe.get("prompt"), recipe.get("model")
-            hashes = dict(getattr(record.settings, "file_hashes", ()))  # of render, which names several files
+            hashes = dict(getattr(record.settings, "file_hashes", None) or ())
             photo_hash = recipe.get("photo_hash", hashes.get("photo"))
             group = _Group(
                 prompt or str(recipe.get("photo", path.parent.name)), prompt, model,

@@ -33,12 +33,13 @@ from bokehflux.pictures.metadata import UNREADABLE
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 DEPTH_SUFFIXES = (".depth.npz", ".depth.npy", ".depth.png")
 MASK_SUFFIXES = (".mask.npz", ".mask.npy", ".mask.png", ".mask.jpg")
-Kind = Literal["depth", "mask"]
+Kind = Literal["depth", "mask", "level map"]
 UNREADABLE_ARRAYS = (
     MemoryError, NotImplementedError, RecursionError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile,
 )  # fmt: skip
 """What else `numpy.load` may raise: a header is parsed as Python, and a .npz is a zip archive."""
-WHOLE = {"depth": {"uint16": 1000, "int32": 1000}, "mask": {"uint8": 255, "uint16": 65535, "int32": 65535}}
+_ONE = {"uint8": 255, "uint16": 65535, "int32": 65535}
+WHOLE = {"depth": {"uint16": 1000, "int32": 1000}, "mask": _ONE, "level map": _ONE}
 """Types of whole numbers in maps, and how many make a metre, or 1."""
 PHOTO_ID = re.compile(r"static\.?flickr\.com/(?:\d+/)*(\d+)_|flickr\.com/photos/[^/]+/(\d+)")
 FIELDS = {
@@ -424,7 +425,10 @@ def _opened(read: Callable[[], bytes], path: Path) -> Callable[[], bytes]:
 
 
 def read_map(path: Path, kind: Kind) -> NDArray[np.float32]:
-    """[H, W] of a file: metres, or a mask from 0 to 1. Raises ValueError for one that cannot be read."""
+    """[H, W] of a file: metres, a mask from 0 to 1, or shares of a level.
+
+    Raises ValueError for one that cannot be read.
+    """
     if not path.is_file():
         there = "it is not a regular file" if path.exists() else "it is not there"
         raise ValueError(f"cannot read the {kind} {path}: {there}")

@@ -6,6 +6,8 @@ import dataclasses
 
 from torch import Tensor
 
+from bokehflux.models.adapter import BokehCondition
+from bokehflux.pipeline.controls import with_controls, with_files
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_levels
 from bokehflux.record import GenerateSettings
@@ -23,10 +25,14 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
     level of the same scene costs one row. Raises ValueError for settings that the model cannot serve, and
     for a cache of another scene.
     """
-    check_levels(asked, has_adapter=model.transformer.bokeh is not None)
+    check_levels(
+        asked,
+        has_adapter=model.transformer.bokeh is not None,
+        has_controls=model.controls is not None,
+    )
     # Sizes that are not multiples of 16 are floored, and it says so.
     LatentGrid.floored(asked.height or model.defaults.height_px, asked.width or model.defaults.width_px)
-    settings = asked.completed(model.defaults)
+    settings = with_files(model, asked.completed(model.defaults))
     grounded, numbers = settings.makes_pivot, settings.numbers()
     if pivot_cache is not None and not grounded:
         raise ValueError("pivot_cache needs a grounded run: give bokeh_pivot and at least one grounded step")
@@ -34,9 +40,7 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
     kept = pivot_cache if pivot_cache is not None and pivot_cache.scene is not None else None
     if kept is not None:
         kept.check(scene)
-    levels = settings.bokeh_targets
-    if grounded and kept is None and levels is not None and settings.bokeh_pivot is not None:
-        levels = (settings.bokeh_pivot, *levels)
+    rows = _asked(model, settings, has_pivot=grounded and kept is None)
     grounding = None
     if grounded:
         grounding = Grounding(
@@ -52,14 +56,15 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
     def begin(stage: Stage) -> Start:
         assert settings.seed is not None
         start = stage.noise(settings.seed)
-        velocity: Velocity = stage.velocity(levels, grounding)
+        velocity: Velocity = stage.velocity(rows, grounding)
         if kept is not None:
             velocity = kept.replayed(velocity)
         if settings.reuse is not None:
             pivot = alone(stage) if kept is None else kept.velocity
             velocity = reused(velocity, pivot, settings.reuse, len(stage.sigmas) - 1)
         if leaves and numbers.grounded_steps < numbers.steps:
-            targets = stage.velocity(settings.bokeh_targets, None)
+            assert rows is not None
+            targets = stage.velocity(rows.rows(slice(1, None)), None)
             velocity = without_pivot(velocity, targets, numbers.grounded_steps)
         if pivot_cache is not None and kept is None:
             velocity = pivot_cache.recorded(velocity)
@@ -67,8 +72,8 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
 
     def alone(stage: Stage) -> Velocity:
         """The pivot's velocity, without its targets."""
-        assert levels is not None
-        velocity = stage.velocity(levels[:1], grounding)
+        assert rows is not None
+        velocity = stage.velocity(rows.rows(slice(1)), grounding)
         return lambda x, sigma, step: velocity(x[:1], sigma, step)
 
     def end(x: Tensor, _: Tensor | None) -> End:
@@ -83,6 +88,15 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
         true_cfg=settings.true_cfg,
         negative_prompt=settings.negative_prompt,
     )
+
+
+def _asked(model: Model, settings: GenerateSettings, has_pivot: bool) -> BokehCondition | None:
+    """What rows are asked for, the pivot's first. None: the plain model."""
+    if settings.bokeh_targets is None:
+        return None
+    pivot = [settings.bokeh_pivot] if has_pivot else []
+    rows = BokehCondition.of([*pivot, *settings.bokeh_targets])
+    return rows if settings.controls is None else with_controls(model, settings, rows, len(pivot))
 
 
 def _scene(model: Model, settings: GenerateSettings) -> dict[str, object]:

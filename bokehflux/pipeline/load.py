@@ -131,8 +131,12 @@ def _check_loras(loras: Sequence[tuple[str | Path, float]]) -> None:
 def check_all(found: Snapshot, asked: Sequence[Settings]) -> None:
     """Raise ValueError for settings that a model cannot serve, by its files alone."""
     for settings in asked:
-        has = {"has_adapter": found.adapter is not None, "has_reference": found.reference is not None}
-        check_levels(settings, **has)
+        check_levels(
+            settings,
+            has_adapter=found.adapter is not None,
+            has_reference=found.reference is not None,
+            has_controls=found.controls is not None,
+        )
         settings.completed(found.defaults)
 
 

@@ -24,6 +24,7 @@ from bokehflux.configs import MAX_SIDE_PX
 from bokehflux.fingerprint import fingerprint
 from bokehflux.focus import parse_focus
 from bokehflux.lens import MAX_LEVEL
+from bokehflux.models.adapter import BokehCondition
 from bokehflux.photos.read import upright_rgb, within
 from bokehflux.pipeline.memory import room_for_photo
 from bokehflux.pipeline.model import Model
@@ -144,7 +145,7 @@ def _probed(model: Model, settings: RefocusSettings) -> Callable[[Stage], Start]
         photo, sigmas = stage.photo, stage.sigmas
         assert photo is not None
         states = straight(photo, stage.noise(DEFAULT_SEED), sigmas)
-        levels = [settings.bokeh_pivot, PROBE_LEVEL]
+        levels = BokehCondition.of([settings.bokeh_pivot, PROBE_LEVEL])
         velocity = followed(stage.velocity(levels, _grounding(settings)), states, sigmas)
         return Start(states[0].expand(2, -1, -1), velocity)
 
@@ -155,12 +156,13 @@ def _inverted(model: Model, settings: RefocusSettings) -> Callable[[Stage], Star
     def begin(stage: Stage) -> Start:
         photo, sigmas = stage.photo, stage.sigmas
         assert photo is not None
-        alone = stage.velocity([settings.bokeh_pivot], None)
+        alone = stage.velocity(BokehCondition.of([settings.bokeh_pivot]), None)
         states = invert(alone, photo, sigmas, stage.on_step)
         check_finite(model, states[0], alone, lambda velocity: invert(velocity, photo, sigmas))
         del alone  # and with it the memory of its CUDA graphs
         levels = [settings.bokeh_pivot, *settings.bokeh_targets]
-        velocity = followed(stage.velocity(levels, _grounding(settings)), states, sigmas)
+        asked = BokehCondition.of(levels)
+        velocity = followed(stage.velocity(asked, _grounding(settings)), states, sigmas)
         if settings.reuse is not None:
             velocity = reused(velocity, path(states, sigmas), settings.reuse, len(sigmas) - 1)
         return Start(states[0].expand(len(levels), -1, -1), velocity)
@@ -174,7 +176,7 @@ def _beside(settings: RefocusSettings, *levels: float) -> Callable[[Stage], Star
     def begin(stage: Stage) -> Start:
         keys = stage.read(settings.bokeh_pivot)
         x = stage.noise(DEFAULT_SEED).expand(len(levels), -1, -1)
-        return Start(x, stage.velocity(levels, keys))
+        return Start(x, stage.velocity(BokehCondition.of(levels), keys))
 
     return begin
 

@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -92,8 +92,8 @@ class End(NamedTuple):
 class Stage:
     """What is known when a plan begins: text is encoded, and the transformer is on its device."""
 
-    velocity: Callable[[Sequence[float] | None, Grounding | ReferenceKeys | None], Denoiser]
-    """(level of each row, what the rows look at) -> the network's velocity."""
+    velocity: Callable[[BokehCondition | None, Grounding | ReferenceKeys | None], Denoiser]
+    """(what each row is asked for, what the rows look at) -> the network's velocity."""
     read: Callable[[float], ReferenceKeys]
     """(the photograph's level) -> the photograph as keys and values, by the model's reference adapter."""
     sigmas: Tensor
@@ -222,13 +222,13 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
             of = BokehCondition.of([level])
             return read_reference(model.transformer, model.reference, photo, conditioning, of, rope, guidance)
 
-        def velocity(levels: Sequence[float] | None, beside: Grounding | ReferenceKeys | None) -> Denoiser:
+        def velocity(bokeh: BokehCondition | None, beside: Grounding | ReferenceKeys | None) -> Denoiser:
             return denoiser(
                 model.transformer,
                 conditioning,
                 grid,
                 guidance=settings.guidance_scale,
-                bokeh=None if levels is None else BokehCondition.of(levels),
+                bokeh=bokeh,
                 grounding=beside if isinstance(beside, Grounding) else None,
                 reference=beside if isinstance(beside, ReferenceKeys) else None,
                 true_cfg=plan.true_cfg,
@@ -283,9 +283,10 @@ def check_finite(model: Model, x: Tensor, velocity: Velocity, sample: Callable[[
         raise explain_nonfinite(model.transformer, velocity, sample)
 
 
-def check_levels(settings: Settings, *, has_adapter: bool, has_reference: bool = False) -> None:
-    """Raise ValueError for levels where the model has no adapter, and for a method that it was not trained
-    for."""
+def check_levels(
+    settings: Settings, *, has_adapter: bool, has_reference: bool = False, has_controls: bool = False
+) -> None:
+    """Raise ValueError for levels where the model has no adapter, and for what it was not trained for."""
     if settings.bokeh_targets is not None and not has_adapter:
         raise ValueError(
             "bokeh_targets need an adapter: load the model with adapter='path/to/BokehDiffusion'"
@@ -294,6 +295,11 @@ def check_levels(settings: Settings, *, has_adapter: bool, has_reference: bool =
         raise ValueError(
             "method or probe reference needs a reference adapter, whose folder bokehflux.json of the model "
             "names; docs/refocus.md says how one is trained"
+        )
+    if getattr(settings, "controls", None) is not None and not has_controls:
+        raise ValueError(
+            "controls need a control adapter, whose folder bokehflux.json of the model names; "
+            "docs/controls.md says how one is trained"
         )
 
 

@@ -22,6 +22,7 @@ from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.weights.files.write import save as write
 from bokehflux.weights.find.resolve import ModelFiles
 from tests.tiny import NamedSource, tiny_pipeline
+from tests.unit.test_controls import adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE = {
@@ -43,6 +44,7 @@ COMMON: dict[str, list[str]] = {
     "--max-sequence-length": ["3"],
     "--reuse": ["2"],
     "--pivot-steps": ["grounded"],
+    "--controls": ["focus=far", "aperture=donut"],
     "--max-rows": ["1"],
     "--vae-tiling": ["on"],
     "--model": ["other"],
@@ -98,7 +100,10 @@ NEEDS = {
         for flag in ("--focus", "--aperture", "--highlights", "--long-side", "--probe")
     },
 }
-TINY = {kind: tiny_pipeline(dtype=dtype) for kind, dtype in DTYPES.items()} | {"fp8": tiny_pipeline()}
+TINY = {
+    kind: dataclasses.replace(tiny_pipeline(dtype=dtype), controls=adapter().to(dtype))
+    for kind, dtype in (DTYPES | {"fp8": torch.float32}).items()
+}
 quantize_mmdit(TINY["fp8"].transformer)
 
 

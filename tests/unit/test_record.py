@@ -22,7 +22,9 @@ FULL = GenerateSettings(
     guidance_scale=3.5, true_cfg=1.5, negative_prompt="", height=32, width=48, seed=1,
     max_sequence_length=9, pivot_steps="grounded",
 )  # fmt: skip
-FOLLOWING = dataclasses.replace(FULL, pivot_steps=None, reuse=2)
+FOLLOWING = dataclasses.replace(
+    FULL, pivot_steps=None, reuse=2, controls="focus=0.5", file_hashes=(("map", "1"),)
+)  # fmt: skip
 PHOTO = RefocusSettings(
     method="inversion", prompt="a mug", bokeh_targets=(3.0,), bokeh_pivot=7.0, photo="mug.jpg", photo_hash="0"
 )
