@@ -60,9 +60,11 @@ def store_fp8(mmdit: MMDiT, device: torch.device) -> None:
 class Recorded:
     """A loss and its gradients as CUDA graphs, one for each kind of batch: one launch in place of thousands.
 
-    The loss must do the same on every batch of a kind: no random numbers, no waiting for the GPU. Of each
-    kind a set of gradients stays on the device; activations of all kinds lie in the same memory, so that
-    gradients must be read before the next batch comes.
+    The loss must do the same on every batch of a kind: no random numbers, no waiting for the GPU. Call it on
+    a stream of your own where another kind may come while the graph of autograd of the last one is there:
+    what that keeps of a parameter waits for the stream on which it was made, which may not be the default
+    one while a graph is recorded. Of each kind a set of gradients stays on the device; activations of all
+    kinds lie in the same memory, so that gradients must be read before the next batch comes.
     """
 
     def __init__(self, loss: Callable[..., Tensor], parameters: Sequence[nn.Parameter]) -> None:
@@ -103,12 +105,13 @@ class _Graph:
                 value = loss(kind, *self.inputs)
             return value.detach(), torch.autograd.grad(value, parameters)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream()
+        stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are compiled, libraries make their workspaces
                 compute()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         torch.cuda.empty_cache()  # what the warm-up took is needed in the graph's own pool
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool, stream=stream):

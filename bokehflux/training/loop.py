@@ -131,7 +131,8 @@ def train(
             # The device is in this step by now, so that the host hears of the one before without waiting.
             stop = run.settle() or (world == 1 and bool(came))
             optimizer.step(course.schedule(done), told.refused)
-            run.begun = number, figures, told
+            run.begun = number, {name: figure.detach() for name, figure in figures.items()}, told
+            del value  # with all that autograd keeps of this step
             state.step = number + 1
             last = state.step == course.steps
             due = [look for look in looks if last or state.step % look.every == 0]

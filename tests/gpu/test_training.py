@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from bokehflux.training.log import Log
 from bokehflux.training.loop import Step, train
 from bokehflux.training.optim import Optimizer
 from bokehflux.training.recipes.adapter import AdapterRecipe
+from bokehflux.training.recipes.run import train_adapter
 from bokehflux.weights.files.checkpoint import open_checkpoint
 from tests.helpers import max_error
 from tests.tiny import tiny_mmdit
@@ -96,19 +98,38 @@ def test_a_recorded_step_has_the_gradients_of_an_eager_one(share: float) -> None
         return adapter_step(mmdit, AdapterBatch.of(attention, *tensors), table)  # type: ignore[arg-type]
 
     recorded = Recorded(loss, parameters)
-    for grouped in (True, False, True):
-        batch = toy_batch(grouped)
-        inputs = [x.to(CUDA) * (1.1 if grouped else 1.0) for x in batch.tensors()]
-        with torch.autocast("cuda", torch.bfloat16):
-            eager = torch.autograd.grad(loss(batch.attention, *inputs), parameters)
-            value = recorded(batch.attention, *inputs)
-        value.backward()
-        for p, expected in zip(parameters, eager, strict=True):
-            assert p.grad is not None
-            torch.testing.assert_close(p.grad, expected, rtol=0.05, atol=1e-3 * float(expected.abs().max()))
-            with torch.no_grad():
-                p.sub_(0.01 * p.grad)  # the next step must see it
-            p.grad = None
+    with torch.cuda.stream(torch.cuda.Stream()):  # since `value` is there when the second kind is recorded
+        for grouped in (True, False, True, False):
+            batch = toy_batch(grouped)
+            inputs = [x.to(CUDA) * (1.1 if grouped else 1.0) for x in batch.tensors()]
+            with torch.autocast("cuda", torch.bfloat16):
+                eager = torch.autograd.grad(loss(batch.attention, *inputs), parameters)
+                value = recorded(batch.attention, *inputs)
+            value.backward()
+            for p, expected in zip(parameters, eager, strict=True):
+                assert p.grad is not None
+                atol = 1e-3 * float(expected.abs().max())
+                torch.testing.assert_close(p.grad, expected, rtol=0.05, atol=atol)
+                with torch.no_grad():
+                    p.sub_(0.01 * p.grad)  # the next step must see it
+                p.grad = None
+
+
+def test_a_recipe_with_graphs_records_both_kinds_of_steps(tmp_path: Path) -> None:
+    """As a run does, with patterns of grounded rows: its curve is that of a run without, to bfloat16."""
+    torch.manual_seed(0)
+    x0, levels = torch.randn(6, 4, 16, 16, 16), torch.rand(6, 4) * 30
+    write_latents(tmp_path / "scenes", x0, levels, [["a red ball"], ["a blue cube"]] * 3)
+    recipe = AdapterRecipe(
+        model="nano", groups=str(tmp_path / "scenes"), rank=8, batch=8, steps=12, lr=1e-3, warmup_steps=4,
+        log_every=1, swap_probability=0.5, activations=1.0,
+    )  # fmt: skip
+    curves = []
+    for graphs in (False, True):
+        train_adapter(dataclasses.replace(recipe, graphs=graphs), out := tmp_path / str(graphs), CUDA)
+        points = json.loads((out / "log.json").read_text())["points"]
+        curves.append([point.get("plain", point.get("grounded")) for point in points])
+    assert curves[1] == pytest.approx(curves[0], rel=0.02) and len(curves[0]) == 12
 
 
 def test_killed_twice_and_resumed_bit_by_bit(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -122,7 +123,8 @@ def train_adapter(
     )
     looks = _looks(recipe, out, parts, placement, rope, held_out, groups.grid, on_full)
     names = row_names(recipe, photographs, groups)
-    train(loss, optimizer, course, log, saves, looks, names)
+    with _own_stream(device) if recipe.graphs else contextlib.nullcontext():
+        train(loss, optimizer, course, log, saves, looks, names)
 
     def finish() -> None:
         _write(recipe, mmdit, out / "adapter")
@@ -132,6 +134,16 @@ def train_adapter(
     if rank_and_world()[0] == 0:
         with_room(finish, "the adapter", on_full)
         saves.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """For graphs: see `engine.Recorded`."""
+    own, before = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    own.wait_stream(before)
+    with torch.cuda.stream(own):
+        yield
+    before.wait_stream(own)
 
 
 def _looks(
