@@ -132,3 +132,14 @@ def test_a_complete_model_is_described(tmp_path: Path) -> None:
     assert [line for line in lines if str(tmp_path) in line and line.startswith("model ")] == [
         f"model {tmp_path / 'mine'}: {state}"
     ]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "why"), [(None, "this PyTorch is a CPU build"), ("13.0", "no NVIDIA driver")]
+)
+def test_why_no_gpu_is_there(cuda: str | None, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    (line,) = [line for line in doctor.report({}) if line.startswith("device cuda")]
+    assert line.startswith(f"device cuda: none, {why}")

@@ -241,3 +241,17 @@ def test_other_words(text: str) -> None:
 def test_bad_input(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@given(
+    at=st.tuples(*[st.integers(0, 90)] * 2),
+    step=st.tuples(*[st.integers(-9, 9)] * 2),
+    times=st.integers(-9, 9),
+)
+def test_three_pixels_of_a_line_are_no_plane(at: tuple[int, int], step: tuple[int, int], times: int) -> None:
+    x, y = at[0] + 90, at[1] + 90  # with room for every step
+    line = [Point(x, y), Point(x + step[0], y + step[1]), Point(x + times * step[0], y + times * step[1])]
+    with pytest.raises(ValueError, match="not in a line"):
+        Plane((line[0], line[1], line[2]))
+    if any(step):
+        Plane((line[0], line[1], Point(x - step[1], y + step[0])))

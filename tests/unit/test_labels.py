@@ -386,3 +386,15 @@ def test_a_real_photograph_with_a_real_mask(tmp_path: Path) -> None:
     known = np.isfinite(depth)
     assert 0.2 < mask.mean() < 0.6
     assert np.median(depth[mask & known]) < 0.8 * np.median(depth[~mask & known])
+
+
+def test_a_mask_that_was_refined_is_flagged(tmp_path: Path) -> None:
+    class Leaking(Eye):
+        def mask(self, image: Image.Image) -> np.ndarray:
+            leaking = scene("subject")[2].copy()
+            leaking[:, 128:] = leaking[:, :40] = 1
+            return np.asarray(Image.fromarray(leaking).resize(image.size, Image.Resampling.NEAREST))
+
+    place = photographs(tmp_path / "in", a=sharp())
+    (label,) = label_all(place, tmp_path / "out", Leaking()).values()
+    assert label["flags"] == ["focus_refined"]

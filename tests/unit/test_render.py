@@ -293,3 +293,12 @@ def test_from_python(tmp_path: Path) -> None:
 def test_fingerprints_come_in_pairs(wrong: object) -> None:
     with pytest.raises(ValueError, match="file_hashes must be pairs of text"):
         RenderSettings(photo="a.png", depth="a.npy", file_hashes=wrong)  # type: ignore[arg-type]
+
+
+def test_a_mask_counts_in_a_smaller_picture() -> None:
+    soft = np.clip((20 - abs(np.arange(WIDTH) - 20)) / 10, 0, 1) + np.zeros((HEIGHT, 1))
+    np.save("soft.npy", soft)
+    small = ["--long-side", "70"]
+    without, with_it = made(*BASE, *small), made(*BASE, *small, "--mask", "soft.npy", output="masked")
+    assert with_it["bokeh-30.0.png"].shape == without["bokeh-30.0.png"].shape == (47, 70, 3)
+    assert not np.array_equal(with_it["bokeh-30.0.png"], without["bokeh-30.0.png"])

@@ -154,6 +154,10 @@ def test_one_batch_per_scene_and_every_view(tmp_path: Path) -> None:
         assert gif.n_frames == webp.n_frames == 2
     page = (tmp_path / "index.html").read_text()
     assert page.count('"prompt": "a cup"') == 2 and page.count("data:image/webp") == 6
+    (tmp_path / "index.html").unlink()
+    sweep_of(grid(BASE, lines("a cup", "a tree"), [1]), tmp_path).write_pages()
+    again = (tmp_path / "index.html").read_text()
+    assert again.count("data:image/webp") == 6 and again.count('"pivot": {') == 2, "told by the files alone"
 
 
 def test_a_page_that_would_be_large_shows_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
