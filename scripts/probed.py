@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from motorcycle import depth_of_motorcycle, pictures
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from bokehflux.focus import Slab
@@ -32,7 +32,7 @@ from bokehflux.rendering.photo import GAMMA
 
 PHOTOS = ("motorcycle_left.png", "astronaut.png", "chelsea.png", "coffee.png")
 LEVELS, PROBED = (8.0, 15.0, 28.0), 28.0
-LONG_SIDE_PX, NEAREST_M, FARTHEST_M = 512, 1.0, 8.0
+LONG_SIDE_PX, NEAREST_M, FARTHEST_M = 400, 1.0, 8.0
 NOISE = 2 / 255
 """Standard deviation of the noise that a camera adds."""
 
@@ -42,12 +42,12 @@ def photographs() -> dict[str, tuple[Tensor, LensMap]]:
     found = {}
     for name in PHOTOS:
         image = Image.open(pictures() / name).convert("RGB")
-        small = within(image, LONG_SIDE_PX)
         if name.startswith("motorcycle"):
             depth = torch.from_numpy(depth_of_motorcycle())
-            nearest = float(np.nanquantile(depth, 0.01))
+            nearest, small = float(np.nanquantile(depth, 0.01)), within(image, LONG_SIDE_PX)
         else:
-            depth, nearest = drawn_depth(image.height, image.width), NEAREST_M
+            small = ImageOps.fit(image, (LONG_SIDE_PX, LONG_SIDE_PX * 27 // 40), centering=(0.5, 0))
+            depth, nearest = drawn_depth(small.height, small.width), NEAREST_M
         lens = LensMap.from_depth(depth, unify="range").focused_at(Slab(nearest / 2, nearest))
         pixels = torch.from_numpy(np.array(small)).movedim(-1, 0) / 255
         found[name.partition(".")[0]] = pixels, lens.resized(small.height, small.width)
@@ -71,8 +71,10 @@ def eight_bits(picture: Tensor) -> Tensor:
     return (picture * 255).round() / 255
 
 
-def measured(picture: Tensor, true: LensMap, shown: Tensor) -> tuple[dict[str, float], LensMap]:
-    """Errors of the map that `shown`, the picture at PROBED, leads to."""
+def measured(
+    picture: Tensor, true: LensMap, truths: Sequence[Tensor], shown: Tensor
+) -> tuple[dict[str, float], LensMap]:
+    """Errors of the map that `shown`, the picture at PROBED, leads to. truths: the picture at LEVELS."""
     lens = LensMap.from_pictures(picture, shown, PROBED)
     wanted, found = true.radius_px(PROBED), lens.radius_px(PROBED)
     row = {
@@ -80,8 +82,7 @@ def measured(picture: Tensor, true: LensMap, shown: Tensor) -> tuple[dict[str, f
         "error, px": float((wanted - found).abs().mean()),
         "correlation": float(pearson(wanted.flatten(), found.flatten())),
     }
-    for level in LEVELS:
-        truth = true.render(picture, level)
+    for level, truth in zip(LEVELS, truths, strict=True):
         pairs = {"as it is": picture, "refocused": lens.render(picture, level)}
         row |= {f"{what}, {level:g}, dB": float(psnr(one[None], truth[None])) for what, one in pairs.items()}
     return row, lens
@@ -102,10 +103,13 @@ def main() -> int:
     except ValueError as error:
         print(f"probed: error: {error}", file=sys.stderr)
         return 1
+    print("columns: photograph, blurred by, largest radius in px, error in px, correlation;")
+    print("then at levels 8, 15, 28 the photograph left as it is and refocused, in dB")
     draw, rows, tiles = torch.Generator().manual_seed(0), [], []
     for name, (picture, true) in photos.items():
         radius = true.radius_px(PROBED)
-        shown = eight_bits(true.render(picture, PROBED))
+        truths = [eight_bits(true.render(picture, level)) for level in LEVELS]
+        shown = truths[LEVELS.index(PROBED)]
         ways: dict[str, Callable[[], Tensor]] = {
             "layers": lambda shown=shown: shown,
             "with noise": lambda shown=shown: eight_bits(
@@ -115,11 +119,13 @@ def main() -> int:
         }
         maps = []
         for way, made in ways.items():
-            row, lens = measured(picture, true, made())
+            row, lens = measured(picture, true, truths, made())
             rows.append({"photograph": name, "blurred by": way} | row)
             maps.append(-lens.radius_px(PROBED))
-        print(*(f"{key}: {value}" if isinstance(value, str) else f"{key}: {value:.2f}"
-                for row in rows[-len(ways):] for key, value in row.items()), sep="\n")  # fmt: skip
+        for row in rows[-len(ways) :]:
+            print(
+                *(f"{value:>6.2f}" if isinstance(value, float) else f"{value:<16}" for value in row.values())
+            )
         tiles += [
             tile(picture, name),
             tile(shown, f"level {PROBED:g}"),
