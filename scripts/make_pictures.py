@@ -1,8 +1,8 @@
 """Draw the pictures in the documents with the bundled model, on a CPU:
 
-    python scripts/make_pictures.py [sweep] [levels] [plain] [scenes] [shortcuts]
+    python scripts/make_pictures.py [sweep] [levels] [plain] [scenes] [shortcuts] [refocus] [lens]
 
-Without a name, all five: five minutes on two free cores. Prompts are captions kept out of nano's training, by
+Without a name, all seven: six minutes on two free cores. Prompts are captions kept out of nano's training, by
 number, with the default seed. Sweeps that are finished in outputs/pictures are taken from there.
 """
 
@@ -92,7 +92,41 @@ def scenes(_: Sequence[str]) -> Image.Image:
     return contact_sheet(tiles, title, f"held-out captions {SWEPT}", columns=len(LEVELS))
 
 
-PICTURES = {"sweep": sweep, "levels": levels, "plain": plain, "scenes": scenes, "shortcuts": shortcuts}
+def refocused(prompts: Sequence[str], *flags: str) -> list[Path]:
+    """A level-0 picture of the caption of `levels`, which stands for a photograph, refocused."""
+    if not (photo := WORK / "photos" / "bokeh-00.0.png").is_file():
+        bokehflux(
+            "generate", "--prompt", prompts[SCALE], "--bokeh-targets", "0", "--output", str(photo.parent)
+        )
+    return bokehflux(
+        "refocus", str(photo), "--prompt", prompts[SCALE], "--output", str(WORK / "refocus"), *flags
+    )
+
+
+def refocus(prompts: Sequence[str]) -> Image.Image:
+    """A photograph at four levels."""
+    return Image.open(refocused(prompts, "--bokeh-targets", "4", "10", "18", "28")[-1]).convert("RGB")
+
+
+def lens(prompts: Sequence[str]) -> Image.Image:
+    """The same photograph by other apertures, and with the far lights in focus."""
+    asked = {
+        "polygon:6": ["--aperture", "polygon:6"],
+        "donut:0.5": ["--aperture", "donut:0.5"],
+        "anamorphic:2": ["--aperture", "anamorphic:2"],
+        "focus 30,60": ["--focus", "30,60"],
+    }
+    tiles = [
+        Tile(image=Image.open(refocused(prompts, "--bokeh-targets", "28", *flags)[0]), label=label)
+        for label, flags in asked.items()
+    ]
+    return contact_sheet(tiles, "One photograph at level 28", "nano")
+
+
+PICTURES = {
+    "sweep": sweep, "levels": levels, "plain": plain, "scenes": scenes, "shortcuts": shortcuts,
+    "refocus": refocus, "lens": lens,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     refocusing = commands.add_parser("refocus", help="how well photographs are refocused")
     refocusing.add_argument("--photo-level", type=float, default=0.0)
     refocusing.add_argument("--method", choices=("render", "inversion", "reference"), default="render")
+    refocusing.add_argument("--probe", choices=("straight", "reference"), help="how render asks the model")
     refocusing.add_argument("--seed", type=int, default=refocus.SEED, help="of the scenes photographed")
     cutting = commands.add_parser("shortcuts", help="what the shortcuts of a sweep save and change")
     controlling = commands.add_parser("controls", help="what a control adapter must show")
@@ -138,6 +139,7 @@ def judge_refocus(pipe: Pipeline, args: argparse.Namespace) -> int:
         captions=args.captions,
         photo_level=args.photo_level,
         method=args.method,
+        probe=args.probe,
         steps=args.steps,
         seed=args.seed,
     )
@@ -147,7 +149,7 @@ def judge_refocus(pipe: Pipeline, args: argparse.Namespace) -> int:
         print(
             f"{row.level:5.0f}{row.psnr:12.1f}{row.photo:16.1f}{row.decoded:20.1f}{row.subject:10.1f}{row.lights:9.2f}"
         )
-    asked = {"photo_level": args.photo_level, "method": args.method, "seed": args.seed}
+    asked = {name: getattr(args, name) for name in ("photo_level", "method", "probe", "seed")}
     record = made_by(pipe, args, time.perf_counter() - start) | asked
     write_json(args.results / "refocus.json", record | {"rows": [asdict(row) for row in scores]})
     save(sheet, args.results / "refocus.jpg")

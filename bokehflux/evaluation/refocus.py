@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ def evaluate(
     captions: int = 8,
     photo_level: float = 0.0,
     method: str = "render",
+    probe: str | None = None,
     steps: int | None = None,
     seed: int = SEED,
 ) -> tuple[list[Scores], Image.Image]:
@@ -77,9 +79,8 @@ def evaluate(
     found, strips = [], []
     for i, prompt in enumerate(prompts):
         photo, true = picture(photos[i]), [renders[i : i + 1] for renders in truth]
-        result = pipe.refocus(
-            photo, prompt, levels, photo_level=photo_level, method=method, num_inference_steps=steps
-        )
+        asked: dict[str, Any] = {"method": method, "probe": probe, "num_inference_steps": steps}
+        result = pipe.refocus(photo, prompt, levels, photo_level=photo_level, **asked)
         made = result.images
         for image, expected, without in zip(made, true, dim, strict=True):
             shown, given = pixels(image), pixels(photo)
