@@ -152,6 +152,8 @@ class ReferenceConfig:
 
     rank: int = 32
     """Rank of its low-rank layers."""
+    width: int = 256
+    """Hidden width of the MLP after a block."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -82,6 +82,10 @@ class BlockSpec:
         """Attention's output [B, L, H, D] with what controls add, k the rows' keys."""
         return joint if self.control is None else self.control(joint, k)
 
+    def leaving(self, stream: Residual) -> Residual:
+        """A stream as a block hands it on."""
+        return stream.leaving() if self.reference is None else Residual(self.reference.after(stream.sum()))
+
 
 class AttentionCall(nn.Module):
     """Where a specification is applied. A module so that forward hooks see q, k and v of one block."""
@@ -159,7 +163,7 @@ class DoubleStreamBlock(nn.Module):
         txt = Residual(txt_x, self.txt_attn.proj(txt_joint), mod.txt_attn.gate)
         del img_x, txt_x, joint, img_joint, txt_joint
         img, txt = self.img_mlp.update(img, mod.img_mlp), self.txt_mlp.update(txt, mod.txt_mlp)
-        return img.leaving(), txt.leaving()
+        return spec.leaving(img), txt.leaving()
 
     def modulation_of(self, vec: Tensor) -> DoubleModulation:
         """[B, E] -> this block's vectors, which depend on prompt, guidance and noise level only."""
@@ -196,7 +200,7 @@ class SingleStreamBlock(nn.Module):
         del heads  # attention's result takes their place
         joint = spec.steer(self.attention(spec.attention, q, k, v), k).flatten(2)  # [B, L, H, D] -> [B, L, E]
         del q, k, v
-        return Residual(x, fused.single_out(*layers, normed, joint, hidden), mod.gate).leaving()
+        return spec.leaving(Residual(x, fused.single_out(*layers, normed, joint, hidden), mod.gate))
 
     def modulation_of(self, vec: Tensor) -> ModulationOut:
         """[B, E] -> this block's vectors, which depend on prompt, guidance and noise level only."""

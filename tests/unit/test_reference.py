@@ -27,7 +27,7 @@ from bokehflux.weights.save import save_network
 from tests.tiny import MMDIT, TXT_LENGTH, tiny_mmdit
 
 IDS = position_ids(LatentGrid(height_px=32, width_px=32), TXT_LENGTH)
-CONFIG = ReferenceConfig(rank=4)
+CONFIG = ReferenceConfig(rank=4, width=8)
 
 
 def ropes() -> tuple[RopeTable, RopeTable]:
@@ -155,7 +155,7 @@ def test_the_adapter_learns_and_the_base_stays() -> None:
         error(number, 16).backward()
         if not number:
             live = {n for n, p in made.named_parameters() if p.grad is not None}
-            assert live == {n for n, _ in made.trainable()} and len(live) == 6 * MMDIT.num_blocks - 2
+            assert live == {n for n, _ in made.trainable()} and len(live) == 8 * MMDIT.num_blocks - 4
             assert all(p.grad.any() for n, p in made.trainable() if ".up." in n)
         optimizer.step()
         optimizer.zero_grad()
