@@ -143,11 +143,12 @@ def judge_refocus(pipe: Pipeline, args: argparse.Namespace) -> int:
         steps=args.steps,
         seed=args.seed,
     )
-    print(f"{args.captions} photos, means in dB; lights: a share of the true ones")
-    print("level   refocused   left as it is   truth through VAE   subject   lights")
+    print(f"{args.captions} photos, means in dB; sharpness: log variance, less the true; lights: a share")
+    print("level   refocused   left as it is   truth through VAE   subject   sharpness   lights")
     for row in scores:
         print(
-            f"{row.level:5.0f}{row.psnr:12.1f}{row.photo:16.1f}{row.decoded:20.1f}{row.subject:10.1f}{row.lights:9.2f}"
+            f"{row.level:5.0f}{row.psnr:12.1f}{row.photo:16.1f}{row.decoded:20.1f}{row.subject:10.1f}"
+            f"{row.sharpness:+12.2f}{row.lights:9.2f}"
         )
     asked = {name: getattr(args, name) for name in ("photo_level", "method", "probe", "seed")}
     record = made_by(pipe, args, time.perf_counter() - start) | asked

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bokehflux.evaluation.figures import floats
 from bokehflux.evaluation.renderer import through_vae
-from bokehflux.metrics import psnr
+from bokehflux.metrics import psnr, sharpness
 from bokehflux.models.vae import to_uint8
 from bokehflux.nano.captions import held_out
 from bokehflux.nano.scenes import build_scenes, render
@@ -49,6 +49,8 @@ class Scores:
     """From the true render, through the model's autoencoder, to the true render."""
     subject: float
     """As `psnr`, over the subject alone."""
+    sharpness: float
+    """Log variance of the Laplacian: of the refocused picture, less the true render's."""
     lights: float
     """What clipped lights add to the picture, as a share of what they add to the true render."""
 
@@ -91,6 +93,7 @@ def evaluate(
                 [
                     *(psnr(each, expected) for each in (shown, given, decoded)),
                     psnr(parts[0].view(1, 3, 1, -1), parts[1].view(1, 3, 1, -1)),
+                    sharpness(shown) - sharpness(expected),
                     *added(shown[0], expected[0], without[i]),
                 ]
             )
@@ -102,11 +105,14 @@ def evaluate(
                     for level, image in zip(levels, images, strict=True)
                 ]
                 strips.append(contact_sheet(tiles, prompt, what))
-    means = torch.tensor(found).view(captions, len(levels), 6).mean(0).tolist()
+    means = torch.tensor(found).view(captions, len(levels), 7).mean(0).tolist()
     scores = [
-        Scores(level=level, psnr=shown, photo=given, decoded=decoded, subject=part, lights=ours / true_light)
-        for level, (shown, given, decoded, part, ours, true_light) in zip(levels, means, strict=True)
-    ]
+        Scores(
+            level=level, psnr=shown, photo=given, decoded=decoded, subject=part, sharpness=sharp,
+            lights=ours / true_light,
+        )
+        for level, (shown, given, decoded, part, sharp, ours, true_light) in zip(levels, means, strict=True)
+    ]  # fmt: skip
     return scores, plot.joined(strips, "down")
 
 
