@@ -39,8 +39,8 @@ class Pairs:
     first: float = 0.2
     """Share of rows that are noise alone, where sampling begins."""
     own: float = 0.5
-    """Share of rows on the way to the picture that the network itself draws in one step, not to the true one: in
-    sampling it meets its own errors."""
+    """Share of rows on the way to the picture that the network itself draws in one step, not to the true
+    one: in sampling it meets its own errors."""
 
 
 def reference_loss(
