@@ -378,7 +378,7 @@ class RefocusSettings(LensSettings, Settings):
 
     @property
     def num_rows(self) -> int:
-        return 2 - self.looks if self.method == "render" else super().num_rows
+        return 2 if self.method == "render" else super().num_rows + self.looks
 
     @property
     def looks(self) -> bool:

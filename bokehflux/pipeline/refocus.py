@@ -66,17 +66,16 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
     if settings.looks and (found := model.source.snapshot) is not None and found.reference is not None:
         hashes = (("reference", fingerprint([found.reference])),)
         settings = dataclasses.replace(settings, file_hashes=hashes)
-    targets = slice(0 if settings.looks else 1, None)
 
     def end(x: Tensor, _: Tensor | None) -> End:
         # The photograph decides the colours on the way. To move their means afterwards, in 8-bit Lab, loses a
         # decibel and more.
-        return End(x[targets], None)
+        return End(x[1:], None)
 
     if settings.method != "render":
         fitted = ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
         levels = settings.bokeh_targets
-        begin = _beside(settings, *levels) if settings.looks else _inverted(model, settings)
+        begin = _straight(settings, *levels) if settings.looks else _inverted(model, settings)
         return Plan(settings=settings, begin=begin, end=end, photo=fitted)
     lens = Lens(model.device, photo, asked)
     settings = dataclasses.replace(settings, file_hashes=(*hashes, *lens.file_hashes))
@@ -84,7 +83,7 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
     asked_of = lens.photo.resize(size, Image.Resampling.LANCZOS)
     return Plan(
         settings=settings,
-        begin=_beside(settings, PROBE_LEVEL) if settings.looks else _probed(model, settings),
+        begin=_straight(settings, PROBE_LEVEL),
         end=end,
         photo=asked_of,
         shown=lens.photo,
@@ -138,16 +137,16 @@ class Lens:
                 yield Image.fromarray((out.movedim(0, -1) * 255).round().byte().cpu().numpy())
 
 
-def _probed(model: Model, settings: RefocusSettings) -> Callable[[Stage], Start]:
-    """One row for the photograph on its way to noise that is always the same, and one for strong blur."""
+def _straight(settings: RefocusSettings, *levels: float) -> Callable[[Stage], Start]:
+    """The photograph on its way to noise that is always the same, and beside it a row for each level."""
 
     def begin(stage: Stage) -> Start:
-        photo, sigmas = stage.photo, stage.sigmas
+        photo, sigmas, rows = stage.photo, stage.sigmas, (settings.bokeh_pivot, *levels)
         assert photo is not None
         states = straight(photo, stage.noise(DEFAULT_SEED), sigmas)
-        levels = BokehCondition.of([settings.bokeh_pivot, PROBE_LEVEL])
-        velocity = followed(stage.velocity(levels, _grounding(settings)), states, sigmas)
-        return Start(states[0].expand(2, -1, -1), velocity)
+        beside = stage.read(settings.bokeh_pivot) if settings.looks else _grounding(settings)
+        velocity = followed(stage.velocity(BokehCondition.of(rows), beside), states, sigmas)
+        return Start(states[0].expand(len(rows), -1, -1), velocity)
 
     return begin
 
@@ -166,17 +165,6 @@ def _inverted(model: Model, settings: RefocusSettings) -> Callable[[Stage], Star
         if settings.reuse is not None:
             velocity = reused(velocity, path(states, sigmas), settings.reuse, len(sigmas) - 1)
         return Start(states[0].expand(len(levels), -1, -1), velocity)
-
-    return begin
-
-
-def _beside(settings: RefocusSettings, *levels: float) -> Callable[[Stage], Start]:
-    """A row for each level, from noise that is always the same, all looking at the photograph."""
-
-    def begin(stage: Stage) -> Start:
-        keys = stage.read(settings.bokeh_pivot)
-        x = stage.noise(DEFAULT_SEED).expand(len(levels), -1, -1)
-        return Start(x, stage.velocity(BokehCondition.of(levels), keys))
 
     return begin
 

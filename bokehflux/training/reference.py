@@ -3,8 +3,8 @@
 The photograph passes the network once, targets read its keys and values, and only the photograph's updates
 are trained. Real pairs are renders of one scene, so the target is known to the pixel.
 
-What counts is the picture that a step's velocity leads to, not the velocity: the network alone tells noise
-from picture well where noise is weak, and in velocities the errors there are 30 times as large.
+What counts is the picture that a step's velocity leads to, as `sampling.inversion.followed` mends it: not
+the velocity, whose errors are largest where noise is weak and the network needs no photograph.
 """
 
 from __future__ import annotations
@@ -35,12 +35,17 @@ class Pairs:
     caption_dropout: float = 0.1
     """Share of scenes whose caption is left out."""
     targets: int = 4
-    """Rows that look at each photograph, which passes the network once for them; they divide the batch."""
+    """Rows that look at each photograph, which passes the network once for them; they divide the batch. The
+    first is the photograph itself, from which others learn what their pictures lack."""
     first: float = 0.2
-    """Share of rows that are noise alone, where sampling begins."""
+    """Share of photographs whose rows are noise alone, where sampling begins."""
     own: float = 0.5
-    """Share of rows on the way to the picture that the network itself draws in one step, not to the true
-    one: in sampling it meets its own errors."""
+    """Share of photographs whose rows are on the way to what the network itself draws in one step, not to the
+    truth: in sampling it meets its own errors."""
+
+    def __post_init__(self) -> None:
+        if self.targets < 2:
+            raise ValueError(f"targets must be at least 2, the photograph among them, got {self.targets}")
 
 
 def reference_loss(
@@ -56,45 +61,44 @@ def reference_loss(
     def loss(step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         draws = step.draws
         each = draws.groups(how.targets)  # a photograph
-
-        def rows(x: Tensor) -> Tensor:
-            return x.repeat_interleave(how.targets, dim=0)
-
         chosen = each.on(scenes.device)
         scene = chosen.integers("scene", scenes.num_scenes)
         source = chosen.integers("photo", scenes.num_renders)
         source = torch.where(chosen.uniform("sharp") < how.sharp, 0, source)
-        target = draws.on(scenes.device).integers("target", scenes.num_renders)
+        target = draws.on(scenes.device).integers("target", scenes.num_renders).view(-1, how.targets)
+        target[:, 0] = source
         text = scenes.text(scene, chosen.uniform("caption") < how.caption_dropout, chosen)
-        photo, x0 = (
-            onto(scenes.latents(*which), draws.device) for which in ((scene, source), (rows(scene), target))
-        )
-        photo_levels, levels = (
-            BokehCondition(levels=onto(scenes.levels(*which), draws.device))
-            for which in ((scene, source), (rows(scene), target))
-        )
-        # The targets of a photograph are spread over all noise levels, as those of the whole step are.
-        sigma = draws.spread("sigma").view(how.targets, -1).T.flatten()
-        sigma = (sigma / (1 - how.first)).clamp(max=1)
-        eps, guidance = draws.normal("noise", *x0.shape[1:]), torch.ones_like(sigma)
+
+        def rows(x: Tensor) -> Tensor:
+            return x.repeat_interleave(how.targets, dim=0)
+
+        which = rows(scene), target.flatten()
+        x0, levels = (onto(of(*which), draws.device) for of in (scenes.latents, scenes.levels))
+        # As in sampling, the rows of a photograph share noise and noise level.
+        sigma = rows((each.spread("sigma") / (1 - how.first)).clamp(max=1))
+        eps, guidance = rows(each.normal("noise", *x0.shape[1:])), torch.ones_like(sigma)
+        photo, photo_levels = x0[:: how.targets], BokehCondition(levels=levels[:: how.targets])
         # As in `adapter_step`: every block sees inputs that ask for gradients.
         txt = text.txt.detach().requires_grad_()
         keys = read_reference(
-            mmdit, adapter, photo.requires_grad_(), Conditioning(txt=txt, pooled=text.pooled), photo_levels,
+            mmdit, adapter, photo.clone().requires_grad_(), Conditioning(txt=txt, pooled=text.pooled), photo_levels,
             reference_rope, guidance[: len(photo)],
         )  # fmt: skip
         spec = OnReference(keys=keys.repeated(how.targets), backend="sdpa")
 
-        def picture(x: Tensor, sigma: Tensor) -> Tensor:
-            x = x.requires_grad_()
-            v = mmdit(x, rows(txt), rows(text.pooled), sigma, guidance, rope, spec, levels).float()
-            return x - sigma[:, None, None] * v
+        def pictures(towards: Tensor, sigma: Tensor) -> Tensor:
+            """Where states on the way towards these lead, all [B, N, C]; `sampling.inversion.followed`."""
+            x, of = mix(towards, eps, sigma).requires_grad_(), BokehCondition(levels=levels)
+            v = mmdit(x, rows(txt), rows(text.pooled), sigma, guidance, rope, spec, of).float()
+            drawn = (x - sigma[:, None, None] * v).unflatten(0, (-1, how.targets))
+            lacks = photo[:, None] - drawn[:, :1]
+            return torch.cat([drawn[:, :1], drawn[:, 1:] + lacks], dim=1).flatten(0, 1)
 
         with torch.no_grad():
-            drawn = picture(eps, torch.ones_like(sigma))
-        own = draws.uniform("own") < how.own
-        error = picture(mix(torch.where(own[:, None, None], drawn, x0), eps, sigma), sigma) - x0
-        loss = error.square().mean()
-        return loss, {"loss": loss}
+            own = pictures(x0, torch.ones_like(sigma)).unflatten(0, (-1, how.targets))
+        own[:, 0] = photo
+        is_own = rows(each.uniform("own") < how.own)[:, None, None]
+        error = (pictures(torch.where(is_own, own.flatten(0, 1), x0), sigma) - x0).square().mean()
+        return error, {"loss": error}
 
     return loss

@@ -159,7 +159,7 @@ def test_the_adapter_learns_and_the_base_stays() -> None:
             assert all(p.grad.any() for n, p in made.trainable() if ".up." in n)
         optimizer.step()
         optimizer.zero_grad()
-    assert float(error(100, 64).detach()) < 0.95 * start
+    assert float(error(100, 64).detach()) < 0.97 * start
     assert all(torch.equal(t, before[name]) for name, t in mmdit.state_dict().items())
 
 
@@ -172,10 +172,10 @@ def test_photographs_are_the_sharpest_or_any(sharp: float, at_first: float) -> N
             asked.append(render)
             return super().latents(scene, render)
 
-    how = Pairs(sharp=sharp, targets=1)
+    how = Pairs(sharp=sharp, targets=2)
     loss = reference_loss(tiny_mmdit(), adapter(), *ropes(), how, Watched())
-    loss(Step(0, 0.0, Draws.of_step(0, 0, 200, torch.device("cpu"))))
-    photos, targets = ((render == 0).float().mean().item() for render in asked)
+    loss(Step(0, 0.0, Draws.of_step(0, 0, 400, torch.device("cpu"))))
+    photos, targets = (asked[0].view(-1, 2) == 0).float().mean(0).tolist()
     assert photos == pytest.approx(at_first, abs=0 if sharp == 1 else 0.1)
     assert targets == pytest.approx(0.5, abs=0.1)
 

@@ -544,7 +544,7 @@ def test_a_cpu_in_bfloat16_looks_with_wide_and_narrow_steps() -> None:
 
 @pytest.mark.parametrize("max_rows", [None, 1])
 def test_targets_look_at_the_photograph(max_rows: int | None) -> None:
-    """It passes the network once, and every step of every level reads what it left."""
+    """It passes the network once, and every step of every level, its own among them, reads what it left."""
     pipe, levels, steps = looking(), (3.0, 9.0, 30.0), 3
     passes: list[int] = []
     pipe.transformer.double_blocks[0].register_forward_pre_hook(lambda _, args: passes.append(len(args[0].x)))
@@ -552,9 +552,9 @@ def test_targets_look_at_the_photograph(max_rows: int | None) -> None:
         photo(), "a mug", levels, photo_level=9, method="reference", num_inference_steps=steps,
         guidance_scale=2.0, max_rows=max_rows,
     )  # fmt: skip
-    assert passes == [1] + steps * ([3] if max_rows is None else [1, 1, 1])
+    assert passes == [1] + steps * ([4] if max_rows is None else [1, 1, 1, 1])
     usual = RefocusSettings(prompt="a mug", bokeh_targets=levels, method="reference").completed(pipe.defaults)
-    assert usual.num_inference_steps == 4 and usual.num_rows == 3
+    assert usual.num_inference_steps == 4 and usual.num_rows == 4
     assert made.pivot_latents is None and made.record.settings.num_grounding_steps == 0
     assert np.array_equal(np.asarray(made.pivot_image), np.asarray(photo()))
 
@@ -567,22 +567,25 @@ def test_targets_look_at_the_photograph(max_rows: int | None) -> None:
         keys = read_reference(mmdit, pipe.reference, shown, text, BokehCondition.of([9.0]), rope, guidance)
         x = pack(noise(grid, DEFAULT_SEED, torch.float32))
         velocity = denoiser(
-            mmdit, text, grid, guidance=2.0, bokeh=BokehCondition.of(levels),
+            mmdit, text, grid, guidance=2.0, bokeh=BokehCondition.of((9.0, *levels)),
             attention=lambda rows, step: OnReference(keys=keys),
         )  # fmt: skip
-        expected = euler(velocity, x.expand(3, -1, -1), sigmas(pipe.schedule, steps, grid.num_tokens))
+        schedule = sigmas(pipe.schedule, steps, grid.num_tokens)
+        beside = followed(velocity, straight(shown, x, schedule), schedule)
+        expected = euler(beside, x.expand(4, -1, -1), schedule)[1:]
     torch.testing.assert_close(made.latents, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(made.latents[1:2], shown, atol=1e-4, rtol=1e-4)  # its own level
     own = decode_pictures(pipe.vae, made.latents, None, grid, tiled=False).images
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(made.images, own, strict=True))
 
 
 def test_a_model_that_looks_is_asked_for_the_map_so() -> None:
-    """One row, and the lights as bright as its picture shows them; paths to noise on demand."""
+    """One row beside its own, and the lights as bright as its picture shows them; paths to noise on demand."""
     pipe, passes = looking(), list[int]()
     pipe.transformer.double_blocks[0].register_forward_pre_hook(lambda _, args: passes.append(len(args[0].x)))
     made = pipe.refocus(photo(), "a mug", [9, 20])
     settings = made.record.settings
-    assert passes == [1] * 5 and settings.num_rows == 1 and settings.numbers().grounded_steps == 0
+    assert passes == [1, 2, 2, 2, 2] and settings.num_rows == 2 and settings.numbers().grounded_steps == 0
     assert isinstance(settings, RefocusSettings) and settings.probe == "reference"
     assert [image.size for image in made.images] == [photo().size] * 2
     passes.clear()
