@@ -81,8 +81,8 @@ def reference_loss(
         # As in `adapter_step`: every block sees inputs that ask for gradients.
         txt = text.txt.detach().requires_grad_()
         keys = read_reference(
-            mmdit, adapter, photo.clone().requires_grad_(), Conditioning(txt=txt, pooled=text.pooled), photo_levels,
-            reference_rope, guidance[: len(photo)],
+            mmdit, adapter, photo.clone().requires_grad_(), Conditioning(txt=txt, pooled=text.pooled),
+            photo_levels, reference_rope, guidance[: len(photo)],
         )  # fmt: skip
         spec = OnReference(keys=keys.repeated(how.targets), backend="sdpa")
 

@@ -580,7 +580,7 @@ def test_targets_look_at_the_photograph(max_rows: int | None) -> None:
 
 
 def test_a_model_that_looks_is_asked_for_the_map_so() -> None:
-    """One row beside its own, and the lights as bright as its picture shows them; paths to noise on demand."""
+    """One row beside its own, and lights as bright as its picture shows them; paths to noise on demand."""
     pipe, passes = looking(), list[int]()
     pipe.transformer.double_blocks[0].register_forward_pre_hook(lambda _, args: passes.append(len(args[0].x)))
     made = pipe.refocus(photo(), "a mug", [9, 20])
