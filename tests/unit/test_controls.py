@@ -361,3 +361,11 @@ def test_the_adapter_learns_and_the_model_stays() -> None:
     assert held_out() < 0.85 * start
     assert all(torch.equal(t, before[name]) for name, t in mmdit.state_dict().items())
     assert all(p.grad is not None and p.grad.any() for p in made.parameters())
+
+
+def test_training_starts_from_keys_that_differ_and_from_nothing_added() -> None:
+    ups = {name: m.up.weight for name, m in adapter(started=True).named_modules() if isinstance(m, LowRank)}
+    keys = [weight for name, weight in ups.items() if name.endswith("to_k_ctl")]
+    assert 0 < len(keys) < len(ups)
+    for name, weight in ups.items():
+        assert weight.any() == name.endswith("to_k_ctl"), name

@@ -335,6 +335,7 @@ def test_many_scenes_get_several_pages(tmp_path: Path, monkeypatch: pytest.Monke
     pages = sorted(p.name for p in tmp_path.iterdir() if p.is_file())
     assert pages == ["grid-2.png", "grid.png", "index-2.html", "index-3.html", "index.html"]
     assert sorted(p.name for p in sweep_of(requests, tmp_path).overviews()) == pages
+    assert len(sweep_of(requests[:4], tmp_path / "full").overviews()) == 4, "two pages and grids, none empty"
     curves = [(tmp_path / name).read_text().count('"curve": ') for name in pages[2:]]
     assert curves == [2, 1, 2]
     served = Serve()
