@@ -70,6 +70,7 @@ def attention(family: str) -> None:
                 launch.forward(q, k, None, k, bias, jobs, fixed=fixed)
             launch.backward(k, q, k, None, k, k, lse, jobs)
     triton_joins.merge_(k, lse, k, lse)
+    triton_joins.join_gradients_(k[0], k, k, k, k[1:], k[1:], k[1:])
 
 
 def passes() -> None:

@@ -44,6 +44,38 @@ def sum_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
     return sum(parts[1:], parts[0])
 
 
+def join_gradients(own: Sequence[Tensor], more: Sequence[Tensor], pivot_of: Sequence[int]) -> Tensor:
+    """The gradient of the pivots' queries [P, L, H, D], where rows and targets had calls of their own.
+
+    own: gradients of q (a query a row), k and v [B, L, H, D], the last two contiguous and brought to their
+    sums in place. more: the same of the targets [T, L, H, D], whose keys were their pivots'. What a pivot is
+    to all its targets is summed in float32 before it is rounded.
+    """
+    (dq_rows, dk, dv), (dq_more, dk_more, dv_more) = own, more
+    targets = [row for row, pivot in enumerate(pivot_of) if row != pivot]
+    pivots = sorted(set(pivot_of))
+    dq = dk.new_empty((len(pivots), *dk.shape[1:]))
+    fused = dispatch.takes(*own, *more) and all(x.is_contiguous() for x in (*own, *more))
+    for place, pivot in enumerate(pivots):
+        rows = [row for row, one in enumerate(pivot_of) if one == pivot]
+        those = [i for i, row in enumerate(targets) if pivot_of[row] == pivot]
+        if fused and rows == list(range(pivot, pivot + len(rows))):
+            from . import triton_joins
+
+            mine, group, first = slice(pivot, pivot + len(rows)), len(rows) - 1, those[0] if those else 0
+            other = (x[first : first + group] for x in more)
+            triton_joins.join_gradients_(dq[place], dq_rows[mine], dk[mine], dv[mine], *other)
+            continue
+        total = sum_rows(dq_rows, rows)
+        if those:
+            total += sum_rows(dq_more, those)
+            dk[pivot] = sum_rows(dk_more, those).add_(dk[pivot])
+        dq[place] = total
+        for i in those:
+            dv[targets[i]].add_(dv_more[i])
+    return dq
+
+
 def merge(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
     """One softmax over two sets of keys, from values [B, L, H, D] and log-sum-exps [B, L, H] of each."""
     share = torch.sigmoid(other[1] - own[1])[..., None]

@@ -237,7 +237,7 @@ def test_stock_attention_with_gradients_is_one_node() -> None:
         torch.testing.assert_close(a, b)
     stock.register_flops()
     with FlopCounterMode(display=False) as counter:
-        stock.grounded_attention(*args).sum().backward()
+        stock._grounded(*args)[0].sum().backward()
     assert counter.get_total_flops() == 7 * 2 * 5 * 2 * 10**2 * 16  # 2 + 5 products, 3 own and 2 pivots' keys
 
 
@@ -319,6 +319,26 @@ def test_two_softmaxes_are_joined_in_triton(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(ours[1:].double(), exact, atol=2e-3, rtol=0)
     torch.testing.assert_close(lse[1:], torch.logaddexp(*sums), atol=1e-5, rtol=1e-6)
     assert (ours[0] == 7).all() and (lse[0] == 7).all()
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("pivot_of", [(0, 0), (0, 0, 0, 0), (0, 0, 0, 3, 4, 4), (0, 1)], ids=str)
+def test_gradients_are_joined_in_triton(pivot_of: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by PyTorch's operators, in float32 sums rounded once."""
+    from bokehflux.kernels.attention import triton_joins
+
+    rows, targets = len(pivot_of), sum(row != pivot for row, pivot in enumerate(pivot_of))
+    own, more = ([torch.randn(n, 37, 3, 24).half() for _ in "qkv"] for n in (rows, targets))
+    exact = [x.double() for x in own]
+    dq = joins.join_gradients(exact, [x.double() for x in more], pivot_of)
+    launched: list[int] = []
+    whole = triton_joins.join_gradients_
+    monkeypatch.setattr(triton_joins, "join_gradients_", lambda *x: (launched.append(len(x)), whole(*x)))
+    monkeypatch.setattr(joins.dispatch, "takes", lambda *_: True)
+    ours = joins.join_gradients(own, more, pivot_of)
+    assert len(launched) == len(set(pivot_of))
+    for found, true in zip((ours, *own[1:]), (dq, *exact[1:]), strict=True):
+        torch.testing.assert_close(found.double(), true, atol=1e-5, rtol=2**-11)
 
 
 @pytest.mark.parametrize(
