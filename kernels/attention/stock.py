@@ -191,7 +191,8 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        return *_backward(grad, *ctx.saved_tensors, ctx.pivot_of), None
+        q, k, v, out, lse = ctx.saved_tensors
+        return *_backward(grad, q, k, v, out, lse, ctx.pivot_of), None
 
 
 def _flops(products: int) -> Any:
