@@ -10,7 +10,7 @@
 
 `nano` takes minutes with four captions on a CPU; with few, its means are noisier. All 32 suit a GPU. `pairs`
 reads the folders of EBB!, RealBokeh and RealDOF, or `sharp` and `blurred` of your own. `card` writes what
-`nano` found, and the logs of training, into weights/nano/README.md.
+`nano` and `controls` found, and the logs of training, into weights/nano/README.md.
 """
 
 from __future__ import annotations
@@ -240,10 +240,15 @@ def made_by(pipe: Pipeline, args: argparse.Namespace, seconds: float) -> dict[st
 
 
 def write_card(results: Path) -> int:
-    record = json.loads((results / "nano.json").read_text(encoding="utf-8"))
+    judged = {judge: results / f"{judge}.json" for judge in ("nano", "controls")}
+    tables = [
+        card.figures(json.loads(path.read_text(encoding="utf-8")), judge)
+        for judge, path in judged.items()
+        if judge == "nano" or path.is_file()
+    ]
     paths = {name: CARD / "training" / f"{name}.json" for name in card.STAGES}
     logs = {name: json.loads(path.read_text()) for name, path in paths.items() if path.is_file()}
-    replace_between(CARD / "README.md", FIGURES, card.figures(record))
+    replace_between(CARD / "README.md", FIGURES, "\n\n".join(tables))
     replace_between(CARD / "README.md", TRAINING, card.stages(logs))
     save(card.curves(logs).quantize(32), CARD / "training.png")
     print(f"written: {CARD / 'README.md'}, {CARD / 'training.png'}")

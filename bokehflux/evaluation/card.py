@@ -15,19 +15,21 @@ from bokehflux.pictures import plot
 AXES = ("step", "seconds")
 STAGES = {
     "autoencoder": "vae", "base": "base", "base-resumed": "base --resume", "adapter": "adapter",
-    "reference": "reference",
+    "reference": "reference", "controls": "controls",
 }  # fmt: skip
 """Name of a log -> its stage in scripts/train_nano.py, in their order."""
 
 
-def figures(record: Mapping[str, Any]) -> str:
-    """A report's table, and under it the run it comes from. record: what `evaluation nano` writes."""
+def figures(record: Mapping[str, Any], judge: str = "nano") -> str:
+    """A report's table, and under it the run it comes from. record: what `evaluation` writes for `judge`."""
     lines = ["| figure | of | measured | target | reached |", "|---|---|---|---|---|"]
     for row in record["rows"]:
         found = Figure(**{key: row[key] for key in ("figure", "of", "value", "target")})
         reached = {None: "", True: "yes", False: "NO"}[found.passed]
         lines.append(f"| {found.figure} | {found.of} | {found.value:.2f} | {found.wanted} | {reached} |")
-    command = f"python -m bokehflux.evaluation nano --captions {record['captions']} --steps {record['steps']}"
+    command = (
+        f"python -m bokehflux.evaluation {judge} --captions {record['captions']} --steps {record['steps']}"
+    )
     where = f"{record['device']}, torch {record['torch']}, commit `{record['commit'][:12]}`"
     return "\n".join([*lines, "", f"{record['seconds']:.0f} s: `{command}` on {where}."])
 
