@@ -35,6 +35,8 @@ class Kind:
     """What argparse makes of one word."""
     many: bool = False
     """Whether a flag takes several words."""
+    commas: bool = True
+    """Whether commas part them, too."""
 
 
 def _text(value: Any) -> str:
@@ -81,6 +83,14 @@ def _levels(value: Any) -> tuple[float, ...]:
 def _controls(value: Any) -> str:
     words = value if isinstance(value, str) else [_text(word) for word in value]
     return str(parse_controls(words))
+
+
+def _foci(value: Any) -> tuple[str, ...]:
+    given = (value,) if isinstance(value, str) else tuple(value)
+    foci = tuple(str(parse_focus(_text(one))) for one in given)
+    if isinstance(value, bytes | Mapping) or not 0 < len(foci) <= MAX_TARGETS:
+        raise TypeError
+    return tuple(dict.fromkeys(foci))
 
 
 def _switch(value: Any) -> bool:
@@ -137,7 +147,7 @@ PHOTO_LEVEL = Kind(LEVEL.what, _level, _level_or_auto)
 """On the command line it may be "auto", which the program replaces by what the photograph's EXIF says."""
 LEVELS = Kind(f"a sequence of 1 to {MAX_TARGETS} levels", _levels, float, many=True)
 SWITCH = Kind("true or false", _switch)
-FOCUS = Kind("a focus, as `focus.parse_focus` reads it", lambda value: str(parse_focus(_text(value))))
+FOCI = Kind("one focus or several, as `focus.parse_focus` reads them", _foci, str, many=True, commas=False)
 APERTURE = Kind(
     "an aperture, as `aperture.parse_aperture` reads it",
     lambda value: aperture_text(parse_aperture(_text(value))),

@@ -7,7 +7,7 @@ and replay all derive from the fields below: a further setting is one field here
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -15,7 +15,7 @@ from bokehflux.configs import GROUNDED_SHARE, MAX_SIDE_PX, MAX_STEPS, MAX_TXT_LE
 from bokehflux.fields import (
     APERTURE,
     CONTROLS,
-    FOCUS,
+    FOCI,
     LEVEL,
     LEVELS,
     METHOD,
@@ -57,6 +57,13 @@ LOOKING_STEPS = 4
 """How many steps pictures take that look at the photograph: with more of them errors add up (docs/log.md)."""
 
 
+SHAPES = (
+    "what lights become: disc, polygon:6, polygon:6@15 (turned), donut:0.5, anamorphic:2, cats-eye:0.5, or a "
+    "picture's name (default: disc)"
+)
+"""Help for --aperture."""
+
+
 class Numbers(NamedTuple):
     """What a model fills in where nothing was asked for."""
 
@@ -68,32 +75,50 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LensSettings(Checked):
-    """The lens that blurs pictures where a map of their blur is known."""
+    """Pictures at bokeh levels, and the lens that blurs them where a map of their blur is known."""
 
-    focus: str | None = setting(
-        None, FOCUS, metavar="WHAT", sparse=True,
-        help="what becomes sharp: a point X,Y in pixels, or the plane through three points X,Y/X,Y/X,Y "
-             "(default: what is sharp stays so)",
+    bokeh_targets: tuple[float, ...] | None = setting(
+        None, LEVELS, metavar="LEVEL", decides=False,
+        help="bokeh levels, 0 (all sharp) to 30; without any, generate makes one picture of the plain model, "
+             "and sweep and refocus go from 0 to 30 in steps of 5",
     )  # fmt: skip
-    aperture: str = setting(
-        "disc", APERTURE, metavar="SHAPE",
-        help="what lights become: disc, polygon:6, polygon:6@15 (turned), donut:0.5, anamorphic:2, "
-             "cats-eye:0.5, or a picture's name (default: %(default)s)",
+    focus: tuple[str, ...] | None = setting(
+        None, FOCI, metavar="WHAT", sparse=True, decides=False,
+        help="what becomes sharp, a picture for each: near, far, a share of the way such as 0.5, a range "
+             "0.2-0.6, a point X,Y in pixels, or the plane through three points X,Y/X,Y/X,Y (default: what "
+             "is sharp stays so)",
     )  # fmt: skip
+    aperture: str | None = setting(None, APERTURE, metavar="SHAPE", sparse=True, help=SHAPES)
     highlights: float | None = setting(
-        1.0, NUMBER, least=1, most=1000, metavar="X",
-        help="how many times as bright clipped lights really were (default: %(default)s, as they are)",
+        None, NUMBER, least=1, most=1000, metavar="X", sparse=True,
+        help="how many times as bright clipped lights really were (default: as their glow says)",
     )  # fmt: skip
+    file_hashes: tuple[tuple[str, str], ...] | None = setting(None, PAIRS, sparse=True)
+    """Setting and fingerprint of each file that settings name."""
+
+    @property
+    def shots(self) -> list[tuple[float | None, str | None]]:
+        """Level and focus of every picture that is asked for, in order. None: the plain model, and the focus
+        that the picture has by itself."""
+        levels: Sequence[float | None] = self.bokeh_targets or (None,)
+        foci: Sequence[str | None] = self.focus or (None,)
+        return [(level, focus) for level in levels for focus in foci]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoSettings(LensSettings):
+    """A lens in front of a photograph."""
+
+    aperture: str = setting("disc", APERTURE, metavar="SHAPE", help=SHAPES)
     long_side: int = setting(
         2048, WHOLE, least=64, most=MAX_SIDE_PX, metavar="PX",
         help="larger photographs are scaled down to it first (default: %(default)s)",
     )  # fmt: skip
     file_hashes: tuple[tuple[str, str], ...] = setting((), PAIRS)
-    """Setting and fingerprint of each file that settings name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Checked):
+class Settings(LensSettings):
     """What was asked of a run, whatever it begins with. None is the model's own value.
 
     Raises ValueError for values that no model could serve, so that they are found before one is loaded.
@@ -103,15 +128,10 @@ class Settings(Checked):
     """The one that makes such pictures."""
 
     prompt: str = setting(dataclasses.MISSING, TEXT, help="what to show", metavar="TEXT")
-    bokeh_targets: tuple[float, ...] | None = setting(
-        None, LEVELS, metavar="LEVEL", decides=False,
-        help="bokeh levels, 0 (all sharp) to 30; without any, generate makes one picture of the plain model, "
-             "and sweep and refocus go from 0 to 30 in steps of 5",
-    )  # fmt: skip
     bokeh_pivot: float | None = setting(
         None, LEVEL, metavar="LEVEL",
         help="level of a further picture that anchors the scene; 10 to 20 works best (default: generate "
-             "none, sweep 15)",
+             "none, sweep 15; through a lens 0, which it blurs)",
     )  # fmt: skip
     num_inference_steps: int | None = setting(
         None, WHOLE, least=1, most=MAX_STEPS, metavar="N", help="denoising steps (default: the model's own)"
@@ -212,9 +232,19 @@ class Settings(Checked):
         return self.makes_pivot
 
     @property
+    def through_lens(self) -> bool:
+        """Whether a lens blurs one sharp picture, where the model would draw every level."""
+        return self.aperture is not None
+
+    @property
     def num_rows(self) -> int:
-        """Pictures that are computed, the pivot included."""
-        return len(self.bokeh_targets or (None,)) + self.makes_pivot
+        """Pictures that the model draws, the pivot included: through a lens two, whatever is asked for."""
+        return 2 if self.through_lens else len(self.shots) + self.makes_pivot
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures of the result, the pivot included."""
+        return len(self.shots) + self.shows_pivot
 
     @property
     def num_prompts(self) -> int:
@@ -258,13 +288,26 @@ class GenerateSettings(Settings):
         help="more than a level, for models with a control adapter: focus=0.4 (from 0, the subject, to 1), "
              "aperture=donut, map=FILE with the share of the level that each place gets",
     )  # fmt: skip
-    file_hashes: tuple[tuple[str, str], ...] | None = setting(None, PAIRS, sparse=True)
-    """Name and fingerprint of each file that controls take."""
 
     def __post_init__(self) -> None:
+        lens = [name for name in ("focus", "aperture", "highlights") if getattr(self, name) is not None]
+        if lens and self.bokeh_targets is None:
+            raise ValueError(f"{lens[0]} needs bokeh_targets: a lens blurs a sharp picture to levels")
+        if lens:
+            object.__setattr__(self, "aperture", "disc" if self.aperture is None else self.aperture)
+            object.__setattr__(self, "bokeh_pivot", 0.0 if self.bokeh_pivot is None else self.bokeh_pivot)
         super().__post_init__()
         if self.controls is not None and self.bokeh_targets is None:
             raise ValueError("controls need bokeh_targets: they shape the blur of a level")
+        if lens and self.controls is not None:
+            raise ValueError(f"{lens[0]} and controls are two ways to one thing: give one of them")
+        if lens and (self.bokeh_pivot != 0 or not self.makes_pivot):
+            raise ValueError(
+                f"{lens[0]} needs a grounded run with bokeh_pivot 0: the lens blurs the pivot, which must be "
+                "sharp"
+            )
+        if lens and self.pivot_steps == "grounded":
+            raise ValueError(f"{lens[0]} needs the pivot's picture: leave out pivot_steps grounded")
         if self.pivot_steps == "grounded" and not self.makes_pivot:
             raise ValueError("pivot_steps grounded needs a grounded run: give bokeh_pivot")
         if self.pivot_steps == "grounded" and self.reuse is not None:
@@ -288,8 +331,9 @@ class GenerateSettings(Settings):
 
     @property
     def summary(self) -> str:
-        controls = "" if self.controls is None else f" \u00b7 {self.controls}"
-        return f"{super().summary}{controls} \u00b7 seed {self.seed}"
+        ways = (self.controls, self.aperture if self.through_lens else None)
+        blur = "".join(f" \u00b7 {way}" for way in ways if way is not None)
+        return f"{super().summary}{blur} \u00b7 seed {self.seed}"
 
     @property
     def num_prompts(self) -> int:
@@ -297,7 +341,7 @@ class GenerateSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefocusSettings(LensSettings, Settings):
+class RefocusSettings(PhotoSettings, Settings):
     """A photograph at other levels. `bokeh_pivot` is the photograph's own."""
 
     command: ClassVar = "refocus"
@@ -322,10 +366,6 @@ class RefocusSettings(LensSettings, Settings):
              "inversion: let the model draw every level, as it must for less blur; reference: the same, by a "
              "model that was trained to look at the photograph (default: %(default)s)",
     )  # fmt: skip
-    highlights: float | None = setting(
-        None, NUMBER, least=1, most=1000, metavar="X", sparse=True,
-        help="how many times as bright clipped lights really were (default: as their glow says)",
-    )  # fmt: skip
     probe: str | None = setting(
         None, PROBE, metavar="NAME", sparse=True,
         help="how method render asks for strong blur: straight, beside the photograph on a straight path to "
@@ -348,7 +388,7 @@ class RefocusSettings(LensSettings, Settings):
             if self.probe is not None:
                 raise ValueError("probe needs method render: the others ask for no map of blur")
             fields = self.fields()
-            for name in LensSettings.fields().keys() - {"file_hashes"}:
+            for name in ("focus", "aperture", "highlights", "long_side"):
                 if getattr(self, name) != fields[name].default:
                     raise ValueError(f"{name} needs method render: a lens blurs there")
             return
@@ -377,8 +417,12 @@ class RefocusSettings(LensSettings, Settings):
         )
 
     @property
+    def through_lens(self) -> bool:
+        return self.method == "render"
+
+    @property
     def num_rows(self) -> int:
-        return 2 if self.method == "render" else super().num_rows + self.looks
+        return super().num_rows + (self.looks and not self.through_lens)
 
     @property
     def looks(self) -> bool:
@@ -396,7 +440,7 @@ class RefocusSettings(LensSettings, Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RenderSettings(LensSettings):
+class RenderSettings(PhotoSettings):
     """A photograph with depth, blurred at levels. Files are named as they were given."""
 
     command: ClassVar = "render"
@@ -406,10 +450,15 @@ class RenderSettings(LensSettings):
         help="bokeh levels, 0 (all sharp) to 30 (default: the photograph's own by its EXIF data, else 0 to "
              "30 in steps of 5)",
     )  # fmt: skip
-    focus: str = setting(
-        "mask", FOCUS, metavar="WHAT",
-        help="what is sharp: a point X,Y in pixels, mask, a distance 2.5m, a range 2m-4m, or the plane "
-             "through three points X,Y/X,Y/X,Y (default: %(default)s)",
+    focus: tuple[str, ...] = setting(
+        ("mask",), FOCI, metavar="WHAT",
+        help="what is sharp, a picture for each: mask, a distance 2.5m, a range 2m-4m, near, far, a share of "
+             "the way such as 0.5, a point X,Y in pixels, or the plane through three points X,Y/X,Y/X,Y "
+             "(default: mask)",
+    )  # fmt: skip
+    highlights: float = setting(
+        1.0, NUMBER, least=1, most=1000, metavar="X",
+        help="how many times as bright clipped lights really were (default: %(default)s, as they are)",
     )  # fmt: skip
     photo: str = setting(dataclasses.MISSING, TEXT)
     depth: str = setting(
@@ -439,7 +488,7 @@ class RenderSettings(LensSettings):
 
     @property
     def summary(self) -> str:
-        return f"focus {self.focus} \u00b7 {self.aperture} \u00b7 {self.renderer}"
+        return f"focus {', '.join(self.focus)} \u00b7 {self.aperture} \u00b7 {self.renderer}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,6 +539,8 @@ class Record:
     """"target", "pivot", or the view that shows several pictures ("sheet", "grid", "animation")."""
     bokeh_level: float | None = None
     """The level of a single picture; None for the plain model."""
+    in_focus: str | None = None
+    """What was asked to be sharp in a single picture; None: what is so by itself."""
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, Any]) -> Record:
@@ -499,17 +550,18 @@ class Record:
         if "renderer" in recipe:
             kind = RenderSettings
         settings, provenance = kind.from_recipe(recipe), Provenance.from_recipe(recipe)
-        level = recipe.get("bokeh_level")
+        level, focus = recipe.get("bokeh_level"), recipe.get("in_focus")
         return cls(
             settings=settings,
             provenance=provenance,
             role=None if recipe.get("role") is None else convert("role", TEXT, recipe["role"]),
             bokeh_level=None if level is None else convert("bokeh_level", LEVEL, level),
+            in_focus=None if focus is None else convert("in_focus", TEXT, focus),
         )
 
-    def of(self, role: str, bokeh_level: float | None = None) -> Record:
+    def of(self, role: str, bokeh_level: float | None = None, in_focus: str | None = None) -> Record:
         """The record of one picture or view of the same run."""
-        return dataclasses.replace(self, role=role, bokeh_level=bokeh_level)
+        return dataclasses.replace(self, role=role, bokeh_level=bokeh_level, in_focus=in_focus)
 
     def recipe(self) -> Recipe:
         """As JSON, to be written into the picture."""
@@ -521,6 +573,8 @@ class Record:
             recipe["role"] = self.role
         if self.role in ("target", "pivot"):
             recipe["bokeh_level"] = self.bokeh_level
+        if self.in_focus is not None:
+            recipe["in_focus"] = self.in_focus
         return recipe
 
     def decides(self) -> Recipe:

@@ -273,7 +273,7 @@ def _settings_flag(parser: argparse._ActionsContainer, kind: type[Checked], name
     parser.add_argument(
         "--" + (about["flag"] or name).replace("_", "-"),
         dest=name,
-        type=_Words(one) if many else one,
+        type=_Words(one, about["kind"].commas) if many else one,
         nargs="+" if many else None,
         action=_Flat if many else "store",
         default=None if default is dataclasses.MISSING else default,
@@ -283,13 +283,13 @@ def _settings_flag(parser: argparse._ActionsContainer, kind: type[Checked], name
 
 
 class _Words:
-    """ "0,8,28" -> its parts, each as `parse` reads it."""
+    """ "0,8,28" -> its parts, each as `parse` reads it. commas: whether they part it."""
 
-    def __init__(self, parse: Callable[[str], Any]) -> None:
-        self.parse, self.__name__ = parse, parse.__name__
+    def __init__(self, parse: Callable[[str], Any], commas: bool = True) -> None:
+        self.parse, self.commas, self.__name__ = parse, commas, parse.__name__
 
     def __call__(self, word: str) -> list[Any]:
-        return [self.parse(part) for part in word.split(",") if part]
+        return [self.parse(part) for part in (word.split(",") if self.commas else [word]) if part]
 
 
 def _watching_flags(parser: argparse.ArgumentParser) -> None:

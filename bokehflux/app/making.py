@@ -91,12 +91,15 @@ def _asked(args: argparse.Namespace, lines: Sequence[Mapping[str, Any]]) -> list
     """The scenes of a sweep."""
     from bokehflux.app import sweep as sweeps
 
+    pivot = args.bokeh_pivot
+    if pivot is None and all(getattr(args, name) is None for name in ("focus", "aperture", "highlights")):
+        pivot = sweeps.PIVOT
     base = settings_from(
         args,
         GenerateSettings,
         prompt=lines[0]["prompt"],
         bokeh_targets=DEFAULT_LEVELS if args.bokeh_targets is None else args.bokeh_targets,
-        bokeh_pivot=sweeps.PIVOT if args.bokeh_pivot is None else args.bokeh_pivot,
+        bokeh_pivot=pivot,
         seed=args.seeds[0],
     )
     index, count = args.shard
@@ -169,18 +172,20 @@ def refocus(args: argparse.Namespace) -> int:
     options = _checked(args, [settings])
     from bokehflux.app.watched import Interrupted
     from bokehflux.photos.read import read_photo
-    from bokehflux.pipeline.refocus import Lens, plan_refocus
+    from bokehflux.pipeline.lens import Lens
+    from bokehflux.pipeline.refocus import plan_refocus, shown_photo
 
     photo = read_photo(Path(args.photo))
     settings = dataclasses.replace(settings, photo=photo.name, photo_hash=photo.fingerprint)
     if settings.method == "render":
-        shown = Lens("cpu", photo.image, settings).photo  # which says what does not go together
-        _check_room(args, [settings.recipe()], 6 * len(levels) * math.prod(shown.size))
+        size = shown_photo(photo.image, settings).size
+        Lens(size, settings)  # which says what does not go together
+        _check_room(args, [settings.recipe()], 6 * len(settings.shots) * math.prod(size))
     pipe, watched = _open(args, [settings], options)
     scene, _, stop = _make(args, watched, plan_refocus(pipe, photo.image, settings))
     if stop is not None:
-        kept = f"{len(scene.targets)} of {len(levels)} pictures are finished and kept in {args.output}"
-        raise Interrupted(f"; {kept}") from stop
+        kept = f"{len(scene.targets)} of {len(settings.shots)} pictures are finished and kept in"
+        raise Interrupted(f"; {kept} {args.output}") from stop
     return 0
 
 
@@ -197,19 +202,19 @@ def render(args: argparse.Namespace) -> int:
     if args.config_from is not None:
         use_threads_of(args.config_from)
     rendering = open_rendering(settings, pick_device(args.device))
-    record, levels = rendering.record, rendering.levels
+    record, shots = rendering.record, rendering.settings.shots
     if args.config_from is not None:
         warn_of_differences(args.config_from, record.provenance, rendering.settings.file_hashes)
     if args.bokeh_targets is None:
         own = rendering.own_level
         told = "its EXIF data tells no level" if own is None else f"level {own:.1f}, by its EXIF data"
         say(f"{plain(record.settings.title)}: {told}")
-    _check_room(args, [record.recipe()], 6 * len(levels) * rendering.lens.blur.numel())
+    _check_room(args, [record.recipe()], 6 * len(shots) * math.prod(rendering.size))
     progress, images, stop = Progress.for_people(), [], None
     try:
-        for number, level in enumerate(levels):
-            progress.show("rendering", number, len(levels))
-            images.append(rendering.picture(level))
+        for number, shot in enumerate(shots):
+            progress.show("rendering", number, len(shots))
+            images.append(rendering.picture(*shot))
     except KeyboardInterrupt as pressed:
         if not images:
             raise Interrupted("; no picture is finished") from pressed
@@ -218,7 +223,7 @@ def render(args: argparse.Namespace) -> int:
         progress.end()
     _, stop = _keep(args, Scene.of(record, images), stop)
     if stop is not None:
-        kept = f"{len(images)} of {len(levels)} pictures are finished and kept in {args.output}"
+        kept = f"{len(images)} of {len(shots)} pictures are finished and kept in {args.output}"
         raise Interrupted(f"; {kept}") from stop
     return 0
 
@@ -227,7 +232,7 @@ def _checked(args: argparse.Namespace, asked: Sequence[Settings]) -> Options:
     """How runs are carried out, once all is refused that would fail after minutes of loading."""
     loras_from(args)
     # Three bytes a pixel, and as much again for sheets and views: no format of ours takes more.
-    pixels = sum(one.num_rows * (one.height or 512) * (one.width or 512) for one in asked)
+    pixels = sum(one.num_pictures * (one.height or 512) * (one.width or 512) for one in asked)
     num_bytes = 6 * pixels
     for name in ("model", "adapter", "vae", "clip", "t5", "tokenizers"):
         if getattr(args, name) == "":

@@ -27,6 +27,7 @@ from bokehflux.pictures.page import scenes_of, write_page
 from bokehflux.pictures.series import Scene, Shot
 from bokehflux.pictures.sheet import Tile, contact_sheet, up_and_down
 from bokehflux.pipeline.controls import with_files
+from bokehflux.pipeline.lens import with_hashes
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.pipeline.run import Result, Stopped
@@ -99,10 +100,9 @@ def _line_settings(line: str) -> dict[str, Any]:
             found["width"], found["height"] = sides
         except (TypeError, ValueError):
             raise ValueError(f'"size" must be [width, height] or "768x512", got {size!r:.80}') from None
-    if unknown := sorted(set(found) - set(GenerateSettings.fields())):
-        raise ValueError(
-            f"unknown settings {', '.join(unknown)}; expected {', '.join(GenerateSettings.fields())}"
-        )
+    known = [name for name, field in GenerateSettings.fields().items() if field.metadata["help"]]
+    if unknown := sorted(set(found) - set(known)):
+        raise ValueError(f"unknown settings {', '.join(unknown)}; expected {', '.join(known)}")
     GenerateSettings(**{"prompt": None, "bokeh_targets": DEFAULT_LEVELS, **found})  # type: ignore[arg-type]
     return found
 
@@ -117,7 +117,8 @@ def grid(
     made = []
     for line in asked:
         for seed in [line["seed"]] if "seed" in line else dict.fromkeys(seeds):
-            settings = dataclasses.replace(base, **{**line, "seed": seed})
+            lens = {"bokeh_pivot": None} if line.keys() & {"focus", "aperture", "highlights"} else {}
+            settings = dataclasses.replace(base, **{**lens, **line, "seed": seed})
             levels = tuple(sorted(set(settings.bokeh_targets or DEFAULT_LEVELS)))
             made.append(dataclasses.replace(settings, bokeh_targets=levels))
     return made
@@ -151,7 +152,7 @@ class Sweep:
     ) -> Sweep:
         """The sweep of a model over what was asked for."""
         made_by = provenance_of(model)
-        settings = [with_files(model, each.completed(model.defaults)) for each in asked]
+        settings = [with_hashes(with_files(model, each.completed(model.defaults))) for each in asked]
         scenes = [Record(settings=each, provenance=made_by) for each in settings]
         return cls(scenes=scenes, output=output, kind=kind, run=run, sign=sign, part=part)
 
@@ -210,18 +211,18 @@ class Sweep:
         settings = wanted.settings
         assert isinstance(settings, GenerateSettings)
         shots = finished(self.output / folder_name(wanted), wanted)
-        keys = [("target", level) for level in settings.bokeh_targets or ()]
-        keys += [("pivot", settings.bokeh_pivot or 0.0)] if settings.shows_pivot else []
+        keys: list[Key] = [("target", level, focus) for level, focus in settings.shots]
+        keys += [("pivot", settings.bokeh_pivot, None)] if settings.shows_pivot else []
         if not set(keys) <= set(shots):
             return None
         found = [shots[key] for key in keys]
         pivot = found.pop() if settings.shows_pivot else None
-        return self._nothing_new(found[0]).merged(found, pivot)
+        return self._nothing_new(found[0], settings).merged(found, pivot)
 
-    def _nothing_new(self, shot: Shot) -> Scene:
+    def _nothing_new(self, shot: Shot, settings: GenerateSettings) -> Scene:
         """A scene without pictures, made as one that is on the disk."""
         made = Record.from_recipe(metadata.read_recipe(self.output / (shot.file or "")))
-        return Scene(record=dataclasses.replace(made, role=None, bokeh_level=None), targets=(), pivot=None)
+        return Scene(record=_of_scene(made, settings), targets=(), pivot=None)
 
     def _ends(self) -> list[str]:
         """Ends of the pages' names. A page with scenes that this sweep lacks is another sweep's and stays."""
@@ -241,24 +242,26 @@ class Sweep:
         folder = self.output / folder_name(wanted)
         check_folder(folder)
         found = finished(folder, wanted)
-        levels = settings.bokeh_targets or ()
-        old = [found["target", level] for level in levels if ("target", level) in found]
-        missing = tuple(level for level in levels if ("target", level) not in found)
-        pivot = None
-        if settings.shows_pivot and settings.bokeh_pivot is not None:
-            pivot = found.get(("pivot", settings.bokeh_pivot))
+        old = [found["target", *shot] for shot in settings.shots if ("target", *shot) in found]
+        missing = [shot for shot in settings.shots if ("target", *shot) not in found]
+        pivot = found.get(("pivot", settings.bokeh_pivot, None)) if settings.shows_pivot else None
 
         def new(result: Result) -> Scene:
             """Without what is there: a lost pivot alone is made again with one level, which is not kept."""
-            made = Scene.of(result.record, result.images, result.pivot_image)
-            made = made if missing else dataclasses.replace(made, targets=())
-            return made if pivot is None else dataclasses.replace(made, pivot=None)
+            made = result.scene()
+            return dataclasses.replace(
+                made,
+                record=_of_scene(made.record, settings),
+                targets=tuple(shot for shot in made.targets if (shot.level, shot.focus) in missing),
+                pivot=None if pivot is not None else made.pivot,
+            )
 
         if not missing and (pivot is not None or not settings.shows_pivot):
-            fresh = self._nothing_new(old[0])
+            fresh = self._nothing_new(old[0], settings)
             return _Made(fresh=fresh, kept=tuple(old), pivot=pivot, folder=folder)
+        levels = dict.fromkeys(level for level, _ in missing or settings.shots[:1] if level is not None)
         try:
-            fresh = new(self.run(dataclasses.replace(settings, bokeh_targets=missing or levels[:1])))
+            fresh = new(self.run(dataclasses.replace(settings, bokeh_targets=tuple(levels))))
         except Stopped as stop:
             with uninterrupted():
                 save_pictures(new(stop.result).pictures(), folder, self.kind, self.sign)
@@ -275,9 +278,20 @@ def folder_name(record: Record) -> str:
     return f"{words}-seed{settings.seed}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
 
 
-def finished(folder: Path, wanted: Record) -> dict[tuple[str, float], Shot]:
-    """(role, level) -> picture, for the whole pictures of a folder that were made as `wanted` says."""
-    found: dict[tuple[str, float], Shot] = {}
+def _of_scene(made: Record, settings: GenerateSettings) -> Record:
+    """What made some pictures, as what made all that a scene is to have, but for their levels."""
+    asked = settings.focus
+    pulled = made.settings if asked is None else dataclasses.replace(made.settings, focus=asked)
+    return dataclasses.replace(made, settings=pulled, role=None, bokeh_level=None, in_focus=None)
+
+
+Key = tuple[str, float | None, str | None]
+"""Role, level and focus of a picture."""
+
+
+def finished(folder: Path, wanted: Record) -> dict[Key, Shot]:
+    """The whole pictures of a folder that were made as `wanted` says."""
+    found: dict[Key, Shot] = {}
     decides = wanted.decides()
     for path in sorted(p for p in folder.glob("*bokeh-*") if p.suffix in metadata.SUFFIXES.values()):
         try:
@@ -287,13 +301,20 @@ def finished(folder: Path, wanted: Record) -> dict[tuple[str, float], Shot]:
         except metadata.UNREADABLE as error:
             logger.warning("%s does not count as finished: %s", path, error)
             continue
-        level, role = recipe.get("bokeh_level"), recipe.get("role")
+        level, focus, role = (recipe.get(name) for name in ("bokeh_level", "in_focus", "role"))
         if role not in ("target", "pivot") or not isinstance(level, int | float):
             continue
         if all(key in recipe and recipe[key] == value for key, value in decides.items()):
             place = f"{folder.name}/{path.name}"
-            shot = Shot(level=float(level), image=image, is_pivot=role == "pivot", file=place)
-            found.setdefault((str(role), float(level)), shot)
+            shot = Shot(
+                level=float(level),
+                focus=focus,
+                names_focus=len(wanted.settings.focus or ()) > 1,
+                image=image,
+                is_pivot=role == "pivot",
+                file=place,
+            )
+            found.setdefault((str(role), float(level), focus), shot)
     return found
 
 

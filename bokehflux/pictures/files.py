@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -40,6 +41,11 @@ def level_stem(level: float) -> str:
     """File stem of a bokeh level: 4.2 -> "bokeh-04.2". Different levels give different stems."""
     whole, point, fraction = repr(abs(float(level))).partition(".")
     return f"bokeh-{whole:0>2}{point}{fraction}"
+
+
+def focus_stem(focus: str | None) -> str:
+    """What a focus adds to it: far -> "-focus-far", 120,80 -> "-focus-120-80"."""
+    return "" if focus is None else "-focus-" + re.sub(r"[^0-9a-z.]+", "-", focus)
 
 
 def distinct(stems: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from bokehflux.fields import Recipe
-from bokehflux.pictures.files import Picture, distinct, level_stem
+from bokehflux.pictures.files import Picture, distinct, focus_stem, level_stem
 from bokehflux.pictures.sheet import Tile, contact_sheet
 from bokehflux.record import Record, RefocusSettings, Settings
 
@@ -23,6 +23,10 @@ class Shot:
     level: float | None
     """None: the plain model."""
     image: Image.Image
+    focus: str | None = None
+    """What was asked to be sharp; None: what is so by itself."""
+    names_focus: bool = False
+    """Whether its name tells, as it does where several were asked for."""
     is_pivot: bool = False
     is_photo: bool = False
     """A pivot that no model made."""
@@ -33,13 +37,18 @@ class Shot:
     def stem(self) -> str:
         if self.level is None:
             return "plain"
-        return ("pivot-" if self.is_pivot else "") + level_stem(self.level)
+        return ("pivot-" if self.is_pivot else "") + level_stem(self.level) + focus_stem(self._named)
 
     @property
     def label(self) -> str:
         if self.level is None:
             return "plain"
-        return f"{'photo' if self.is_photo else 'pivot' if self.is_pivot else 'bokeh'} {self.level:g}"
+        kind = "photo" if self.is_photo else "pivot" if self.is_pivot else "bokeh"
+        return f"{kind} {self.level:g}" + ("" if self._named is None else f", focus {self._named}")
+
+    @property
+    def _named(self) -> str | None:
+        return self.focus if self.names_focus else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +64,13 @@ class Scene:
     def of(
         cls, record: Record, images: Sequence[Image.Image], pivot_image: Image.Image | None = None
     ) -> Scene:
-        """What a run made: a picture for each of its first targets, and its pivot or photograph."""
-        levels: Sequence[float | None] = record.settings.bokeh_targets or [None]
-        shots = [Shot(level=lv, image=img) for lv, img in zip(levels[: len(images)], images, strict=True)]
+        """What a run made: a picture for each of its first shots, and its pivot or photograph."""
         pivot, settings = None, record.settings
+        wanted = settings.shots[: len(images)]
+        shots = [
+            Shot(level=level, focus=focus, names_focus=len(settings.focus or ()) > 1, image=image)
+            for (level, focus), image in zip(wanted, images, strict=True)
+        ]
         if pivot_image is not None and isinstance(settings, Settings):
             is_photo = isinstance(settings, RefocusSettings)
             pivot = Shot(level=settings.bokeh_pivot, image=pivot_image, is_pivot=True, is_photo=is_photo)
@@ -85,7 +97,7 @@ class Scene:
         return dataclasses.replace(self, targets=tuple(shots[:count]), pivot=next(iter(shots[count:]), None))
 
     def recipe_of(self, shot: Shot) -> Recipe:
-        return self.record.of("pivot" if shot.is_pivot else "target", shot.level).recipe()
+        return self.record.of("pivot" if shot.is_pivot else "target", shot.level, shot.focus).recipe()
 
     def tiles(self) -> list[Tile]:
         """Labelled pictures; the pivot in its place among ascending levels, so that all read as one sweep."""
@@ -106,9 +118,13 @@ class Scene:
         return " \u00b7 ".join(filter(None, (model, self.record.settings.summary)))
 
     def merged(self, others: Sequence[Shot], pivot: Shot | None) -> Scene:
-        """With pictures made earlier, all targets in ascending order."""
-        targets = sorted([*self.targets, *others], key=lambda shot: shot.level or 0.0)
-        levels = tuple(shot.level for shot in targets if shot.level is not None)
-        settings = dataclasses.replace(self.record.settings, bokeh_targets=levels)
+        """With pictures made earlier, all targets in ascending order, those of one level as was asked."""
+        foci = list(self.record.settings.focus or ())
+        targets = sorted(
+            [*self.targets, *others],
+            key=lambda shot: (shot.level or 0.0, foci.index(shot.focus) if shot.focus in foci else -1),
+        )
+        levels = dict.fromkeys(shot.level for shot in targets if shot.level is not None)
+        settings = dataclasses.replace(self.record.settings, bokeh_targets=tuple(levels))
         record = dataclasses.replace(self.record, settings=settings)
         return Scene(record=record, targets=tuple(targets), pivot=pivot or self.pivot)

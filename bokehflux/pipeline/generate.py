@@ -1,4 +1,5 @@
-"""Pictures of a prompt: one per bokeh level, all from the same noise, in one batch."""
+"""Pictures of a prompt: one per bokeh level, all from the same noise, in one batch; or a sharp one and a
+strongly blurred one, of which a lens makes all others."""
 
 from __future__ import annotations
 
@@ -8,9 +9,10 @@ from torch import Tensor
 
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.pipeline.controls import with_controls, with_files
+from bokehflux.pipeline.lens import Lens, with_hashes
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_levels
-from bokehflux.record import GenerateSettings
+from bokehflux.record import PROBE_LEVEL, GenerateSettings
 from bokehflux.sampling.denoise import Grounding
 from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.pivot_cache import PivotCache
@@ -32,10 +34,15 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
     )
     # Sizes that are not multiples of 16 are floored, and it says so.
     LatentGrid.floored(asked.height or model.defaults.height_px, asked.width or model.defaults.width_px)
-    settings = with_files(model, asked.completed(model.defaults))
+    settings = with_hashes(with_files(model, asked.completed(model.defaults)))
     grounded, numbers = settings.makes_pivot, settings.numbers()
     if pivot_cache is not None and not grounded:
         raise ValueError("pivot_cache needs a grounded run: give bokeh_pivot and at least one grounded step")
+    lens = None
+    if settings.through_lens:
+        if pivot_cache is not None:
+            raise ValueError("a pivot_cache keeps no picture of the pivot, which a lens blurs: leave it out")
+        lens = Lens((numbers.width_px, numbers.height_px), settings, shows_glow=True)
     scene = _scene(model, settings)
     kept = pivot_cache if pivot_cache is not None and pivot_cache.scene is not None else None
     if kept is not None:
@@ -87,6 +94,7 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
         end=end,
         true_cfg=settings.true_cfg,
         negative_prompt=settings.negative_prompt,
+        lens=lens,
     )
 
 
@@ -95,7 +103,8 @@ def _asked(model: Model, settings: GenerateSettings, has_pivot: bool) -> BokehCo
     if settings.bokeh_targets is None:
         return None
     pivot = [settings.bokeh_pivot] if has_pivot else []
-    rows = BokehCondition.of([*pivot, *settings.bokeh_targets])
+    targets = [PROBE_LEVEL] if settings.through_lens else settings.bokeh_targets
+    rows = BokehCondition.of([*pivot, *targets])
     return rows if settings.controls is None else with_controls(model, settings, rows, len(pivot))
 
 

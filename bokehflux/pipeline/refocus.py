@@ -11,36 +11,24 @@ the photograph to the network once, and every level is drawn looking at it (`mod
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from bokehflux.configs import MAX_SIDE_PX
 from bokehflux.fingerprint import fingerprint
-from bokehflux.focus import parse_focus
-from bokehflux.lens import MAX_LEVEL
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.photos.read import upright_rgb, within
-from bokehflux.pipeline.memory import room_for_photo
+from bokehflux.pipeline.lens import Lens, with_hashes
 from bokehflux.pipeline.model import Model
-from bokehflux.pipeline.render import read_aperture
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_finite, check_levels
 from bokehflux.record import DEFAULT_SEED, PROBE_LEVEL, RefocusSettings
-from bokehflux.rendering.lens_map import LensMap
-from bokehflux.rendering.photo import glow_shown
 from bokehflux.sampling.denoise import Grounding
 from bokehflux.sampling.inversion import followed, invert, path, straight
 from bokehflux.sampling.latents import TOKEN_PX, LatentGrid
 from bokehflux.sampling.shortcuts import reused
-
-logger = logging.getLogger(__name__)
-POOR = 0.1
-"""A residual from which two pictures hardly show one scene: the blur of nano's leaves 0.03 to 0.05."""
 
 
 def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Plan:
@@ -77,64 +65,26 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
         levels = settings.bokeh_targets
         begin = _straight(settings, *levels) if settings.looks else _inverted(model, settings)
         return Plan(settings=settings, begin=begin, end=end, photo=fitted)
-    lens = Lens(model.device, photo, asked)
-    settings = dataclasses.replace(settings, file_hashes=(*hashes, *lens.file_hashes))
-    # The whole photograph, so that the map lies over it: a few pixels wider or higher than it is.
-    asked_of = lens.photo.resize(size, Image.Resampling.LANCZOS)
+    shown = shown_photo(photo, asked)
     return Plan(
-        settings=settings,
+        settings=with_hashes(settings),
         begin=_straight(settings, PROBE_LEVEL),
         end=end,
-        photo=asked_of,
-        shown=lens.photo,
-        finish=lens.pictures,
+        # The whole photograph, so that the map lies over it: a few pixels wider or higher than it is.
+        photo=shown.resize(size, Image.Resampling.LANCZOS),
+        shown=shown,
+        # On a straight path the model hardly draws lights' discs.
+        lens=Lens(shown.size, settings, settings.bokeh_pivot, shows_glow=settings.looks),
     )
 
 
-class Lens:
-    """A photograph, waiting for the map of its blur."""
-
-    def __init__(self, device: torch.device | str, photo: Image.Image, asked: RefocusSettings) -> None:
-        """Raises ValueError for a photograph and a focus that do not go together, and an aperture's picture
-        that cannot be read."""
-        upright = upright_rgb(photo)
-        if asked.height is not None and asked.width is not None:
-            grid = LatentGrid.floored(asked.height, asked.width)
-            upright = ImageOps.fit(upright, (grid.width_px, grid.height_px), Image.Resampling.LANCZOS)
-        self.photo = within(upright, asked.long_side)
-        self.sharp = torch.from_numpy(np.array(self.photo)).to(device).movedim(-1, 0) / 255  # [3, H, W]
-        self.level, self.levels, self.highlights = asked.bokeh_pivot, asked.bokeh_targets, asked.highlights
-        self.looks = asked.looks
-        self.focus = None if asked.focus is None else parse_focus(asked.focus)
-        if self.focus is not None:
-            LensMap(blur=self.sharp[0]).focused_at(self.focus)
-        self.aperture, self.file_hashes = read_aperture(asked.aperture)
-
-    def pictures(self, blurred: Image.Image) -> Iterator[Image.Image]:
-        """At each level, through the map that `blurred` shows, the same at `PROBE_LEVEL`."""
-        with room_for_photo():
-            probe = torch.from_numpy(np.array(blurred)).to(self.sharp).movedim(-1, 0) / 255
-            lens = LensMap.from_pictures(self.sharp, probe, PROBE_LEVEL, self.level)
-            if self.looks:  # on a straight path the model hardly draws lights' discs
-                radius = lens.radius_px(math.sqrt(PROBE_LEVEL**2 - self.level**2))
-                lens = dataclasses.replace(lens, glow=glow_shown(self.sharp, radius, probe))
-            logger.info("the map of blur leaves a residual of %.3f", lens.residual)
-            if lens.residual > POOR:
-                logger.warning(
-                    "the model changed the photograph where it should only blur it (residual %.2f): its blur "
-                    "may be wrong; bokehflux render takes a depth map in its place",
-                    lens.residual,
-                )
-            if self.focus is not None:
-                lens = lens.focused_at(self.focus)
-            for level in self.levels:
-                # The photograph's own blur is there already; blurs add up as squares do.
-                added = math.sqrt(level**2 - self.level**2)
-                if not added:
-                    yield self.photo
-                    continue
-                out = lens.render(self.sharp, min(added, MAX_LEVEL), self.aperture, self.highlights)
-                yield Image.fromarray((out.movedim(0, -1) * 255).round().byte().cpu().numpy())
+def shown_photo(photo: Image.Image, asked: RefocusSettings) -> Image.Image:
+    """The photograph as "render" blurs it: upright, at the size asked for, or its own up to `long_side`."""
+    upright = upright_rgb(photo)
+    if asked.height is not None and asked.width is not None:
+        grid = LatentGrid.floored(asked.height, asked.width)
+        upright = ImageOps.fit(upright, (grid.width_px, grid.height_px), Image.Resampling.LANCZOS)
+    return within(upright, asked.long_side)
 
 
 def _straight(settings: RefocusSettings, *levels: float) -> Callable[[Stage], Start]:

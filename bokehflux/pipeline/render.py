@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +43,16 @@ class Rendering:
     settings: RenderSettings
     """Complete."""
     device: torch.device
-    lens: LensMap
+    lenses: Mapping[str, LensMap]
+    """One for every focus that was asked for."""
     blur: Blur
     own_level: float | None
     """The photograph's, in the meaning that the settings ask for; None where its EXIF data does not tell."""
 
     @property
-    def levels(self) -> tuple[float, ...]:
-        return self.settings.bokeh_targets or ()
+    def size(self) -> torch.Size:
+        """Height and width of the pictures."""
+        return next(iter(self.lenses.values())).blur.shape
 
     @property
     def record(self) -> Record:
@@ -58,9 +60,10 @@ class Rendering:
 
     @torch.inference_mode()
     @room_for_photo()
-    def picture(self, level: float) -> Image.Image:
-        """Raises ValueError for a level outside 0 to 30."""
-        out = self.blur(self.lens.radius_px(level))
+    def picture(self, level: float | None, focus: str | None) -> Image.Image:
+        """One of `settings.shots`. Raises ValueError for a level outside 0 to 30."""
+        assert level is not None and focus is not None
+        out = self.blur(self.lenses[focus].radius_px(level))
         return Image.fromarray((out.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
 
 
@@ -71,16 +74,18 @@ def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
     width, height = photo.image.size
     lens = LensMap.from_depth(map_over(photo, asked.depth, "depth").to(device), asked.unify)
     lens = lens.resized(height, width)
-    matte, focus = None, parse_focus(asked.focus)
+    matte, foci = None, {text: parse_focus(text) for text in asked.focus}
     if asked.mask is not None:
         matte = resized(map_over(photo, asked.mask, "mask").to(device), height, width)
-    elif isinstance(focus, Subject):
+    elif any(isinstance(focus, Subject) for focus in foci.values()):
         raise ValueError("say what is in focus: --focus X,Y or --focus 2.5m, or --mask with the subject's")
-    lens = lens.focused_at(focus, None if matte is None else matte > 0.5)
+    subject = None if matte is None else matte > 0.5
+    lenses = {text: lens.focused_at(focus, subject) for text, focus in foci.items()}
 
     image = within(photo.image, asked.long_side)
     if image.size != photo.image.size:
         lens = lens.resized(image.height, image.width)
+        lenses = {text: one.resized(image.height, image.width) for text, one in lenses.items()}
         matte = None if matte is None else resized(matte, image.height, image.width)
     own = photo_level(photo.exif, width, height).K_px_m_short_side
     assert lens.px_m is not None
@@ -95,7 +100,7 @@ def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
     return Rendering(
         settings=dataclasses.replace(asked, bokeh_targets=levels, file_hashes=hashes),
         device=device,
-        lens=lens,
+        lenses=lenses,
         blur=blur,
         own_level=own,
     )

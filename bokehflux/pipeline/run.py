@@ -29,9 +29,11 @@ from bokehflux.pictures.credentials import Sign
 from bokehflux.pictures.files import check_folder, save_pictures
 from bokehflux.pictures.series import Scene
 from bokehflux.pipeline.decode import decode_pictures, wants_tiling
+from bokehflux.pipeline.lens import Lens
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.record import Provenance, Record, Settings
+from bokehflux.rendering.lens_map import LensMap
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
 from bokehflux.sampling.diagnose import explain_nonfinite
 from bokehflux.sampling.latents import LatentGrid, noise, pack
@@ -61,7 +63,7 @@ class Options:
     """The processes that share the run: each of them executes the same plan with the same options. Where they
     share its rows, the pictures are byte for byte those of one process with the `max_rows` of the recipe."""
     on_picture: Callable[[int, int], None] | None = None
-    """Called with (pictures made, all of them) before a photograph is blurred to each level."""
+    """Called with (pictures made, all of them) before a lens makes each."""
 
     def __post_init__(self) -> None:
         Provenance(max_rows=self.max_rows, vae_tiling=self.vae_tiling)  # where they are recorded, and checked
@@ -121,8 +123,9 @@ class Plan:
     """A photograph of the run's size that takes the pivot's place."""
     shown: Image.Image | None = None
     """The photograph at the size of the result's pictures; None: `photo`."""
-    finish: Callable[[Image.Image], Iterator[Image.Image]] | None = None
-    """The one picture that is decoded -> those of the result, one for each level; None: as decoded."""
+    lens: Lens | None = None
+    """It blurs the photograph, or the pivot, as the one target that is decoded shows; None: pictures are as
+    decoded."""
 
     @property
     def grid(self) -> LatentGrid:
@@ -145,6 +148,9 @@ class Result:
     """[L, 64], when there is a pivot."""
     record: Record
     """Every setting after defaults were filled in, and what made the pictures; `record.recipe()` is JSON."""
+    lens_map: LensMap | None = None
+    """Where, and how strongly, a lens blurred the pivot or photograph, where one did; with it you may render
+    further pictures (`LensMap.render`)."""
 
     def scene(self) -> Scene:
         """The pictures with their levels, and how they are laid out."""
@@ -261,9 +267,12 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
     provenance = dataclasses.replace(
         provenance_of(model, options.backend), max_rows=max_rows, vae_tiling=made.tiled
     )
-    images, stop = made.images, made.stop
-    if plan.finish is not None:  # what is decoded there is no picture of the result's
-        images, stop = ([], stop) if stop else _finished(plan.finish(images[0]), settings, options)
+    images, stop, lens_map = made.images, made.stop, None
+    if plan.lens is not None:  # what is decoded there is no picture of the result's
+        sharp, blurred, images = plan.shown or made.pivot, images, []
+        if stop is None and sharp is not None:
+            lens_map = plan.lens.found(sharp, blurred[0], model.device)
+            images, stop = _finished(plan.lens.pictures(sharp, lens_map), len(settings.shots), options)
     shown = settings.shows_pivot or not settings.makes_pivot
     result = Result(
         images=images,
@@ -271,6 +280,7 @@ def execute(model: Model, plan: Plan, options: Options = Options()) -> Result:
         latents=end.targets,
         pivot_latents=end.pivot if shown else None,
         record=Record(settings=settings, provenance=provenance),
+        lens_map=lens_map,
     )
     if stop is not None:
         raise Stopped(result) from stop
@@ -320,11 +330,10 @@ def with_fewer_rows(run: Callable[[int | None], Made], rows: int, max_rows: int 
 
 
 def _finished(
-    pictures: Iterator[Image.Image], settings: Settings, options: Options
+    pictures: Iterator[Image.Image], total: int, options: Options
 ) -> tuple[list[Image.Image], KeyboardInterrupt | None]:
-    """One for each level, and the Ctrl-C that left the last ones out. One before the first goes on up."""
+    """All of them, and the Ctrl-C that left the last ones out. One before the first goes on up."""
     images: list[Image.Image] = []
-    total = len(settings.bokeh_targets or ())
     try:
         while len(images) < total:
             if options.on_picture is not None:

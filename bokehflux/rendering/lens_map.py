@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bokehflux.aperture import DISC, Aperture
-from bokehflux.focus import Focus, Plane, Point, Slab, Subject
+from bokehflux.focus import Depth, Focus, Plane, Point, Slab, Subject
 from bokehflux.lens import TRAINING_SIDE_PX, Unify, check_level
 
 from .depth import filled_disparity, quantile
@@ -26,6 +26,8 @@ from .probe import fit_radius
 
 POINT_PX = 5
 """Side of the square around a point whose median is the point's blur."""
+TRACE = 0.01
+"""So much of a picture is too little to be its nearest or farthest place."""
 LARGEST_PX = 1.3
 """The largest radius by level that two pictures are searched for, at a shorter side of 512."""
 
@@ -106,6 +108,9 @@ class LensMap:
                 if self.px_m is None:
                     raise ValueError(f"focus {focus}: this picture's distances are not known, give a point")
                 far, near = (self.at_infinity + self.px_m / distance_m for distance_m in (far_m, near_m))
+            case Depth(near_share, far_share):
+                ends = [float(quantile(self.blur, share)) for share in (1 - TRACE, TRACE)]
+                far, near = (ends[0] + share * (ends[1] - ends[0]) for share in (far_share, near_share))
             case Plane(points):
                 return replace(self, far=(plane := self._through(points)), near=plane)
         return replace(self, far=far, near=near)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bokehflux import lens
-from bokehflux.focus import Focus, Plane, Point, Slab, Subject, parse_focus
+from bokehflux.focus import Depth, Focus, Plane, Point, Slab, Subject, parse_focus
 from bokehflux.rendering.depth import disparity_of, filled_disparity, normalised, quantile
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.rendering.photo import blur_photo
@@ -42,6 +42,17 @@ def test_both_meanings_of_a_level() -> None:
     gap = over_range.blur.max() - over_range.blur.min()
     assert gap.item() == pytest.approx(40 / 512, rel=1e-5)
     torch.testing.assert_close(over_range.radius_px(16.0), raw.radius_px(20.0), atol=1e-5, rtol=1e-4)
+
+
+def test_shares_of_the_depth_lead_from_the_nearest_to_the_farthest_place() -> None:
+    """But for a trace at both ends, which is noise of the map."""
+    ramp = LensMap(blur=torch.linspace(-2, 1, 1001).expand(3, 1001).contiguous())
+    for text, sharp in (("near", 0.97), ("far", -1.97), ("0.5", -0.5)):
+        radius = ramp.focused_at(parse_focus(text)).radius_px(10.0)[0]
+        assert float(ramp.blur[0, radius.abs().argmin()]) == pytest.approx(sharp, abs=0.01)
+        assert float(radius.max() - radius.min()) == pytest.approx(30, rel=1e-5), "and the slope stays"
+    radius = ramp.focused_at(Depth(0, 0.5)).radius_px(10.0)[0]
+    assert float((radius == 0).float().mean()) == pytest.approx(0.49, abs=0.005)
 
 
 def test_without_focus_all_is_sharp() -> None:
@@ -182,6 +193,9 @@ planes = st.lists(points, min_size=3, max_size=3).filter(
     points
     | st.builds(Subject, st.floats(0, 1).map(lambda share: round(share, 4)))
     | st.lists(distances, min_size=2, max_size=2).map(lambda ends: Slab(*sorted(ends)))
+    | st.lists(st.floats(0, 1).map(lambda share: round(share, 4)), min_size=2, max_size=2).map(
+        lambda ends: Depth(*sorted(ends))
+    )
     | planes.map(lambda corners: Plane(tuple(corners)))
 )
 def test_text_and_back(focus: Focus) -> None:
@@ -198,6 +212,10 @@ def test_text_and_back(focus: Focus) -> None:
         ("2-4m", Slab(2, 4)),
         ("2m-inf", Slab(2, math.inf)),
         ("inf", Slab(math.inf, math.inf)),
+        ("Near", Depth(0, 0)),
+        ("far", Depth(1, 1)),
+        ("0.5", Depth(0.5, 0.5)),
+        ("0-.25", Depth(0, 0.25)),
         ("0,0/10,0/0,10", Plane((Point(0, 0), Point(10, 0), Point(0, 10)))),
     ],
 )
@@ -209,7 +227,7 @@ def test_what_people_type(text: str, focus: Focus) -> None:
     "text", ["", "120", "120,", "-1,2", "2.5", "m", "masks", "1,2/3,4", "1,2/3,4/5,6/7,8"]
 )
 def test_other_words(text: str) -> None:
-    with pytest.raises(ValueError, match="focus: expected a point X,Y in pixels, mask, a distance"):
+    with pytest.raises(ValueError, match="focus: expected a point X,Y in pixels, near, far, a share"):
         parse_focus(text)
 
 
@@ -224,6 +242,7 @@ def test_other_words(text: str) -> None:
         (lambda: parse_focus("mask:1.5"), "expected 0 to 1, got 1.5"),
         (lambda: parse_focus("0m"), "expected 0 < near <= far in metres, got 0m"),
         (lambda: parse_focus("3m-2m"), "expected 0 < near <= far in metres, got 3m-2m"),
+        (lambda: parse_focus("0.8-0.2"), r"expected 0 \(nearest\) <= near <= far <= 1 .*, got 0.8-0.2"),
         (lambda: Slab(math.nan, 2), "expected 0 < near <= far"),
         (lambda: LensMap(blur=DISPARITY).focused_at(Slab(1, 2)), "distances are not known, give a point"),
         (lambda: parse_focus("0,0/1,1/3,3"), "three pixels that are not in a line"),

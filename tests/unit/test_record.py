@@ -25,6 +25,10 @@ FULL = GenerateSettings(
 FOLLOWING = dataclasses.replace(
     FULL, pivot_steps=None, reuse=2, controls="focus=0.5", file_hashes=(("map", "1"),)
 )  # fmt: skip
+LENS = dataclasses.replace(
+    FOLLOWING, controls=None, bokeh_pivot=0.0, focus=("far", "12,8"), aperture="donut:0.5", highlights=2.0,
+    file_hashes=(("aperture", "0"),),
+)  # fmt: skip
 PHOTO = RefocusSettings(
     method="inversion", prompt="a mug", bokeh_targets=(3.0,), bokeh_pivot=7.0, photo="mug.jpg", photo_hash="0"
 )
@@ -38,20 +42,21 @@ MADE_BY = Provenance(
 
 @pytest.mark.parametrize(
     "settings",
-    [FULL, FOLLOWING, GenerateSettings(prompt="p"), PHOTO],
-    ids=["full", "following", "bare", "photo"],
+    [FULL, FOLLOWING, LENS, GenerateSettings(prompt="p"), PHOTO],
+    ids=["full", "following", "lens", "bare", "photo"],
 )
 @pytest.mark.parametrize("role", ["target", "pivot", "sheet", None])
 def test_a_recipe_gives_the_record_back(settings: Settings, role: str | None) -> None:
     level = 4.5 if role in ("target", "pivot") else None
-    record = Record(settings=settings, provenance=MADE_BY, role=role, bokeh_level=level)
+    focus = "far" if settings is LENS and role == "target" else None
+    record = Record(settings=settings, provenance=MADE_BY, role=role, bokeh_level=level, in_focus=focus)
     recipe = json.loads(json.dumps({**record.recipe(), "further": 1}))
     assert Record.from_recipe(recipe) == record
 
 
 def test_every_field_differs_from_its_default_above() -> None:
     """Otherwise a field that is lost on the way would go unseen."""
-    for those in ((FULL, FOLLOWING), (MADE_BY,)):
+    for those in ((FULL, FOLLOWING, LENS), (MADE_BY,)):
         fields = those[0].fields().items()
         same = [n for n, field in fields if all(getattr(made, n) == field.default for made in those)]
         assert set(same) <= {"triton"}
@@ -155,9 +160,9 @@ def test_grounding_that_followed_from_a_default_stays_open() -> None:
 
 
 def test_what_decides_a_picture() -> None:
-    """Every setting but the levels of the batch, and which model in which arithmetic; not the place."""
-    decides = [Record(settings=asked, provenance=MADE_BY).decides() for asked in (FULL, FOLLOWING)]
-    assert {*decides[0], *decides[1]} == (set(FULL.fields()) - {"bokeh_targets"}) | {
+    """Every setting but levels and foci of the batch, and which model in which arithmetic; not the place."""
+    decides = [Record(settings=asked, provenance=MADE_BY).decides() for asked in (FULL, FOLLOWING, LENS)]
+    assert {key for each in decides for key in each} == (set(FULL.fields()) - {"bokeh_targets", "focus"}) | {
         "model_hash", "adapter_hash", "lora_hashes", "dtype", "compute", "schedule",
     }  # fmt: skip
 

@@ -24,8 +24,9 @@ from bokehflux.models.vae import to_uint8
 from bokehflux.photos.read import read_photo, upright_rgb
 from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.decode import Decoded, decode_pictures
+from bokehflux.pipeline.lens import Lens
 from bokehflux.pipeline.pipeline import Pipeline
-from bokehflux.pipeline.refocus import Lens, grid_of, plan_refocus
+from bokehflux.pipeline.refocus import grid_of, plan_refocus
 from bokehflux.pipeline.run import Options, Result, Stopped, execute
 from bokehflux.record import DEFAULT_SEED, Record, RefocusSettings
 from bokehflux.rendering.lens_map import LensMap
@@ -490,6 +491,11 @@ def test_the_photograph_has_its_place_on_the_sheet(own: float, labels: list[str]
     assert [tile.is_pivot for tile in tiles] == [label.startswith("photo") for label in labels]
 
 
+def through(lens: Lens, blurred: Image.Image) -> list[Image.Image]:
+    sharp = photo(96, 64)
+    return list(lens.pictures(sharp, lens.found(sharp, blurred, torch.device("cpu"))))
+
+
 def test_blur_of_the_photograph_and_of_the_lens_add_up_as_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     added: list[float] = []
 
@@ -499,7 +505,7 @@ def test_blur_of_the_photograph_and_of_the_lens_add_up_as_squares(monkeypatch: p
 
     monkeypatch.setattr(LensMap, "render", render)
     asked = RefocusSettings(prompt="a mug", bokeh_targets=(5.0, 13.0, 30.0), bokeh_pivot=5.0)
-    assert len(list(Lens("cpu", photo(96, 64), asked).pictures(photo(96, 64)))) == 3
+    assert len(through(Lens((96, 64), asked, 5.0), photo(96, 64))) == 3
     assert added == pytest.approx([12.0, math.sqrt(875)]), "nothing at its own level"
 
 
@@ -517,11 +523,11 @@ def test_the_lens_counts() -> None:
 
 def test_a_scene_that_changed_is_said(caplog: pytest.LogCaptureFixture) -> None:
     """The tiny network draws noise."""
-    lens = Lens("cpu", photo(96, 64), RefocusSettings(prompt="a mug", bokeh_targets=(20.0,)))
-    next(lens.pictures(photo(96, 64).transpose(Image.Transpose.ROTATE_180)))
+    lens = Lens((96, 64), RefocusSettings(prompt="a mug", bokeh_targets=(20.0,)))
+    through(lens, photo(96, 64).transpose(Image.Transpose.ROTATE_180))
     assert "takes a depth map in its place" in caplog.text
     caplog.clear()
-    next(lens.pictures(photo(96, 64)))
+    through(lens, photo(96, 64))
     assert not caplog.text
 
 

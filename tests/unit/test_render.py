@@ -69,7 +69,7 @@ def test_it_is_the_lens_map_in_files(capsys: pytest.CaptureFixture[str]) -> None
     expected = lens.render(torch.from_numpy(np.array(photo)).permute(2, 0, 1) / 255, 30.0)
     assert np.array_equal(found["bokeh-30.0.png"], (expected.permute(1, 2, 0) * 255).round().byte().numpy())
     recipe = read_recipe("out/bokeh-30.0.png")
-    assert recipe["focus"] == "20,30" and recipe["bokeh_level"] == 30 and "model" not in recipe
+    assert recipe["focus"] == ["20,30"] and recipe["bokeh_level"] == 30 and "model" not in recipe
     data = Path("out/bokeh-30.0.png").read_bytes()
     assert RENDERED_TYPE.encode() in data and b"AI" not in data, "no model made it"
 
@@ -180,10 +180,10 @@ def test_ctrl_c_keeps_what_is_finished(
 ) -> None:
     real = render.Rendering.picture
 
-    def stopped(self: render.Rendering, level: float) -> Image.Image:
+    def stopped(self: render.Rendering, level: float, focus: str) -> Image.Image:
         if level == 9:
             raise KeyboardInterrupt
-        return real(self, level)
+        return real(self, level, focus)
 
     monkeypatch.setattr(render.Rendering, "picture", stopped)
     assert cli.main([*BASE, "3", "9", "12", "--output", "out"]) == 130
@@ -285,7 +285,7 @@ def test_damaged_arrays_are_read_or_refused(name: str) -> None:
 
 def test_from_python(tmp_path: Path) -> None:
     asked = RenderSettings(photo="a.jpg", depth="a.npz", focus="20,30", bokeh_targets=(30,))
-    found = render.open_rendering(asked, torch.device("cpu")).picture(30.0)
+    found = render.open_rendering(asked, torch.device("cpu")).picture(30.0, "20,30")
     assert np.array_equal(np.asarray(found), made(*BASE)["bokeh-30.0.png"])
 
 
