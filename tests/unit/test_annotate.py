@@ -113,6 +113,18 @@ def test_canonical_metres_and_the_sky(tmp_path: Path) -> None:
         model.depth_m(image, None)
 
 
+@pytest.mark.parametrize("size", [(600, 107), (107, 600)])
+def test_a_focal_length_is_in_pixels_of_what_goes_in(size: tuple[int, int], tmp_path: Path) -> None:
+    """The mean over both sides, which are scaled differently where the network wants multiples."""
+    outputs = {"depth": ("Exp", MAP), "sky": ("Neg", MAP)}
+    model = open_depth(save(tmp_path / "m.onnx", "any", outputs), "da3metric", "cpu")
+    image = Image.new("RGB", size, (220, 220, 220))  # no sky
+    (depth, *_), (width, height) = model.run(image)[0].values(), model.run(image)[1]
+    assert abs(width / size[0] - height / size[1]) > 0.02
+    wanted = depth.mean() * 900 * (width / size[0] + height / size[1]) / 2 / 300
+    np.testing.assert_allclose(model.depth_m(image, 900.0).mean(), wanted, rtol=1e-3)
+
+
 def test_an_onnx_file_of_another_kind(tmp_path: Path) -> None:
     recipe = {"gives": "metres", "mean": [0, 0, 0], "std": [1, 1, 1]}
     (tmp_path / "mine.json").write_text(json.dumps(recipe))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -127,10 +129,13 @@ def test_what_a_cpu_keeps_in_float32(nano: Pipeline) -> None:
         for block in nano.transformer.blocks
     ]
     grid = LatentGrid(height_px=32, width_px=32)
-    velocity = denoiser(nano.transformer, nano.text.encode(["a red ball"]), grid)
+    text = nano.text.encode(["a red ball"])
+    velocity = denoiser(nano.transformer, text, grid)
     x = torch.randn(1, 4, 64)
     first, second = (velocity(x, torch.tensor(sigma), 0) for sigma in (0.7123, 0.7125))
     assert first.dtype == torch.float32 and not torch.equal(first, second)
+    rounded = dataclasses.replace(text, txt=text.txt.bfloat16().float())
+    assert not torch.equal(denoiser(nano.transformer, rounded, grid)(x, torch.tensor(0.7123), 0), first)
     for hook in hooks:
         hook.remove()
     assert set(seen) == {torch.float32}

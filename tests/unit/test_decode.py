@@ -120,6 +120,16 @@ def test_stopped_holds_what_is_finished(monkeypatch: pytest.MonkeyPatch, finishe
     assert torch.equal(result.latents, whole.latents)
 
 
+def test_stopped_without_a_pivot(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny_pipeline().generate("p", [0, 9])
+    stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        tiny_pipeline().generate("p", [0, 9])
+    assert isinstance(stopped.value, Stopped)
+    (image,) = stopped.value.result.images
+    assert image.tobytes() == whole.images[0].tobytes()
+
+
 def test_nothing_finished_is_an_ordinary_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt) as stopped:

@@ -242,3 +242,19 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
     write_raw(path, {f"tensor.{i}": (np.full((2, 32), i, np.float32), Kind.F32) for i in range(2)})
     path.write_bytes(path.read_bytes().replace(b"tensor.1", b"tensor.0"))
     assert "two tensors of one name" in problems(open_checkpoint, path)
+
+
+@pytest.mark.parametrize("alignment", [0, 4, 24, 96])
+def test_an_alignment_that_no_file_has(tmp_path, alignment):
+    writer = gguf.GGUFWriter(path := tmp_path / "a.gguf", "flux")
+    writer.add_custom_alignment(64)
+    writer.add_tensor("a", np.zeros((2, 32), np.float32), raw_dtype=Kind.F32)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    told = b"general.alignment" + (4).to_bytes(4, "little")
+    data = path.read_bytes()
+    assert data.count(told + (64).to_bytes(4, "little")) == 1
+    path.write_bytes(data.replace(told + (64).to_bytes(4, "little"), told + alignment.to_bytes(4, "little")))
+    assert f"damaged: alignment {alignment}" in problems(open_checkpoint, path)

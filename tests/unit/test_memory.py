@@ -330,3 +330,14 @@ def test_hooks_that_a_step_meets() -> None:
         mmdit.single_blocks[1].attention.register_forward_hook(lambda *_: None)
         assert has_hooks(mmdit)
     assert met == {"resident": False, "offload": False, "stream": True}
+
+
+def test_parameters_of_one_piece_lie_apart() -> None:
+    """However odd their sizes: copies and kernels want addresses that are multiples of 256 bytes."""
+    layers = [torch.nn.Linear(3, 1), torch.nn.Linear(5, 7).half(), torch.nn.Linear(1, 1).double()]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    values = [p.detach().clone() for p in parameters]
+    (piece,) = pieces(parameters, CPU)
+    offsets = [p.data_ptr() - piece.host.data_ptr() for p in parameters]
+    assert len(set(offsets)) == len(offsets) and all(offset % 256 == 0 for offset in offsets)
+    assert all(torch.equal(p, value) for p, value in zip(parameters, values, strict=True))

@@ -365,3 +365,14 @@ def test_amd_is_let_through_and_told_that_nobody_has_tried(
         assert interface.takes(torch.zeros(1, dtype=torch.float16))
     (said,) = caplog.records
     assert said.levelname == "WARNING" and "nobody has tested them" in said.getMessage()
+
+
+def test_a_cpu_rounds_queries_and_keys_once() -> None:
+    """In bfloat16 as Triton does: norm and rotation in float32, then one rounding."""
+    made, table = streams((3, 5), 2, 2, 2, 16, torch.bfloat16), rotations(8, 16)
+    ours = reference.joint_heads([Projected(*(t.cpu() for t in s)) for s in made], *(t.cpu() for t in table))
+    exact = reference.joint_heads(
+        [Projected(*(t.cpu().float() for t in s)) for s in made], *(t.cpu() for t in table)
+    )
+    for x, wide in zip(ours, exact, strict=True):
+        assert torch.equal(x, wide.bfloat16())

@@ -192,3 +192,11 @@ def test_out_of_memory_means_fewer_rows(room: int, first: int | None, asked: lis
 def test_a_picture_that_does_not_fit_at_all() -> None:
     with pytest.raises(ValueError, match="even one picture at a time does not fit: CUDA out of memory"):
         with_fewer_rows(Cramped(0), 7, None)
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_texts_without_end_are_refused(field: str) -> None:
+    texts = {"prompt": "a", "negative_prompt": "b", "true_cfg": 2.0}
+    GenerateSettings(**texts | {field: "a" * 20_000})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{field} has 20001 characters, more than the 20000 allowed"):
+        GenerateSettings(**texts | {field: "a" * 20_001})  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -387,3 +388,10 @@ def test_an_untrained_clip_adds_little_in_each_of_its_layers() -> None:
     }.items():  # fmt: skip
         found = [std for of, std in stds.items() if f".{name}." in of]
         assert len(found) == 8 and all(std == pytest.approx(scale, rel=0.1) for std in found), name
+
+
+@pytest.mark.parametrize("lacks", ["</s>", "<pad>"])
+def test_a_tokenizer_without_its_own_marks_is_refused(lacks: str) -> None:
+    pieces = SimpleNamespace(vocab_size=9, token_to_id=lambda piece: None if piece == lacks else 1)
+    with pytest.raises(ValueError, match="expected a tokenizer that knows '</s>' and '<pad>'"):
+        T5Tokenizer(pieces=pieces, eos="</s>", pad="<pad>", length=4)  # type: ignore[arg-type]
