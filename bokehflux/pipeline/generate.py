@@ -68,7 +68,7 @@ def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache
             velocity = kept.replayed(velocity)
         if settings.reuse is not None:
             pivot = alone(stage) if kept is None else kept.velocity
-            velocity = reused(velocity, pivot, settings.reuse, len(stage.sigmas) - 1)
+            velocity = reused(velocity, pivot, settings.reuse, stage.sigmas, numbers.grounded_steps)
         if leaves and numbers.grounded_steps < numbers.steps:
             assert rows is not None
             targets = stage.velocity(rows.rows(slice(1, None)), None)

@@ -113,7 +113,8 @@ def _inverted(model: Model, settings: RefocusSettings) -> Callable[[Stage], Star
         asked = BokehCondition.of(levels)
         velocity = followed(stage.velocity(asked, _grounding(settings)), states, sigmas)
         if settings.reuse is not None:
-            velocity = reused(velocity, path(states, sigmas), settings.reuse, len(sigmas) - 1)
+            grounded = settings.numbers().grounded_steps
+            velocity = reused(velocity, path(states, sigmas), settings.reuse, sigmas, grounded)
         return Start(states[0].expand(len(levels), -1, -1), velocity)
 
     return begin
