@@ -76,6 +76,14 @@ def without_pivot(velocity: Velocity, targets: Velocity, num_steps: int) -> Velo
 
 
 def is_computed(step: int, every: int, num_steps: int, grounded_steps: int) -> bool:
-    """Whether targets are computed in a step of a run, or only their pivot. The first step without grounding
-    is."""
-    return not FIRST <= step < num_steps - LAST or (step - grounded_steps) % every == 0
+    """Whether targets are computed in a step of a run, or only their pivot.
+
+    Every `every`-th is, counted from the first ones on and anew where grounding ends, but none right before
+    another that is computed anyway.
+    """
+    last = num_steps - LAST
+    if not FIRST <= step < last:
+        return True
+    grounded = step < grounded_steps
+    start, end = (FIRST, min(grounded_steps, last)) if grounded else (max(FIRST, grounded_steps), last)
+    return step == start or (step - start) % every == 0 and step + 1 < end
