@@ -19,9 +19,7 @@ FURTHEST = 0.75
 differs from its pivot by that, too, and a longer line would lead it on."""
 
 
-def reused(
-    velocity: Velocity, pivot: Velocity, every: int, sigmas: Tensor, grounded_steps: int
-) -> Velocity:
+def reused(velocity: Velocity, pivot: Velocity, every: int, sigmas: Tensor, grounded_steps: int) -> Velocity:
     """A velocity that is computed in every `every`-th step between the first and the last ones.
 
     In the steps between, `pivot` gives row 0 alone ([1, N, C] of x [B, N, C]). To it is added by how much
