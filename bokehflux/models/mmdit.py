@@ -54,8 +54,9 @@ class Modulations:
             final=each(self.final),
         )
 
-    def narrowed(self, dtype: torch.dtype) -> Modulations:
-        """For blocks that compute in a dtype. The last layer's stay: its result is the sampler's."""
+    def for_blocks(self, dtype: torch.dtype) -> Modulations:
+        """For blocks that compute in a dtype: narrower than they were made in, or, where autocast made them,
+        wider, so that 1 + scale is not rounded. The last layer's stay: its result is the sampler's."""
         return dataclasses.replace(self.map(lambda t: t.to(dtype)), final=self.final)
 
     def tensors(self) -> list[Tensor]:
@@ -139,14 +140,14 @@ class MMDiT(Network):
         Raises ValueError for levels without an adapter or a missing guidance.
         """
         rows = Rows(img=img, txt=txt, attention=attention, bokeh=bokeh)
-        mods = self.modulations(pooled, sigma, guidance).narrowed(self.dtype)
+        mods = self.modulations(pooled, sigma, guidance).for_blocks(self.dtype)
         return self.velocities([rows], mods, rope)[0]
 
     def modulations(self, pooled: Tensor, sigma: Tensor, guidance: Tensor | None) -> Modulations:
         """Shifts, scales and gates for pooled [B, P], sigma [B] and guidance [B].
 
         They depend on nothing else: a run computes them once a step for all its rows, or once for all steps.
-        On a CPU they are float32, and blocks compute in the dtype of theirs (`narrowed`).
+        On a CPU they are float32, and blocks compute in the dtype of theirs (`for_blocks`).
         """
         careful = careful_dtype(self.device, self.dtype)
         vec = self.time_in(sinusoid(sigma.to(careful)).to(careful))

@@ -118,7 +118,7 @@ class PromptPass:
         )
         levels = [float(sigma) for sigma in sigmas]
         return {
-            level: mods.row(i) if level > COMPOSED else mods.row(i).narrowed(dtype)
+            level: mods.row(i) if level > COMPOSED else mods.row(i).for_blocks(dtype)
             for i, level in enumerate(levels)
         }
 

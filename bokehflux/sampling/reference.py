@@ -35,7 +35,7 @@ def read_reference(
     spec = ReferenceRow(keys=keys, first=text.txt.shape[1])
     text = Conditioning(txt=text.txt.to(mmdit.dtype), pooled=text.pooled.to(mmdit.dtype))
     rows = Rows(img=photo, txt=text.txt, attention=spec, bokeh=levels, reference=adapter)
-    mmdit.velocities([rows], mmdit.modulations(text.pooled, sigma, guidance).narrowed(mmdit.dtype), rope)
+    mmdit.velocities([rows], mmdit.modulations(text.pooled, sigma, guidance).for_blocks(mmdit.dtype), rope)
     return keys
 
 

@@ -51,7 +51,7 @@ def train_adapter(
     resume: bool = False,
     on_full: OnFull = "wait",
 ) -> None:
-    """Train, and write `adapter/` in the published layout, `recipe.toml` and the log to `out`.
+    """Train, and write `recipe.toml`, the log, and in the end `adapter/` in the recipe's layout to `out`.
 
     Until then its state is there, from which `resume` goes on; no other run begins over it or an adapter.
     Where torch.distributed is initialised, every process calls this alike.
@@ -115,6 +115,8 @@ def train_adapter(
     )
     board = out / "tensorboard" if recipe.tensorboard and rank_and_world()[0] == 0 else None
     log = Log(out / "log.json", every=recipe.log_every, live=True, board=board)
+    if rank_and_world()[0] == 0:
+        recipe.write(out / "recipe.toml")
     log.note("recipe", vars(recipe))
     log.note("processes", rank_and_world()[1])
     rope = _rope(parts, groups.grid, device)
@@ -128,7 +130,6 @@ def train_adapter(
 
     def finish() -> None:
         _write(recipe, mmdit, out / "adapter")
-        recipe.write(out / "recipe.toml")
         log.save()
 
     if rank_and_world()[0] == 0:
@@ -277,8 +278,8 @@ def dry_run(recipe: AdapterRecipe, out: Path, device: torch.device, *, resume: b
         f"photographs: {photographs.num_scenes:,}, in {recipe.photographs or recipe.groups}; "
         f"{photographs.left_out:,} without a {recipe.unify} level are left out",
         f"size: {groups.grid.width_px} x {groups.grid.height_px} px",
-        f"a step: {share} rows of {txt_tokens} text and {groups.grid.num_tokens} image tokens on each of "
-        f"{processes} processes, {rows} at a time",
+        f"a step: {share} rows of {txt_tokens} text and {groups.grid.num_tokens} image tokens on "
+        f"{'one process' if processes == 1 else f'each of {processes} processes'}, {rows} at a time",
         f"disk: {_gb(cost.adapter_bytes + cost.state_bytes)} (adapter {_gb(cost.adapter_bytes)}, state "
         f"{_gb(cost.state_bytes)}); {_gb(free)} are free",
         f"GPU: about {_gb(cost.gpu_bytes + text)}, {encoders}",
