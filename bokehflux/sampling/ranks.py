@@ -245,9 +245,10 @@ class HeadsOverRanks(AtBlock):
         """q [Q, n, H, D], k and v [B, n, H, D] of this rank's n tokens -> [B, n, H, D]."""
         ranks, (rows, own, heads, dim) = len(self.lengths), k.shape
         some = heads // ranks
-        # Tokens before rows, so that parts of any length lie one behind the other: [n, Q + 2 B, H, D] ->
-        packed = torch.cat([x.transpose(0, 1) for x in (q, k, v)], dim=1)
-        packed = packed.unflatten(2, (ranks, some)).movedim(2, 0).flatten(0, 1)  # [R n, Q + 2 B, h, D]
+        # Tokens before rows, so that parts of any length lie one behind the other, in one copy of everything:
+        # [Q or B, n, H, D] -> [R, n, Q + 2 B, h, D] -> [R n, Q + 2 B, h, D]
+        by_rank = [x.unflatten(2, (ranks, some)).permute(2, 1, 0, 3, 4) for x in (q, k, v)]
+        packed = torch.cat(by_rank, dim=2).flatten(0, 1)
         got = packed.new_empty(sum(self.lengths), *packed.shape[1:])  # [L, Q + 2 B, h, D]
         self._exchange(got, packed, self.lengths, (own,) * ranks)
         q, k, v = got.transpose(0, 1).split([len(q), rows, rows])  # [Q, L, h, D], [B, L, h, D] twice
