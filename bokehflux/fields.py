@@ -9,7 +9,7 @@ import dataclasses
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
@@ -45,14 +45,19 @@ def _text(value: Any) -> str:
     return value
 
 
+def _is_switch(value: Any) -> bool:
+    """Whether it says yes or no: Python's own, or one of NumPy or PyTorch, which count as 0 and 1."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
 def _whole(value: Any) -> int:
-    if isinstance(value, bool):
+    if _is_switch(value):
         raise TypeError
     return operator.index(value)
 
 
 def _real(value: Any) -> float:
-    if isinstance(value, bool | str | bytes | bytearray):
+    if isinstance(value, str | bytes | bytearray) or _is_switch(value):
         raise TypeError
     try:
         return float(value)
@@ -71,10 +76,15 @@ def _level(value: Any) -> float:
     return level
 
 
-def _levels(value: Any) -> tuple[float, ...]:
-    if isinstance(value, str | bytes | Mapping):
+def _each(value: Any) -> tuple[Any, ...]:
+    """The members of a sequence. Those of a text are not meant, those of a set are in no order."""
+    if isinstance(value, str | bytes | bytearray | Mapping | Set):
         raise TypeError
-    levels = tuple(_level(level) for level in value)
+    return tuple(value)
+
+
+def _levels(value: Any) -> tuple[float, ...]:
+    levels = tuple(_level(level) for level in _each(value))
     if not 0 < len(levels) <= MAX_TARGETS:
         raise TypeError
     return levels
@@ -100,9 +110,7 @@ def _switch(value: Any) -> bool:
 
 
 def _in_twos(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str | bytes | Mapping):
-        raise TypeError
-    pairs = tuple(value)
+    pairs = _each(value)
     if any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
         raise TypeError
     return pairs

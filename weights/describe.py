@@ -24,7 +24,7 @@ from .files.pickled import pickle_in
 from .files.unpack import FORMATS
 from .find.layouts import PARTS, TOKENIZERS, Candidate, Findings, misfit, scan
 from .find.snapshot import check_own_files, likely
-from .lora.read import PREFIXES, check_declared, made_for, match_layers
+from .lora.read import PREFIXES, check_alphas, made_for, match_layers
 from .networks import NETWORKS, TINY_DECODER, TRANSFORMER, VAE, Network, adapter_for
 from .parts import is_left_over, open_any, part_of, prefixes, shapes_of, strangers
 from .relatives import like_autoencoder, stranger, task
@@ -221,7 +221,7 @@ def _lora(checkpoint: Checkpoint) -> list[str] | None:
     try:
         match = match_layers(checkpoint, {})
         if not (problems := match.problems):
-            check_declared(checkpoint, match)
+            check_alphas(checkpoint, match)
     except CheckpointError as error:
         problems = list(error.problems)
     if not problems:

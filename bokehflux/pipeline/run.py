@@ -44,6 +44,8 @@ from bokehflux.sampling.schedule import sigmas
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")
+Watermark = Callable[[Image.Image], Image.Image]
+"""Given a picture, returns the one to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +167,7 @@ class Result:
         folder: str | Path,
         kind: str = "png",
         *,
-        watermark: Callable[[Image.Image], Image.Image] | None = None,
+        watermark: Watermark | None = None,
         sign: Sign | None = None,
     ) -> list[Path]:
         """Write the pictures, the pivot and the sheet; returns their paths, in this order.
@@ -173,21 +175,27 @@ class Result:
         Every file holds its recipe and the mark that a model made it. Files that exist are kept: further
         ones get a number. kind: "png", "jpeg" or "webp". watermark: is given each picture and returns the one
         that is written. sign: `pictures.credentials.signer`, for a signature in each file.
-        Raises ValueError for a folder that cannot be written to, OSError for a full disk, which keeps the
-        files that fit.
+        Raises ValueError for a folder that cannot be written to or a watermark that returns none, OSError for
+        a full disk, which keeps the files that fit.
         """
         folder = Path(os.path.expanduser(folder))
         check_folder(folder)
         scene = self.scene()
         pictures = [*scene.pictures(), scene.sheet()]
         if watermark is not None:
-            pictures = [dataclasses.replace(one, image=watermark(one.image)) for one in pictures]
+            pictures = [dataclasses.replace(one, image=_marked(watermark, one.image)) for one in pictures]
         return save_pictures(pictures, folder, kind, sign)
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
         sheet = self.scene().sheet()
         return metadata.encode(sheet.image, sheet.recipe)
+
+
+def _marked(watermark: Watermark, image: Image.Image) -> Image.Image:
+    if not isinstance(marked := watermark(image), Image.Image):
+        raise ValueError(f"watermark must return the picture to be written (a PIL Image), got {marked!r:.80}")
+    return marked
 
 
 class Stopped(KeyboardInterrupt):

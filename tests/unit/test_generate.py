@@ -329,6 +329,10 @@ def test_a_watermark_and_a_signature_get_every_picture(pipe: Pipeline, tmp_path:
     for path in paths:
         with Image.open(path) as image:
             assert image.getpixel((3, 3)) == (255, 0, 0)
+    for forgotten in (None, result.images):
+        with pytest.raises(ValueError, match="watermark must return the picture"):
+            result.save(tmp_path / "none", watermark=lambda _, it=forgotten: it)
+    assert not any((tmp_path / "none").glob("*"))
 
 
 def test_progress_is_drawn_on_stderr(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:

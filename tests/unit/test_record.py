@@ -137,6 +137,17 @@ def test_numbers_of_numpy_and_torch_become_plain() -> None:
     assert json.loads(json.dumps(settings.recipe()))["height"] == 32
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("bokeh_targets", [np.True_]), ("bokeh_targets", np.array([True])), ("bokeh_targets", {3, 28}),
+    ("bokeh_targets", torch.tensor([True])), ("bokeh_targets", frozenset([3])),
+    ("bokeh_targets", bytearray(b"28")), ("bokeh_pivot", np.False_), ("guidance_scale", torch.tensor(True)),
+    ("num_inference_steps", np.True_), ("seed", torch.tensor(True)),
+])  # fmt: skip
+def test_switches_are_no_numbers_and_sets_have_no_order(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be .*, got "):
+        GenerateSettings(**{"prompt": "p", "bokeh_targets": [3], "bokeh_pivot": 15, name: value})
+
+
 def test_what_can_be_read_only_once_is_not_lost() -> None:
     assert Provenance(loras=(pair for pair in MADE_BY.loras)).loras == MADE_BY.loras  # type: ignore[arg-type]
 

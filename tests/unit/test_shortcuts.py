@@ -165,7 +165,7 @@ def test_a_row_that_is_left_goes_on_straight(grounded: int, more: int) -> None:
         ({"pivot_cache": PivotCache()}, "keeps the whole pivot"),
         ({"pivot_steps": "some"}, "all or grounded"),
     ],
-    ids=str,
+    ids=["no pivot", "not grounded", "reuse", "cache", "no such steps"],
 )
 def test_a_pivot_that_cannot_be_left_out(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):

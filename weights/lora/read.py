@@ -99,12 +99,12 @@ def read_lora(path: str | Path, configs: Configs) -> Lora:
     )
 
 
-def check_declared(checkpoint: Checkpoint, match: Match) -> None:
-    """Raise CheckpointError for alphas beside the tensors that cannot be used. Reads headers only."""
+def check_alphas(checkpoint: Checkpoint, match: Match) -> None:
+    """Raise CheckpointError for an alpha that cannot be used. Of tensors, reads those of one number."""
     alphas = Alphas(checkpoint)
     for stem, place in match.fitting.items():
-        if "alpha" not in (roles := match.layers[stem]):
-            alphas.scale(stem, place.network, None, checkpoint.shapes[roles["down"]][0])
+        roles = match.layers[stem]
+        alphas.scale(stem, place.network, roles.get("alpha"), checkpoint.shapes[roles["down"]][0])
     alphas.check_patterns(match.layers)
 
 
