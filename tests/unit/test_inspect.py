@@ -35,7 +35,7 @@ def lines(path: Path) -> list[str]:
 
 @pytest.fixture
 def no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of tensors, the numbers of a LoRA alone."""
+    """A LoRA's numbers may be read, tensors not."""
     read = Checkpoint.read
 
     def small(self: Checkpoint, name: str) -> torch.Tensor:

@@ -143,7 +143,7 @@ def test_numbers_of_numpy_and_torch_become_plain() -> None:
     ("bokeh_targets", bytearray(b"28")), ("bokeh_pivot", np.False_), ("guidance_scale", torch.tensor(True)),
     ("num_inference_steps", np.True_), ("seed", torch.tensor(True)),
 ])  # fmt: skip
-def test_switches_are_no_numbers_and_sets_have_no_order(name: str, value: Any) -> None:
+def test_a_switch_or_a_set_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} must be .*, got "):
         GenerateSettings(**{"prompt": "p", "bokeh_targets": [3], "bokeh_pivot": 15, name: value})
 
