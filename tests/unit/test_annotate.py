@@ -157,7 +157,7 @@ def test_points_become_metres(known: bool, shift: float, scale: float) -> None:
     mask = np.ones(metres.shape, bool)
     mask[:4] = False
     got = metres_of_points(points, mask, scale, 80.0 if known else None)
-    np.testing.assert_allclose(got[4:], metres[4:], rtol=2e-3)
+    np.testing.assert_allclose(got[4:], metres[4:], rtol=1e-4)
     assert np.isinf(got[:4]).all()
 
 

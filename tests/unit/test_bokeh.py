@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -225,3 +226,19 @@ def test_wrong_rank_and_a_block_that_does_not_exist() -> None:
         BokehConfig(blocks=(0,), rank=0)
     with pytest.raises(ValueError, match="block 6 does not exist: the model has 6"):
         BokehAdapter(BokehConfig(blocks=(0, 6), rank=1), MMDIT)
+
+
+def test_angles_of_far_positions_are_those_of_float64() -> None:
+    """By NumPy: float32 anywhere on the way would be seen at the far side of a large picture."""
+    place = np.array([0, 1, 77, 255, 4095], dtype=np.float64)
+    ids = torch.from_numpy(np.stack([0 * place, place, place[::-1]], 1))
+    table = rope_table(ids.long(), (16, 56, 56), 10_000)
+    angle = np.concatenate(
+        [
+            ids[:, axis, None].numpy() * 10_000.0 ** -(np.arange(0, dim, 2) / dim)
+            for axis, dim in enumerate((16, 56, 56))
+        ],
+        axis=1,
+    )
+    for ours, exact in zip(table, (np.cos(angle), np.sin(angle)), strict=True):
+        assert ours.dtype == torch.float32 and np.abs(ours.numpy() - exact).max() < 1e-7

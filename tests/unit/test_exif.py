@@ -263,3 +263,9 @@ def test_refocus_takes_the_photographs_own_level(
     bare = written(tmp_path / "y.jpg")
     assert cli.main(["refocus", str(bare), "--prompt", "a mug", "--photo-level", "auto"]) == 2
     assert "y.jpg does not tell its level (the EXIF lacks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("told", ["Canon", "Canon\0", " Canon\0 \0\0", "\0Canon "])
+def test_names_end_where_cameras_fill_them_up(told: str) -> None:
+    assert Exif.from_tags({"Make": told, "Model": "\0\0 "}).make == "Canon"
+    assert Exif.from_tags({"Make": told, "Model": "\0\0 "}).model is None

@@ -213,3 +213,11 @@ def test_letters_are_on_sheet_grid_and_animation(with_fonts: Callable[..., None]
     boxes = made()
     with_fonts(FONTS / "cat.ttf")
     assert all(box != cat for box, cat in zip(boxes, made(), strict=True))
+
+
+@pytest.mark.parametrize("side", [1, 40, 100, 140, 170, 190, 250])
+def test_small_pictures_are_as_large_as_can_be_seen(side: int) -> None:
+    """By a whole number of times, so that pixels stay squares: never below the least size of a tile."""
+    drawn = np.asarray(contact_sheet([Tile(image=Image.new("RGB", (side, side), "red"), label="a")], "", ""))
+    seen = (drawn == (255, 0, 0)).all(-1).sum() ** 0.5
+    assert seen >= 160 and seen % side == 0

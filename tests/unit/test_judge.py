@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -422,6 +423,13 @@ def test_one_level_is_no_scene(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"file": "a.png", "level": 5}')
     with pytest.raises(ValueError, match="two or more levels of one scene"):
         find_scenes(tmp_path / "one.jsonl")
+
+
+def test_hidden_files_are_nobodys_pictures(swept: Path, tmp_path: Path) -> None:
+    shutil.copytree(swept / "scene-0", tmp_path / "a")
+    found = find_scenes(tmp_path / "a")
+    shutil.copy(tmp_path / "a" / "bokeh-1.png", tmp_path / "a" / "._bokeh-1.png")
+    assert find_scenes(tmp_path / "a") == found
 
 
 def test_what_cannot_be_judged_is_said_first(

@@ -384,3 +384,13 @@ def test_rows_by_number() -> None:
     assert [row.key for row in rows] == ["0", "1"] and rows[1].exif == Exif()
     with pytest.raises(IndexError):
         rows[2]
+
+
+@pytest.mark.parametrize("source", [
+    "https://www.flickr.com/photos/somebody/53000000001/", "https://live.staticflickr.com/65535/53000000001_ab_k.jpg",
+    "https://farm66.static.flickr.com/65535/1/53000000001_ab.jpg",
+])  # fmt: skip
+def test_a_photographs_number_is_in_its_address(source: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(None))
+    (tmp_path / "a.json").write_text(json.dumps({"source": source}))
+    assert open_rows(tmp_path)[0].photo_id == "53000000001"
