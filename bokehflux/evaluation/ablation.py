@@ -37,8 +37,11 @@ from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.sampling.latents import position_ids
 from bokehflux.training.latents import INDEX, Entry, LatentFolder, write_entries
 from bokehflux.training.looks import HELD_OUT, HeldOut
+from bokehflux.training.recipes.adapter import AdapterRecipe
 from bokehflux.training.recipes.named import NANO
-from bokehflux.training.recipes.run import train_adapter
+from bokehflux.training.recipes.run import RECIPE, STATE, train_adapter
+from bokehflux.weights.files.checkpoint import CheckpointError, read_json
+from bokehflux.weights.files.write import write_json
 
 LEVELS = (0.0, 4.0, 8.0, 12.0, 18.0, 28.0)
 PIVOT = 15.0
@@ -145,20 +148,31 @@ def run_arm(
     arm: str, seed: int, scenes: Scenes, home: Path, model: str, device: torch.device, steps: int, batch: int,
     captions: int,
 ) -> Found:  # fmt: skip
-    """Train one arm and judge it; what it made stays in a folder of `home`."""
+    """Train one arm and judge it; what it made stays in a folder of `home`, and is not made again.
+
+    Raises CheckpointError where an arm of other settings lies there.
+    """
     torch.set_num_threads(1)
     recipe = dataclasses.replace(
         NANO, model=model, groups=str(scenes.groups), photographs=str(scenes.photographs), seed=seed,
-        steps=steps, batch=batch, warmup_steps=min(50, steps - 1), save_every=steps, log_every=10,
+        steps=steps, batch=batch, warmup_steps=min(50, steps - 1), save_every=100, log_every=10,
     )  # fmt: skip
     recipe = dataclasses.replace(recipe, **ARMS[arm])
     out = home / f"{arm.replace(' ', '-')}-{seed}"
-    train_adapter(recipe, out, device)
+    kept = out / f"judged-by-{captions}.json"
+    if (out / RECIPE).is_file() and AdapterRecipe.read(out / RECIPE) != recipe:
+        raise CheckpointError(out, "an arm with other settings: choose another folder, or move it away")
+    if kept.is_file():
+        return Found(**read_json(kept))
+    if not (out / "adapter").exists():
+        train_adapter(recipe, out, device, resume=(out / STATE).is_file())
     seconds = json.loads((out / "log.json").read_text())["notes"]["seconds"]
     trained = functools.partial(bokehflux.load, model, adapter=out / "adapter", device=device)
     judged = judge(trained(), captions)
     told, untold = held_out_loss(trained(dtype="float32"), scenes.held_out)
-    return Found(arm=arm, seed=seed, **judged, loss=told, loss_untold=untold, seconds=seconds)
+    found = Found(arm=arm, seed=seed, **judged, loss=told, loss_untold=untold, seconds=seconds)
+    write_json(kept, dataclasses.asdict(found))
+    return found
 
 
 def judge(pipe: Pipeline, captions: int, steps: int = 12) -> dict[str, float]:

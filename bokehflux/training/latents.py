@@ -32,6 +32,7 @@ from bokehflux.weights.files.write import save, write_json
 INDEX = "latents.json"
 SCHEMA = 2
 SHARDS = "latents-{}.safetensors"
+AGAIN = "make its latents again: `bokehflux latents` keeps what is whole"
 KEYS = "keys"
 """In a shard's metadata: the keys of its scenes, as JSON."""
 Encode = Callable[[Sequence[str]], Conditioning]
@@ -194,7 +195,10 @@ class LatentFolder:
         self.num_renders, self.channels, *_ = shape = tuple(index["shape"])
         self.grid = _grid(shape)
         self._encode = encode
-        self._shards = [open_checkpoint(folder / shard["file"]) for shard in index["shards"]]
+        paths = [folder / shard["file"] for shard in index["shards"]]
+        if missing := [f"{path.name}: no such file" for path in paths if not path.is_file()]:
+            raise CheckpointError(folder, *missing, AGAIN)
+        self._shards = [open_checkpoint(path) for path in paths]
         counts = [shard["scenes"] for shard in index["shards"]]
         self._starts = [0, *itertools.accumulate(counts)]
         keys = [scene["key"] for scene in index["scenes"]]
@@ -208,7 +212,7 @@ class LatentFolder:
         if self._starts[-1] != len(keys):
             problems.append(f"{INDEX} names {len(keys)} scenes, shards hold {self._starts[-1]}")
         if problems:
-            raise CheckpointError(folder, *problems)
+            raise CheckpointError(folder, *problems, AGAIN)
         levels = [scene["levels"][unify] for scene in index["scenes"]]
         self._places = [i for i, known in enumerate(levels) if None not in known]
         """Where the scenes lie that have a level."""

@@ -110,7 +110,7 @@ class Log:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
         self.start = time.perf_counter() - state["seconds"]
-        self.notes, self.points = state["notes"], state["points"]
+        self.notes, self.points = state["notes"] | self.notes, state["points"]
         self._sums = {key: list(torch.tensor(values)) for key, values in state["begun"].items()}
 
     def update(self) -> None:

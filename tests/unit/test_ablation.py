@@ -24,6 +24,7 @@ from bokehflux.training import looks
 from bokehflux.training.adapter import AdapterBatch
 from bokehflux.training.latents import LatentFolder
 from bokehflux.training.recipes.named import NANO
+from bokehflux.weights.files.checkpoint import CheckpointError
 from bokehflux.weights.find.resolve import BUNDLED
 from bokehflux.weights.find.snapshot import CARD
 
@@ -80,12 +81,19 @@ def test_every_arm_is_a_recipe(arm: str) -> None:
     assert sum(recipe.in_groups(step) for step in range(100)) == 100 * recipe.grouped
 
 
-def test_an_arm_is_trained_and_judged(scenes: Scenes, nano64: Path, tmp_path: Path) -> None:
+def test_an_arm_is_trained_and_judged_once(
+    scenes: Scenes, nano64: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = run_arm("photographs only", 3, scenes, tmp_path, str(nano64), CPU, 2, 4, 1)
     assert all(math.isfinite(value) for value in dataclasses.asdict(found).values() if value != found.arm)
     assert 0 < found.loss < 2 and abs(found.loss - found.loss_untold) < 0.01, "two steps teach nothing"
     told = json.loads((tmp_path / "photographs-only-3" / "log.json").read_text())["notes"]["recipe"]
     assert told["grouped"] == 0 and told["seed"] == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(ablation, "train_adapter", None)  # it is there, and so is its judgement
+        assert run_arm("photographs only", 3, scenes, tmp_path, str(nano64), CPU, 2, 4, 1) == found
+        with pytest.raises(CheckpointError, match="an arm with other settings"):
+            run_arm("photographs only", 3, scenes, tmp_path, str(nano64), CPU, 3, 4, 1)
 
 
 def test_an_adapter_is_judged_beside_the_renderer() -> None:

@@ -122,8 +122,9 @@ def test_captions_are_chosen_among_those_of_the_scene(tmp_path: Path) -> None:
 def test_a_folder_with_holes_is_refused(tmp_path: Path, spoil, said: str) -> None:
     write_latents(tmp_path, *toy_latents(), shard_scenes=2)
     spoil(tmp_path)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=said) as error:
         LatentFolder(tmp_path, spoken)  # type: ignore[arg-type]
+    assert ("bokehflux latents" in str(error.value)) == ("schema" not in said)
 
 
 def shard(folder: Path, number: int) -> Path:

@@ -879,6 +879,10 @@ def test_log(tmp_path: Path) -> None:
     assert [(p["step"], p["loss"]) for p in saved["points"]] == [(2, 2.0), (4, 7.0)]
     assert saved["notes"]["size"] == [1, 2] and "seconds" in saved["notes"]
     assert [p.name for p in tmp_path.iterdir()] == ["curve.json"]
+    further = Log(tmp_path / "curve.json", every=2)
+    further.note("size", [3, 4])
+    further.restore(log.state())
+    assert further.notes == log.notes | {"size": [3, 4]}, "what is so now"
 
 
 # --- objectives

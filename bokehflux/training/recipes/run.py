@@ -42,6 +42,8 @@ from bokehflux.weights.networks import CLIP, T5, adapter_for
 from bokehflux.weights.save import save_network
 from bokehflux.weights.tables.adapter import BOKEHDEPTH, PUBLISHED
 
+RECIPE, STATE = "recipe.toml", "state.safetensors"
+
 
 def train_adapter(
     recipe: AdapterRecipe,
@@ -116,7 +118,7 @@ def train_adapter(
     board = out / "tensorboard" if recipe.tensorboard and rank_and_world()[0] == 0 else None
     log = Log(out / "log.json", every=recipe.log_every, live=True, board=board)
     if rank_and_world()[0] == 0:
-        recipe.write(out / "recipe.toml")
+        recipe.write(out / RECIPE)
     log.note("recipe", vars(recipe))
     log.note("processes", rank_and_world()[1])
     rope = _rope(parts, groups.grid, device)
@@ -212,9 +214,7 @@ def _saves(recipe: AdapterRecipe, out: Path, resume: bool) -> Saves:
     """Where the run keeps its state. Raises CheckpointError for a folder that holds another run, or none to
     go on with, and ValueError for one that cannot be written to."""
     check_place(out)
-    saves = Saves(
-        path=out / "state.safetensors", every=recipe.save_every, settings=vars(recipe), resume=resume
-    )
+    saves = Saves(path=out / STATE, every=recipe.save_every, settings=vars(recipe), resume=resume)
     if resume:
         saves.open()[0].close()
     elif saves.path.exists():
