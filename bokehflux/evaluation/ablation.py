@@ -36,12 +36,11 @@ from bokehflux.nano.scenes import build_scenes, render
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.sampling.latents import position_ids
 from bokehflux.training.latents import INDEX, Entry, LatentFolder, write_entries
+from bokehflux.training.log import Log
 from bokehflux.training.looks import HELD_OUT, HeldOut
 from bokehflux.training.recipes.adapter import AdapterRecipe
 from bokehflux.training.recipes.named import NANO
 from bokehflux.training.recipes.run import RECIPE, STATE, train_adapter
-from bokehflux.weights.files.checkpoint import CheckpointError, read_json
-from bokehflux.weights.files.write import write_json
 
 LEVELS = (0.0, 4.0, 8.0, 12.0, 18.0, 28.0)
 PIVOT = 15.0
@@ -150,7 +149,7 @@ def run_arm(
 ) -> Found:  # fmt: skip
     """Train one arm and judge it; what it made stays in a folder of `home`, and is not made again.
 
-    Raises CheckpointError where an arm of other settings lies there.
+    Raises ValueError where an arm of other settings lies there.
     """
     torch.set_num_threads(1)
     recipe = dataclasses.replace(
@@ -159,11 +158,11 @@ def run_arm(
     )  # fmt: skip
     recipe = dataclasses.replace(recipe, **ARMS[arm])
     out = home / f"{arm.replace(' ', '-')}-{seed}"
-    kept = out / f"judged-by-{captions}.json"
+    kept = Log(out / f"judged-by-{captions}.json")
     if (out / RECIPE).is_file() and AdapterRecipe.read(out / RECIPE) != recipe:
-        raise CheckpointError(out, "an arm with other settings: choose another folder, or move it away")
-    if kept.is_file():
-        return Found(**read_json(kept))
+        raise ValueError(f"{out} has an arm of other settings: choose another folder, or move it away")
+    if kept.path.is_file():
+        return Found(**json.loads(kept.path.read_text())["notes"]["found"])
     if not (out / "adapter").exists():
         train_adapter(recipe, out, device, resume=(out / STATE).is_file())
     seconds = json.loads((out / "log.json").read_text())["notes"]["seconds"]
@@ -171,7 +170,8 @@ def run_arm(
     judged = judge(trained(), captions)
     told, untold = held_out_loss(trained(dtype="float32"), scenes.held_out)
     found = Found(arm=arm, seed=seed, **judged, loss=told, loss_untold=untold, seconds=seconds)
-    write_json(kept, dataclasses.asdict(found))
+    kept.note("found", dataclasses.asdict(found))
+    kept.write()
     return found
 
 

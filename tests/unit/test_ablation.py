@@ -24,7 +24,6 @@ from bokehflux.training import looks
 from bokehflux.training.adapter import AdapterBatch
 from bokehflux.training.latents import LatentFolder
 from bokehflux.training.recipes.named import NANO
-from bokehflux.weights.files.checkpoint import CheckpointError
 from bokehflux.weights.find.resolve import BUNDLED
 from bokehflux.weights.find.snapshot import CARD
 
@@ -92,7 +91,7 @@ def test_an_arm_is_trained_and_judged_once(
     with monkeypatch.context() as patch:
         patch.setattr(ablation, "train_adapter", None)  # it is there, and so is its judgement
         assert run_arm("photographs only", 3, scenes, tmp_path, str(nano64), CPU, 2, 4, 1) == found
-        with pytest.raises(CheckpointError, match="an arm with other settings"):
+        with pytest.raises(ValueError, match="has an arm of other settings"):
             run_arm("photographs only", 3, scenes, tmp_path, str(nano64), CPU, 3, 4, 1)
 
 
