@@ -77,19 +77,22 @@ class LensMap:
         return cls(blur=(disparity - low) * px_m, px_m=px_m, at_infinity=-float(low) * px_m)
 
     @classmethod
-    def from_pictures(cls, sharp: Tensor, blurred: Tensor, level: float, own_level: float = 0.0) -> Self:
+    def from_pictures(
+        cls, sharp: Tensor, blurred: Tensor, level: float, own_level: float = 0.0, *, loose: bool = False
+    ) -> Self:
         """From a picture [3, H, W] and the same one at a level [3, h, w], both display values 0 to 1.
 
         Needs no depth. In focus is what is sharp in both, and all else is taken to lie behind it: blur alone
-        does not tell near from far. own_level: that of `sharp`; blurs add up as squares do. Radii up to 1.3
-        pixels a level, in a picture of 512, are looked for: those of the horizon behind a subject at 0.77 m.
+        does not tell near from far. own_level: that of `sharp`; blurs add up as squares do. loose: `blurred`
+        is a network's, and shows the same scene with other detail. Radii up to 1.3 pixels a level, in a
+        picture of 512, are looked for: those of the horizon behind a subject at 0.77 m.
         Raises ValueError for a level that is not above own_level, and what `fit_radius` raises.
         """
         check_level(level)
         if not 0 <= own_level < level:
             raise ValueError(f"own_level: expected from 0 to below {level:g}, got {own_level:g}")
         added = math.sqrt(level**2 - own_level**2)
-        fit = fit_radius(sharp, blurred, LARGEST_PX * added / TRAINING_SIDE_PX)
+        fit = fit_radius(sharp, blurred, LARGEST_PX * added / TRAINING_SIDE_PX, loose)
         return cls(blur=-fit.radius_px / added, far=0.0, residual=fit.residual)
 
     def focused_at(self, focus: Focus, mask: Tensor | None = None) -> Self:

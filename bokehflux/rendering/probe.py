@@ -23,16 +23,23 @@ from .photo import GAMMA
 
 CELL_PX = 4
 """The map has one number for a square of this side, before edges are put right, at `FIT_SIDE_PX`."""
-WINDOW_CELLS = 2
-"""A window reaches so many cells to each side."""
+
+
+class _Trust(NamedTuple):
+    window_cells: int
+    """A window reaches so many cells to each side."""
+    doubt: float
+    """Weight of a cell's own window beside its neighbours' choices."""
+
+
+EXACT, LOOSE = _Trust(1, 0.15), _Trust(2, 0.1)
+"""For pictures that differ by blur alone, and for a network's that lost or moved detail as well."""
 FIT_SIDE_PX = 256
 """Pictures whose shorter side is larger are fitted at this size."""
 BLURRED_LEAST = 0.5
 """The least share of a place that is blurred; the rest has stayed sharp."""
 NOISE = 5e-4
 """Squared error, of display values, below which radii are not told apart."""
-DOUBT = 0.1
-"""Weight of a cell's own window beside its neighbours' choices."""
 SHARP, SHARP_PX = 0.1, 2.0
 """What is sharp is so much likelier, as a logarithm, than what has so many pixels of blur or more."""
 MOST = 3.0
@@ -54,11 +61,12 @@ class Fit(NamedTuple):
     """Root mean square, in display values, of what the discs leave unexplained."""
 
 
-def fit_radius(sharp: Tensor, blurred: Tensor, largest: float) -> Fit:
+def fit_radius(sharp: Tensor, blurred: Tensor, largest: float, loose: bool = False) -> Fit:
     """The blur radii that lead from sharp [3, H, W] to blurred [3, h, w], both display values 0 to 1.
 
     largest: the largest radius that is looked for, as a share of the shorter side. The blurred picture may be
-    smaller. Raises ValueError for pictures of other shapes, or too small to compare.
+    smaller. loose: it is a network's, which lost or moved detail besides. Raises ValueError for pictures of
+    other shapes, or too small to compare.
     """
     if sharp.dim() != 3 or blurred.dim() != 3 or not len(sharp) == len(blurred) == 3:
         raise ValueError(f"expected [3, H, W] twice, got {list(sharp.shape)} and {list(blurred.shape)}")
@@ -71,15 +79,15 @@ def fit_radius(sharp: Tensor, blurred: Tensor, largest: float) -> Fit:
         for one in (sharp, blurred)
     )
     radii = _candidates(largest * min(high, wide))
-    cells = _cells(small, 0)[0]
+    cells, trust = _cells(small, 0)[0], LOOSE if loose else EXACT
     shown = small
     everything = small.new_ones(1, 1, high, wide)
     rarer = SHARP * (small.new_tensor(radii) / SHARP_PX).clamp(max=1).view(-1, 1, 1)
     discs = _blurred(small, radii, [everything] * len(radii))
     for last in (False, True):
-        cost = _cost(small, target, discs)
+        cost = _cost(small, target, discs, trust.window_cells)
         doubt = (cost + NOISE).log() + rarer
-        chosen = _matched(DOUBT * (doubt - doubt.amin(0)).clamp(max=MOST), cells)
+        chosen = _matched(trust.doubt * (doubt - doubt.amin(0)).clamp(max=MOST), cells)
         coarse = _between(chosen, radii)
         radius = _guided(coarse, small, shown if not last else sharp[None].float()).clamp(0, radii[-1])
         if not last:
@@ -121,12 +129,12 @@ def _mean(values: Tensor, reach: int) -> Tensor:
     return F.avg_pool2d(values, 2 * reach + 1, 1, reach, count_include_pad=False)
 
 
-def _cost(sharp: Tensor, blurred: Tensor, discs: Tensor) -> Tensor:
+def _cost(sharp: Tensor, blurred: Tensor, discs: Tensor, reach: int) -> Tensor:
     """Mean squared error [J, h, w] of every radius in the window of every cell."""
     asked, offered = blurred - sharp, discs - sharp
-    power = _cells(asked.square().sum(1, keepdim=True), WINDOW_CELLS)[:, 0]
-    common = _cells((offered * asked).sum(1, keepdim=True), WINDOW_CELLS)[:, 0]
-    size = _cells(offered.square().sum(1, keepdim=True), WINDOW_CELLS)[:, 0]
+    power = _cells(asked.square().sum(1, keepdim=True), reach)[:, 0]
+    common = _cells((offered * asked).sum(1, keepdim=True), reach)[:, 0]
+    size = _cells(offered.square().sum(1, keepdim=True), reach)[:, 0]
     share = (common / size.clamp(min=1e-8)).clamp(BLURRED_LEAST, 1)
     return (power - 2 * share * common + share**2 * size).clamp(min=0) / 3
 

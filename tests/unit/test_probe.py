@@ -65,6 +65,19 @@ def test_a_sharp_subject_is_explained_by_no_disc() -> None:
     assert rim > 0.01, "what is behind hardly takes colours from the subject"
 
 
+def test_what_differs_by_blur_alone_shows_small_subjects() -> None:
+    """A network's picture is read in larger windows, which its lost detail fools less."""
+    y, x = torch.arange(128.0)[:, None], torch.arange(128.0)
+    from_middle = ((x - 64) ** 2 + (y - 64) ** 2).sqrt()
+    picture = textured(128, 128)
+    blurred = blur_photo(picture, torch.where(from_middle < 20, 0.0, -8.0))
+    exact, loose = (
+        -LensMap.from_pictures(picture, blurred, 28, loose=loose).radius_px(28)[from_middle < 16].mean()
+        for loose in (False, True)
+    )
+    assert exact < 1.5 < 2.5 < loose
+
+
 def test_another_scene_leaves_a_residual() -> None:
     picture = textured(128, 128)
     assert LensMap.from_pictures(picture, picture.flip(-1), 28).residual > 0.1
