@@ -23,6 +23,11 @@ from . import tiles
 from .joins import MAX_ROWS, join_gradients, merge_, runs, take_rows
 
 HALF = (torch.bfloat16, torch.float16)
+CUDNN_FORWARD = frozenset({(8, 6), (8, 9), (9, 0), (10, 0)})
+"""Compute capabilities whose fastest forward pass is cuDNN's. (9, 0): attention.json. The others as others have
+printed them, never run by us: cuDNN against flash 62 : 51 TFLOP/s on sm_86, 106 : 86 on sm_89, 135 : 136 on sm_80
+(pytorch #192799); 1.2 to 2.0 times FlashAttention 4 on sm_100 (sglang #33655); 0.88 on sm_120 (transformers
+#48163)."""
 
 
 def takes(q: Tensor) -> bool:
@@ -62,9 +67,20 @@ def _kernel(q: Tensor) -> str:
     return "cudnn" if tiles.device(q.device).family == tiles.HOPPER else "flash"
 
 
-def with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention [B, L, H, D] and the log-sum-exp of its scaled scores [B, H, L] float32. No gradients."""
-    args, kernel = [x.transpose(1, 2) for x in (q, k, v)], _kernel(q)
+def fastest_forward(q: Tensor) -> str:
+    """The kernel for q [B, L, H, D] where no backward pass follows: by what was measured on such a card."""
+    on_nvidia = q.is_cuda and torch.version.hip is None  # AMD counts in other numbers
+    if on_nvidia and q.dtype in HALF and torch.cuda.get_device_capability(q.device) in CUDNN_FORWARD:
+        return "cudnn"
+    return _kernel(q)
+
+
+def with_lse(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> tuple[Tensor, Tensor]:
+    """Attention [B, L, H, D] and the log-sum-exp of its scaled scores [B, H, L] float32. No gradients.
+
+    kernel: None is the one whose backward pass can follow.
+    """
+    args, kernel = [x.transpose(1, 2) for x in (q, k, v)], kernel or _kernel(q)
     if kernel == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)
     elif kernel == "efficient":

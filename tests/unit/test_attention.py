@@ -719,6 +719,24 @@ def test_where_a_gpu_has_a_stock_kernel(
     assert stock.takes(there) is expected  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("capability", "dtype", "expected"), [
+    ((8, 0), torch.bfloat16, "flash"), ((8, 6), torch.float16, "cudnn"), ((8, 9), torch.bfloat16, "cudnn"),
+    ((9, 0), torch.bfloat16, "cudnn"), ((10, 0), torch.bfloat16, "cudnn"), ((12, 0), torch.bfloat16, "flash"),
+    ((8, 9), torch.float32, "efficient"),
+])  # fmt: skip
+def test_the_fastest_stock_kernel_of_a_card(
+    capability: tuple[int, int], dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    family = HOPPER if capability == (9, 0) else tiles.PORTABLE
+    monkeypatch.setattr(tiles, "device", lambda _: tiles.Device(family=family, num_sms=108))
+    there = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, shape=(1, 9, 2, 128), dtype=dtype)
+    assert stock.fastest_forward(there) == expected  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(tiles, "device", lambda _: tiles.Device(family=tiles.PORTABLE, num_sms=108))
+    assert stock.fastest_forward(there) != "cudnn", "AMD's 9.0 is no Hopper"  # type: ignore[arg-type]
+
+
 def test_a_tile_is_one_that_was_chosen_for_the_maximum_at_hand() -> None:
     """Rows that hold for a fixed or a running maximum alone are found for that one."""
     device = tiles.Device(family=HOPPER, num_sms=132)
