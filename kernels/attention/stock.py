@@ -24,10 +24,10 @@ from .joins import MAX_ROWS, join_gradients, merge_, runs, take_rows
 
 HALF = (torch.bfloat16, torch.float16)
 CUDNN_FORWARD = frozenset({(8, 6), (8, 9), (9, 0), (10, 0)})
-"""Compute capabilities whose fastest forward pass is cuDNN's. (9, 0): attention.json. The others as others have
-printed them, never run by us: cuDNN against flash 62 : 51 TFLOP/s on sm_86, 106 : 86 on sm_89, 135 : 136 on sm_80
-(pytorch #192799); 1.2 to 2.0 times FlashAttention 4 on sm_100 (sglang #33655); 0.88 on sm_120 (transformers
-#48163)."""
+"""Compute capabilities whose fastest forward pass is cuDNN's: (9, 0) by attention.json. We never ran the
+others; published are cuDNN against flash 62 : 51 TFLOP/s on sm_86, 106 : 86 on sm_89, 135 : 136 on sm_80
+(pytorch #192799), 1.2 to 2.0 times FlashAttention 4 on sm_100 (sglang #33655), 0.88 times flash on sm_120
+(transformers #48163)."""
 
 
 def takes(q: Tensor) -> bool:
