@@ -53,7 +53,7 @@ PROBE_LEVEL = 28.0
 """The level at which a picture is asked for to see where, and how strongly, it is blurred."""
 PROBE_STEPS = 8
 """How many steps that picture takes: it shows blur, not detail."""
-LOOKING_STEPS = 4
+LOOKING_STEPS = 2
 """How many steps pictures take that look at the photograph: with more of them errors add up (docs/log.md)."""
 
 

@@ -560,7 +560,7 @@ def test_targets_look_at_the_photograph(max_rows: int | None) -> None:
     )  # fmt: skip
     assert passes == [1] + steps * ([4] if max_rows is None else [1, 1, 1, 1])
     usual = RefocusSettings(prompt="a mug", bokeh_targets=levels, method="reference").completed(pipe.defaults)
-    assert usual.num_inference_steps == 4 and usual.num_rows == 4
+    assert usual.num_inference_steps == 2 and usual.num_rows == 4
     assert made.pivot_latents is None and made.record.settings.num_grounding_steps == 0
     assert np.array_equal(np.asarray(made.pivot_image), np.asarray(photo()))
 
@@ -591,7 +591,7 @@ def test_a_model_that_looks_is_asked_for_the_map_so() -> None:
     pipe.transformer.double_blocks[0].register_forward_pre_hook(lambda _, args: passes.append(len(args[0].x)))
     made = pipe.refocus(photo(), "a mug", [9, 20])
     settings = made.record.settings
-    assert passes == [1, 2, 2, 2, 2] and settings.num_rows == 2 and settings.numbers().grounded_steps == 0
+    assert passes == [1, 2, 2] and settings.num_rows == 2 and settings.numbers().grounded_steps == 0
     assert isinstance(settings, RefocusSettings) and settings.probe == "reference"
     assert [image.size for image in made.images] == [photo().size] * 2
     passes.clear()
