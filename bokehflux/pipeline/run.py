@@ -330,7 +330,7 @@ def with_fewer_rows(run: Callable[[int | None], Made], rows: int, max_rows: int 
         try:
             return run(max_rows)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            if (max_rows or rows) <= 1:
+            if min(max_rows or rows, rows) <= 1:
                 raise ValueError(f"even one picture at a time does not fit: {error}") from error
         gc.collect()  # what the attempt has left in cycles
         max_rows = max(1, min(max_rows or rows, rows) // 2)

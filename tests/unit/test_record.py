@@ -211,3 +211,18 @@ def test_texts_without_end_are_refused(field: str) -> None:
     GenerateSettings(**texts | {field: "a" * 20_000})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"{field} has 20001 characters, more than the 20000 allowed"):
         GenerateSettings(**texts | {field: "a" * 20_001})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rows", "max_rows", "tried"), [
+    (1, None, [None]), (1, 4, [4]), (7, None, [None, 3, 1]), (7, 4, [4, 2, 1]), (2, 9, [9, 1]),
+])  # fmt: skip
+def test_no_attempt_is_made_twice(rows: int, max_rows: int | None, tried: list[int | None]) -> None:
+    seen: list[int | None] = []
+
+    def run(at_once: int | None) -> None:
+        seen.append(at_once)
+        raise MemoryError("none left")
+
+    with pytest.raises(ValueError, match="even one picture at a time does not fit: none left"):
+        with_fewer_rows(run, rows, max_rows)
+    assert seen == tried
