@@ -17,7 +17,7 @@ from torch import nn
 from bokehflux.configs import CLIPConfig
 from bokehflux.models.clip import CLIPTextEncoder
 from bokehflux.weights.files.checkpoint import CheckpointError, fold, open_checkpoint, read_json
-from bokehflux.weights.files.write import replacing, save, save_sharded, write_json
+from bokehflux.weights.files.write import replacing, save, save_sharded, unfinished, write_json
 from bokehflux.weights.networks import CLIP
 from bokehflux.weights.save import save_network
 from tests.model_files import load_clip, write_sparse
@@ -388,3 +388,12 @@ def test_a_config_of_a_strange_size_is_not_read(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("bokehflux.weights.files.checkpoint.MAX_HEADER_BYTES", 17)
     with pytest.raises(CheckpointError, match="larger than 17 bytes: not a config or an index"):
         read_json(tmp_path / "config.json")
+
+
+def test_what_is_being_written_is_known_by_its_name(tmp_path: Path) -> None:
+    for name in ("a.tmp", ".a.tmp", ".a.x.tmp", "a.json.1.tmp", ".a.json.1.tmp.old"):
+        (tmp_path / name).touch()
+    with replacing(tmp_path / "b.json") as temporary:
+        temporary.write_text("{}")
+        assert unfinished(tmp_path) == [temporary]
+    assert unfinished(tmp_path) == [] and (tmp_path / "b.json").read_text() == "{}"

@@ -31,7 +31,7 @@ from bokehflux.training.adapter import (
     trainable_adapter,
 )
 from bokehflux.training.batches import Draws
-from bokehflux.training.engine import keep_activations, store_fp8
+from bokehflux.training.engine import keep_activations, mean_of, store_fp8
 from bokehflux.training.log import Log
 from bokehflux.training.looks import Best, HeldOut, Sheets
 from bokehflux.training.loop import Course, Step, train
@@ -550,3 +550,18 @@ def test_sheets_show_the_average_as_it_will_be_loaded(tmp_path: Path) -> None:
     assert seen == [("a", 0, (48, 32), 15.0), ("b", 1, (48, 32), 15.0)]
     assert all(torch.equal(p, old) for p, old in zip(state.ema.parameters, before, strict=True))
     assert len(list((tmp_path / "looks").iterdir())) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_losses_one_by_one_are_their_mean(count: int) -> None:
+    weights = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, 3))]
+    rows = torch.randn(count, 3)
+
+    def loss(row: Tensor) -> Tensor:
+        return (weights[1] @ (weights[0] * row)).square().sum()
+
+    whole = torch.stack([loss(row) for row in rows]).mean()
+    expected = torch.autograd.grad(whole, weights)
+    value = mean_of([functools.partial(loss, row) for row in rows], weights)
+    torch.testing.assert_close(value, whole)
+    torch.testing.assert_close(torch.autograd.grad(value, weights), expected)
