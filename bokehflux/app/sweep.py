@@ -24,7 +24,7 @@ from bokehflux.pictures import metadata
 from bokehflux.pictures.credentials import Sign
 from bokehflux.pictures.files import check_folder, replace_file, save_pictures, uninterrupted
 from bokehflux.pictures.page import scenes_of, write_page
-from bokehflux.pictures.series import Scene, Shot
+from bokehflux.pictures.series import BLUR_MAP, BlurMap, Scene, Shot
 from bokehflux.pictures.sheet import Tile, contact_sheet, up_and_down
 from bokehflux.pipeline.controls import with_files
 from bokehflux.pipeline.lens import with_hashes
@@ -215,9 +215,13 @@ class Sweep:
         keys += [("pivot", settings.bokeh_pivot, None)] if settings.shows_pivot else []
         if not set(keys) <= set(shots):
             return None
+        blur_map = found_map(self.output / folder_name(wanted), wanted)
+        if settings.through_lens and blur_map is None:
+            return None
         found = [shots[key] for key in keys]
         pivot = found.pop() if settings.shows_pivot else None
-        return self._nothing_new(found[0], settings).merged(found, pivot)
+        scene = self._nothing_new(found[0], settings).merged(found, pivot)
+        return dataclasses.replace(scene, blur_map=blur_map)
 
     def _nothing_new(self, shot: Shot, settings: GenerateSettings) -> Scene:
         """A scene without pictures, made as one that is on the disk."""
@@ -246,6 +250,11 @@ class Sweep:
         missing = [shot for shot in settings.shots if ("target", *shot) not in found]
         pivot = found.get(("pivot", settings.bokeh_pivot, None)) if settings.shows_pivot else None
 
+        blur_map = found_map(folder, wanted)
+        complete = (pivot is not None or not settings.shows_pivot) and (
+            blur_map is not None or not settings.through_lens
+        )
+
         def new(result: Result) -> Scene:
             """Without what is there: a lost pivot alone is made again with one level, which is not kept."""
             made = result.scene()
@@ -254,11 +263,12 @@ class Sweep:
                 record=_of_scene(made.record, settings),
                 targets=tuple(shot for shot in made.targets if (shot.level, shot.focus) in missing),
                 pivot=None if pivot is not None else made.pivot,
+                blur_map=None if blur_map is not None else made.blur_map,
             )
 
-        if not missing and (pivot is not None or not settings.shows_pivot):
+        if not missing and complete:
             fresh = self._nothing_new(old[0], settings)
-            return _Made(fresh=fresh, kept=tuple(old), pivot=pivot, folder=folder)
+            return _Made(fresh=fresh, kept=tuple(old), pivot=pivot, blur_map=blur_map, folder=folder)
         levels = dict.fromkeys(level for level, _ in missing or settings.shots[:1] if level is not None)
         try:
             fresh = new(self.run(dataclasses.replace(settings, bokeh_targets=tuple(levels))))
@@ -266,7 +276,7 @@ class Sweep:
             with uninterrupted():
                 save_pictures(new(stop.result).pictures(), folder, self.kind, self.sign)
             raise
-        return _Made(fresh=fresh, kept=tuple(old), pivot=pivot, folder=folder)
+        return _Made(fresh=fresh, kept=tuple(old), pivot=pivot, blur_map=blur_map, folder=folder)
 
 
 def folder_name(record: Record) -> str:
@@ -318,6 +328,24 @@ def finished(folder: Path, wanted: Record) -> dict[Key, Shot]:
     return found
 
 
+def found_map(folder: Path, wanted: Record) -> BlurMap | None:
+    """The map of blur of a folder that was made as `wanted` says."""
+    decides = wanted.decides()
+    for path in sorted(p for p in folder.glob(f"{BLUR_MAP}*") if p.suffix in metadata.SUFFIXES.values()):
+        try:
+            recipe = metadata.read_recipe(path)
+            with Image.open(path, formats=metadata.READABLE) as file:
+                image = file.convert("L")
+            far, near = map(float, recipe["blur_ends"])
+            found = BlurMap(image=image, ends=(far, near), glow=float(recipe["glow"]))
+        except metadata.UNREADABLE as error:
+            logger.warning("%s does not count as finished: %s", path, error)
+            continue
+        if all(key in recipe and recipe[key] == value for key, value in decides.items()):
+            return found
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Made:
     """A scene before it is written."""
@@ -328,12 +356,15 @@ class _Made:
     """Targets that are."""
     pivot: Shot | None
     """The pivot, if it is."""
+    blur_map: BlurMap | None
+    """The map of its blur, if it is."""
     folder: Path
 
     def saved(self, kind: str, sign: Sign | None) -> Done:
         paths = save_pictures(self.fresh.pictures(), self.folder, kind, sign)
         fresh = self.fresh.saved_at([f"{self.folder.name}/{path.name}" for path in paths])
         scene = fresh.merged(self.kept, self.pivot)
+        scene = dataclasses.replace(scene, blur_map=fresh.blur_map or self.blur_map)
         num_kept = len(self.kept) + (self.pivot is not None)
         return Done(scene=scene, paths=(*paths, *_views(scene, self.folder)), num_kept=num_kept)
 

@@ -16,6 +16,10 @@ from bokehflux.pictures.sheet import Tile, contact_sheet
 from bokehflux.record import Record, RefocusSettings, Settings
 
 
+BLUR_MAP = "blur-map"
+"""Stem of its file."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shot:
     """One picture of a scene."""
@@ -52,6 +56,21 @@ class Shot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlurMap:
+    """Where, and how strongly, a lens blurs a scene's pivot."""
+
+    image: Image.Image
+    """Grey of the pivot's size: white is nearest."""
+    ends: tuple[float, float]
+    """Radius by level in pixels, of black and of white; what is at 0 is sharp where no focus is asked for."""
+    glow: float = 1.0
+    """How bright lights are, as `LensMap.glow`."""
+
+    def recipe(self, record: Record) -> Recipe:
+        return {**record.of("map").recipe(), "blur_ends": list(self.ends), "glow": self.glow}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scene:
     """What one prompt and one seed gave."""
 
@@ -59,10 +78,16 @@ class Scene:
     """How the batch was made; a picture's own adds its role and level."""
     targets: tuple[Shot, ...]
     pivot: Shot | None
+    blur_map: BlurMap | None = None
+    """Where a lens made the targets of the pivot."""
 
     @classmethod
     def of(
-        cls, record: Record, images: Sequence[Image.Image], pivot_image: Image.Image | None = None
+        cls,
+        record: Record,
+        images: Sequence[Image.Image],
+        pivot_image: Image.Image | None = None,
+        blur_map: BlurMap | None = None,
     ) -> Scene:
         """What a run made: a picture for each of its first shots, and its pivot or photograph."""
         pivot, settings = None, record.settings
@@ -74,7 +99,7 @@ class Scene:
         if pivot_image is not None and isinstance(settings, Settings):
             is_photo = isinstance(settings, RefocusSettings)
             pivot = Shot(level=settings.bokeh_pivot, image=pivot_image, is_pivot=True, is_photo=is_photo)
-        return cls(record=record, targets=tuple(shots), pivot=pivot)
+        return cls(record=record, targets=tuple(shots), pivot=pivot, blur_map=blur_map)
 
     @property
     def shots(self) -> tuple[Shot, ...]:
@@ -82,17 +107,22 @@ class Scene:
         return self.targets if self.pivot is None else (*self.targets, self.pivot)
 
     def pictures(self) -> list[Picture]:
-        """One file per target, then the pivot, if the model made it."""
+        """One file per target, then the pivot, if the model made it, and the map of its blur."""
         shots = [shot for shot in self.shots if not shot.is_photo]
         stems = distinct([shot.stem for shot in shots])
-        return [
+        made = [
             Picture(stem=stem, image=shot.image, recipe=self.recipe_of(shot))
             for stem, shot in zip(stems, shots, strict=True)
         ]
+        if self.blur_map is not None:
+            recipe = self.blur_map.recipe(self.record)
+            made.append(Picture(stem=BLUR_MAP, image=self.blur_map.image, recipe=recipe))
+        return made
 
     def saved_at(self, files: Sequence[str]) -> Scene:
         """Knowing where its `pictures` are."""
-        shots = [dataclasses.replace(shot, file=file) for shot, file in zip(self.shots, files, strict=True)]
+        own = zip(self.shots, files, strict=self.blur_map is None)  # the map's file is the last
+        shots = [dataclasses.replace(shot, file=file) for shot, file in own]
         count = len(self.targets)
         return dataclasses.replace(self, targets=tuple(shots[:count]), pivot=next(iter(shots[count:]), None))
 
@@ -127,4 +157,4 @@ class Scene:
         levels = dict.fromkeys(shot.level for shot in targets if shot.level is not None)
         settings = dataclasses.replace(self.record.settings, bokeh_targets=tuple(levels))
         record = dataclasses.replace(self.record, settings=settings)
-        return Scene(record=record, targets=tuple(targets), pivot=pivot or self.pivot)
+        return dataclasses.replace(self, record=record, targets=tuple(targets), pivot=pivot or self.pivot)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bokehflux.focus import parse_focus
 from bokehflux.lens import MAX_LEVEL
+from bokehflux.pictures.series import BlurMap
 from bokehflux.pipeline.memory import room_for_photo
 from bokehflux.pipeline.render import read_aperture
 from bokehflux.record import PROBE_LEVEL, LensSettings
@@ -96,6 +97,13 @@ class Lens:
                     continue
                 out = lenses[focus].render(sharp, min(added, MAX_LEVEL), self.aperture, self.highlights)
                 yield Image.fromarray((out.movedim(0, -1) * 255).round().byte().cpu().numpy())
+
+
+def drawn(lens: LensMap) -> BlurMap:
+    """The map as a picture."""
+    far, near = (float(end) for end in lens.blur.aminmax())
+    grey = (lens.blur - far) / max(near - far, 1e-9) * 255
+    return BlurMap(image=Image.fromarray(grey.round().byte().cpu().numpy()), ends=(far, near), glow=lens.glow)
 
 
 def _pixels(picture: Image.Image, device: torch.device) -> Tensor:

@@ -29,10 +29,10 @@ from bokehflux.pictures.credentials import Sign
 from bokehflux.pictures.files import check_folder, save_pictures
 from bokehflux.pictures.series import Scene
 from bokehflux.pipeline.decode import decode_pictures, wants_tiling
-from bokehflux.pipeline.lens import Lens
+from bokehflux.pipeline.lens import Lens, drawn
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
-from bokehflux.record import Provenance, Record, Settings
+from bokehflux.record import Provenance, Record, RefocusSettings, Settings
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
 from bokehflux.sampling.diagnose import explain_nonfinite
@@ -156,7 +156,9 @@ class Result:
 
     def scene(self) -> Scene:
         """The pictures with their levels, and how they are laid out."""
-        return Scene.of(self.record, self.images, self.pivot_image)
+        photo = isinstance(self.record.settings, RefocusSettings)  # the map of a photograph stays here
+        blur_map = None if photo or self.lens_map is None else drawn(self.lens_map)
+        return Scene.of(self.record, self.images, self.pivot_image, blur_map)
 
     def sheet(self) -> Image.Image:
         """All pictures, labelled, on one contact sheet."""

@@ -50,7 +50,7 @@ def test_two_rows_make_any_number_of_pictures() -> None:
             assert np.abs(seen.movedim(0, -1).numpy() - donut).mean() < 0.1
     labels = [tile.label for tile in made.scene().tiles()]
     assert labels[2:5] == ["bokeh 0, focus 90,60", "pivot 0", "bokeh 7.5, focus near"]
-    assert len({picture.stem for picture in made.scene().pictures()}) == 10
+    assert len({picture.stem for picture in made.scene().pictures()}) == 11
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,9 @@ def test_a_sweep_goes_on_with_another_focus(served: list[GenerateSettings]) -> N
     (folder / "bokeh-20.0-focus-far.png").unlink()
     assert cli.main(["sweep", *ARGV, "--focus", "47,31", "far"]) == 0 and len(served) == 4
     assert served[-1].bokeh_targets == (20.0,) and (folder / "bokeh-20.0-focus-far.png").exists()
+    (folder / "blur-map.png").write_bytes(b"broken")
+    assert cli.main(["sweep", *ARGV, "--focus", "47,31", "far"]) == 0 and len(served) == 5
+    assert read_recipe(folder / "blur-map-run2.png")["role"] == "map"
 
 
 def test_another_picture_of_an_aperture_is_another_scene(served: list[GenerateSettings]) -> None:
