@@ -25,7 +25,7 @@ setup(
     package_dir=MAPPED,
     package_data={
         "bokehflux": ["py.typed"],
-        "bokehflux.pictures": ["page.css", "page.html", "page.js", "fonts/*"],
+        "bokehflux.pictures": ["page.css", "page.html", "page.js", "page_lens.js", "fonts/*"],
         "bokehflux.weights": ["manifests/*.json", "nano/**/*", "vocabularies/**/*"],
     },
 )

@@ -75,7 +75,8 @@ OWN_IN = {
     "weights.tables": {"weights.tables", "weights.mapping", "weights.codec", "configs"},
     "rendering": LEAVES | {"kernels", "rendering"},
     "metrics": LEAVES | {"rendering"},
-    "pictures": LEAVES | {"fields", "record", "metrics", "pictures"},
+    # A page renders what a lens does, with the renderer's numbers.
+    "pictures": LEAVES | {"fields", "record", "rendering", "metrics", "pictures"},
     "photos": LEAVES | {"record", "pictures", "photos"},
     "pipeline": LIBRARY | {"record", "pictures", "photos", "rendering", "pipeline"},
     # A run streams its base as a pipeline does, and makes pictures of what it has learned.

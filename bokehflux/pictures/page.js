@@ -1,14 +1,15 @@
-"use strict";
 const at = id => document.getElementById(id);
 const all = selector => [...document.querySelectorAll(selector)];
 const bounded = value => Math.min(Math.max(value, 0), 1);
 const scenes = JSON.parse(at("data").textContent);
 const views = all("[name=view]").map(radio => radio.value);
+const sees = scenes.some(each => each.lens)
+  && Boolean(document.createElement("canvas").getContext("webgl2")?.getExtension("EXT_color_buffer_float"));
 
 // What is shown. `shot` and `other` count the scene's pictures; the pivot, if any, is the last of them.
 const now = { scene: 0, shot: 0, other: 0, view: "level", times: 4, split: .5, actual: false, x: .5, y: .5,
-  keys: true };
-let scene, pictures;
+  keys: true, through: 15, focus: null, shape: null };
+let scene, pictures, lens;
 
 function set(change) {
   Object.assign(now, change);
@@ -26,11 +27,17 @@ function draw() {
   left.textContent = shot.label; right.textContent = other.label;
 
   const title = compares ? `${shot.label} against ${other.label}` : first.label;
-  at("now").textContent = view === "difference" ? `${title}, difference times ${now.times}` : title;
-  at("measured").textContent = compares ? `sharpness ${shot.sharpness.toFixed(2)}, ${other.sharpness.toFixed(2)}`
+  const looks = view === "lens";
+  at("now").textContent = looks ? `bokeh ${rounded(now.through)} through the lens` : view === "difference" ? `${title}, difference times ${now.times}` : title;
+  at("measured").textContent = looks ? "" : compares ? `sharpness ${shot.sharpness.toFixed(2)}, ${other.sharpness.toFixed(2)}`
     : `sharpness ${first.sharpness.toFixed(2)}`;
-  at("level").value = shot.level;
-  at("level").setAttribute("aria-valuetext", shot.label);
+  dial(looks);
+  at("level").value = looks ? now.through : shot.level;
+  at("level").setAttribute("aria-valuetext", looks ? at("now").textContent : shot.label);
+  at("lens").hidden = at("through").hidden = !looks;
+  at("play").hidden = looks;
+  at("against").hidden = looks || pictures.length < 2;
+  if (looks) glance();
   for (const radio of all("[name=view]")) radio.checked = radio.value === view;
   at("other").value = now.other;
   at("other-label").textContent = other.label[0].toUpperCase() + other.label.slice(1);
@@ -42,6 +49,8 @@ function draw() {
   const isFile = location.protocol === "file:" && !first.src.startsWith("data:");
   Object.assign(at("save"), { href: first.src, download: first.file, target: isFile ? "_blank" : "",
     textContent: isFile ? "Open its file" : "Save this picture" });
+  if (looks) Object.assign(at("save"), { href: "#", target: "", textContent: "Save this picture",
+    download: `lens-${rounded(now.through)}.png` });
   for (const [i, dot] of all(".dot").entries()) {
     dot.classList.toggle("now", i === now.shot);
     dot.classList.toggle("other", compares && i === now.other);
@@ -58,6 +67,33 @@ function draw() {
   fit();
   preload();
   remember();
+}
+
+// The level's ends: those of the pictures, or all that there are through a lens.
+function dial(looks) {
+  const levels = scene.shots.map(shot => shot.level), [min, max] = looks ? [0, 30] : [Math.min(...levels), Math.max(...levels)];
+  Object.assign(at("level"), { min, max });
+  at("transport").hidden = !looks && levels.length < 2;
+}
+const rounded = level => Math.round(10 * level) / 10;
+
+// What the lens shows; the first time it takes a moment.
+let asked = 0;
+async function glance() {
+  const { lens: data } = scene, number = ++asked;
+  if (lens?.data !== data) {
+    lens ??= new Lens(at("through"));
+    await lens.load(data);
+    if (number !== asked) return;
+  }
+  if (!(now.shape in data.shapes)) now.shape = Object.keys(data.shapes)[0];
+  at("shape").replaceChildren(...Object.keys(data.shapes).map(name => new Option(name, name, false, name === now.shape)));
+  lens.render(now.through, now.focus ?? lens.own, now.shape);
+  at("depth").value = lens.share(now.focus ?? lens.own);
+  at("own").setAttribute("aria-pressed", now.focus === null);
+  at("through").setAttribute("aria-label", `${scene.prompt}: ${at("now").textContent}`);
+  const sharp = now.focus === null ? "" : ` --focus ${now.point || rounded(10 * lens.share(now.focus)) / 10}`;
+  at("asked").textContent = `--bokeh-targets ${rounded(now.through)}${sharp} --aperture ${now.shape}`;
 }
 
 function put(image, shot) {
@@ -91,8 +127,9 @@ let writing;
 function remember() {
   clearTimeout(writing);
   writing = setTimeout(() => {
-    const where = new URLSearchParams({ scene: now.scene + 1, level: scene.shots[now.shot].level, view: now.view });
-    if (now.view !== "level") where.set("with", sought(now.other));
+    const level = now.view === "lens" ? rounded(now.through) : scene.shots[now.shot].level;
+    const where = new URLSearchParams({ scene: now.scene + 1, level, view: now.view });
+    if (!["level", "lens"].includes(now.view)) where.set("with", sought(now.other));
     if (now.view === "difference") where.set("times", now.times);
     if (!now.keys) where.set("keys", "off");
     history.replaceState(null, "", "#" + where);
@@ -105,7 +142,9 @@ function recall() {
   const number = Number(where.get("scene")) - 1, times = Number(where.get("times"));
   choose(scenes[number] ? number : 0);
   const shot = nearest(where.get("level")), view = where.get("view"), other = where.get("with");
-  set({ shot, keys: where.get("keys") !== "off", view: pictures.length > 1 && views.includes(view) ? view : "level",
+  const can = view === "lens" ? !at("has-lens").hidden : pictures.length > 1 && views.includes(view);
+  if (view === "lens") now.through = 30 * bounded(Number(where.get("level")) / 30 || 0);
+  set({ shot, keys: where.get("keys") !== "off", view: can ? view : "level",
     times: [...at("times").options].some(each => Number(each.text) === times) ? times : 4,
     other: other === null || other === "pivot" ? now.other : nearest(other) });
 }
@@ -120,16 +159,16 @@ function choose(number) {
   const level = scene?.shots[now.shot].level;
   scene = scenes[number];
   pictures = scene.pivot ? [...scene.shots, scene.pivot] : scene.shots;
-  Object.assign(now, { scene: number, shot: 0, other: pictures.length - 1 });
+  Object.assign(now, { scene: number, shot: 0, other: pictures.length - 1, focus: null, shape: null });
+  at("has-lens").hidden = !scene.lens || !sees;
+  if (now.view === "lens" && at("has-lens").hidden) now.view = "level";
   now.shot = nearest(level);
-  if (pictures.length < 2) now.view = "level";
+  if (pictures.length < 2 && now.view !== "lens") now.view = "level";
   at("scene").value = number;
   at("prompt").textContent = scene.prompt;
   at("made").textContent = scene.footer;
-  const levels = scene.shots.map(shot => shot.level);
-  at("level").min = Math.min(...levels); at("level").max = Math.max(...levels);
-  at("transport").hidden = levels.length < 2;
-  at("views").hidden = at("against").hidden = pictures.length < 2;
+  dial(now.view === "lens");
+  at("views").hidden = pictures.length < 2 && at("has-lens").hidden;
   at("other").replaceChildren(...pictures.map((shot, i) => new Option(shot.label, i)));
   at("curve").innerHTML = scene.curve;
   at("recipe").replaceChildren(...Object.entries(scene.recipe).flatMap(([key, value]) => {
@@ -202,10 +241,11 @@ async function advance() {
 }
 function go(shot) {
   play(false);
+  if (now.view === "lens") return set({ through: 30 * bounded((now.through + Math.sign(shot - now.shot) / 2) / 30) });
   set({ shot: Math.min(Math.max(shot, 0), scene.shots.length - 1) });
 }
 function show(view) {
-  if (pictures.length > 1) set({ view });
+  if (view === "lens" ? !at("has-lens").hidden : pictures.length > 1) { play(false); set({ view }); }
 }
 function toggleFull() {
   if (document.fullscreenElement) document.exitFullscreen(); else at("figure").requestFullscreen();
@@ -229,6 +269,14 @@ function pan(right, down) {
   set({ x: moved(now.x, right, at("under").offsetWidth - clientWidth),
     y: moved(now.y, down, at("under").offsetHeight - clientHeight) });
 }
+at("stage").addEventListener("click", event => {
+  if (now.view !== "lens" || now.actual || lens?.data !== scene.lens) return;
+  const { left, top, width, height } = at("through").getBoundingClientRect(), [wide, high] = scene.size;
+  const scale = Math.min(width / wide, height / high);
+  const x = Math.floor((event.clientX - left - (width - wide * scale) / 2) / scale);
+  const y = Math.floor((event.clientY - top - (height - high * scale) / 2) / scale);
+  if (x >= 0 && y >= 0 && x < wide && y < high) set({ focus: lens.at(x, y), point: `${x},${y}` });
+});
 at("stage").addEventListener("pointerdown", event => {
   drag = now.actual && event.target !== at("handle") ? pull.pan : now.view === "wipe" ? pull.wipe : null;
   if (!drag || event.button) return;
@@ -258,7 +306,7 @@ at("level").addEventListener("keydown", event => {
   event.preventDefault();
 });
 const keys = { l: () => show("level"), p: () => show("other"), s: () => show("beside"), w: () => show("wipe"),
-  d: () => show("difference"), 1: () => set({ actual: !now.actual }), f: toggleFull };
+  d: () => show("difference"), x: () => show("lens"), 1: () => set({ actual: !now.actual }), f: toggleFull };
 document.addEventListener("keydown", event => {
   if (!now.keys || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("select")) return;
   const step = arrows[event.key]?.[0];
@@ -269,7 +317,13 @@ document.addEventListener("keydown", event => {
   event.preventDefault();
 });
 
-at("level").addEventListener("input", () => go(nearest(at("level").value)));
+at("level").addEventListener("input", () => now.view === "lens" ? set({ through: Number(at("level").value) })
+  : go(nearest(at("level").value)));
+at("depth").addEventListener("input", () =>
+  lens?.data === scene.lens && set({ focus: lens.grey(Number(at("depth").value)), point: null }));
+at("shape").addEventListener("change", () => set({ shape: at("shape").value }));
+at("own").addEventListener("click", () => set({ focus: null }));
+at("save").addEventListener("click", () => { if (now.view === "lens") at("save").href = at("through").toDataURL(); });
 at("curve").addEventListener("click", event => {
   const far = dot => {
     const { left, right } = dot.getBoundingClientRect();

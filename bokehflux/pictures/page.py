@@ -1,9 +1,10 @@
-"""One HTML page that shows a sweep: slider, comparisons, blur curve.
+"""One HTML page that shows a sweep: slider, comparisons, blur curve, and a lens where the scene has its map.
 
-`page.html` has the markup, `page.css` the look, `page.js` what it does. Pictures are embedded as lossless
-WebP with their recipes, and the page needs no other file. Where that would make it too large, it shows the
-files of the sweep, which lie in folders beside it. By its content security policy it loads nothing else, and
-runs no script but its own.
+`page.html` has the markup, `page.css` the look, `page.js` what it does, and `page_lens.js` what a lens makes
+of the sharp picture: any level, focus and aperture, in layers, as `rendering` does but coarser. Pictures are
+embedded as lossless WebP with their recipes, and the page needs no other file. Where that would make it too
+large, it shows the files of the sweep, which lie in folders beside it. By its content security policy it
+loads nothing else, and runs no script but its own.
 """
 
 from __future__ import annotations
@@ -11,29 +12,38 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import io
 import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote
 
 import numpy as np
 import torch
 from PIL import Image
 
+from bokehflux.aperture import Aperture, parse_aperture
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.metrics import sharpness
 from bokehflux.pictures import metadata
 from bokehflux.pictures.files import distinct, replace_file
-from bokehflux.pictures.series import Scene, Shot
+from bokehflux.pictures.series import BlurMap, Scene, Shot
+from bokehflux.rendering.lights import BRIGHTEST, restored
+from bokehflux.rendering.photo import GAMMA
 
 WIDTH, HEIGHT, PAD = 360, 200, 36
 """Size of the blur curve in SVG units, and the room for its axes."""
 
 MAX_EMBEDDED_PIXELS = 10 << 20
 """Twenty scenes of nano, or ten pictures of 1024 px: below 40 MB unless they are noise, 4 bytes a pixel."""
+
+SHAPES = ("disc", "polygon:6", "polygon:5", "donut:0.5", "anamorphic:2")
+"""Apertures that a page with a lens offers, beside its sweep's own."""
+SHAPE_PX, SHAPE_RIM = 64, 17 / 16
+"""Side of an aperture's picture, and how far it goes in units of its circle's radius."""
 
 MAX_HEAD = 64 << 10
 """Characters of a page in which its scenes are named."""
@@ -63,7 +73,7 @@ def page(scenes: Sequence[Scene], names: Sequence[str] = ()) -> str:
     embeds = sum(math.prod(shot.image.size) for shot in shots) <= MAX_EMBEDDED_PIXELS
     names = names or [f"scene-{number}" for number in range(1, len(scenes) + 1)]
     data = [_scene(scene, name, embeds) for scene, name in zip(scenes, names, strict=True)]
-    style, script = _source("page.css"), _source("page.js")
+    style, script = _source("page.css"), _source("page_lens.js") + _source("page.js")
     policy = {
         "default-src": "'none'",
         "img-src": "data:" if embeds else "'self' data:",
@@ -160,7 +170,48 @@ def _scene(scene: Scene, name: str, embeds: bool) -> dict[str, Any]:
         "size": scene.targets[0].image.size,
         "curve": curve_svg(points, None if pivot is None else (pivot["level"], pivot["sharpness"])),
         "recipe": scene.record.recipe(),
+        "lens": None
+        if pivot is None or scene.blur_map is None
+        else _lens(scene, scene.blur_map, pivot["src"]),
     }
+
+
+def _lens(scene: Scene, blur_map: BlurMap, source: str) -> dict[str, Any]:
+    """What the page needs to blur the scene's sharp picture. A page may not read the pixels of other files: a
+    picture that lies in one is embedded small, with some loss."""
+    assert scene.pivot is not None
+    sharp, asked = scene.pivot.image.convert("RGB"), str(scene.record.settings.aperture)
+    light = torch.from_numpy(np.array(sharp)).movedim(-1, 0)[None].float().div(255) ** GAMMA
+    gain = (restored(light).sum(1) / light.sum(1).clamp(min=1e-6))[0]  # [H, W]
+    gain = (1 + (gain - 1) * blur_map.glow).clamp(1, BRIGHTEST).log() / math.log(BRIGHTEST)
+    shapes = {name: parse_aperture(name) for name in dict.fromkeys((asked, *SHAPES))}
+    return {
+        "sharp": source if source.startswith("data:") else _uri(sharp, "webp", quality=92),
+        "map": _uri(blur_map.image),
+        "lights": _uri(Image.fromarray((gain * 255).round().byte().numpy())) if gain.any() else None,
+        "brightest": BRIGHTEST,
+        "ends": blur_map.ends,
+        "shapes": {name: _uri(_shape(shape)) for name, shape in shapes.items() if _is_drawn(shape)},
+    }
+
+
+def _is_drawn(shape: Aperture | Path) -> TypeGuard[Aperture]:
+    """Whether it is one shape all over the picture, and needs no file."""
+    return not isinstance(shape, Path) and shape.zones == 1
+
+
+def _shape(shape: Aperture) -> Image.Image:
+    """A shape, white where light passes, in the square around its circle and a rim of 1/16."""
+    at = (torch.arange(SHAPE_PX) + 0.5) / SHAPE_PX * 2 - 1
+    x, y, one = at * SHAPE_RIM, at[:, None] * SHAPE_RIM, torch.ones(())
+    light = shape.spread(x, y, one, one / 16)
+    return Image.fromarray((light * 255).round().byte().numpy())
+
+
+def _uri(image: Image.Image, kind: str = "png", **how: int) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **how)
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _data_uri(scene: Scene, shot: Shot) -> str:

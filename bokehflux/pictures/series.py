@@ -15,7 +15,6 @@ from bokehflux.pictures.files import Picture, distinct, focus_stem, level_stem
 from bokehflux.pictures.sheet import Tile, contact_sheet
 from bokehflux.record import Record, RefocusSettings, Settings
 
-
 BLUR_MAP = "blur-map"
 """Stem of its file."""
 

@@ -38,7 +38,8 @@ class Browser:
         command_read, self._commands = os.pipe()
         self._answers, answer_write = os.pipe()
         flags = (
-            "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --remote-debugging-pipe"
+            "--headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --remote-debugging-pipe "
+            "--enable-unsafe-swiftshader"
         )
         # The pipe protocol has fixed numbers: commands on 3, answers on 4.
         script = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4)"

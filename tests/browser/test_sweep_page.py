@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
+from torch import Tensor
 
+from bokehflux.aperture import aperture_text, parse_aperture
+from bokehflux.focus import parse_focus
 from bokehflux.pictures import metadata
 from bokehflux.pictures.page import write_page
 from bokehflux.pictures.series import Scene, Shot
+from bokehflux.pipeline.lens import drawn
 from bokehflux.record import GenerateSettings, Provenance, Record
+from bokehflux.rendering.lens_map import LensMap
 from tests.browser import chromium
 
 PROGRAM = chromium.find()
@@ -619,3 +627,114 @@ def test_a_changed_address_is_followed(browser: chromium.Browser) -> None:
     browser.evaluate("location.hash = '#scene=2&level=30'")
     until(browser, "at('now').textContent === 'bokeh 30'")
     assert browser.text("h1") == "a cup"
+
+
+# Lens ---------------------------------------------------------------------------------------------
+
+
+def lens_map() -> LensMap:
+    """A near disc before what is far, and a floor between them."""
+    x, y = torch.arange(96.0) - 40, torch.arange(64.0)[:, None] - 30
+    floor = ((y + 30) / 64 - 1).expand(64, 96)
+    return LensMap(blur=0.5 * torch.where(x**2 + y**2 < 15**2, 0.0, floor), far=0.0, near=0.0, glow=0.5)
+
+
+@pytest.fixture(scope="module")
+def through(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    """A page with a lens, and its sharp picture."""
+    made = scene("a ball", 8, levels=(0.0, 28.0))
+    assert made.pivot is not None
+    sharp = shot(8.0, 8, is_pivot=True)
+    pixels = np.array(sharp.image)
+    pixels[4:7, 80:83] = 255  # a light
+    sharp = dataclasses.replace(sharp, image=Image.fromarray(pixels), level=0.0)
+    path = tmp_path_factory.mktemp("through") / "index.html"
+    settings = dataclasses.replace(made.record.settings, bokeh_pivot=0.0, aperture="polygon:3")
+    record = dataclasses.replace(made.record, settings=settings)
+    scenes = [
+        dataclasses.replace(made, record=record, pivot=sharp, blur_map=drawn(lens_map())),
+        scene("a cup", 2),
+    ]
+    write_page(scenes, path)
+    return path, torch.from_numpy(pixels).movedim(-1, 0) / 255
+
+
+@pytest.fixture
+def lens(chrome: chromium.Browser, through: tuple[Path, Tensor]) -> Iterator[chromium.Browser]:
+    chrome.errors.clear()
+    chrome.requests.clear()
+    chrome.screen(*DESKTOP)
+    chrome.open(through[0], "#view=lens&level=20")
+    until(chrome, "at('asked').textContent")
+    yield chrome
+    # Pixels are read back here, which a person does not do; a driver remarks that it takes time.
+    assert [error for error in chrome.errors if "GPU stall due to ReadPixels" not in error] == []
+    assert {url.split(":")[0] for url in chrome.requests} <= {"file", "data", "about"}
+
+
+def off(browser: chromium.Browser, expected: Tensor) -> float:
+    """Root mean square difference of what the lens shows, display values 0 to 1."""
+    data = browser.evaluate("at('through').toDataURL()").partition(",")[2]
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        seen = torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0) / 255
+    return float((seen - expected).square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    ("level", "focus", "aperture"),
+    [
+        (20.0, None, "polygon:3"),
+        (30.0, "45,30", "disc"),
+        (12.5, "90,5", "donut:0.5"),
+        (30.0, "90,5", "polygon:5"),
+    ],
+)
+def test_a_lens_shows_what_the_renderer_makes(
+    lens: chromium.Browser, through: tuple[Path, Tensor], level: float, focus: str | None, aperture: str
+) -> None:
+    own = lens_map() if focus is None else lens_map().focused_at(parse_focus(focus))
+    parsed = parse_aperture(aperture)
+    assert not isinstance(parsed, Path)
+    expected = own.render(through[1], level, parsed, highlights=None)
+    grey = "lens.own" if focus is None else f"lens.at({focus})"
+    name = aperture_text(parsed) if aperture == "polygon:3" else aperture
+    lens.evaluate(f"lens.render({level}, {grey}, '{name}')")
+    # A shape that is turned, or another one, is off by half.
+    assert off(lens, expected) < 0.3 * float((through[1] - expected).square().mean().sqrt())
+
+
+def test_a_click_is_the_focus_and_the_dial_is_continuous(lens: chromium.Browser) -> None:
+    assert lens.text("#now") == "bokeh 20 through the lens" and lens.evaluate("now.focus") is None
+    assert lens.text("#asked") == "--bokeh-targets 20 --aperture polygon:3@0"
+    before = lens.evaluate("at('through').toDataURL()")
+    lens.click("#stage", across=0.95)
+    point = lens.evaluate("now.point")
+    assert point in ("91,31", "91,32")
+    assert lens.text("#asked") == f"--bokeh-targets 20 --focus {point} --aperture polygon:3@0"
+    assert lens.evaluate("now.focus") == pytest.approx(0.5, abs=0.02) and before != lens.evaluate(
+        "at('through').toDataURL()"
+    )
+    lens.click("#level", across=0.5)
+    level = lens.evaluate("now.through")
+    assert level == pytest.approx(15, abs=0.2) and lens.text("#now").startswith(
+        f"bokeh {level:.1f}".rstrip("0.")
+    )
+    lens.click("#depth", across=0.99)
+    assert lens.text("#asked").endswith("--focus 1 --aperture polygon:3@0")
+    choose(lens, "#shape", "disc")
+    assert lens.text("#asked").endswith("--aperture disc")
+    lens.evaluate("document.activeElement.blur()")
+    lens.key("ArrowRight")
+    assert lens.evaluate("now.through") == pytest.approx(level + 0.5)
+    lens.click("#own")
+    assert "--focus" not in lens.text("#asked")
+    choose(lens, "#scene", 1)
+    assert lens.text("#now") == "bokeh 30" and lens.evaluate("at('lens').hidden && at('has-lens').hidden")
+
+
+@pytest.mark.parametrize("screen", [DESKTOP, PHONE])
+def test_a_lens_fits_the_screen(lens: chromium.Browser, screen: tuple[int, int]) -> None:
+    lens.screen(*screen, is_phone=screen == PHONE)
+    assert lens.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    lens.key("l")
+    assert lens.evaluate("at('through').hidden && !at('under').hidden"), "and goes when a level is shown"

@@ -30,7 +30,7 @@ from bokehflux.pictures.page import (
     scenes_of,
     write_page,
 )
-from bokehflux.pictures.series import Scene, Shot
+from bokehflux.pictures.series import BlurMap, Scene, Shot
 from bokehflux.record import GenerateSettings, Provenance, Record
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
@@ -246,3 +246,24 @@ def test_the_axis_of_the_curve_ends_where_it_says() -> None:
 def test_a_model_without_a_name_leaves_no_gap_in_the_footer() -> None:
     nameless = dataclasses.replace(scene().record, provenance=Provenance(model=None))
     assert dataclasses.replace(scene(), record=nameless).footer() == nameless.settings.summary
+
+
+@pytest.mark.parametrize("most", [0, 1 << 20])
+def test_a_lens_brings_the_pixels_it_needs(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where other pictures stay in their files, which a page may not read."""
+    monkeypatch.setattr("bokehflux.pictures.page.MAX_EMBEDDED_PIXELS", most)
+    made = scene("a ball")
+    lens = dataclasses.replace(made.record.settings, bokeh_pivot=0.0, aperture="cats-eye:0.5")
+    made = dataclasses.replace(made, record=dataclasses.replace(made.record, settings=lens))
+    assert made.pivot is not None
+    ramp = Image.linear_gradient("L").resize(made.pivot.image.size)
+    drawn = dataclasses.replace(made, blur_map=BlurMap(image=ramp, ends=(-0.3, 0.0)))
+    files = [f"a/{i}.png" for i in range(len(made.shots) + 1)]
+    (shown,) = (each["lens"] for each in data(page([drawn.saved_at(files)])))
+    assert all(
+        uri.startswith("data:image/") for uri in (shown["sharp"], shown["map"], *shown["shapes"].values())
+    )
+    assert list(shown["shapes"]) == ["disc", "polygon:6", "polygon:5", "donut:0.5", "anamorphic:2"]
+    with Image.open(io.BytesIO(base64.b64decode(shown["map"].partition(",")[2]))) as image:
+        assert np.array_equal(np.asarray(image), np.asarray(ramp))
+    assert data(page([made]))[0]["lens"] is None
