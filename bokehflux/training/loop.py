@@ -115,6 +115,8 @@ def train(
     if saves is not None and saves.resume:
         saves.restore(state)
     if saves is not None:
+        if rank == 0:
+            saves.clear()
         saves.check_room(state.num_bytes)
     log.begin(state.step, None if course.minutes else course.steps)
     device, objective = parameters[0].device, averaged(loss, parameters)

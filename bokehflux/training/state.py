@@ -122,12 +122,17 @@ class Saves:
     on_full: OnFull = "wait"
     """Where the disk has no room for a state. The one before it is kept in any case."""
 
+    def clear(self) -> None:
+        """Remove what processes that were killed left unfinished in the file's folder and below."""
+        for path in unfinished(self.path.parent):
+            path.unlink(missing_ok=True)
+
     def check_room(self, size: int) -> int:
         """Bytes that are free. Raises CheckpointError unless they are enough for a state of `size` bytes
         beside the one that it replaces."""
         needed = size if self.path.is_file() else 2 * size
         free = shutil.disk_usage(next(folder for folder in self.path.parents if folder.exists())).free
-        free += sum(path.stat().st_size for path in unfinished(self.path.parent))  # it goes first
+        free += sum(path.stat().st_size for path in unfinished(self.path.parent))  # `clear` makes that room
         if free < needed:
             raise CheckpointError(
                 self.path,

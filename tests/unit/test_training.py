@@ -751,6 +751,12 @@ def test_room_is_checked_before_the_first_step(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(state.shutil, "disk_usage", lambda _, free=free: types.SimpleNamespace(free=free))
         with pytest.raises(error):
             train(never, toy.optimizer(), COURSE, Log(tmp_path / "log.json"), saves_in(tmp_path))
+    (left := tmp_path / ".state.safetensors.123.tmp").write_bytes(b"0")
+    assert saves_in(tmp_path).check_room(size) == 2 * size, "what a killed process left will go"
+    monkeypatch.setattr(state.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2 * size))
+    with pytest.raises(Killed):
+        train(never, toy.optimizer(), COURSE, Log(tmp_path / "log.json"), saves_in(tmp_path))
+    assert not left.exists()
 
 
 # --- several processes

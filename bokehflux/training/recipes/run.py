@@ -34,7 +34,6 @@ from bokehflux.training.optim import Optimizer, cosine, prodigy_class
 from bokehflux.training.recipes.adapter import AdapterRecipe
 from bokehflux.training.state import Saves
 from bokehflux.weights.files.checkpoint import CheckpointError
-from bokehflux.weights.files.write import unfinished
 from bokehflux.weights.find.resolve import resolve_adapter, resolve_model
 from bokehflux.weights.find.snapshot import Snapshot
 from bokehflux.weights.load import Components, load_components, load_network
@@ -65,9 +64,6 @@ def train_adapter(
     _check_machine(recipe, device)
     saves = dataclasses.replace(_saves(recipe, out, resume), on_full=on_full)
     out.mkdir(parents=True, exist_ok=True)
-    if rank_and_world()[0] == 0:
-        for path in unfinished(out):
-            path.unlink()
     torch.manual_seed(recipe.seed)
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
