@@ -37,8 +37,11 @@ photo: .venv/installed ## levels, apertures and planes of focus of one photograp
 	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps scikit-image
 	$(BIN)/python scripts/photo.py
 
+# Two processes share the files of tests; where there is a GPU its memory is for one.
+SHARED := -n $(if $(shell command -v nvidia-smi),0,2) --dist loadfile
+
 test: .venv/installed-dev ## all tests that this machine can run
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q $(SHARED) $(PYTEST_ARGS)
 
 # What a person gets who installs today, the oracles of tests/parity included. On Linux PyPI's torch is a CUDA build of
 # several GB, and the newest CPU build comes from PyTorch's own index: add it with PIP_EXTRA_INDEX_URL, or name
@@ -54,7 +57,7 @@ test-newest: ## all tests with the newest packages that the index has
 	.venv-newest/bin/python -m pip install --quiet --upgrade setuptools wheel
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --no-build-isolation \
 	  --editable '.[test]' '$(NEWEST_TORCH)' $(NEWEST)
-	.venv-newest/bin/python -m pytest -q $(PYTEST_ARGS)
+	.venv-newest/bin/python -m pytest -q $(SHARED) $(PYTEST_ARGS)
 
 # mypy cannot follow the package mapping of setup.py, so it reads a copy that is laid out as installed.
 lint: .venv/installed-dev ## ruff, its formatter, and mypy
