@@ -473,7 +473,12 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> None:
         found = {"files": (), "adapter": None, "loras": ()}
         snapshot = SimpleNamespace(schedule=rest.schedule, defaults=rest.defaults, **found)
         return SimpleNamespace(
-            transformer=transformer, text=rest.text, vae=rest.vae, reference=None, snapshot=snapshot
+            transformer=transformer,
+            text=rest.text,
+            vae=rest.vae,
+            reference=None,
+            controls=None,
+            snapshot=snapshot,
         )
 
     monkeypatch.setattr("bokehflux.pipeline.load.load_components", load_components)
