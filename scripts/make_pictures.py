@@ -1,8 +1,8 @@
 """Draw the pictures in the documents with the bundled model, on a CPU:
 
-    python scripts/make_pictures.py [sweep] [levels] [plain] [scenes] [shortcuts] [refocus] [lens]
+    python scripts/make_pictures.py [sweep] [levels] [plain] [scenes] [shortcuts] [refocus] [lens] [pull]
 
-Without a name, all seven: six minutes on two free cores. Prompts are captions kept out of nano's training, by
+Without a name, all eight: six minutes on two free cores. Prompts are captions kept out of nano's training, by
 number, with the default seed. Sweeps that are finished in outputs/pictures are taken from there.
 """
 
@@ -123,9 +123,15 @@ def lens(prompts: Sequence[str]) -> Image.Image:
     return contact_sheet(tiles, "One photograph at level 28", "nano")
 
 
+def pull(prompts: Sequence[str]) -> Image.Image:
+    """A generated scene through a lens: a focus pull at two levels."""
+    flags = ["--bokeh-targets", "8", "28", "--focus", "near", "0.5", "far", "--aperture", "polygon:6"]
+    return swept_sheet(prompts[SCALE], *flags)
+
+
 PICTURES = {
     "sweep": sweep, "levels": levels, "plain": plain, "scenes": scenes, "shortcuts": shortcuts,
-    "refocus": refocus, "lens": lens,
+    "refocus": refocus, "lens": lens, "pull": pull,
 }  # fmt: skip
 
 

@@ -45,7 +45,9 @@ class Pipeline(Model):
             guidance_scale, true_cfg, negative_prompt, height and width in pixels, seed (None draws one),
             max_sequence_length (T5 tokens), reuse (steps between those in which targets are computed, less
             exact and faster), pivot_steps ("grounded" leaves the pivot out after
-            them, and the result has no picture of it). One seed, dtype and size give one picture.
+            them, and the result has no picture of it), and focus, aperture and highlights of a lens, which
+            makes all pictures, one for each level and focus, from a sharp one. One seed, dtype and size give
+            one picture.
         on_step, max_rows, vae_tiling, backend: `run.Options`. progress: draw a line on stderr that says how
             long it will take. pivot_cache: an empty one keeps the pivot for later; a filled one stands in for
             it, so that a further level of the same scene costs one row.
