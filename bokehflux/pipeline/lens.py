@@ -44,23 +44,16 @@ class Lens:
     """A lens, waiting for the map of a picture's blur."""
 
     def __init__(
-        self,
-        size: tuple[int, int],
-        asked: LensSettings,
-        own_level: float = 0.0,
-        *,
-        shows_glow: bool = False,
-        loose: bool = True,
+        self, size: tuple[int, int], asked: LensSettings, own_level: float = 0.0, *, shows_glow: bool = False
     ) -> None:
         """size: width and height of the picture. own_level: the picture's; less blur is not to be had.
-        shows_glow: whether the model's blurred picture tells how bright lights are. loose: whether it lacks
-        detail of the picture, as one does that was not drawn looking at it.
+        shows_glow: whether the model's blurred picture tells how bright lights are.
 
         Raises ValueError for a focus that such a picture lacks, and for an aperture's picture that cannot be
         read.
         """
         self.shots, self.highlights, self.own_level = asked.shots, asked.highlights, own_level
-        self.shows_glow, self.loose = shows_glow, loose
+        self.shows_glow = shows_glow
         self.foci = {text: parse_focus(text) for text in asked.focus or ()}
         for focus in self.foci.values():
             LensMap(blur=torch.zeros(size[::-1])).focused_at(focus)
@@ -70,7 +63,7 @@ class Lens:
     def found(self, sharp: Image.Image, blurred: Image.Image, device: torch.device) -> LensMap:
         """The map that `blurred` shows: the sharp picture at `PROBE_LEVEL`, maybe smaller."""
         picture, probe = _pixels(sharp, device), _pixels(blurred, device)
-        found = LensMap.from_pictures(picture, probe, PROBE_LEVEL, self.own_level, loose=self.loose)
+        found = LensMap.from_pictures(picture, probe, PROBE_LEVEL, self.own_level, loose=True)
         if self.shows_glow:
             radius = found.radius_px(math.sqrt(PROBE_LEVEL**2 - self.own_level**2))
             found = dataclasses.replace(found, glow=glow_shown(picture, radius, probe))

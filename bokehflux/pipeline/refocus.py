@@ -74,13 +74,7 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
         photo=shown.resize(size, Image.Resampling.LANCZOS),
         shown=shown,
         # On a straight path the model hardly draws lights' discs.
-        lens=Lens(
-            shown.size,
-            settings,
-            settings.bokeh_pivot,
-            shows_glow=settings.looks,
-            loose=not settings.looks,
-        ),
+        lens=Lens(shown.size, settings, settings.bokeh_pivot, shows_glow=settings.looks),
     )
 
 
