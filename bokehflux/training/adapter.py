@@ -7,6 +7,7 @@ queries, as they do when pictures are made. Scenes come from anywhere (`Scenes`)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class Sampling:
     sigma_std: float = 1.0
     sigma_shift: float = 1.0
     """Above 1, noise levels move towards 1, as a sampler's schedule is shifted for large pictures."""
-    spread_sigma: bool = False
+    spread_sigma: bool = True
     """Take the noise levels of a batch from equal parts of their distribution: less noise in the gradient."""
     max_guidance: float = 1.0
     """Above 1: lead away from the prediction without text by a guidance drawn between 1 and this."""
@@ -214,7 +215,8 @@ def draw_batch(scenes: Scenes, how: Sampling, grouped: bool, draws: Draws) -> Ad
             alone = [row == pivot and row % group > 0 for row, pivot in enumerate(pivot_of)]
             own = onto(torch.tensor(alone), x0.device)
             eps = torch.where(own[:, None, None], _noise(draws, how, x0.shape), eps)
-            sigma = torch.where(own, _sigma(draws, how), sigma)
+            # Not spread: which rows are alone depends on their place, and so would their noise level.
+            sigma = torch.where(own, _sigma(draws, dataclasses.replace(how, spread_sigma=False)), sigma)
     levels = torch.where(draws.uniform("level") < how.level_dropout, math.nan, levels)
     leave_out = rows(each.uniform("unguided level") < how.level_guidance)
     return AdapterBatch(

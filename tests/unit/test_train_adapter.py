@@ -146,14 +146,27 @@ def test_noise_levels_as_asked_for() -> None:
     def sigma(**how: object) -> Tensor:
         return draw_batch(ToyScenes(), Sampling(**how), False, draws(4000)).sigma  # type: ignore[arg-type]
 
-    uniform = sigma()
+    uniform = sigma(spread_sigma=False)
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.02) and uniform.min() < 0.01
     normal = sigma(sigma="logit-normal", sigma_mean=0.7, sigma_std=0.5).logit()
     assert normal.mean().item() == pytest.approx(0.7, abs=0.03)
     assert normal.std().item() == pytest.approx(0.5, abs=0.03)
-    torch.testing.assert_close(sigma(sigma_shift=3.0), 3 * uniform / (1 + 2 * uniform))
-    spread = sigma(spread_sigma=True)
+    shifted = sigma(sigma_shift=3.0, spread_sigma=False)
+    torch.testing.assert_close(shifted, 3 * uniform / (1 + 2 * uniform))
+    spread = sigma()
     assert (spread * 4000).long().tolist() == list(range(4000))
+
+
+def test_rows_that_are_alone_have_any_noise_level() -> None:
+    """They are the last ones of their groups, whatever the step: no part of 0-1 is theirs."""
+    how = Sampling(group=4, swap_probability=0.0)
+    last = torch.stack(
+        [
+            draw_batch(ToyScenes(), how, True, Draws.of_step(0, step, 4, torch.device("cpu"))).sigma[3]
+            for step in range(200)
+        ]
+    )
+    assert last.mean().item() == pytest.approx(0.5, abs=0.08)
 
 
 def test_noise_offset_is_constant_over_a_channel() -> None:
