@@ -143,7 +143,7 @@ def parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     what.add_argument("--prompts-file", metavar="FILE", help="prompts in place of the 20, as for sweep")
     what.add_argument("--seeds", type=SEED.parse, nargs="+", default=[DEFAULT_SEED], metavar="N",
                       help=f"every prompt is made with each (default: {DEFAULT_SEED})")  # fmt: skip
-    _settings_flags(what, GenerateSettings, without=("prompt", "seed"))
+    _settings_flags(what, GenerateSettings, without=("prompt", "seed", "focus"))
     _run_flags(evaluate)
     evaluate.set_defaults(shard=(1, 1))
     info = command("info", "show how a picture was made")

@@ -92,7 +92,9 @@ def _asked(args: argparse.Namespace, lines: Sequence[Mapping[str, Any]]) -> list
     from bokehflux.app import sweep as sweeps
 
     pivot = args.bokeh_pivot
-    if pivot is None and all(getattr(args, name) is None for name in ("focus", "aperture", "highlights")):
+    if pivot is None and all(
+        getattr(args, name, None) is None for name in ("focus", "aperture", "highlights")
+    ):
         pivot = sweeps.PIVOT
     base = settings_from(
         args,
