@@ -37,8 +37,9 @@ photo: .venv/installed ## levels, apertures and planes of focus of one photograp
 	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps scikit-image
 	$(BIN)/python scripts/photo.py
 
-# Two processes share the files of tests; where there is a GPU its memory is for one.
-SHARED := -n $(if $(shell command -v nvidia-smi),0,2) --dist loadfile
+# Two processes share the files of tests, in order: by number of tests the longest (test_cross_compile: five) would come
+# last. Where there is a GPU its memory is for one.
+SHARED := -n $(if $(shell command -v nvidia-smi),0,2) --dist loadfile --no-loadscope-reorder
 
 test: .venv/installed-dev ## all tests that this machine can run
 	$(BIN)/python -m pytest -q $(SHARED) $(PYTEST_ARGS)
