@@ -395,3 +395,19 @@ def test_a_tokenizer_without_its_own_marks_is_refused(lacks: str) -> None:
     pieces = SimpleNamespace(vocab_size=9, token_to_id=lambda piece: None if piece == lacks else 1)
     with pytest.raises(ValueError, match="expected a tokenizer that knows '</s>' and '<pad>'"):
         T5Tokenizer(pieces=pieces, eos="</s>", pad="<pad>", length=4)  # type: ignore[arg-type]
+
+
+def test_files_of_a_strange_size_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bokehflux.text.tokenizers.MAX_FILE_BYTES", 20)
+    for kind, name in ((CLIPTokenizer, "tokenizer"), (T5Tokenizer, "tokenizer_2")):
+        with pytest.raises(TokenizerError, match="a tokenizer file has at most 20: fetch it again"):
+            kind.from_folder(folder / name)
+
+
+def test_ctrl_c_is_no_damaged_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*_: object) -> None:
+        raise SystemExit(3)
+
+    monkeypatch.setattr("bokehflux.text.tokenizers._t5_pieces", pressed)
+    with pytest.raises(SystemExit):
+        T5Tokenizer.from_folder(folder / "tokenizer_2")
