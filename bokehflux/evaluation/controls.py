@@ -101,7 +101,7 @@ def map_shots(behind: Tensor) -> list[Shot]:
 def plane_shots() -> list[Shot]:
     """Those of `Shown.planes`, `shapes` and `plain`, one after the other."""
     planes = [Shot(level, focus=plane) for plane in PLANES for level in LEVELS]
-    return [*planes, *(Shot(STRONG, aperture=aperture) for aperture in SHAPES), Shot(STRONG)]
+    return [*planes, *(Shot(STRONG, focus=0.0, aperture=aperture) for aperture in SHAPES), Shot(STRONG)]
 
 
 def evaluate(

@@ -118,7 +118,7 @@ class ControlsStage(FrozenBaseStage, Sampling):
     """Renders, each with a focus, an aperture and a level of its own (`nano.controls`)."""
     chunk: int = 64
     """Scenes rendered together, which share their apertures."""
-    steps: int = 2500
+    steps: int = 1244
     batch: int = 256
     lr: float = 1.5e-3
     max_guidance: float = 5.0

@@ -45,8 +45,8 @@ def with_controls(
 ) -> BokehCondition:
     """The same levels, and what the settings ask of rows beside them.
 
-    num_pivots: rows at the beginning with neither focus nor aperture. The map is every row's: it shows where
-    the things of the scene are.
+    num_pivots: rows at the beginning with neither focus nor aperture. An aperture without focus or map is the
+    subject's: training has none without either. The map is every row's: it shows where things are.
     """
     assert model.controls is not None and settings.controls is not None
     asked, numbers, count = parse_controls(settings.controls), settings.numbers(), len(rows.levels)
@@ -55,7 +55,8 @@ def with_controls(
     if asked.map is not None:
         shares = level_map(Path(asked.map), *size)
         features = token_features(unit_level(rows.levels.float()).view(-1, 1, 1) * shares)
-    focus = torch.full((count,), math.nan if asked.focus is None else asked.focus)
+    plane = 0.0 if asked.focus is None and asked.map is None else asked.focus
+    focus = torch.full((count,), math.nan if plane is None else plane)
     shape = shape_picture(DISC if asked.aperture is None else read_aperture(asked.aperture)[0])
     shapes = shape.repeat(count, 1)
     focus[:num_pivots], shapes[:num_pivots] = math.nan, 0

@@ -52,8 +52,11 @@ def test_the_pivot_is_asked_for_nothing(pipe: Pipeline) -> None:
     assert not torch.allclose(asked.latents, plain.latents, atol=1e-3)
 
 
-def test_a_disc_that_is_asked_for_is_the_usual_one(pipe: Pipeline) -> None:
-    assert torch.equal(made(pipe, controls="aperture=disc"), made(pipe))
+def test_an_aperture_without_a_focus_is_the_subjects(pipe: Pipeline) -> None:
+    assert torch.equal(
+        made(pipe, controls="aperture=donut"), made(pipe, controls="aperture=donut focus=near")
+    )
+    assert torch.equal(made(pipe, controls="aperture=disc"), made(pipe, controls="focus=near"))
 
 
 def test_apertures_show(pipe: Pipeline) -> None:
