@@ -27,4 +27,4 @@ def test_the_sheet_of_nanos_world(tmp_path: Path) -> None:
     with Image.open(tmp_path / "all.jpg") as image:
         assert image.width > 5 * 256 and image.height > 3 * 256
     recipe = read_recipe(tmp_path / "apertures" / "bokeh-30.0-run3.png")
-    assert recipe["aperture"] == "donut:0.5" and recipe["focus"] == "mask"
+    assert recipe["aperture"] == "donut:0.5" and recipe["focus"] == ["mask"]
