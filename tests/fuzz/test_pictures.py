@@ -197,4 +197,4 @@ def test_a_picture_that_lies_about_being_finished_is_made_again(tmp_path, monkey
     (tmp_path / "x.tiff").rename(tmp_path / "bokeh-00.0.png")
     assert finished(tmp_path, wanted) == {}
     monkeypatch.setattr(metadata, "READABLE", (*metadata.READABLE, "TIFF"))
-    assert finished(tmp_path, wanted).keys() == {("target", 0.0)}, "all else would do"
+    assert finished(tmp_path, wanted).keys() == {("target", 0.0, None)}, "all else would do"
