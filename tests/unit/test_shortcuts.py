@@ -180,7 +180,6 @@ def test_refocus_computes_nothing_between() -> None:
     seen = rows_of(pipe)
     short = pipe.refocus(photo, "a mug", [7, 30], method="inversion", reuse=3, **options)
     assert seen == [1] * STEPS + [3] * COMPUTED  # there, and back
-    assert torch.equal(short.pivot_latents, exact.pivot_latents)
     assert 1e-8 < (short.latents - exact.latents).square().mean() < exact.latents.var() / 100
 
 
