@@ -132,7 +132,7 @@ class Saves:
         beside the one that it replaces."""
         needed = size if self.path.is_file() else 2 * size
         free = shutil.disk_usage(next(folder for folder in self.path.parents if folder.exists())).free
-        free += sum(path.stat().st_size for path in unfinished(self.path.parent))  # `clear` makes that room
+        free += sum(unfinished(self.path.parent).values())  # `clear` makes that room
         if free < needed:
             raise CheckpointError(
                 self.path,

@@ -390,10 +390,14 @@ def test_a_config_of_a_strange_size_is_not_read(tmp_path: Path, monkeypatch: pyt
         read_json(tmp_path / "config.json")
 
 
-def test_what_is_being_written_is_known_by_its_name(tmp_path: Path) -> None:
+def test_what_is_being_written_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.tmp", ".a.tmp", ".a.x.tmp", "a.json.1.tmp", ".a.json.1.tmp.old"):
         (tmp_path / name).touch()
     with replacing(tmp_path / "b.json") as temporary:
         temporary.write_text("{}")
-        assert unfinished(tmp_path) == [temporary]
-    assert unfinished(tmp_path) == [] and (tmp_path / "b.json").read_text() == "{}"
+        assert unfinished(tmp_path) == {temporary: 2}
+        found = [temporary, tmp_path / ".c.json.7.tmp"]  # finished by another process meanwhile
+        monkeypatch.setattr(Path, "rglob", lambda *_: iter(found))
+        assert unfinished(tmp_path) == {temporary: 2}
+        monkeypatch.undo()
+    assert not unfinished(tmp_path) and (tmp_path / "b.json").read_text() == "{}"

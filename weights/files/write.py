@@ -37,9 +37,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def unfinished(folder: Path) -> list[Path]:
-    """What processes that were killed have left of files that they were writing in a folder or below."""
-    return [path for path in folder.rglob(".*.tmp") if UNFINISHED.fullmatch(path.name)]
+def unfinished(folder: Path) -> dict[Path, int]:
+    """What processes that were killed have left of files that they were writing in a folder or below, and its
+    bytes. One that a living process finishes meanwhile is left out."""
+    found = {}
+    for path in folder.rglob(".*.tmp"):
+        if UNFINISHED.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):
+                found[path] = path.stat().st_size
+    return found
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
