@@ -1,6 +1,6 @@
 """Fields of settings and provenance: one says how its value is checked, written as JSON, and given as a flag.
 
-`record.py` lists the fields.
+`settings.py` and `record.py` list the fields.
 """
 
 from __future__ import annotations

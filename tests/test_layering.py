@@ -22,6 +22,7 @@ ALLOWED_IN = {
         for leaf in ("__main__", "version", "configs", "lens", "focus", "fingerprint", "fields", "record")
     },
     "bokehflux.controls": set(),
+    "bokehflux.settings": set(),
     "bokehflux": set(),
     "bokehflux.aperture": {"torch"},
     "bokehflux.kernels": {"torch", "triton"},
@@ -63,7 +64,8 @@ OWN_IN = {
     "controls": {"aperture"},
     "fingerprint": set(),
     "fields": {"lens", "focus", "aperture", "controls"},
-    "record": LEAVES | {"fields"},
+    "settings": {"configs", "lens", "fields"},
+    "record": {"fields", "settings"},
     "conditioning": LEAVES,
     "kernels": {"kernels"},
     "attention": {"kernels"},
@@ -76,9 +78,9 @@ OWN_IN = {
     "rendering": LEAVES | {"kernels", "rendering"},
     "metrics": LEAVES | {"rendering"},
     # A page renders what a lens does, with the renderer's numbers.
-    "pictures": LEAVES | {"fields", "record", "rendering", "metrics", "pictures"},
-    "photos": LEAVES | {"record", "pictures", "photos"},
-    "pipeline": LIBRARY | {"record", "pictures", "photos", "rendering", "pipeline"},
+    "pictures": LEAVES | {"fields", "settings", "record", "rendering", "metrics", "pictures"},
+    "photos": LEAVES | {"pictures", "photos"},
+    "pipeline": LIBRARY | {"settings", "record", "pictures", "photos", "rendering", "pipeline"},
     # A run streams its base as a pipeline does, and makes pictures of what it has learned.
     "training": LIBRARY | {"rendering", "metrics", "pictures", "pipeline", "training"},
     "training.prepare": LEAVES | {"models", "photos", "rendering", "training"},
@@ -88,7 +90,7 @@ OWN_IN = {
     # What each part of training is for is found by training.
     "evaluation.ablation": MODELS
     | {"sampling", "metrics", "pipeline", "nano", "training", "evaluation.figures"},
-    "app": LIBRARY | {"fields", "record", "metrics", "pictures", "photos", "pipeline", "app"},
+    "app": LIBRARY | {"fields", "settings", "record", "metrics", "pictures", "photos", "pipeline", "app"},
     # The one command that judges: nano's renderer, which it measures by, comes with the evaluation.
     "app.judge": {"evaluation", "pictures", "app.arguments", "app.sweep", "app.terminal"},
     # What is trained, and what it is trained on.

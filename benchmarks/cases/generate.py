@@ -29,7 +29,7 @@ from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.memory import Phase, Placement
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.run import Options, execute
-from bokehflux.record import GenerateSettings
+from bokehflux.settings import GenerateSettings
 
 PHASES: tuple[Phase, ...] = ("text", "denoise", "decode")
 SHORTCUTS: dict[str, tuple[str, dict[str, int]]] = {

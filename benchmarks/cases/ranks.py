@@ -32,9 +32,9 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.run import Options, Result, execute
-from bokehflux.record import GenerateSettings
 from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.ranks import ALONE, Ranks, RowsOverRanks, TokensOverRanks
+from bokehflux.settings import GenerateSettings
 
 SETTLED_SECONDS = 2.0
 """How long steps run before they are timed: a GPU's clock follows the power that it draws."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from bokehflux.app import judge, photos, train
 from bokehflux.app.processes import SPLITS
 from bokehflux.fields import SEED, Checked
-from bokehflux.record import DEFAULT_SEED, GenerateSettings, RefocusSettings, RenderSettings
+from bokehflux.settings import DEFAULT_SEED, GenerateSettings, RefocusSettings, RenderSettings
 from bokehflux.version import __version__
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from bokehflux.app.arguments import loras_from, model_from, options_from, settin
 from bokehflux.app.processes import Team, inside, on_gpus
 from bokehflux.app.terminal import plain, say, show_files
 from bokehflux.fields import Recipe
-from bokehflux.record import (
+from bokehflux.settings import (
     DEFAULT_LEVELS,
     NEGATIVE_PROMPT,
     GenerateSettings,

@@ -22,8 +22,8 @@ from bokehflux.app.terminal import say
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-    from bokehflux.record import Settings
     from bokehflux.sampling.ranks import Ranks
+    from bokehflux.settings import Settings
 
 Asked = TypeVar("Asked", bound="Settings")
 SPLITS = ("scenes", "rows", "tokens")

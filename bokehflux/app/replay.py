@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.record import MAX_THREADS, GenerateSettings, Provenance, Record, RenderSettings
+from bokehflux.record import MAX_THREADS, Provenance, Record
+from bokehflux.settings import GenerateSettings, RenderSettings
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,8 @@ from bokehflux.pipeline.lens import with_hashes
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.pipeline.run import Result, Stopped
-from bokehflux.record import DEFAULT_LEVELS, GenerateSettings, Record
+from bokehflux.record import Record
+from bokehflux.settings import DEFAULT_LEVELS, GenerateSettings
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.progress import Progress
 from bokehflux.pipeline.run import Options, Plan, Result, Stopped, execute, with_fewer_rows
-from bokehflux.record import GenerateSettings
 from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.samplers import StepInfo
+from bokehflux.settings import GenerateSettings
 from bokehflux.weights.find.resolve import BUNDLED
 from bokehflux.weights.load import load_tiny_decoder
 

@@ -13,7 +13,8 @@ from PIL import Image
 from bokehflux.fields import Recipe
 from bokehflux.pictures.files import Picture, distinct, focus_stem, level_stem
 from bokehflux.pictures.sheet import Tile, contact_sheet
-from bokehflux.record import Record, RefocusSettings, Settings
+from bokehflux.record import Record
+from bokehflux.settings import RefocusSettings, Settings
 
 BLUR_MAP = "blur-map"
 """Stem of its file."""

@@ -19,7 +19,7 @@ from bokehflux.models.controls import FEATURES, PATCH_PX, Controls, shape_pictur
 from bokehflux.photos.readers import read_map
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.render import read_aperture
-from bokehflux.record import GenerateSettings
+from bokehflux.settings import GenerateSettings
 
 
 def with_files(model: Model, settings: GenerateSettings) -> GenerateSettings:

@@ -12,12 +12,12 @@ from bokehflux.pipeline.controls import with_controls, with_files
 from bokehflux.pipeline.lens import Lens, with_hashes
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_levels
-from bokehflux.record import PROBE_LEVEL, GenerateSettings
 from bokehflux.sampling.denoise import Grounding
 from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import Velocity
 from bokehflux.sampling.shortcuts import reused, without_pivot
+from bokehflux.settings import PROBE_LEVEL, GenerateSettings
 
 
 def plan_generate(model: Model, asked: GenerateSettings, pivot_cache: PivotCache | None = None) -> Plan:

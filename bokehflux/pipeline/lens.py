@@ -22,9 +22,9 @@ from bokehflux.lens import MAX_LEVEL
 from bokehflux.pictures.series import BlurMap
 from bokehflux.pipeline.memory import room_for_photo
 from bokehflux.pipeline.render import read_aperture
-from bokehflux.record import PROBE_LEVEL, LensSettings
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.rendering.photo import glow_shown
+from bokehflux.settings import PROBE_LEVEL, LensSettings
 
 logger = logging.getLogger(__name__)
 Asked = TypeVar("Asked", bound=LensSettings)

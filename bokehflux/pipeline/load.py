@@ -25,7 +25,8 @@ from bokehflux.pipeline.model import Compute
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import Source
 from bokehflux.pipeline.run import check_levels
-from bokehflux.record import Provenance, Settings
+from bokehflux.record import Provenance
+from bokehflux.settings import Settings
 from bokehflux.weights.find.resolve import ModelFiles
 from bokehflux.weights.find.snapshot import ScheduleName, Snapshot
 from bokehflux.weights.load import load_components

@@ -15,9 +15,9 @@ from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.progress import Progress
 from bokehflux.pipeline.refocus import plan_refocus
 from bokehflux.pipeline.run import Options, Plan, Result, execute
-from bokehflux.record import GenerateSettings, RefocusSettings
 from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import OnStep, StepInfo
+from bokehflux.settings import GenerateSettings, RefocusSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Pipeline(Model):
         """One picture of the prompt per bokeh level, all from the same noise, in one batch.
 
         bokeh_targets: levels 0 (all sharp) to 30; None makes one picture without the adapter (plain FLUX).
-        settings: further fields of `record.GenerateSettings`: bokeh_pivot (level of a further picture that
+        settings: further fields of `settings.GenerateSettings`: bokeh_pivot (level of a further picture that
             anchors the scene), num_inference_steps, num_grounding_steps (default: 80 % of them),
             guidance_scale, true_cfg, negative_prompt, height and width in pixels, seed (None draws one),
             max_sequence_length (T5 tokens), reuse (steps between those in which targets are computed, less

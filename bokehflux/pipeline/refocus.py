@@ -24,11 +24,11 @@ from bokehflux.photos.read import upright_rgb, within
 from bokehflux.pipeline.lens import Lens, with_hashes
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.run import End, Plan, Stage, Start, check_finite, check_levels
-from bokehflux.record import DEFAULT_SEED, PROBE_LEVEL, RefocusSettings
 from bokehflux.sampling.denoise import Grounding
 from bokehflux.sampling.inversion import followed, invert, path, straight
 from bokehflux.sampling.latents import TOKEN_PX, LatentGrid
 from bokehflux.sampling.shortcuts import reused
+from bokehflux.settings import DEFAULT_SEED, PROBE_LEVEL, RefocusSettings
 
 
 def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Plan:

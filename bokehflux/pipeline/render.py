@@ -24,11 +24,12 @@ from bokehflux.photos.read import Photo, read_photo, turned, within
 from bokehflux.photos.readers import Kind, read_map
 from bokehflux.pipeline.memory import room_for_photo
 from bokehflux.pipeline.provenance import provenance_here
-from bokehflux.record import DEFAULT_LEVELS, Record, RenderSettings
+from bokehflux.record import Record
 from bokehflux.rendering import bokehme
 from bokehflux.rendering.bokehme_networks import Networks, load_networks
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.rendering.photo import GAMMA, blur_photo
+from bokehflux.settings import DEFAULT_LEVELS, RenderSettings
 
 FILES = ("photo", "depth", "mask", "arnet", "iunet")
 """Settings that name files."""

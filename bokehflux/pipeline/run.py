@@ -32,7 +32,7 @@ from bokehflux.pipeline.decode import decode_pictures, wants_tiling
 from bokehflux.pipeline.lens import Lens, drawn
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
-from bokehflux.record import Provenance, Record, RefocusSettings, Settings
+from bokehflux.record import Provenance, Record
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.sampling.denoise import Denoiser, Grounding, denoiser
 from bokehflux.sampling.diagnose import explain_nonfinite
@@ -41,6 +41,7 @@ from bokehflux.sampling.ranks import ALONE, Ranks
 from bokehflux.sampling.reference import read_reference, reference_rope
 from bokehflux.sampling.samplers import OnStep, Velocity, euler
 from bokehflux.sampling.schedule import sigmas
+from bokehflux.settings import RefocusSettings, Settings
 
 logger = logging.getLogger(__name__)
 Made = TypeVar("Made")

@@ -20,8 +20,9 @@ from bokehflux.pictures import metadata
 from bokehflux.pictures.page import write_page
 from bokehflux.pictures.series import Scene, Shot
 from bokehflux.pipeline.lens import drawn
-from bokehflux.record import GenerateSettings, Provenance, Record
+from bokehflux.record import Provenance, Record
 from bokehflux.rendering.lens_map import LensMap
+from bokehflux.settings import GenerateSettings
 from tests.browser import chromium
 
 PROGRAM = chromium.find()

@@ -97,7 +97,7 @@ def config(data: bytes, _: str) -> None:
 def command(data: bytes, _: str) -> None:
     """Words of a command line, one a line; a model is never loaded."""
     from bokehflux.app.arguments import model_from, parse, settings_from
-    from bokehflux.record import GenerateSettings
+    from bokehflux.settings import GenerateSettings
 
     words = ["generate", *data.decode("utf-8", "surrogateescape").splitlines()[:30]]
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -117,7 +117,7 @@ def examples(target: str) -> list[bytes]:
     from PIL import Image
 
     from bokehflux.pictures import metadata
-    from bokehflux.record import GenerateSettings
+    from bokehflux.settings import GenerateSettings
     from bokehflux.weights.files.write import save
     from bokehflux.weights.tables import flux, vae
     from tests.tiny import MMDIT, VAE

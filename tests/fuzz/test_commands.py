@@ -15,7 +15,7 @@ from bokehflux.app import cli
 from bokehflux.app.arguments import parsers
 from bokehflux.app.sweep import grid, read_prompts
 from bokehflux.pictures.metadata import read_recipe
-from bokehflux.record import GenerateSettings
+from bokehflux.settings import GenerateSettings
 from tests import model_files
 from tests.fuzz.hostile import assert_one_message, command
 from tests.tiny import tiny_pipeline

@@ -18,7 +18,8 @@ from PIL import Image
 from bokehflux.app import arguments
 from bokehflux.pictures import metadata
 from bokehflux.pictures.metadata import NoRecipe, read_recipe
-from bokehflux.record import GenerateSettings, Record
+from bokehflux.record import Record
+from bokehflux.settings import GenerateSettings
 from tests.fuzz.hostile import JSON, assert_one_message, command
 
 FIELDS = list(GenerateSettings.fields())

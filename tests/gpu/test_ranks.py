@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.run import Options, execute
-from bokehflux.record import GenerateSettings
 from bokehflux.sampling.denoise import Grounding, denoiser
 from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.ranks import ALONE, Ranks, RowsOverRanks, TokensOverRanks
+from bokehflux.settings import GenerateSettings
 from tests.tiny import BOKEH, MMDIT, FakeText, tiny_mmdit, tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]

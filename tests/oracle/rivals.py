@@ -17,11 +17,11 @@ from bokehflux.models.mmdit import MMDiT
 from bokehflux.models.vae import to_uint8
 from bokehflux.pipeline.color import match_lab_means
 from bokehflux.pipeline.model import Model
-from bokehflux.record import GenerateSettings
 from bokehflux.sampling.denoise import model_sigma
 from bokehflux.sampling.latents import LatentGrid, noise, pack, position_ids, unpack
 from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.schedule import sigmas
+from bokehflux.settings import GenerateSettings
 from tests.oracle.published import Published, build_diffusers, build_published
 
 # There is no LoRA here. With the switch on, diffusers imports peft in every call, and the newest does not go

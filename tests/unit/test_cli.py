@@ -32,8 +32,9 @@ from bokehflux.pipeline.memory import Placement
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.pipeline.run import Options, Plan, Result
-from bokehflux.record import GenerateSettings, Record, Settings
+from bokehflux.record import Record
 from bokehflux.sampling.samplers import StepInfo
+from bokehflux.settings import GenerateSettings, Settings
 from tests.tiny import FakeText, NamedSource, tiny_pipeline
 from tests.unit.test_load import write_snapshot
 

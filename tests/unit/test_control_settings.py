@@ -20,8 +20,8 @@ from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.memory import place
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.run import check_levels
-from bokehflux.record import GenerateSettings
 from bokehflux.sampling.pivot_cache import PivotCache
+from bokehflux.settings import GenerateSettings
 from tests.tiny import tiny_pipeline
 from tests.unit.test_controls import adapter
 

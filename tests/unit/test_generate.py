@@ -22,10 +22,11 @@ from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.color import lab_mean
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import device_name
-from bokehflux.record import NEGATIVE_PROMPT, Record
+from bokehflux.record import Record
 from bokehflux.sampling.diagnose import NonFiniteError
 from bokehflux.sampling.latents import LatentGrid, unpack
 from bokehflux.sampling.samplers import StepInfo
+from bokehflux.settings import NEGATIVE_PROMPT
 from tests.tiny import BOKEH, MMDIT, tiny_pipeline
 
 PROMPT = "a red cup on a table"

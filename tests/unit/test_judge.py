@@ -25,7 +25,8 @@ from bokehflux.models.vae import to_uint8
 from bokehflux.nano.captions import held_out
 from bokehflux.nano.scenes import build_scenes, render
 from bokehflux.pictures.metadata import encode
-from bokehflux.record import GenerateSettings, Provenance, Record
+from bokehflux.record import Provenance, Record
+from bokehflux.settings import GenerateSettings
 
 LEVELS = (0.0, 5.0, 10.0, 20.0, 30.0)
 PIVOT = 15.0

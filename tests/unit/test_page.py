@@ -31,7 +31,8 @@ from bokehflux.pictures.page import (
     write_page,
 )
 from bokehflux.pictures.series import BlurMap, Scene, Shot
-from bokehflux.record import GenerateSettings, Provenance, Record
+from bokehflux.record import Provenance, Record
+from bokehflux.settings import GenerateSettings
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8))
 

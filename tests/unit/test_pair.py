@@ -17,9 +17,10 @@ from bokehflux.pictures.metadata import read_recipe
 from bokehflux.pipeline.lens import Lens
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.run import Options, Result, execute
-from bokehflux.record import PROBE_LEVEL, GenerateSettings, Record
+from bokehflux.record import Record
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.sampling.pivot_cache import PivotCache
+from bokehflux.settings import PROBE_LEVEL, GenerateSettings
 from tests.tiny import tiny_pipeline
 
 PIPE = tiny_pipeline()

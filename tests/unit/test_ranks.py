@@ -24,11 +24,11 @@ from bokehflux.pipeline.generate import plan_generate
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.refocus import plan_refocus
 from bokehflux.pipeline.run import Options, Result, execute
-from bokehflux.record import GenerateSettings, RefocusSettings
 from bokehflux.sampling.denoise import Grounding, denoiser
 from bokehflux.sampling.latents import LatentGrid
 from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.ranks import RowsOverRanks, Shared, Sizes, TokensOverRanks
+from bokehflux.settings import GenerateSettings, RefocusSettings
 from tests.faults.child import finish, needs_linux, start
 from tests.tiny import BOKEH, MMDIT, FakeText, tiny_mmdit, tiny_pipeline
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bokehflux.pipeline.run import with_fewer_rows
-from bokehflux.record import GenerateSettings, Provenance, Record, RefocusSettings, Settings
+from bokehflux.record import Provenance, Record
 from bokehflux.sampling.latents import LatentGrid, noise
+from bokehflux.settings import GenerateSettings, RefocusSettings, Settings
 from tests.tiny import tiny_pipeline
 
 FULL = GenerateSettings(

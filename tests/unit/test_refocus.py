@@ -28,7 +28,7 @@ from bokehflux.pipeline.lens import Lens
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.refocus import grid_of, plan_refocus
 from bokehflux.pipeline.run import Options, Result, Stopped, execute
-from bokehflux.record import DEFAULT_SEED, Record, RefocusSettings
+from bokehflux.record import Record
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.sampling.denoise import denoiser
 from bokehflux.sampling.diagnose import NonFiniteError
@@ -37,6 +37,7 @@ from bokehflux.sampling.latents import LatentGrid, noise, pack
 from bokehflux.sampling.reference import read_reference, reference_rope
 from bokehflux.sampling.samplers import StepInfo, euler
 from bokehflux.sampling.schedule import sigmas
+from bokehflux.settings import DEFAULT_SEED, RefocusSettings
 from tests.tiny import MMDIT, TXT_LENGTH, tiny_pipeline
 
 SIGMAS = torch.linspace(1, 0, 21)

@@ -19,9 +19,9 @@ from bokehflux.lens import Camera
 from bokehflux.photos.readers import read_map
 from bokehflux.pictures.metadata import RENDERED_TYPE, read_recipe
 from bokehflux.pipeline import render
-from bokehflux.record import RenderSettings
 from bokehflux.rendering.bokehme_networks import ARNet, IUNet
 from bokehflux.rendering.lens_map import LensMap
+from bokehflux.settings import RenderSettings
 from bokehflux.weights.files.write import save as write
 
 WIDTH, HEIGHT = 90, 60

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from bokehflux.pipeline.run import Result
-from bokehflux.record import GenerateSettings, Record
+from bokehflux.record import Record
 from bokehflux.sampling.pivot_cache import PivotCache
 from bokehflux.sampling.samplers import euler
 from bokehflux.sampling.shortcuts import is_computed, reused, without_pivot
+from bokehflux.settings import GenerateSettings
 from tests.tiny import tiny_pipeline
 
 STEPS = 14

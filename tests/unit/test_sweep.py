@@ -21,7 +21,8 @@ from bokehflux.pictures.metadata import encode, read_recipe
 from bokehflux.pipeline.pipeline import Pipeline
 from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.pipeline.run import Options, Result, execute
-from bokehflux.record import GenerateSettings, Provenance, Record
+from bokehflux.record import Provenance, Record
+from bokehflux.settings import GenerateSettings
 from tests.tiny import tiny_pipeline
 
 PIPE = tiny_pipeline()
