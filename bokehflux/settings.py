@@ -113,7 +113,14 @@ class PhotoSettings(LensSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(LensSettings):
+class Prompted(Checked):
+    """A base of its own, so that recipes and helps begin with the prompt."""
+
+    prompt: str = setting(dataclasses.MISSING, TEXT, help="what to show", metavar="TEXT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(LensSettings, Prompted):
     """What was asked of a run, whatever it begins with. None is the model's own value.
 
     Raises ValueError for values that no model could serve, so that they are found before one is loaded.
@@ -122,7 +129,6 @@ class Settings(LensSettings):
     command: ClassVar[str]
     """The one that makes such pictures."""
 
-    prompt: str = setting(dataclasses.MISSING, TEXT, help="what to show", metavar="TEXT")
     bokeh_pivot: float | None = setting(
         None, LEVEL, metavar="LEVEL",
         help="level of a further picture that anchors the scene; 10 to 20 works best (default: generate "

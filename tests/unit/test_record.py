@@ -53,6 +53,7 @@ def test_a_recipe_gives_the_record_back(settings: Settings, role: str | None) ->
     record = Record(settings=settings, provenance=MADE_BY, role=role, bokeh_level=level, in_focus=focus)
     recipe = json.loads(json.dumps({**record.recipe(), "further": 1}))
     assert Record.from_recipe(recipe) == record
+    assert next(iter(recipe)) == "prompt"
 
 
 def test_every_field_differs_from_its_default_above() -> None:

@@ -115,7 +115,7 @@ def test_a_file_with_settings_a_line(tmp_path: Path) -> None:
     (b'a\n{"prompt": 3}', "line 2: prompt must be"),
     (b'{"prompt": "a", "levels": [31]}', "line 1: a bokeh level must be"),
     (b'{"seed": 1}', "prompt must be text"),
-    (b'{"prompt": "a", "steeps": 3}', "unknown settings steeps; expected bokeh_targets"),
+    (b'{"prompt": "a", "steeps": 3}', "unknown settings steeps; expected prompt, bokeh_targets"),
     (b'{"prompt": "a", "size": 3}', '"size" must be'),
     (b"", "has 0 prompts"), (b"# only\n", "has 0 prompts"), (b"\xff\xfe\x00", "not UTF-8"),
     (b"".join(b"%d\n" % i for i in range(10_001)), "has 10001 prompts"),
