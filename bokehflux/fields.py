@@ -91,14 +91,14 @@ def _levels(value: Any) -> tuple[float, ...]:
 
 
 def _controls(value: Any) -> str:
-    words = value if isinstance(value, str) else [_text(word) for word in value]
+    words = value if isinstance(value, str) else [_text(word) for word in _each(value)]
     return str(parse_controls(words))
 
 
 def _foci(value: Any) -> tuple[str, ...]:
-    given = (value,) if isinstance(value, str) else tuple(value)
+    given = (value,) if isinstance(value, str) else _each(value)
     foci = tuple(str(parse_focus(_text(one))) for one in given)
-    if isinstance(value, bytes | Mapping) or not 0 < len(foci) <= MAX_TARGETS:
+    if not 0 < len(foci) <= MAX_TARGETS:
         raise TypeError
     return tuple(dict.fromkeys(foci))
 

@@ -59,6 +59,11 @@ SHAPES = (
 """Help for --aperture."""
 
 
+def lens_asked(values: Mapping[str, Any]) -> list[str]:
+    """Names of the settings among these that ask for a lens."""
+    return [name for name in ("focus", "aperture", "highlights") if values.get(name) is not None]
+
+
 class Numbers(NamedTuple):
     """What a model fills in where nothing was asked for."""
 
@@ -291,7 +296,7 @@ class GenerateSettings(Settings):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        lens = [name for name in ("focus", "aperture", "highlights") if getattr(self, name) is not None]
+        lens = lens_asked(vars(self))
         if lens and self.bokeh_targets is None:
             raise ValueError(f"{lens[0]} needs bokeh_targets: a lens blurs a sharp picture to levels")
         if lens:

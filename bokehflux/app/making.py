@@ -27,6 +27,7 @@ from bokehflux.settings import (
     RefocusSettings,
     RenderSettings,
     Settings,
+    lens_asked,
 )
 
 # Nothing that needs torch at the top: --help and mistyped flags must not wait for it.
@@ -92,9 +93,7 @@ def _asked(args: argparse.Namespace, lines: Sequence[Mapping[str, Any]]) -> list
     from bokehflux.app import sweep as sweeps
 
     pivot = args.bokeh_pivot
-    if pivot is None and all(
-        getattr(args, name, None) is None for name in ("focus", "aperture", "highlights")
-    ):
+    if pivot is None and not lens_asked(vars(args)):
         pivot = sweeps.PIVOT
     base = settings_from(
         args,

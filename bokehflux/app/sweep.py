@@ -32,7 +32,7 @@ from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.provenance import provenance_of
 from bokehflux.pipeline.run import Result, Stopped
 from bokehflux.record import Record
-from bokehflux.settings import DEFAULT_LEVELS, GenerateSettings
+from bokehflux.settings import DEFAULT_LEVELS, GenerateSettings, lens_asked
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def grid(
     made = []
     for line in asked:
         for seed in [line["seed"]] if "seed" in line else dict.fromkeys(seeds):
-            lens = {"bokeh_pivot": None} if line.keys() & {"focus", "aperture", "highlights"} else {}
+            lens = {"bokeh_pivot": None} if lens_asked(line) else {}
             settings = dataclasses.replace(base, **{**lens, **line, "seed": seed})
             levels = tuple(sorted(set(settings.bokeh_targets or DEFAULT_LEVELS)))
             made.append(dataclasses.replace(settings, bokeh_targets=levels))

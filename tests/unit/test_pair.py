@@ -154,9 +154,11 @@ def test_another_picture_of_an_aperture_is_another_scene(served: list[GenerateSe
 
 
 def test_lines_of_prompts_have_a_lens_of_their_own(served: list[GenerateSettings]) -> None:
-    Path("p.jsonl").write_text('{"prompt": "a cup", "focus": ["far"]}\na dog\n')
+    Path("p.jsonl").write_text(
+        '{"prompt": "a cup", "focus": ["far"]}\na dog\n{"prompt": "a fox", "focus": null}\n'
+    )
     assert cli.main(["sweep", "--prompts-file", "p.jsonl", *ARGV[2:]]) == 0
-    assert [(one.focus, one.bokeh_pivot) for one in served] == [(("far",), 0.0), (None, 15.0)]
+    assert [(one.focus, one.bokeh_pivot) for one in served] == [(("far",), 0.0), (None, 15.0), (None, 15.0)]
 
 
 def test_a_picture_through_a_lens_is_made_again(served: list[GenerateSettings]) -> None:

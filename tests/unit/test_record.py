@@ -142,6 +142,7 @@ def test_numbers_of_numpy_and_torch_become_plain() -> None:
 @pytest.mark.parametrize(("name", "value"), [
     ("bokeh_targets", [np.True_]), ("bokeh_targets", np.array([True])), ("bokeh_targets", {3, 28}),
     ("bokeh_targets", torch.tensor([True])), ("bokeh_targets", frozenset([3])),
+    ("focus", {"near", "far"}), ("controls", {"aperture=donut": 1}),
     ("bokeh_targets", bytearray(b"28")), ("bokeh_pivot", np.False_), ("guidance_scale", torch.tensor(True)),
     ("num_inference_steps", np.True_), ("seed", torch.tensor(True)),
 ])  # fmt: skip
