@@ -137,7 +137,7 @@ def by_rows(
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention [B, L, H, D] and the log-sum-exp of its scaled scores [B, L, H]. No gradients."""
     if stock.takes(q):
-        out, lse = stock.with_lse(q, k, v, stock.fastest_forward(q))
+        out, lse = stock.with_lse(q, k, v, stock.fastest_forward(q, k, v))
         return out, lse.transpose(1, 2)
     args = [t.transpose(1, 2) for t in (q, k, v)]
     scores = args[0] @ args[1].mT * q.shape[-1] ** -0.5

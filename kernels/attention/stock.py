@@ -23,11 +23,10 @@ from . import tiles
 from .joins import MAX_ROWS, join_gradients, merge_, runs, take_rows
 
 HALF = (torch.bfloat16, torch.float16)
-CUDNN_FORWARD = frozenset({(8, 6), (8, 9), (9, 0), (10, 0)})
-"""Compute capabilities whose fastest forward pass is cuDNN's: (9, 0) by attention.json. We never ran the
-others; published are cuDNN against flash 62 : 51 TFLOP/s on sm_86, 106 : 86 on sm_89, 135 : 136 on sm_80
-(pytorch #192799), 1.2 to 2.0 times FlashAttention 4 on sm_100 (sglang #33655), 0.88 times flash on sm_120
-(transformers #48163)."""
+CUDNN_FORWARD = frozenset({(8, 6), (8, 9), (10, 0)})
+"""Compute capabilities, beside Hopper's, whose fastest forward pass is cuDNN's. We never ran them; published
+are cuDNN against flash 62 : 51 TFLOP/s on sm_86, 106 : 86 on sm_89, 135 : 136 on sm_80 (pytorch #192799), 1.2
+to 2.0 times FlashAttention 4 on sm_100 (sglang #33655), 0.88 times flash on sm_120 (transformers #48163)."""
 
 
 def takes(q: Tensor) -> bool:
@@ -67,12 +66,20 @@ def _kernel(q: Tensor) -> str:
     return "cudnn" if tiles.device(q.device).family == tiles.HOPPER else "flash"
 
 
-def fastest_forward(q: Tensor) -> str:
-    """The kernel for q [B, L, H, D] where no backward pass follows: by what was measured on such a card."""
-    on_nvidia = q.is_cuda and torch.version.hip is None  # AMD counts in other numbers
-    if on_nvidia and q.dtype in HALF and torch.cuda.get_device_capability(q.device) in CUDNN_FORWARD:
-        return "cudnn"
-    return _kernel(q)
+def fastest_forward(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The kernel for q, k and v [B, L, H, D] where no backward pass follows.
+
+    On cards that we did not run, cuDNN's only where PyTorch says that it takes them: else the usual one.
+    """
+    kernel = _kernel(q)
+    if kernel != "flash" or torch.version.hip is not None:  # AMD counts in other numbers
+        return kernel
+    if torch.cuda.get_device_capability(q.device) not in CUDNN_FORWARD:
+        return kernel
+    asked = torch.backends.cuda.SDPAParams(
+        *(x.transpose(1, 2) for x in (q, k, v)), None, 0.0, False, False
+    )  # fmt: skip
+    return "cudnn" if torch.backends.cuda.can_use_cudnn_attention(asked) else kernel
 
 
 def with_lse(q: Tensor, k: Tensor, v: Tensor, kernel: str | None = None) -> tuple[Tensor, Tensor]:

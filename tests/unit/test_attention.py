@@ -730,11 +730,16 @@ def test_the_fastest_stock_kernel_of_a_card(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     family = HOPPER if capability == (9, 0) else tiles.PORTABLE
     monkeypatch.setattr(tiles, "device", lambda _: tiles.Device(family=family, num_sms=108))
-    there = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, shape=(1, 9, 2, 128), dtype=dtype)
-    assert stock.fastest_forward(there) == expected  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda _: True)
+    q, k, v = torch.empty(3, 1, 9, 2, 128, dtype=dtype, device="meta")
+    assert stock.fastest_forward(q, k, v) == expected
+    with monkeypatch.context() as refusing:
+        refusing.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda _: False)
+        usual = expected if capability == (9, 0) or dtype == torch.float32 else "flash"
+        assert stock.fastest_forward(q, k, v) == usual, "what PyTorch says that cuDNN cannot take"
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(tiles, "device", lambda _: tiles.Device(family=tiles.PORTABLE, num_sms=108))
-    assert stock.fastest_forward(there) != "cudnn", "AMD counts in other numbers"  # type: ignore[arg-type]
+    assert stock.fastest_forward(q, k, v) != "cudnn", "AMD counts in other numbers"
 
 
 def test_a_tile_is_one_that_was_chosen_for_the_maximum_at_hand() -> None:
