@@ -138,13 +138,21 @@ def sharpness_kept(images: torch.Tensor, first: torch.Tensor, region: torch.Tens
     The ratio of both standard deviations of the Laplacian within region [H, W], the smaller by the larger: 1
     is unchanged, less is blurred or sharpened. NaN where the region is smaller than 16 pixels.
     """
-    y = luma(torch.cat([first[None], images]).float())
-    laplacian = F.conv2d(y[:, None], y.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None])[:, 0]
-    inside = region.bool()[1:-1, 1:-1]
-    if inside.sum() < 16:
+    if region[1:-1, 1:-1].sum() < 16:
         return torch.full((len(images),), math.nan)
-    contrast = laplacian[:, inside].std(1, correction=0).clamp(min=1e-6).log()
-    return torch.exp(-(contrast[1:] - contrast[0]).abs())
+    found = contrast(torch.cat([first[None], images]), region)
+    return torch.exp(-(found[1:] - found[0]).abs())
+
+
+def contrast(images: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
+    """Log standard deviation of the Laplacian of luma, [K] of [K, 3, H, W], within region [H, W].
+
+    The picture's outermost pixels, which have no four neighbours, are left out.
+    """
+    y = luma(images.float())
+    laplacian = F.conv2d(y[:, None], y.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None])[:, 0]
+    inside = laplacian[:, region.bool()[1:-1, 1:-1]]
+    return inside.std(1, correction=0).clamp(min=1e-6).log()
 
 
 def blur_radius(

@@ -19,9 +19,18 @@ from torch import Tensor
 
 from bokehflux.aperture import DISC, Anamorphic, Aperture, Donut, Polygon
 from bokehflux.evaluation.figures import Figure, floats
-from bokehflux.evaluation.renderer import through_vae
+from bokehflux.evaluation.renderer import OTHER_SEED, SEED, through_vae
 from bokehflux.lens import unit_level
-from bokehflux.metrics import blur_matched_psnr, blur_radius, luma, lvcorr_to, psnr, sharpness, spearman
+from bokehflux.metrics import (
+    blur_matched_psnr,
+    blur_radius,
+    contrast,
+    luma,
+    lvcorr_to,
+    psnr,
+    sharpness,
+    spearman,
+)
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.controls import FEATURES, Controls, shape_picture, token_features
 from bokehflux.models.vae import to_uint8
@@ -44,7 +53,6 @@ SHAPES: tuple[Aperture, ...] = (
     DISC, Polygon(3), Polygon(4, rotation_deg=45), Donut(0.5), Anamorphic(2), Anamorphic(0.5)
 )  # fmt: skip
 NAMES = ("disc", "triangle", "square", "ring", "upright", "lying")
-SEED, OTHER_SEED = 90_002, 90_003
 FIRST_SEED = 1000
 BESIDE = (0.0, 0.22, 0.78, 1.0)
 REGIONS = (
@@ -87,21 +95,23 @@ class Shown:
 
 MAPPED = (0.0, 0.5, 0.95)
 """Planes that maps ask for."""
+BY_MAP = ((0.0, 0.0), *((level, plane) for plane in MAPPED for level in (WEAK, STRONG)))
+"""Level and plane of `Shown.maps`, but the last."""
+PLANE_SHOTS = tuple(Shot(level, focus=plane) for plane in PLANES for level in LEVELS)
+OTHER_SHOTS = (*(Shot(STRONG, focus=0.0, aperture=aperture) for aperture in SHAPES), Shot(STRONG))
 
 
 def map_shots(behind: Tensor) -> list[Shot]:
     """What `Shown.maps` are asked for by. behind [S, S]: gaps."""
-    asked = [(0.0, 0.0)] + [(level, plane) for plane in MAPPED for level in (WEAK, STRONG)]
-    shots = [Shot(level, circles=unit_level(level) * (behind - plane)) for level, plane in asked]
-    left = torch.arange(behind.shape[-1], device=behind.device) < behind.shape[-1] // 2
-    half = torch.where(left, unit_level(WEAK), unit_level(STRONG)) * behind
+    shots = [Shot(level, circles=unit_level(level) * (behind - plane)) for level, plane in BY_MAP]
+    half = torch.where(left_half(behind), unit_level(WEAK), unit_level(STRONG)) * behind
     return [*shots, Shot(STRONG, circles=half)]
 
 
-def plane_shots() -> list[Shot]:
-    """Those of `Shown.planes`, `shapes` and `plain`, one after the other."""
-    planes = [Shot(level, focus=plane) for plane in PLANES for level in LEVELS]
-    return [*planes, *(Shot(STRONG, focus=0.0, aperture=aperture) for aperture in SHAPES), Shot(STRONG)]
+def left_half(picture: Tensor) -> Tensor:
+    """bool [S] of [..., S]"""
+    side = picture.shape[-1]
+    return torch.arange(side, device=picture.device) < side // 2
 
 
 def evaluate(
@@ -123,7 +133,8 @@ def evaluate(
     references, strips = [], []
     for i, prompt in enumerate(prompts):
         one, other = slice(i, i + 1), scenes.select(slice(i, i + 1))
-        references.append(rendered(pipe, other, planes_only=True).planes)
+        planes = floats(through_vae(pipe.vae, drawn(other, PLANE_SHOTS)))
+        references.append(planes.unflatten(0, (len(PLANES), len(LEVELS))))
         sources["renderer through VAE"].append(rendered(pipe, others.select(one)))
         sources["model"].append(generated(pipe, prompt, FIRST_SEED + i, gaps(other)[0], steps, guidance))
         if i < 6:
@@ -191,13 +202,6 @@ def region(picture: Tensor, place: tuple[float, float, tuple[float, ...]]) -> Te
     for start, stop in zip(columns[::2], columns[1::2], strict=True):
         inside[round(first * side) : round(last * side), round(start * side) : round(stop * side)] = True
     return inside
-
-
-def contrast(images: Tensor, inside: Tensor) -> Tensor:
-    """Log deviation of the Laplacian [K] of [K, 3, S, S] within a region."""
-    y = luma(images.float())
-    laplacian = F.conv2d(y[:, None], y.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None], padding=1)
-    return laplacian[:, 0, inside].std(1).clamp(min=1e-6).log()
 
 
 def plane_hits(shown: Shown) -> Tensor:
@@ -295,44 +299,38 @@ def scores(light: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
     return torch.tensor(found)
 
 
-def rendered(pipe: Pipeline, scene: Scene, *, planes_only: bool = False) -> Shown:
+def drawn(scene: Scene, shots: Sequence[Shot]) -> Tensor:
+    """One scene as the renderer draws it, [K, 3, S, S]; no shot is asked for by circles."""
+    pictures = []
+    for shot in shots:
+        level = torch.full((1,), shot.level, device=scene.background.device)
+        focus = torch.full_like(level, shot.focus or 0.0)
+        pictures.append(render(scene, level, focus, shot.aperture or DISC))
+    return torch.cat(pictures)
+
+
+def rendered(pipe: Pipeline, scene: Scene) -> Shown:
     """One scene, through the autoencoder."""
-    behind = gaps(scene)[0]
-
-    def at(level: float, focus: float = 0.0, aperture: Aperture = DISC) -> Tensor:
-        levels = torch.full((1,), level, device=pipe.device)
-        return render(scene, levels, torch.full_like(levels, focus), aperture)
-
-    planes = [at(level, plane) for plane in PLANES for level in LEVELS]
-    more = [] if planes_only else [at(STRONG, aperture=aperture) for aperture in SHAPES]
-    maps = [] if planes_only else [at(0.0), *(at(level, p) for p in MAPPED for level in (WEAK, STRONG))]
-    if maps:
-        weak, strong = at(WEAK), at(STRONG)
-        left = torch.arange(behind.shape[-1], device=pipe.device) < behind.shape[-1] // 2
-        maps.append(torch.where(left, weak, strong))
-    pictures = torch.cat([at(PIVOT), *planes, *more, at(STRONG), *maps])
-    shown = floats(through_vae(pipe.vae, pictures))
-    return _shown(shown[: 1 + len(planes)], shown[1 + len(planes) :], behind, len(more))
-
-
-def _shown(planes: Tensor, rest: Tensor, behind: Tensor, num_shapes: int = len(SHAPES)) -> Shown:
-    return Shown(
-        pivot=planes[0],
-        planes=planes[1 : 1 + len(PLANES) * len(LEVELS)].unflatten(0, (len(PLANES), len(LEVELS))),
-        shapes=rest[:num_shapes],
-        plain=rest[num_shapes],
-        maps=rest[num_shapes + 1 :],
-        gaps=behind,
-    )
+    maps = drawn(scene, [Shot(level, focus=plane) for level, plane in BY_MAP])
+    half = torch.where(left_half(maps), maps[1], maps[2])  # WEAK and STRONG on the subject's plane
+    pictures = torch.cat([drawn(scene, [Shot(PIVOT), *PLANE_SHOTS, *OTHER_SHOTS]), maps, half[None]])
+    return _shown(floats(through_vae(pipe.vae, pictures)), gaps(scene)[0])
 
 
 def generated(pipe: Pipeline, prompt: str, seed: int, behind: Tensor, steps: int, guidance: float) -> Shown:
     """Two grounded runs: on a pivot that nothing is asked of, and on one with the map `behind` [S, S]."""
-    planes = _run(pipe, prompt, seed, [Shot(PIVOT), *plane_shots()], steps, guidance)
+    planes = _run(pipe, prompt, seed, [Shot(PIVOT), *PLANE_SHOTS, *OTHER_SHOTS], steps, guidance)
     pivot = Shot(PIVOT, circles=unit_level(PIVOT) * behind)
     maps = _run(pipe, prompt, seed, [pivot, *map_shots(behind)], steps, guidance)
-    count = 1 + len(PLANES) * len(LEVELS)
-    return _shown(planes[:count], torch.cat([planes[count:], maps[1:]]), behind)
+    return _shown(torch.cat([planes, maps[1:]]), behind)
+
+
+def _shown(pictures: Tensor, behind: Tensor) -> Shown:
+    """From all of them, one after the other."""
+    parts = pictures.split([1, len(PLANE_SHOTS), len(SHAPES), 1, len(BY_MAP) + 1])
+    pivot, planes, shapes, plain, maps = parts
+    planes = planes.unflatten(0, (len(PLANES), len(LEVELS)))
+    return Shown(pivot=pivot[0], planes=planes, shapes=shapes, plain=plain[0], maps=maps, gaps=behind)
 
 
 @torch.inference_mode()

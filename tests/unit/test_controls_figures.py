@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from bokehflux.evaluation import controls
-from bokehflux.evaluation.controls import LEVELS, MAPPED, PLANES, REGIONS, SHAPES, STRONG, WEAK, Shown
+from bokehflux.evaluation.controls import LEVELS, MAPPED, PLANES, REGIONS, SHAPES, STRONG, WEAK, Shot, Shown
+from bokehflux.evaluation.figures import floats
+from bokehflux.evaluation.renderer import through_vae
 from bokehflux.lens import unit_level
 from bokehflux.metrics import disc_blur
-from bokehflux.nano.scenes import RADIUS_AT_30
+from bokehflux.nano.scenes import RADIUS_AT_30, build_scenes, sample_specs
 from tests.tiny import tiny_pipeline
 
 SIDE = 128
@@ -108,3 +110,17 @@ def test_what_is_asked_by_maps() -> None:
 def test_a_model_without_the_adapter() -> None:
     with pytest.raises(ValueError, match="no control adapter"):
         controls.evaluate(tiny_pipeline(), captions=1)
+
+
+def test_the_renderer_is_asked_for_what_the_model_is() -> None:
+    """One scene through random weights: every picture in its place, half of a map from both others."""
+    pipe, draw = tiny_pipeline(), torch.Generator().manual_seed(0)
+    scene = build_scenes(sample_specs(1, draw), 32, draw, "cpu")
+    found, drawn = controls.rendered(pipe, scene), controls.drawn(scene, [Shot(STRONG)])
+    assert found.planes.shape == (len(PLANES), len(LEVELS), 3, 32, 32) and found.pivot.shape == (3, 32, 32)
+    assert len(found.shapes) == len(SHAPES) and len(found.maps) == len(controls.map_shots(found.gaps))
+    assert torch.equal(found.plain, floats(through_vae(pipe.vae, drawn))[0])
+    torch.testing.assert_close(found.plain, found.maps[2])
+    assert not torch.allclose(found.maps[-1], found.maps[1]) and not torch.allclose(
+        found.maps[-1], found.plain
+    )

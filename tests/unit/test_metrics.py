@@ -149,6 +149,11 @@ def test_sharpness_kept_looks_at_the_region_alone() -> None:
     assert metrics.sharpness_kept(images, first, left & False).isnan().all()
 
 
+def test_the_edge_of_a_picture_is_no_contrast() -> None:
+    flat = torch.full((1, 3, 12, 9), 0.7)
+    assert metrics.contrast(flat, torch.ones(12, 9)).item() == pytest.approx(math.log(1e-6))
+
+
 FINE = 6
 """Points a pixel's side of the scene that is photographed: optics happens before pixels."""
 
