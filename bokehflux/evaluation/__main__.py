@@ -40,6 +40,7 @@ from bokehflux.weights.files.write import replacing, write_json
 
 RESULTS = Path("benchmarks/results")
 CARD = Path("weights/nano")
+METHODS = ("render", "inversion", "reference")
 FIGURES = ("<!-- figures: written by bokehflux.evaluation -->", "<!-- end of figures -->")
 TRAINING = ("<!-- training: written by bokehflux.evaluation -->", "<!-- end of training -->")
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     judging.add_argument("--guidance", type=float, default=3.0)
     refocusing = commands.add_parser("refocus", help="how well photographs are refocused")
     refocusing.add_argument("--photo-level", type=float, default=0.0)
-    refocusing.add_argument("--method", choices=("render", "inversion", "reference"), default="render")
+    refocusing.add_argument("--method", choices=METHODS, default="render")
     refocusing.add_argument("--probe", choices=("straight", "reference"), help="how render asks the model")
     refocusing.add_argument("--seed", type=int, default=refocus.SEED, help="of the scenes photographed")
     cutting = commands.add_parser("shortcuts", help="what the shortcuts of a sweep save and change")
@@ -74,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairing = commands.add_parser("pairs", help="how near a model comes to photographs of a wide aperture")
     pairing.add_argument("folder", type=Path, metavar="FOLDER", help="one split of a set, or your own pairs")
     pairing.add_argument("--model", help="a bundled model, or a folder with an adapter; default: none")
-    pairing.add_argument(
-        "--methods", nargs="+", choices=("render", "inversion", "reference"), default=["render"]
-    )
+    pairing.add_argument("--methods", nargs="+", choices=METHODS, help="of the model; default: render")
     pairing.add_argument("--levels", type=float, nargs="+", default=[*pairs.SEARCHED], help="that are tried")
     pairing.add_argument("--count", type=int, help="of the first pairs; default: all")
     pairing.add_argument("--long-side", type=int, default=1024, help="of the pictures, in pixels")
@@ -171,11 +170,15 @@ def judge_controls(pipe: Pipeline, args: argparse.Namespace) -> int:
 
 
 def judge_pairs(args: argparse.Namespace) -> int:
+    if args.model is None and args.methods:
+        raise ValueError("--methods are a model's: name one with --model")
+    if args.count is not None and args.count < 1:
+        raise ValueError(f"--count: expected at least one pair, got {args.count}")
     start, found = time.perf_counter(), pairs.find_pairs(args.folder)[: args.count]
     perceptual = None if args.perceptual is None else HubPerceptual(args.perceptual)
     pipe = None if args.model is None else bokehflux.load(args.model, device=args.device, dtype=args.dtype)
     asked = {"levels": args.levels, "long_side_px": args.long_side, "prompt": args.prompt}
-    methods = args.methods if pipe else []
+    methods = (args.methods or ["render"]) if pipe else []
     scores, sheet = pairs.evaluate(found, pipe, methods=methods, perceptual=perceptual, **asked)
     print(f"{len(found)} pairs of {args.folder}, scaled to a long side of {args.long_side}")
     print(pairs.table(scores))

@@ -114,9 +114,8 @@ class ControlAdapter(nn.Module):
     def forward(self, asked: Controls, level: Tensor) -> dict[int, BlockControl]:
         """See `Controls.for_blocks`."""
         like = self.shape_in.weight
-        level, focus, shape, features = (
-            x.to(like) for x in (level, asked.focus, asked.shape, asked.features)
-        )
+        level, shape, features = (x.to(like) for x in (level, asked.shape, asked.features))
+        focus = asked.focus.to(like.device, torch.float32)  # in 16 bits waves are 0.1 off
         has_focus, has_map = ~focus.isnan(), ~features.isnan().any(2).any(1)  # [B]
         told = has_focus.to(like)[:, None]
         angles = focus.nan_to_num()[:, None] * math.pi * 2.0 ** torch.arange(WAVES, device=like.device)

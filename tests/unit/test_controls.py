@@ -151,6 +151,15 @@ def test_everything_asked_shows(what: str) -> None:
     assert not torch.allclose(before, after, atol=1e-4)
 
 
+def test_the_focus_is_told_exactly_in_16_bits() -> None:
+    told: list[Tensor] = []
+    for made in (adapter(), adapter().bfloat16()):
+        made.focus_in.register_forward_pre_hook(lambda _, args: told.append(args[0].float()))
+        controls = dataclasses.replace(asked(made), focus=torch.tensor([0.1, 0.3, 0.4, 0.7, 0.95]))
+        controls.for_blocks(torch.zeros(5))
+    assert (told[0] - told[1]).abs().max() <= 2**-9, "no more than their own rounding"
+
+
 def test_a_map_acts_on_its_own_tokens_first() -> None:
     """In the last block, before anything mixes tokens again, other tokens see nothing of it."""
     made, heads = adapter(), (2, MMDIT.num_heads, MMDIT.head_dim)

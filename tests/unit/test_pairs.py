@@ -138,3 +138,17 @@ def test_a_wrong_folder_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         evaluation.main(["pairs", str(tmp_path), "--results", str(tmp_path / "out")])
     assert "holds no set of pairs" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--methods", "render"], "name one with --model"), (["--count", "0"], "at least one")],
+)
+def test_what_would_be_ignored_is_refused(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in ("sharp", "blurred"):
+        picture(tmp_path / kind / "0.png")
+    with pytest.raises(SystemExit):
+        evaluation.main(["pairs", str(tmp_path), *words, "--results", str(tmp_path / "out")])
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
