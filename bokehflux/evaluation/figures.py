@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bokehflux.lens import MAX_LEVEL
@@ -69,6 +71,11 @@ class Figure:
 def floats(images: Tensor) -> Tensor:
     """uint8 [..., H, W, 3] -> float [..., 3, H, W] in 0 ... 1."""
     return images.movedim(-1, -3).float() / 255
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """RGB -> float [3, H, W] in 0 ... 1."""
+    return floats(torch.from_numpy(np.array(image)))
 
 
 def rank_correlation(curves: Tensor) -> float:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from bokehflux.evaluation.figures import pixels
 from bokehflux.evaluation.scores import Shots
 from bokehflux.fingerprint import fingerprint
 from bokehflux.lens import check_level
@@ -276,8 +275,4 @@ def _alike(paths: Sequence[Path]) -> list[Tensor]:
         if image.size != images[0].size:
             sizes = [f"{one.width} x {one.height}" for one in (images[0], image)]
             raise ValueError(f"{paths[0]} has {sizes[0]} pixels and {path} has {sizes[1]}: expected one size")
-    return [_floats(image) for image in images]
-
-
-def _floats(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 255
+    return [pixels(image) for image in images]

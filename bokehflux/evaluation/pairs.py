@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
+from bokehflux.evaluation.figures import pixels
 from bokehflux.metrics import psnr, ssim
 from bokehflux.photos.read import read_photo, within
 from bokehflux.pictures import plot
@@ -164,15 +164,15 @@ def evaluate(
     strips: list[Image.Image] = []
     for pair in pairs:
         sharp, blurred = pair.read(long_side_px)
-        true = floats(blurred)
-        lens = LensMap.from_pictures(floats(sharp), true, OWN_MAP)
-        made = {AS_IT_IS: [sharp], OF_PAIR: [image(lens.render(floats(sharp), OWN_MAP, highlights=None))]}
+        true = pixels(blurred)
+        lens = LensMap.from_pictures(pixels(sharp), true, OWN_MAP)
+        made = {AS_IT_IS: [sharp], OF_PAIR: [image(lens.render(pixels(sharp), OWN_MAP, highlights=None))]}
         for method in methods:
             assert pipe is not None
             asked = pipe.refocus(sharp, prompt, list(levels), method=method)
             made[method] = [one.resize(sharp.size, Image.Resampling.LANCZOS) for one in asked.images]
         for way, images in made.items():
-            found[way].append([figures(floats(one), true, perceptual) for one in images])
+            found[way].append([figures(pixels(one), true, perceptual) for one in images])
         if len(strips) < SHEET_ROWS:
             tiles = [Tile(image=sharp, label="photograph"), Tile(image=blurred, label="true", is_pivot=True)]
             for way, images in made.items():
@@ -215,11 +215,6 @@ def table(scores: Sequence[Score]) -> str:
         cells = [f"{one.psnr:6.2f}", f"{one.ssim:6.3f}", *(f"{one.perceptual[name]:6.3f}" for name in names)]
         lines.append("  ".join([one.way.ljust(wide), *cells]))
     return "\n".join(lines)
-
-
-def floats(picture: Image.Image) -> Tensor:
-    """RGB -> [3, H, W] in 0 ... 1."""
-    return torch.from_numpy(np.array(picture)).movedim(-1, 0) / 255
 
 
 def image(picture: Tensor) -> Image.Image:

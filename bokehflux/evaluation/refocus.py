@@ -11,13 +11,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bokehflux.evaluation.figures import floats
+from bokehflux.evaluation.figures import floats, pixels
 from bokehflux.evaluation.renderer import through_vae
 from bokehflux.metrics import psnr, sharpness
 from bokehflux.models.vae import to_uint8
@@ -85,7 +84,7 @@ def evaluate(
         result = pipe.refocus(photo, prompt, levels, photo_level=photo_level, **asked)
         made = result.images
         for image, expected, without in zip(made, true, dim, strict=True):
-            shown, given = pixels(image), pixels(photo)
+            shown, given = pixels(image)[None], pixels(photo)[None]
             decoded = floats(through_vae(pipe.vae, expected)).cpu()
             inside = subject[i].expand(3, -1, -1)
             parts = (shown[0][inside], expected[0][inside])
@@ -127,8 +126,3 @@ def added(shown: Tensor, expected: Tensor, without: Tensor) -> tuple[float, floa
 def picture(pixels: Tensor) -> Image.Image:
     """[3, H, W] in 0-1 -> RGB."""
     return Image.fromarray(to_uint8(pixels[None] * 2 - 1)[0].numpy())
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """RGB -> [1, 3, H, W] in 0-1."""
-    return torch.from_numpy(np.array(image)).movedim(-1, 0)[None] / 255

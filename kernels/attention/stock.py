@@ -76,9 +76,8 @@ def fastest_forward(q: Tensor, k: Tensor, v: Tensor) -> str:
         return kernel
     if torch.cuda.get_device_capability(q.device) not in CUDNN_FORWARD:
         return kernel
-    asked = torch.backends.cuda.SDPAParams(
-        *(x.transpose(1, 2) for x in (q, k, v)), None, 0.0, False, False
-    )  # fmt: skip
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    asked = torch.backends.cuda.SDPAParams(heads[0], heads[1], heads[2], None, 0.0, False, False)
     return "cudnn" if torch.backends.cuda.can_use_cudnn_attention(asked) else kernel
 
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from bokehflux.evaluation import __main__ as evaluation
-from bokehflux.evaluation.pairs import AS_IT_IS, OF_PAIR, evaluate, find_pairs, floats
+from bokehflux.evaluation.figures import pixels
+from bokehflux.evaluation.pairs import AS_IT_IS, OF_PAIR, evaluate, find_pairs
 from bokehflux.metrics import psnr
 from bokehflux.rendering.photo import blur_photo
 from tests.tiny import tiny_pipeline
@@ -121,7 +122,7 @@ def test_the_command_compares_with_the_photograph(
     rows = {row["way"]: row for row in record["rows"]}
     assert list(rows)[:2] == [AS_IT_IS, OF_PAIR] and len(rows) == 6
     sharp, blurred = (
-        torch.stack([floats(Image.open(f"set/{kind}/{i}.png")) for i in range(2)])
+        torch.stack([pixels(Image.open(f"set/{kind}/{i}.png")) for i in range(2)])
         for kind in ("sharp", "blurred")
     )
     assert rows[AS_IT_IS]["psnr"] == pytest.approx(float(psnr(sharp, blurred).mean()), abs=1e-4)
