@@ -315,6 +315,8 @@ def finished(folder: Path, wanted: Record) -> dict[Key, Shot]:
         level, focus, role = (recipe.get(name) for name in ("bokeh_level", "in_focus", "role"))
         if role not in ("target", "pivot") or not isinstance(level, int | float):
             continue
+        if not isinstance(focus, str | None):  # no run of ours left this
+            continue
         if all(key in recipe and recipe[key] == value for key, value in decides.items()):
             place = f"{folder.name}/{path.name}"
             shot = Shot(

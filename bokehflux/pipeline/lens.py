@@ -20,7 +20,7 @@ from torch import Tensor
 from bokehflux.focus import parse_focus
 from bokehflux.lens import MAX_LEVEL
 from bokehflux.pictures.series import BlurMap
-from bokehflux.pipeline.memory import room_for_photo
+from bokehflux.pipeline.memory import room_to_blur
 from bokehflux.pipeline.render import read_aperture
 from bokehflux.rendering.lens_map import LensMap
 from bokehflux.rendering.photo import glow_shown
@@ -59,7 +59,7 @@ class Lens:
             LensMap(blur=torch.zeros(size[::-1])).focused_at(focus)
         self.aperture = read_aperture(asked.aperture or "disc")[0]
 
-    @room_for_photo()
+    @room_to_blur()
     def found(self, sharp: Image.Image, blurred: Image.Image, device: torch.device) -> LensMap:
         """The map that `blurred` shows: the sharp picture at `PROBE_LEVEL`, maybe smaller."""
         picture, probe = _pixels(sharp, device), _pixels(blurred, device)
@@ -78,7 +78,7 @@ class Lens:
 
     def pictures(self, picture: Image.Image, found: LensMap) -> Iterator[Image.Image]:
         """Every shot, through the map."""
-        with room_for_photo():
+        with room_to_blur():
             sharp = _pixels(picture, found.blur.device)
             lenses: dict[str | None, LensMap] = {None: found}
             lenses |= {text: found.focused_at(focus) for text, focus in self.foci.items()}

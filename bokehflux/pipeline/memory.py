@@ -97,14 +97,15 @@ def advised(mode: MemoryMode, device: torch.device | None, needs: Footprint | No
 
 
 @contextlib.contextmanager
-def room_for_photo() -> Iterator[None]:
-    """Turn running out of memory while a photograph is blurred into a ValueError: fewer rows need no less."""
+def room_to_blur() -> Iterator[None]:
+    """Turn running out of memory while a picture is blurred into a ValueError: fewer rows need no less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         reason = _what_ran_out(error)
         raise ValueError(
-            f"the photograph does not fit in memory while it is blurred; try a smaller long_side ({reason})"
+            "the picture does not fit in memory while it is blurred; make it smaller (height and width, or "
+            f"a photograph's long_side): {reason}"
         ) from error
 
 

@@ -3,9 +3,9 @@
 "render" asks the network once for the photograph at a strong level, beside the photograph on a straight path
 to noise, or, where the model can, looking at it as "reference" does. Where and how much that picture is
 blurred is a map, and the photograph's own pixels are blurred through it: at any level, by any aperture, at
-the photograph's own size. "inversion" follows the photograph
-back to the noise that it would come from, and lets the network draw every level from there. "reference" shows
-the photograph to the network once, and every level is drawn looking at it (`models.reference`).
+the photograph's own size. "inversion" follows the photograph back to the noise that it would come from, and
+lets the network draw every level from there. "reference" shows the photograph to the network once, and every
+level is drawn looking at it (`models.reference`).
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def plan_refocus(model: Model, photo: Image.Image, asked: RefocusSettings) -> Pl
     grid = grid_of(upright, model, asked.height, asked.width)
     settings = dataclasses.replace(asked, height=grid.height_px, width=grid.width_px)
     settings = settings.completed(model.defaults)
-    size, hashes = (grid.width_px, grid.height_px), tuple[tuple[str, str], ...]()
+    size = (grid.width_px, grid.height_px)
     if settings.looks and (found := model.source.snapshot) is not None and found.reference is not None:
-        hashes = (("reference", fingerprint([found.reference])),)
-        settings = dataclasses.replace(settings, file_hashes=hashes)
+        adapter = ("reference", fingerprint([found.reference]))
+        settings = dataclasses.replace(settings, file_hashes=(adapter,))
 
     def end(x: Tensor, _: Tensor | None) -> End:
         # The photograph decides the colours on the way. To move their means afterwards, in 8-bit Lab, loses a

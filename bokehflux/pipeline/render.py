@@ -22,7 +22,7 @@ from bokehflux.lens import MAX_LEVEL, TRAINING_SIDE_PX
 from bokehflux.photos.exif import photo_level
 from bokehflux.photos.read import Photo, read_photo, turned, within
 from bokehflux.photos.readers import Kind, read_map
-from bokehflux.pipeline.memory import room_for_photo
+from bokehflux.pipeline.memory import room_to_blur
 from bokehflux.pipeline.provenance import provenance_here
 from bokehflux.record import Record
 from bokehflux.rendering import bokehme
@@ -60,7 +60,7 @@ class Rendering:
         return Record(settings=self.settings, provenance=provenance_here(self.device))
 
     @torch.inference_mode()
-    @room_for_photo()
+    @room_to_blur()
     def picture(self, level: float | None, focus: str | None) -> Image.Image:
         """One of `settings.shots`. Raises ValueError for a level outside 0 to 30."""
         assert level is not None and focus is not None
@@ -68,7 +68,7 @@ class Rendering:
         return Image.fromarray((out.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
 
 
-@room_for_photo()
+@room_to_blur()
 def open_rendering(asked: RenderSettings, device: torch.device) -> Rendering:
     """Reads all files. Raises ValueError for those that cannot be used, or do not belong together."""
     photo = read_photo(Path(asked.photo))

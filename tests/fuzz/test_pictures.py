@@ -197,5 +197,8 @@ def test_a_picture_that_lies_about_being_finished_is_made_again(tmp_path, monkey
         image.save(tmp_path / "x.tiff", exif=image.getexif())
     (tmp_path / "x.tiff").rename(tmp_path / "bokeh-00.0.png")
     assert finished(tmp_path, wanted) == {}
+    data = metadata.encode(Image.new("RGB", (8, 8)), {**recipe, "in_focus": ["far"]})
+    (tmp_path / "bokeh-00.0-focus-far.png").write_bytes(data)
+    assert finished(tmp_path, wanted) == {}
     monkeypatch.setattr(metadata, "READABLE", (*metadata.READABLE, "TIFF"))
     assert finished(tmp_path, wanted).keys() == {("target", 0.0, None)}, "all else would do"

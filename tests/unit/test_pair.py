@@ -108,6 +108,18 @@ def test_a_residual_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "leaves a residual of 0." in caplog.text
 
 
+def test_memory_that_runs_out_in_the_lens_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that the model drew has no long side to be asked for."""
+
+    def too_large(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("bokehflux.rendering.lens_map.LensMap.render", too_large)
+    says = r"the picture does not fit in memory while it is blurred; make it smaller \(height and width, or"
+    with pytest.raises(ValueError, match=says):
+        PIPE.generate("a cup", [9], focus="near", **SIZE)
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[GenerateSettings]:
     """A folder of its own, the tiny model, and what it was asked for."""

@@ -134,7 +134,7 @@ def test_memory_that_runs_out_is_said(
             patch.setattr(f"bokehflux.pipeline.render.{place}", too_large)
             assert cli.main(BASE) == 2
         said = capsys.readouterr().err
-        assert "does not fit in memory while it is blurred; try a smaller long_side (CUDA out" in said, place
+        assert "a photograph's long_side): CUDA out" in said, place
 
 
 def test_replay_is_bit_equal(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
