@@ -161,7 +161,8 @@ NONE = "focus 0 and a disc, to nothing asked [dB]"
 def judge(shown: Sequence[Shown], references: Sequence[Tensor], of: str) -> list[Figure]:
     """The figures of one source. references: `Shown.planes` of the same captions, rendered."""
     targets = {
-        HIT: (0.95, None), SCENE: (37.0, None), HALVES: (0.0, 0.15), RADII: (0.95, None), SHAPE: (0.9, None)
+        HIT: (0.95, None), LVCORR: (0.95, None), SCENE: (37.0, None), HALVES: (0.0, 0.15),
+        RADII: (0.95, None), SHAPE: (0.9, None),
     }  # fmt: skip
 
     def figure(name: str, value: Tensor | float, kind: str | None = None) -> Figure:
@@ -171,7 +172,6 @@ def judge(shown: Sequence[Shown], references: Sequence[Tensor], of: str) -> list
     def mean(measure: Callable[[Shown], Tensor]) -> Tensor:
         return torch.stack([measure(one).float().cpu() for one in shown]).nanmean(0)
 
-    targets[LVCORR] = (0.95, None)
     hits, shapes = mean(plane_hits), mean(shape_hits)
     pairs = list(zip(references, shown, strict=True))
     correlations = [
@@ -244,7 +244,7 @@ def radii(shown: Shown) -> Tensor:
     scale = RADIUS_AT_30 * behind.shape[-1] / 256
     for low, high in ((-0.05, 0.05), (0.15, 0.3), (0.3, 0.5), (0.8, 1.0)):
         inside = even & (behind > low) & (behind < high)
-        if inside.sum() < 300:
+        if inside.sum() < 300 * (behind.shape[-1] / 256) ** 2:
             continue
         gap = behind[inside].mean()
         asked += [

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from bokehflux.evaluation import __main__ as evaluation
 from bokehflux.evaluation import controls
 from bokehflux.evaluation.controls import LEVELS, MAPPED, PLANES, REGIONS, SHAPES, STRONG, WEAK, Shot, Shown
 from bokehflux.evaluation.figures import floats
@@ -16,6 +19,7 @@ from bokehflux.lens import unit_level
 from bokehflux.metrics import disc_blur
 from bokehflux.nano.scenes import RADIUS_AT_30, build_scenes, sample_specs
 from tests.tiny import tiny_pipeline
+from tests.unit.test_controls import adapter
 
 SIDE = 128
 PLACES = [(24, 24), (24, 70), (30, 104), (56, 40)]
@@ -110,6 +114,22 @@ def test_what_is_asked_by_maps() -> None:
 def test_a_model_without_the_adapter() -> None:
     with pytest.raises(ValueError, match="no control adapter"):
         controls.evaluate(tiny_pipeline(), captions=1)
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights miss every target, at a quarter of nano's size."""
+    pipe = tiny_pipeline()
+    defaults = dataclasses.replace(pipe.defaults, height_px=64, width_px=64)
+    pipe = dataclasses.replace(pipe, controls=adapter(), defaults=defaults)
+    monkeypatch.setattr("bokehflux.load", lambda *_, **__: pipe)
+    words = ["controls", "--captions", "1", "--steps", "2", "--results", str(tmp_path)]
+    assert evaluation.main([*words, "--check"]) == 1
+    rows = json.loads((tmp_path / "controls.json").read_text())["rows"]
+    asked = {row["figure"]: row["passed"] for row in rows if row["target"]}
+    assert len(asked) == 10 and not asked[controls.HIT] and not asked[controls.RADII]
+    assert "FAIL" in capsys.readouterr().out and (tmp_path / "controls.jpg").is_file()
 
 
 def test_the_renderer_is_asked_for_what_the_model_is() -> None:
