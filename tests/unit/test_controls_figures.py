@@ -88,6 +88,9 @@ def test_maps(lens: Shown) -> None:
     assert left < 0.01 and right > 0.4
     flat = dataclasses.replace(lens, maps=lens.maps[[0, 1, 1, 1, 1, 1, 1, 7]])
     assert controls.radii(flat) < 0.8
+    small = torch.full_like(lens.gaps, 0.6)
+    small[4:26, 4:26] = PLANES[3]  # 14 x 14 of it even, of 128 x 128: enough, as 28 x 28 of 256 x 256 are
+    assert controls.radii(dataclasses.replace(lens, gaps=small)) > 0.9
 
 
 def test_shapes_are_told_from_lights(lens: Shown) -> None:
