@@ -82,8 +82,7 @@ class Pipeline(Model):
             and width: by default the photograph's own for "render", and for the others its shape with about
             as many pixels as the model is made for.
         Other arguments, and errors, are those of `generate`. By inversion on_step is called for the way to
-        noise, then for the way back. The result's pivot_image is the photograph as it was used;
-        by "render" its latents are [1, L, 64], of the one picture that the model made.
+        noise, then for the way back. The result's pivot_image is the photograph as it was used.
         """
         asked = RefocusSettings(
             prompt=prompt,

@@ -146,7 +146,8 @@ class Result:
     pivot_image: Image.Image | None
     """The pivot, when the run was grounded; the photograph as it was used, when it began with one."""
     latents: Tensor
-    """[N, L, 64] final packed latents of the targets."""
+    """[N, L, 64] final packed latents of the targets; through a lens [1, L, 64], of the blurred picture that
+    tells its map."""
     pivot_latents: Tensor | None
     """[L, 64], when there is a pivot."""
     record: Record
