@@ -99,10 +99,10 @@ def train(
 
     saves: where the run keeps its state, and whether it goes on from there; CheckpointError when it cannot,
     or when there is no room. With it, Ctrl-C and SIGTERM wait for the end of a step, whose state is saved,
-    and raise KeyboardInterrupt then; several processes agree on it a step later. Raises ArithmeticError when
-    too many steps are not finite, which a GPU's host hears a step later, too, OSError when
-    a state cannot be written, and ValueError for a run paced by the clock that is to be saved or shared: no
-    two clocks agree.
+    and raise KeyboardInterrupt then; several processes agree on it up to a step later. Raises ArithmeticError
+    when too many steps are not finite, which is heard of up to a step later, too, OSError when a state cannot
+    be written, and ValueError for a run paced by the clock that is to be saved or shared: no two clocks
+    agree.
     """
     rank, world = rank_and_world()
     if course.minutes and (saves is not None or world > 1):
@@ -121,6 +121,8 @@ def train(
     log.begin(state.step, None if course.minutes else course.steps)
     device, objective = parameters[0].device, averaged(loss, parameters)
     with contextlib.ExitStack() as around:
+        if rank == 0:
+            around.callback(log.update)  # of what ended the run, too
         writer = around.enter_context(saves.writer()) if saves is not None and rank == 0 else None
         came = around.enter_context(postponed()) if saves is not None else []
         for number, done in course.from_step(state.step):
@@ -134,26 +136,26 @@ def train(
             stop = run.settle() or (world == 1 and bool(came))
             optimizer.step(course.schedule(done), told.refused)
             run.begun = number, {name: figure.detach() for name, figure in figures.items()}, told
-            del value  # with all that autograd keeps of this step
+            del value, figures  # with all that autograd keeps of this step
             state.step = number + 1
             last = state.step == course.steps
             due = [look for look in looks if last or state.step % look.every == 0]
-            save = last or stop or (saves is not None and state.step % saves.every == 0)
-            if due or save:
-                run.settle()
+            save = last or (saves is not None and state.step % saves.every == 0)
+            if due or save or stop:
+                stop |= run.settle()
             for look in due:
                 if found := look(state):
                     log.add(state.step, found)
             if rank == 0:
                 log.update()
-            if writer is not None and save:
+            if writer is not None and (save or stop):
                 writer.save(state)
             if stop:
                 if writer is not None:
                     writer.wait()
                 wait_for_all()
                 raise KeyboardInterrupt(f" after step {state.step}, whose state is saved")
-    run.settle()
+        run.settle()
     state.ema.copy_to_parameters()
     return state.step
 

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import types
+import weakref
 from ast import literal_eval
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -608,11 +609,29 @@ def test_the_host_hears_of_a_step_in_the_next_one(tmp_path: Path, monkeypatch: p
     assert " ".join(seen) == "0 1 heard 2 heard heard 3 4 heard heard"
 
 
+def test_a_step_is_forgotten_before_the_next(tmp_path: Path) -> None:
+    """What autograd keeps for a loss, which is a figure, too, is there once."""
+    last: list[weakref.ref[Tensor]] = []
+
+    def watch(loss: Loss) -> Loss:
+        def watched(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
+            assert not last or last.pop()() is None
+            value, figures = loss(at)
+            last.append(weakref.ref(value))
+            return value, figures
+
+        return watched
+
+    train_toy(tmp_path, loss=watch)
+
+
 def test_more_than_three_refused_steps_of_a_hundred_end_a_run(tmp_path: Path) -> None:
     course = dataclasses.replace(COURSE, steps=110)
     train_toy(tmp_path, loss=broken(1, 2, 3, 101, 102, 103), course=course)
     with pytest.raises(ArithmeticError, match="steps 1, 2, 3, 100 were refused.* more than 3 of 100 steps"):
         train_toy(tmp_path, saves_in(tmp_path), broken(1, 2, 3, 100), course)
+    refused = json.loads((tmp_path / "log.json").read_text())["notes"]["refused"]
+    assert [entry["step"] for entry in refused] == [1, 2, 3, 100], "the file knows what ended the run"
     # A run that goes on remembers what was refused before.
     with pytest.raises(ArithmeticError, match="steps 1, 2, 3, 100 were refused"):
         train_toy(tmp_path, saves_in(tmp_path, resume=True), broken(100), course)
@@ -846,7 +865,7 @@ def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
     assert json.loads(open_checkpoint(tmp_path / "state.safetensors").metadata["state"])["step"] == 4
 
 
-def one_of_two_that_breaks(folder: Path, rank: int) -> str:
+def one_of_two_that_breaks(folder: Path, rank: int, every: int, heard: int) -> str:
     """The second process's share of step 3 is not finite, and the first is asked to end in step 6."""
     distributed.init_process_group("gloo", f"file://{folder / 'meet'}", rank=rank, world_size=2)
 
@@ -859,15 +878,19 @@ def one_of_two_that_breaks(folder: Path, rank: int) -> str:
 
         return wrong
 
-    with pytest.raises(KeyboardInterrupt, match="after step 8"):  # all have heard of it by then
-        train_toy(folder, saves_in(folder, every=50), wrap)
+    with pytest.raises(KeyboardInterrupt, match=f"after step {heard}"):
+        train_toy(folder, saves_in(folder, every=every), wrap)
     file = open_checkpoint(folder / "state.safetensors")
     return str(json.loads(file.metadata["state"])["refused"])
 
 
 @needs_linux
-def test_processes_agree_on_what_is_refused_and_when_to_end(tmp_path: Path) -> None:
-    both = [start(lambda rank=rank: one_of_two_that_breaks(tmp_path, rank)) for rank in range(2)]
+@pytest.mark.parametrize(("every", "heard"), [(50, 8), (1, 7)])
+def test_processes_agree_on_what_is_refused_and_when_to_end(tmp_path: Path, every: int, heard: int) -> None:
+    """A step later, or at once where its state is saved."""
+    both = [
+        start(lambda rank=rank: one_of_two_that_breaks(tmp_path, rank, every, heard)) for rank in range(2)
+    ]
     for code, said in [finish(*child) for child in both]:
         assert code == 0, said
         (entry,) = literal_eval(said)
