@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
+import multiprocessing
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
 
 import pytest
 
@@ -30,6 +34,10 @@ def start(action: Callable[[], object]) -> tuple[int, int]:
     if child:
         os.close(send)
         return child, receive
+    _tell(action, send)  # and not through pytest, which runs in this process, too
+
+
+def _tell(action: Callable[[], object], send: int) -> NoReturn:
     code = 1
     try:
         faulthandler.disable()  # a signal is what some children are for
@@ -41,10 +49,35 @@ def start(action: Callable[[], object]) -> tuple[int, int]:
         said = traceback.format_exc()
     finally:
         os.write(send, said.encode()[-60_000:])
-        os._exit(code)  # not through pytest, which runs in this process, too
+        os._exit(code)
 
 
 def finish(child: int, receive: int) -> tuple[int, str]:
     with os.fdopen(receive) as stream:
         said = stream.read()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
+
+
+def trained(*actions: functools.partial[Any]) -> list[tuple[int, str]]:
+    """As `forked`, all at once, for functions of modules that train: autograd refuses to run in a fork of a
+    process where it has threads, so these are forks of one that has only imported what takes long."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["pytest", "torch._dynamo", "bokehflux.training.recipes.run"])
+    running = []
+    for action in actions:
+        receive, send = server.Pipe(duplex=False)
+        process = server.Process(target=_tell_through, args=(action, send))
+        process.start()
+        send.close()
+        running.append((process, receive))
+    found = []
+    for process, receive in running:
+        with receive, open(receive.fileno(), closefd=False) as stream:
+            said = stream.read()
+        process.join()
+        found.append((process.exitcode, said))
+    return found
+
+
+def _tell_through(action: Callable[[], object], send: Connection) -> NoReturn:
+    _tell(action, send.fileno())

@@ -42,7 +42,7 @@ from bokehflux.weights.files.checkpoint import CheckpointError, NotFoundError, o
 from bokehflux.weights.files.write import save
 from bokehflux.weights.find.resolve import resolve_model
 from bokehflux.weights.load import load_components
-from tests.faults.child import finish, needs_linux, start
+from tests.faults.child import needs_linux, trained
 
 CPU = torch.device("cpu")
 
@@ -736,8 +736,8 @@ def test_two_processes_are_one(recipe: AdapterRecipe, tmp_path: Path, memory: st
     shared = dataclasses.replace(recipe, memory=memory)  # type: ignore[arg-type]
     folder = tmp_path / "two"
     folder.mkdir()
-    both = [start(lambda rank=rank: one_of_two(shared, folder, rank)) for rank in range(2)]
-    assert [finish(*child) for child in both] == [(0, "None")] * 2
+    both = (functools.partial(one_of_two, shared, folder, rank) for rank in range(2))
+    assert trained(*both) == [(0, "None")] * 2
     with torch.device("meta"):
         size = sum(p.numel() for p in MMDiT(resolve_model("nano").config).double_blocks.parameters())
     held = [int((folder / f"held{rank}").read_text()) for rank in range(2)]

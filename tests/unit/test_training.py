@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -36,7 +37,7 @@ from bokehflux.training.optim import Muon, Optimizer, orthogonal, trapezoid
 from bokehflux.training.state import Ema, Saves, State
 from bokehflux.weights.files.checkpoint import CheckpointError, open_checkpoint
 from bokehflux.weights.files.write import save
-from tests.faults.child import finish, forked, needs_linux, start
+from tests.faults.child import forked, needs_linux, trained
 from tests.tiny import tiny_mmdit
 
 CPU = torch.device("cpu")
@@ -515,33 +516,32 @@ def test_a_failing_disk_keeps_the_last_state(tmp_path: Path, monkeypatch: pytest
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors", ".json", ".csv", ".png"}
 
 
+def deadly_run(folder: Path, dies_at: int = -1, resume: bool = False) -> None:
+    def die(loss: Loss) -> Loss:
+        def deadly(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
+            if at.number == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss(at)
+
+        return deadly
+
+    train_toy(folder, saves_in(folder, resume=resume), die, dataclasses.replace(COURSE, steps=40))
+
+
 @needs_linux
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_twice_at_any_of_forty_steps(tmp_path: Path, seed: int) -> None:
     """By SIGKILL, in a process of its own: the state of the last step, and the curve, are those of a run that
     nobody disturbed. The first nine steps are left out: until a second state is begun, none need be whole."""
-    course = dataclasses.replace(COURSE, steps=40)
     first, second = sorted(random.Random(seed).sample(range(9, 40), 2))
-
-    def run(folder: Path, dies_at: int = -1, resume: bool = False) -> None:
-        def die(loss: Loss) -> Loss:
-            def deadly(at: Step) -> tuple[Tensor, dict[str, Tensor]]:
-                if at.number == dies_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return loss(at)
-
-            return deadly
-
-        train_toy(folder, saves_in(folder, resume=resume), die, course)
-
     folders = [tmp_path / "whole", tmp_path / "killed"]
     for folder in folders:
         folder.mkdir()
-    run(folders[0])
+    deadly_run(folders[0])
     for step, resume in ((first, False), (second, True)):
-        code, said = forked(lambda step=step, resume=resume: run(folders[1], step, resume))
+        ((code, said),) = trained(functools.partial(deadly_run, folders[1], step, resume))
         assert code == -signal.SIGKILL, said
-    run(folders[1], resume=True)
+    deadly_run(folders[1], resume=True)
     files = [open_checkpoint(folder / "state.safetensors") for folder in folders]
     assert len(files[0].tensors) == 13 and files[0].tensors.keys() == files[1].tensors.keys()
     assert all(torch.equal(files[0].read(name), files[1].read(name)) for name in files[0].tensors)
@@ -797,8 +797,8 @@ def test_two_processes_train_as_one(tmp_path: Path, resume: bool) -> None:
     if resume:
         with pytest.raises(Killed):
             train_toy(tmp_path, saves_in(tmp_path), killed_at(6))
-    both = [start(lambda rank=rank: one_of_two(tmp_path, rank, resume)) for rank in range(2)]
-    assert [finish(*child) for child in both] == [(0, "None")] * 2
+    both = (functools.partial(one_of_two, tmp_path, rank, resume) for rank in range(2))
+    assert trained(*both) == [(0, "None")] * 2
     toy, log = train_toy(tmp_path)
     ranks = [open_checkpoint(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
     for name, tensor in toy.state_dict().items():
@@ -836,8 +836,9 @@ def test_clipping_clips_on_one_and_two_processes(tmp_path: Path) -> None:
     alone = norms_of_a_run(tmp_path)
     assert max(alone) == pytest.approx(COURSE.clip, rel=1e-4)
     assert 2 < sum(norm > 0.999 * COURSE.clip for norm in alone) < 12
-    both = [start(lambda rank=rank: one_of_two_that_clips(tmp_path, rank)) for rank in range(2)]
-    for code, said in [finish(*child) for child in both]:
+    for code, said in trained(
+        *(functools.partial(one_of_two_that_clips, tmp_path, rank) for rank in range(2))
+    ):
         assert code == 0, said
         assert literal_eval(said) == pytest.approx(alone, rel=1e-4)
 
@@ -859,8 +860,8 @@ def one_of_two_that_dies(folder: Path, rank: int) -> None:
 @needs_linux
 def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
     """With gloo at once, and in words that the command knows; the state before is kept."""
-    both = [start(lambda rank=rank: one_of_two_that_dies(tmp_path, rank)) for rank in range(2)]
-    (code, said), (killed, _) = [finish(*child) for child in both]
+    both = (functools.partial(one_of_two_that_dies, tmp_path, rank) for rank in range(2))
+    (code, said), (killed, _) = trained(*both)
     assert killed == -signal.SIGKILL and code == 1 and "RuntimeError" in said and "peer" in said
     assert json.loads(open_checkpoint(tmp_path / "state.safetensors").metadata["state"])["step"] == 4
 
@@ -888,10 +889,8 @@ def one_of_two_that_breaks(folder: Path, rank: int, every: int, heard: int) -> s
 @pytest.mark.parametrize(("every", "heard"), [(50, 8), (1, 7)])
 def test_processes_agree_on_what_is_refused_and_when_to_end(tmp_path: Path, every: int, heard: int) -> None:
     """A step later, or at once where its state is saved."""
-    both = [
-        start(lambda rank=rank: one_of_two_that_breaks(tmp_path, rank, every, heard)) for rank in range(2)
-    ]
-    for code, said in [finish(*child) for child in both]:
+    both = (functools.partial(one_of_two_that_breaks, tmp_path, rank, every, heard) for rank in range(2))
+    for code, said in trained(*both):
         assert code == 0, said
         (entry,) = literal_eval(said)
         assert entry["step"] == 3 and entry["losses"][1] == entry["norm"] == "nan" != entry["losses"][0]
