@@ -163,8 +163,9 @@ def run_arm(
         raise ValueError(f"{out} has an arm of other settings: choose another folder, or move it away")
     if kept.path.is_file():
         return Found(**json.loads(kept.path.read_text())["notes"]["found"])
-    if not (out / "adapter").exists():
-        train_adapter(recipe, out, device, resume=(out / STATE).is_file())
+    # Its state goes when adapter and log are whole.
+    if (begun := (out / STATE).is_file()) or not (out / "adapter").exists():
+        train_adapter(recipe, out, device, resume=begun)
     seconds = json.loads((out / "log.json").read_text())["notes"]["seconds"]
     trained = functools.partial(bokehflux.load, model, adapter=out / "adapter", device=device)
     judged = judge(trained(), captions)

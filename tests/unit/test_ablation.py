@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from bokehflux.training import looks
 from bokehflux.training.adapter import AdapterBatch
 from bokehflux.training.latents import LatentFolder
 from bokehflux.training.recipes.named import NANO
+from bokehflux.training.recipes.run import STATE
 from bokehflux.weights.find.resolve import BUNDLED
 from bokehflux.weights.find.snapshot import CARD
 
@@ -86,13 +88,22 @@ def test_an_arm_is_trained_and_judged_once(
     found = run_arm("photographs only", 3, scenes, tmp_path, str(nano64), CPU, 2, 4, 1)
     assert all(math.isfinite(value) for value in dataclasses.asdict(found).values() if value != found.arm)
     assert 0 < found.loss < 2 and abs(found.loss - found.loss_untold) < 0.01, "two steps teach nothing"
-    told = json.loads((tmp_path / "photographs-only-3" / "log.json").read_text())["notes"]["recipe"]
+    out = tmp_path / "photographs-only-3"
+    told = json.loads((out / "log.json").read_text())["notes"]["recipe"]
     assert told["grouped"] == 0 and told["seed"] == 3
     with monkeypatch.context() as patch:
         patch.setattr(ablation, "train_adapter", None)  # it is there, and so is its judgement
         assert run_arm("photographs only", 3, scenes, tmp_path, str(nano64), CPU, 2, 4, 1) == found
         with pytest.raises(ValueError, match="has an arm of other settings"):
             run_arm("photographs only", 3, scenes, tmp_path, str(nano64), CPU, 3, 4, 1)
+    # Killed while it wrote what it had made: the state is still there.
+    (out / "judged-by-1.json").unlink()
+    (out / STATE).touch()
+    train = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(ablation, "train_adapter", train)
+    with pytest.raises(KeyboardInterrupt):
+        run_arm("photographs only", 3, scenes, tmp_path, str(nano64), CPU, 2, 4, 1)
+    assert train.call_args.kwargs["resume"]
 
 
 def test_an_adapter_is_judged_beside_the_renderer() -> None:
