@@ -103,7 +103,6 @@ class AdapterStage(FrozenBaseStage, Sampling):
 @dataclass(frozen=True, kw_only=True)
 class ReferenceStage(FrozenBaseStage, Pairs):
     seed: int = 5
-    scenes: int = 12_288
     steps: int = 1282
     """The bundled adapter began with updates of q, k and v that 3,447 steps towards velocities had made."""
     batch: int = 192
@@ -122,7 +121,6 @@ class ControlsStage(FrozenBaseStage, Sampling):
     batch: int = 256
     lr: float = 1.5e-3
     max_guidance: float = 5.0
-    spread_sigma: bool = True
     by_map: float = 0.4
     """Share of the renders that are asked for by their map of blur, not by their focus."""
     rank: int = 64
