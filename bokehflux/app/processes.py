@@ -7,15 +7,15 @@ rows or tokens of a scene, the first (rank 0) is the command as it is on one GPU
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bokehflux.app.terminal import say
 
@@ -158,7 +158,25 @@ def take_own_gpu(args: argparse.Namespace) -> None:
         torch.cuda.set_device(torch.device(args.device))
 
 
-@contextlib.contextmanager
+@contextmanager
+def group(backend: str | None = None, **how: Any) -> Iterator[None]:
+    """PyTorch's default group of processes inside. Afterwards none of its threads is left.
+
+    One that frees a tensor while Python ends takes the whole process with it (SIGABRT, pytorch #190489).
+    """
+    import gc
+
+    # Defaults of its functions would hold the group that is there when it is first imported.
+    import torch.distributed.nn  # noqa: F401
+    from torch import distributed
+
+    distributed.init_process_group(backend, timeout=DAYS, **how)
+    yield
+    distributed.destroy_process_group()
+    gc.collect()  # what is wrapped for several processes refers to itself
+
+
+@contextmanager
 def _joined(args: argparse.Namespace, split: str) -> Iterator[Team]:
     """This process's place among the others, and its device; what ends one of them is said once."""
     from torch import distributed
@@ -167,17 +185,18 @@ def _joined(args: argparse.Namespace, split: str) -> Iterator[Team]:
 
     take_own_gpu(args)
     store, rank, size = next(iter(distributed.rendezvous("env://", timeout=DAYS)))
-    ranks: Ranks = ALONE
+    kind = "cuda" if (args.device or "").startswith("cuda") else "cpu"
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"  # gloo for what is announced
+    alone = split == "scenes"
     try:
-        if split != "scenes":
-            kind = "cuda" if (args.device or "").startswith("cuda") else "cpu"
-            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"  # gloo for what is announced
-            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=DAYS)
-            mesh = distributed.device_mesh.init_device_mesh(kind, (size,))
-            ranks = RowsOverRanks(mesh) if split == "rows" else TokensOverRanks(mesh)
-        team = Team(rank=rank, size=size, split=split, store=store, ranks=ranks)
-        yield team
-        team.announce(None)
+        with nullcontext() if alone else group(backend, store=store, rank=rank, world_size=size):
+            ranks: Ranks = ALONE
+            if not alone:
+                mesh = distributed.device_mesh.init_device_mesh(kind, (size,))
+                ranks = RowsOverRanks(mesh) if split == "rows" else TokensOverRanks(mesh)
+            team = Team(rank=rank, size=size, split=split, store=store, ranks=ranks)
+            yield team
+            team.announce(None)
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         if store.add(f"said {error}", 1) > 1:
             raise SystemExit(2) from error
@@ -186,8 +205,6 @@ def _joined(args: argparse.Namespace, split: str) -> Iterator[Team]:
         if "peer" not in str(error):  # gloo's word for a process that is gone
             raise
         raise SystemExit(1) from error
-    if split != "scenes":
-        distributed.destroy_process_group()
 
 
 def _launch(words: Sequence[str], count: int) -> tuple[int, str | None]:

@@ -9,10 +9,11 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bokehflux.app.processes import DAYS, inside, take_own_gpu
+from bokehflux.app.processes import group, inside, take_own_gpu
 from bokehflux.app.terminal import say, show
 
 if TYPE_CHECKING:
@@ -178,25 +179,22 @@ def train(args: argparse.Namespace) -> int:
         recipe = AdapterRecipe.read(Path(args.config), args.set)
     else:
         recipe = named.changed(args.set)
-    import torch
-
     if inside():
         take_own_gpu(args)
     device = _device(args.device)
-    if inside():
-        torch.distributed.init_process_group(timeout=DAYS)
-    # Which finds what is wrong, whether or not it is shown.
-    lines = dry_run(recipe, out, device, resume=args.resume)
-    if not args.dry_run:
-        leads = int(os.environ.get("RANK", 0)) == 0
-        logging.getLogger("bokehflux.training").setLevel(logging.INFO if leads else logging.ERROR)
-        try:
-            train_adapter(recipe, out, device, resume=args.resume, on_full=args.on_full)
-        except RuntimeError as error:
-            if "peer" not in str(error):  # gloo's word for a process that is gone: the launcher names it
-                raise
-            raise SystemExit(1) from error
-        lines = [str(out / "adapter")]
-    if int(os.environ.get("RANK", 0)) == 0:
-        show(lines)
+    with group() if inside() else nullcontext():
+        # Which finds what is wrong, whether or not it is shown.
+        lines = dry_run(recipe, out, device, resume=args.resume)
+        if not args.dry_run:
+            leads = int(os.environ.get("RANK", 0)) == 0
+            logging.getLogger("bokehflux.training").setLevel(logging.INFO if leads else logging.ERROR)
+            try:
+                train_adapter(recipe, out, device, resume=args.resume, on_full=args.on_full)
+            except RuntimeError as error:
+                if "peer" not in str(error):  # gloo's word for a process that is gone: the launcher names it
+                    raise
+                raise SystemExit(1) from error
+            lines = [str(out / "adapter")]
+        if int(os.environ.get("RANK", 0)) == 0:
+            show(lines)
     return 0

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -32,6 +33,15 @@ def begun(folder: Path, *words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "bokehflux", *words]
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def run_python(script: str, folder: Path) -> str:
+    """What a script prints in a Python of its own."""
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=folder, env=environment, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def process(parent: int, rank: int) -> int | None:
@@ -90,6 +100,27 @@ def test_rows_in_two_processes_leave_the_files_of_one(tmp_path: Path) -> None:
     assert cli.main([*words, "--max-rows", "2", "--output", str(tmp_path / "one")]) == 0
     assert files(tmp_path / "two") == files(tmp_path / "one")
     assert read_recipe(tmp_path / "two" / "bokeh-00.0.png")["max_rows"] == 2
+
+
+def test_no_thread_of_a_group_is_left(tmp_path: Path) -> None:
+    """Whatever is imported in it, and what refers to itself: one that was left could abort Python's end."""
+    script = """
+        from pathlib import Path
+        from torch import distributed, ones
+        from bokehflux.app.processes import group
+        def threads():
+            names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+            return [name for name in names if "gloo" in name]
+        with group("gloo", store=distributed.HashStore(), rank=0, world_size=1):
+            import torch.distributed.nn
+            held = [distributed.group.WORLD]
+            held.append(held)
+            distributed.all_reduce(ones(3))
+            del held
+            print(len(threads()) > 0)
+        print(threads())
+        """
+    assert run_python(script, tmp_path) == "True\n[]\n"
 
 
 def test_a_killed_process_ends_the_run(tmp_path: Path) -> None:
