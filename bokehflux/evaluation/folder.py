@@ -21,8 +21,8 @@ from bokehflux.evaluation.figures import pixels
 from bokehflux.evaluation.scores import Shots
 from bokehflux.fingerprint import fingerprint
 from bokehflux.lens import check_level
+from bokehflux.photos.maps import read_map
 from bokehflux.photos.read import read_photo
-from bokehflux.photos.readers import read_map
 from bokehflux.pictures.metadata import SUFFIXES, NoRecipe, read_recipe
 from bokehflux.pipeline.render import fits, map_over, resized
 from bokehflux.record import Record

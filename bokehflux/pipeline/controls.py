@@ -16,7 +16,7 @@ from bokehflux.fingerprint import fingerprint
 from bokehflux.lens import unit_level
 from bokehflux.models.adapter import BokehCondition
 from bokehflux.models.controls import FEATURES, PATCH_PX, Controls, shape_picture, token_features
-from bokehflux.photos.readers import read_map
+from bokehflux.photos.maps import read_map
 from bokehflux.pipeline.model import Model
 from bokehflux.pipeline.render import read_aperture
 from bokehflux.settings import GenerateSettings

@@ -20,8 +20,8 @@ from bokehflux.fingerprint import fingerprint
 from bokehflux.focus import Subject, parse_focus
 from bokehflux.lens import MAX_LEVEL, TRAINING_SIDE_PX
 from bokehflux.photos.exif import photo_level
+from bokehflux.photos.maps import Kind, read_map
 from bokehflux.photos.read import Photo, read_photo, turned, within
-from bokehflux.photos.readers import Kind, read_map
 from bokehflux.pipeline.memory import room_to_blur
 from bokehflux.pipeline.provenance import provenance_here
 from bokehflux.record import Record

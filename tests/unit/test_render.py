@@ -16,7 +16,7 @@ from bokehflux.app import cli
 from bokehflux.app.arguments import parsers
 from bokehflux.focus import Point
 from bokehflux.lens import Camera
-from bokehflux.photos.readers import read_map
+from bokehflux.photos.maps import read_map
 from bokehflux.pictures.metadata import RENDERED_TYPE, read_recipe
 from bokehflux.pipeline import render
 from bokehflux.rendering.bokehme_networks import ARNet, IUNet
