@@ -291,10 +291,9 @@ def controls(run: Run) -> None:
 
     def write() -> None:
         save_network(controls_for(recipe.mmdit), out / "controls", made.config, half(made))
+        index(run)
 
     written = Written(every=stage.write_every, write=write)
-    write()
-    index(run)
     train_controls(mmdit, made, scenes, run.rope(), stage, run.log, run.saves(), (written,))
     run.log.note("parameters", sum(p.numel() for p in made.parameters()))
     write()

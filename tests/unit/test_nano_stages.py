@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -471,6 +472,12 @@ def test_the_stages_make_a_model_killed_or_not(tmp_path: Path, monkeypatch: pyte
                 run(stopped, name, save_every=1, resume=deaths == 3).train()
             if deaths == 4 and "base" not in name:
                 break
+        if name == "controls":  # it is written on the way, and not from the start again
+            written = contents(stopped / name)
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(train, "train_controls", Mock(side_effect=Killed))
+                run(stopped, name, save_every=1, resume=True).train()
+            assert written and contents(stopped / name) == written
         monkeypatch.setattr(torch.optim.AdamW, "step", step)
         run(stopped, name, save_every=1, resume=True).train()
     assert contents(stopped) == contents(whole)
