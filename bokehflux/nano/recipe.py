@@ -87,6 +87,8 @@ class AdapterStage(FrozenBaseStage, Sampling):
     seed: int = 3
     steps: int = 2397
     batch: int = 512
+    spread_sigma: bool = False
+    """As the bundled adapter was trained."""
     max_guidance: float = 5.0
     level_guidance: float = 0.18
     saved_scale: float = 1.2
